@@ -1,0 +1,67 @@
+"""Attention over pages: write the step's keys and values, then read what was written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.sharding import PartitionSpec as P
+
+from jaxinfer.cache.pages import Pages, View
+from jaxinfer.parallel import TENSOR, attend
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.flash_decoding import flash_decoding
+
+
+def attend_pages(
+    q_TKgH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, pages: Pages, view: View, *, scale: float,
+    window: int | None = None, soft_cap: float | None = None, sinks_Kg: jax.Array | None = None,
+) -> tuple[jax.Array, Pages]:  # fmt: skip
+    """Causal attention of a step's tokens over their sequences, on every device's own heads.
+
+    Flash decoding serves the rectangle, flash attention the ragged prefill. Both read from the pages, also the
+    tokens of this very step.
+
+    Returns:
+        the output, of the shape of `q_TKgH`, and the pages with the step's keys and values.
+    """
+    heads, pool = P(None, TENSOR), P(None, None, TENSOR)
+    local = partial(_local, scale=scale, window=window, soft_cap=soft_cap)
+    specs = (heads, heads, heads, pool, P(), P(TENSOR))
+    return attend(local, specs, (heads, pool), q_TKgH, k_TKH, v_TKH, pages, view, sinks_Kg)
+
+
+def _local(q_TKgH, k_TKH, v_TKH, pages, view, sinks_Kg, **scores):
+    pages = write(pages, view.write_T, k_TKH, v_TKH)
+    sinks_N = None if sinks_Kg is None else sinks_Kg.reshape(-1)
+    q_TNH = rearrange(q_TKgH, "T K g H -> T (K g) H")
+    rectangle = view.decode_lengths_B.shape[0] * view.queries
+    options = {"k_scales_PSK": pages.k_scales_PSK, "v_scales_PSK": pages.v_scales_PSK, "sinks_N": sinks_N, **scores}
+    parts = []
+    if rectangle:
+        q_BQNH = q_TNH[:rectangle].reshape(-1, view.queries, *q_TNH.shape[1:])
+        out_BQNH = flash_decoding(
+            q_BQNH, pages.k_PSKH, pages.v_PSKH, view.decode_tables_BJ, view.decode_lengths_B, **options
+        )
+        parts.append(out_BQNH.reshape(rectangle, *q_TNH.shape[1:]))
+    if q_TNH.shape[0] > rectangle:
+        parts.append(
+            flash_attention(
+                q_TNH[rectangle:], pages.k_PSKH, pages.v_PSKH, view.prefill_tables_RJ, view.prefill_starts_R1,
+                view.prefill_lengths_R, **options,
+            )
+        )  # fmt: skip
+    return jnp.concatenate(parts).reshape(q_TKgH.shape), pages
+
+
+def write(pages: Pages, write_T: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array) -> Pages:
+    """Stores keys and values of a step in place, each at its own slot."""
+
+    def stored(pool_PSKH, new_TKH):
+        flat = pool_PSKH.reshape(-1, *pool_PSKH.shape[2:])
+        return flat.at[write_T].set(new_TKH.astype(pool_PSKH.dtype)).reshape(pool_PSKH.shape)
+
+    return replace(pages, k_PSKH=stored(pages.k_PSKH, k_TKH), v_PSKH=stored(pages.v_PSKH, v_TKH))

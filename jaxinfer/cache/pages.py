@@ -1,0 +1,84 @@
+"""Pages of keys and values (Kwon et al. 2023, PagedAttention), and how a step's tokens see them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxinfer.parallel import TENSOR
+
+NULL_PAGE = 0  # padding writes here; nothing reads it
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pages:
+    """The state of one attention layer. Page 0 is the null page.
+
+    Attributes:
+        k_PSKH, v_PSKH: keys and values, by page, slot in the page, KV head and head size.
+        k_scales_PSK, v_scales_PSK: float32 factors of a quantized cache; None for a plain one.
+    """
+
+    k_PSKH: jax.Array
+    v_PSKH: jax.Array
+    k_scales_PSK: jax.Array | None = None
+    v_scales_PSK: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class View:
+    """How the tokens of a step see one group of layers: where each is written, and what each sequence reads.
+
+    The tokens are a decode rectangle of B slots x `queries`, then a ragged prefill of R sequences.
+
+    Attributes:
+        write_T: where a token's key and value go, page x page size + slot; padding goes to the null page.
+        decode_tables_BJ: page table of every slot of the rectangle.
+        decode_lengths_B: keys that a slot sees, the step's own included; 0 for an idle slot.
+        prefill_tables_RJ: page table of every prefilled sequence.
+        prefill_starts_R1: first row of each sequence among the prefill's tokens, and the end of the last.
+        prefill_lengths_R: keys that a sequence's last token sees, those of earlier chunks included.
+        queries: tokens per slot of the rectangle.
+    """
+
+    write_T: jax.Array
+    decode_tables_BJ: jax.Array
+    decode_lengths_B: jax.Array
+    prefill_tables_RJ: jax.Array
+    prefill_starts_R1: jax.Array
+    prefill_lengths_R: jax.Array
+    queries: int = field(default=1, metadata={"static": True})
+
+
+def make_cache(
+    mesh: Mesh, groups: tuple[int, ...], num_pages: tuple[int, ...], page_size: int, kv_heads: int, head_size: int,
+    dtype: str,
+) -> tuple[Pages, ...]:  # fmt: skip
+    """An empty cache, sharded over KV heads.
+
+    Args:
+        mesh: the model's mesh.
+        groups: the group of each layer.
+        num_pages: pages of each group's layers, the null page included.
+        page_size: tokens per page.
+        kv_heads: KV heads, as the mesh repeats them.
+        head_size: components of a head.
+        dtype: of keys and values.
+    """
+    sharding = NamedSharding(mesh, P(None, None, TENSOR, None))
+
+    def empty(group: int) -> jax.Array:
+        return jnp.zeros((num_pages[group], page_size, kv_heads, head_size), dtype, device=sharding)
+
+    return tuple(Pages(empty(group), empty(group)) for group in groups)
+
+
+def page_bytes(page_size: int, kv_heads: int, head_size: int, dtype: str) -> int:
+    """Bytes of one page of one layer, keys and values."""
+    return 2 * page_size * kv_heads * head_size * jnp.dtype(dtype).itemsize

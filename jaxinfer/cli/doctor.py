@@ -1,0 +1,73 @@
+"""`jaxinfer doctor`: what runs here, on what, and how fast the machine itself is."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from jaxinfer.cli.measure import device_memory, measure_machine
+from jaxinfer.cli.units import si
+from jaxinfer.roofline import DATASHEETS, Hardware
+from pallas_kernels import dispatch, flash_attention, flash_decoding
+
+_PACKAGES = ("jaxinfer", "jax", "jaxlib", "jax-cuda13-plugin", "flax", "orbax-checkpoint", "tokenizers")
+_OPS = {"flash_attention": flash_attention, "flash_decoding": flash_decoding}
+
+
+def doctor() -> None:
+    """Print versions, devices, kernels and memory, and time this machine's memory and matmul."""
+    console = Console()
+    for table in (versions(), devices(), kernels(), speed(measure_machine())):
+        console.print(table)
+
+
+def versions() -> Table:
+    table = Table("package", "version", title="Versions")
+    table.add_row("python", platform.python_version())
+    for package in _PACKAGES:
+        table.add_row(package, _version(package))
+    return table
+
+
+def devices() -> Table:
+    table = Table("device", "kind", "memory", "in use", title=f"Devices: {jax.default_backend()}")
+    for device in jax.devices():
+        stats = device.memory_stats()
+        in_use = si(stats["bytes_in_use"], "B") if stats else "not counted"
+        table.add_row(str(device.id), device.device_kind, si(device_memory(stats), "B"), in_use)
+    return table
+
+
+def kernels() -> Table:
+    """What `auto` runs for each op here, and why not something else."""
+    table = Table("op", "runs", "by name only", "why", title="Kernels")
+    for name, op in _OPS.items():
+        chosen = dispatch.choose(name, "auto", op.IMPLEMENTATIONS)
+        runs = [label for label, run in op.IMPLEMENTATIONS.items() if run is chosen]
+        others = [label for label in op.IMPLEMENTATIONS if label not in runs]
+        why = f"no kernel is written for {jax.default_backend()}" if "xla" in runs else "the fastest here"
+        table.add_row(name, ", ".join(runs), ", ".join(others), why)
+    return table
+
+
+def speed(hardware: Hardware) -> Table:
+    """Measured ceilings beside those of the datasheet, where there is one."""
+    table = Table("", "measured", "datasheet", title=f"Speed: {hardware.name}")
+    stated = {entry.device_kind: entry for entry in DATASHEETS.values()}.get(hardware.device_kind)
+    table.add_row("memory", si(hardware.bandwidth, "B/s"), si(stated.bandwidth, "B/s") if stated else "unknown")
+    for dtype in ("bf16", "fp32"):
+        peak = si(stated.rate(dtype), "FLOP/s") if stated and dtype in stated.flops else "unknown"
+        table.add_row(f"{dtype} matmul", si(hardware.rate(dtype), "FLOP/s"), peak)
+    table.add_row("kernel after kernel", si(hardware.overhead, "s"), "unknown")
+    return table
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

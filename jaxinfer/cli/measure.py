@@ -1,0 +1,101 @@
+"""The ceilings of this machine: what its memory and its matmuls reach when nothing else is asked of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.roofline import DATASHEETS, Hardware
+
+_DTYPES = {"bf16": jnp.bfloat16, "fp32": jnp.float32}
+_ARRAY_BYTES = {"cpu": 2**26, "gpu": 2**30, "tpu": 2**30}  # far beyond the caches, and soon done
+_MATMUL_SIZES = {"cpu": {"bf16": 512, "fp32": 512}}
+_LARGE_MATMULS = {"bf16": 8192, "fp32": 4096}
+_CHAIN = 64  # matmuls too small to take time, one after the other
+_CALLS = 8  # dispatched back to back, so that the host's part hides behind the device's
+_ROUNDS = 2
+
+
+def measure_machine() -> Hardware:
+    """Times memory, matmul and the constant cost of a kernel on the first device, in about a second.
+
+    Returns:
+        The device's datasheet entry with the measured ceilings in it. For a device without an entry, such as a CPU,
+        sizes of caches stand as 0, and the links as the memory's bandwidth.
+    """
+    platform = jax.default_backend()
+    bandwidth = _bandwidth(platform)
+    flops = {name: _matmul_rate(platform, name) for name in _DTYPES}
+    return _datasheet(bandwidth, flops).with_ceilings(bandwidth, flops, _kernel_overhead())
+
+
+def device_memory(stats: dict[str, int] | None) -> int:
+    """Bytes that a program can have: the limit in a device's `memory_stats()`, or the host's memory without one."""
+    limit = (stats or {}).get("bytes_limit")
+    return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _bandwidth(platform: str) -> float:
+    """Bytes per second of the better of a sum, which reads, and a negated copy, which reads and writes."""
+    size = _ARRAY_BYTES[platform]
+    x_D = jnp.ones(size // 4, jnp.float32)
+    read = _seconds(jax.jit(lambda total, x_D: total + jnp.sum(x_D)), jnp.float32(0), x_D)
+    copy = _seconds(jax.jit(jnp.negative), x_D)
+    return max(size / read, 2 * size / copy)
+
+
+def _matmul_rate(platform: str, name: str) -> float:
+    """FLOP/s on random numbers: constant ones draw less power, and the clock would stay higher than at work."""
+    n = _MATMUL_SIZES.get(platform, _LARGE_MATMULS)[name]
+    x_DD = jax.random.normal(jax.random.key(0), (n, n), _DTYPES[name]) * n**-0.5
+    multiply = jax.jit(lambda y_DD, x_DD: jnp.matmul(y_DD, x_DD, precision="highest"))
+    return 2 * n**3 / _seconds(multiply, x_DD, x_DD)
+
+
+def _kernel_overhead() -> float:
+    """Seconds from one small kernel to the next that waits for it."""
+
+    @jax.jit
+    def chain(y_DD: jax.Array, x_DD: jax.Array) -> jax.Array:
+        for _ in range(_CHAIN):
+            y_DD = y_DD @ x_DD
+        return y_DD
+
+    x_DD = jnp.eye(64, dtype=jnp.float32)
+    return _seconds(chain, x_DD, x_DD) / _CHAIN
+
+
+def _seconds(step: Callable[..., jax.Array], carry: jax.Array, *operands: jax.Array) -> float:
+    """Seconds of one step, each of which takes the result of the one before; the first, which compiles, is left
+    out."""
+    carry = step(carry, *operands).block_until_ready()
+    rounds = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        for _ in range(_CALLS):
+            carry = step(carry, *operands)
+        carry.block_until_ready()
+        rounds.append((time.perf_counter() - start) / _CALLS)
+    return min(rounds)
+
+
+def _datasheet(bandwidth: float, flops: dict[str, float]) -> Hardware:
+    device = jax.devices()[0]
+    for entry in DATASHEETS.values():
+        if entry.device_kind == device.device_kind:
+            return entry
+    return Hardware(
+        name=device.device_kind,
+        device_kind=device.device_kind,
+        flops=flops,
+        bandwidth=bandwidth,
+        memory=device_memory(device.memory_stats()),
+        l2=0,
+        shared_memory=0,
+        pcie=bandwidth,
+        interconnect=bandwidth,
+    )

@@ -1,0 +1,116 @@
+"""What a slot needs between steps, on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer.decode import sampling
+from jaxinfer.decode.sampling import Sampled, SamplingState
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SlotState:
+    """One row per slot. A slot without a request is not active.
+
+    Attributes:
+        token_B: the newest token, which the next step reads.
+        length_B: tokens whose keys and values are in the cache.
+        index_B: tokens of the output so far.
+        max_tokens_B: tokens of the output at which the slot stops.
+        active_B: whether the slot decodes: its prompt is in the cache and its output has not ended.
+        tables: page table of every cache group, [B, J].
+        sampling: what the sampler keeps.
+    """
+
+    token_B: jax.Array
+    length_B: jax.Array
+    index_B: jax.Array
+    max_tokens_B: jax.Array
+    active_B: jax.Array
+    tables: tuple[jax.Array, ...]
+    sampling: SamplingState
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Admission:
+    """A request's row of `SlotState`, made on the host.
+
+    Attributes:
+        tables: one row of page numbers for each cache group, filled with the null page.
+        max_tokens: int32 scalar.
+        sampling: from `sampling.pack`.
+        prompt_T: the prompt's tokens, padded with -1; the sampler's penalties read them.
+    """
+
+    tables: tuple[np.ndarray, ...]
+    max_tokens: np.ndarray
+    sampling: dict[str, np.ndarray]
+    prompt_T: np.ndarray
+
+
+def empty_slots(slots: int, groups: int, pages_per_row: int, vocab: int) -> SlotState:
+    """No request anywhere."""
+    zeros_B = jnp.zeros(slots, jnp.int32)
+    return SlotState(
+        token_B=zeros_B,
+        length_B=zeros_B,
+        index_B=zeros_B,
+        max_tokens_B=zeros_B,
+        active_B=jnp.zeros(slots, jnp.bool_),
+        tables=(jnp.zeros((slots, pages_per_row), jnp.int32),) * groups,
+        sampling=sampling.empty(slots, vocab),
+    )
+
+
+def admit(state: SlotState, slot: jax.Array, row: Admission) -> SlotState:
+    """Gives a slot to a request; it becomes active with its first token, at the end of its prefill."""
+    return replace(
+        state,
+        length_B=state.length_B.at[slot].set(0),
+        index_B=state.index_B.at[slot].set(0),
+        max_tokens_B=state.max_tokens_B.at[slot].set(row.max_tokens),
+        active_B=state.active_B.at[slot].set(False),
+        tables=tuple(table.at[slot].set(new) for table, new in zip(state.tables, row.tables, strict=True)),
+        sampling=sampling.install(state.sampling, slot, row.sampling, row.prompt_T),
+    )
+
+
+def release(state: SlotState, slot: jax.Array) -> SlotState:
+    """Stops a slot from the host: a stop string was found, or the request was dropped."""
+    return replace(state, active_B=state.active_B.at[slot].set(False))
+
+
+def advance(
+    state: SlotState, sampled: Sampled, slots_W: jax.Array, emits_W: jax.Array, lengths_W: jax.Array
+) -> SlotState:
+    """The state after a step: every emitting row gives its token to its slot.
+
+    Args:
+        sampled: one choice per row.
+        slots_W: the slot of each row.
+        emits_W: rows whose token counts; the others leave their slot as it was.
+        lengths_W: tokens in the cache after the step.
+    """
+    slots = state.token_B.shape[0]
+    target_W = jnp.where(emits_W, slots_W, slots)  # one past the last: dropped
+    rows_W = jnp.minimum(slots_W, slots - 1)
+    index_W = state.index_B[rows_W] + 1
+    stops_W = (state.sampling.stop_ids_BZ[rows_W] == sampled.tokens_B[:, None]).any(axis=1)
+    ended_W = stops_W | (index_W >= state.max_tokens_B[rows_W])
+    put = lambda array_B, new_W: array_B.at[target_W].set(new_W, mode="drop")  # noqa: E731
+    token_B = put(state.token_B, sampled.tokens_B)
+    emitted_B = put(jnp.zeros(slots, jnp.bool_), emits_W)
+    return replace(
+        state,
+        token_B=token_B,
+        length_B=put(state.length_B, lengths_W),
+        index_B=put(state.index_B, index_W),
+        active_B=put(state.active_B, ~ended_W),
+        sampling=sampling.count(state.sampling, token_B, emitted_B),
+    )

@@ -1,0 +1,174 @@
+"""The one step, and the loop of it on the device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxinfer.cache import Pages, make_cache
+from jaxinfer.decode import sampling, slots
+from jaxinfer.decode.batch import Prefill, Rows, make_batch, no_prefill
+from jaxinfer.decode.prompt_logprobs import PromptLogprobs, prompt_logprobs
+from jaxinfer.decode.sampling import Needs, Sampled
+from jaxinfer.decode.sampling_params import MAX_LOGPROBS
+from jaxinfer.decode.slots import Admission, SlotState
+from jaxinfer.model import Model, Params
+
+Cache = tuple[Pages, ...]
+VOCABULARY_CHUNK = 8192
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepOutput:
+    """What the host reads of a program of n steps, late.
+
+    Attributes:
+        sampled: the choice for every step (leading axis n) and row: the slots of the rectangle, then the chunks
+            of the prefill.
+        emits_nW: rows whose token counts.
+        prompt: log-probabilities of the prefill's next tokens, where they were asked for.
+    """
+
+    sampled: Sampled
+    emits_nW: jax.Array
+    prompt: PromptLogprobs | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The static sizes of an engine's device state.
+
+    Attributes:
+        slots: sequences that run at once.
+        page_size: tokens per page.
+        num_pages: pages of each cache group, the null page included.
+        max_tokens: tokens of the longest sequence, prompt and output.
+        cache_dtype: of keys and values.
+    """
+
+    slots: int
+    page_size: int
+    num_pages: tuple[int, ...]
+    max_tokens: int
+    cache_dtype: str
+
+    @property
+    def pages_per_row(self) -> int:
+        return -(-self.max_tokens // self.page_size)
+
+
+class Programs:
+    """The jitted programs of one model in one layout. Cache and slot state are donated to each and come back.
+
+    Attributes:
+        traces: how often each program was traced, by name; a warm engine adds none.
+    """
+
+    def __init__(self, model: Model, layout: Layout):
+        self.model, self.layout, self.traces = model, layout, Counter[str]()
+        self._replicated = NamedSharding(model.mesh, P())
+        donated = {"donate_argnames": ("state", "cache")}
+        self._step = jax.jit(self._traced_step, static_argnames=("decode", "tokens", "needs", "score"), **donated)
+        self._loop = jax.jit(self._traced_loop, static_argnames=("decode", "steps", "needs"), **donated)
+        self._admit = jax.jit(self._traced_admit, donate_argnames=("state",))
+        self._release = jax.jit(self._traced_release, donate_argnames=("state",))
+
+    def new_state(self) -> tuple[SlotState, Cache]:
+        """No request, and an empty cache."""
+        model, layout = self.model, self.layout
+        with jax.set_mesh(model.mesh):
+            make_slots = partial(
+                slots.empty_slots, layout.slots, len(layout.num_pages), layout.pages_per_row, model.config.vocab_size
+            )
+            state = jax.jit(make_slots, out_shardings=self._replicated)()
+            groups = tuple(model.config.group(layer) for layer in range(model.config.num_layers))
+            cache = make_cache(
+                model.mesh, groups, layout.num_pages, layout.page_size, model.kv_slots, model.config.head_size,
+                layout.cache_dtype,
+            )  # fmt: skip
+        return state, cache
+
+    def step(
+        self, params: Params, state: SlotState, cache: Cache, prefill: Prefill, targets_T: np.ndarray | None,
+        decode: int, needs: Needs,
+    ) -> tuple[SlotState, Cache, StepOutput]:  # fmt: skip
+        """One step: a token for each of the first `decode` slots, and a chunk of some prompts.
+
+        Args:
+            targets_T: the token that follows each of the prefill's, to be given its log-probability; None scores
+                nothing.
+            decode: slots of the rectangle.
+            needs: what the sampler must be able to do.
+        """
+        tokens, packed, score = len(prefill.tokens_T), prefill.packed(), targets_T is not None
+        targets_T = np.zeros(0, np.int32) if targets_T is None else targets_T
+        with jax.set_mesh(self.model.mesh):
+            return self._step(
+                params, state, cache, packed, targets_T, decode=decode, tokens=tokens, needs=needs, score=score
+            )
+
+    def loop(
+        self, params: Params, state: SlotState, cache: Cache, *, decode: int, steps: int, needs: Needs
+    ) -> tuple[SlotState, Cache, StepOutput]:
+        """`steps` decode steps of the first `decode` slots in one program."""
+        with jax.set_mesh(self.model.mesh):
+            return self._loop(params, state, cache, decode=decode, steps=steps, needs=needs)
+
+    def admit(self, state: SlotState, slot: int, row: Admission) -> SlotState:
+        with jax.set_mesh(self.model.mesh):
+            return self._admit(state, np.int32(slot), row)
+
+    def release(self, state: SlotState, slot: int) -> SlotState:
+        with jax.set_mesh(self.model.mesh):
+            return self._release(state, np.int32(slot))
+
+    def _traced_step(self, params, state, cache, packed, targets_T, *, decode, tokens, needs, score):
+        self.traces["step"] += 1
+        prefill = Prefill.unpacked(packed, tokens)
+        state, cache, hidden_TD, (sampled, emits_W) = self._run(params, state, cache, prefill, decode, needs)
+        prompt = self._score(params, hidden_TD[decode:], targets_T) if score else None
+        return state, cache, StepOutput(*jax.tree.map(lambda array: array[None], (sampled, emits_W)), prompt)
+
+    def _traced_loop(self, params, state, cache, *, decode, steps, needs):
+        self.traces["loop"] += 1
+
+        def body(carry, _):
+            state, cache, _, row = self._run(params, *carry, no_prefill(), decode, needs)
+            return (state, cache), row
+
+        (state, cache), rows = jax.lax.scan(body, (state, cache), length=steps)
+        return state, cache, StepOutput(*rows, None)
+
+    def _traced_admit(self, state, slot, row):
+        self.traces["admit"] += 1
+        return slots.admit(state, slot, row)
+
+    def _traced_release(self, state, slot):
+        self.traces["release"] += 1
+        return slots.release(state, slot)
+
+    def _run(self, params, state, cache, prefill, decode, needs):
+        batch, rows = make_batch(state, decode, prefill, self.layout.page_size)
+        hidden_TD, _, cache = self.model.forward(params, batch, cache)
+        logits_WV = self.model.logits(params, hidden_TD[rows.tokens_W])
+        sampled = self._sample(logits_WV, state, rows, needs)
+        state = slots.advance(state, sampled, rows.slots_W, rows.emits_W, rows.lengths_W)
+        return state, cache, hidden_TD, (sampled, rows.emits_W)
+
+    def _sample(self, logits_WV: jax.Array, state: SlotState, rows: Rows, needs: Needs) -> Sampled:
+        rows_W = jnp.minimum(rows.slots_W, self.layout.slots - 1)
+        own = jax.tree.map(lambda array_B: array_B[rows_W], (state.sampling, state.index_B))
+        return sampling.sample(jax.sharding.reshard(logits_WV, P(None, None)), *own, needs)
+
+    def _score(self, params: Params, hidden_TD: jax.Array, targets_T: jax.Array) -> PromptLogprobs:
+        normed_TD, head_VD, cap = self.model.head(params, hidden_TD)
+        top = min(MAX_LOGPROBS, self.model.config.vocab_size)
+        return prompt_logprobs(normed_TD, head_VD, targets_T, top, chunk=VOCABULARY_CHUNK, transform=cap)

@@ -1,0 +1,27 @@
+"""The letters that array names carry.
+
+An array is named with its axes in order, `q_TNH` or `pages_PSKH`; einsum strings use the same letters.
+
+| letter | axis |
+|---|---|
+| B | slots: sequences in the decode rectangle |
+| Q | queries per slot in the decode rectangle |
+| R | sequences of the ragged prefill |
+| T | tokens of a step, flat: the decode rectangle first, then the ragged prefill |
+| W | rows of a step that need logits |
+| D | hidden size |
+| N | query heads |
+| K | KV heads (slots of KV heads on a mesh with more devices than KV heads) |
+| g | query heads per KV head; in `qkv_DKgH` also one key and one value head |
+| H | head size |
+| M | all query heads flattened, N x H |
+| F | hidden size of the MLP |
+| c | halves of a fused up projection: gate and up, or up alone |
+| E | experts |
+| X | experts per token |
+| V | vocabulary |
+| L | layers |
+| P | pages in the pool |
+| S | slots of one page: tokens that it holds |
+| J | pages that one row of a page table can name |
+"""

@@ -1,0 +1,91 @@
+"""Multi-head, grouped-query and multi-query attention: one fused projection, one seam to the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jaxinfer.model.config import ModelConfig
+from jaxinfer.model.norm import AllHeadsNorm, HeadNorm
+from jaxinfer.model.parameter import Shapes
+from jaxinfer.model.rope import rotate
+from jaxinfer.parallel import TENSOR, row_parallel
+from jaxinfer.quantize import einsum
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How scores become weights: static, and the same for every token of a layer."""
+
+    scale: float
+    window: int | None
+    soft_cap: float | None
+
+
+class Attends(Protocol):
+    """What the model needs of a step: the tokens, their positions, and attention over what came before them."""
+
+    @property
+    def tokens_T(self) -> jax.Array: ...
+
+    @property
+    def positions_T(self) -> jax.Array: ...
+
+    def attend(
+        self, q_TKgH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, state: Any, group: int, scores: Scores,
+        sinks_Kg: jax.Array | None,
+    ) -> tuple[jax.Array, Any]:  # fmt: skip
+        """The attention output (shape of q) and the layer's new state."""
+        ...
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ModelConfig, index: int, shapes: Shapes):
+        self.config, self.layer, self.group = config, config.layers[index], config.group(index)
+        slots, queries, size = shapes.kv_slots, shapes.queries_per_slot, config.head_size
+        self.qkv_DKgH = shapes.param((config.hidden_size, slots, queries + 2, size), (None, TENSOR))
+        self.qkv_bias_KgH = shapes.param((slots, queries + 2, size), (TENSOR,)) if config.qkv_bias else None
+        self.o_MD = shapes.param((config.num_heads * size, config.hidden_size), (TENSOR,))
+        self.o_bias_D = shapes.param((config.hidden_size,)) if config.o_bias else None
+        self.sinks_Kg = shapes.param((slots, queries), (TENSOR,)) if config.sinks else None
+        norm = {None: _no_norm, "head": HeadNorm, "all": AllHeadsNorm}[config.qk_norm]
+        self.q_norm = norm(config, shapes, (slots, queries, size))
+        self.k_norm = norm(config, shapes, (slots, 1, size))
+
+    def __call__(self, x_TD: jax.Array, batch: Attends, state: Any, rope) -> tuple[jax.Array, Any]:
+        q_TKgH, k_TKH, v_TKH = self._project(x_TD)
+        cos_Tr, sin_Tr = rope
+        q_TKgH, k_TKH = rotate(q_TKgH, cos_Tr, sin_Tr), rotate(k_TKH, cos_Tr, sin_Tr)
+        scores = Scores(self.config.scale, self.layer.window, self.config.attention_soft_cap)
+        sinks_Kg = None if self.sinks_Kg is None else self.sinks_Kg[...]
+        out_TKgH, state = batch.attend(q_TKgH, k_TKH, v_TKH, state, self.group, scores, sinks_Kg)
+        return self._output(out_TKgH), state
+
+    def _project(self, x_TD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        qkv_TKgH = einsum("TD,DKgH->TKgH", x_TD, self.qkv_DKgH[...])
+        if self.qkv_bias_KgH is not None:
+            qkv_TKgH = qkv_TKgH + self.qkv_bias_KgH[...][None]
+        q_TKgH, k_TKH, v_TKH = qkv_TKgH[:, :, :-2], qkv_TKgH[:, :, -2:-1], qkv_TKgH[:, :, -1]
+        q_TKgH, k_TKH = self.q_norm(q_TKgH), self.k_norm(k_TKH)[:, :, 0]
+        if (limit := self.config.clip_qkv) is not None:
+            q_TKgH, k_TKH, v_TKH = (jnp.clip(y, -limit, limit) for y in (q_TKgH, k_TKH, v_TKH))
+        return q_TKgH, k_TKH, v_TKH
+
+    def _output(self, out_TKgH: jax.Array) -> jax.Array:
+        tokens = out_TKgH.shape[0]
+        out_TM = jnp.reshape(out_TKgH, (tokens, -1), out_sharding=P(None, TENSOR))
+        y_TD = row_parallel(lambda x, w: einsum("TM,MD->TD", x, w), out_TM, self.o_MD[...])
+        return y_TD if self.o_bias_D is None else y_TD + self.o_bias_D[...][None, :]
+
+
+def _no_norm(config: ModelConfig, shapes: Shapes, axes: tuple[int, ...]):
+    return _identity
+
+
+def _identity(x: jax.Array) -> jax.Array:
+    return x

@@ -1,0 +1,48 @@
+"""The dense MLP, gated (Shazeer 2020, GLU variants) or plain."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxinfer.model.config import ModelConfig
+from jaxinfer.model.parameter import Shapes
+from jaxinfer.parallel import TENSOR, row_parallel
+from jaxinfer.quantize import einsum
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: ModelConfig, shapes: Shapes):
+        self.config = config
+        halves, hidden, inner = 2 if config.gated_mlp else 1, config.hidden_size, config.intermediate_size
+        self.up_DcF = shapes.param((hidden, halves, inner), (None, None, TENSOR))
+        self.down_FD = shapes.param((inner, hidden), (TENSOR,))
+        self.up_bias_cF = shapes.param((halves, inner), (None, TENSOR)) if config.mlp_bias else None
+        self.down_bias_D = shapes.param((hidden,)) if config.mlp_bias else None
+
+    def __call__(self, x_TD: jax.Array) -> jax.Array:
+        up_TcF = einsum("TD,DcF->TcF", x_TD, self.up_DcF[...])
+        if self.up_bias_cF is not None:
+            up_TcF = up_TcF + self.up_bias_cF[...][None]
+        inner_TF = activate(self.config, up_TcF)
+        y_TD = row_parallel(lambda x, w: einsum("TF,FD->TD", x, w), inner_TF, self.down_FD[...])
+        return y_TD if self.down_bias_D is None else y_TD + self.down_bias_D[...][None, :]
+
+
+def activate(config: ModelConfig, up_TcF: jax.Array) -> jax.Array:
+    """[T, c, F] to [T, F]: the activation of the first half, times the second where the MLP is gated."""
+    if config.activation == "swiglu_clamped":
+        return _swiglu_clamped(up_TcF)
+    gate_TF = {"silu": jax.nn.silu, "gelu": _gelu, "gelu_tanh": jax.nn.gelu}[config.activation](up_TcF[:, 0])
+    return gate_TF * up_TcF[:, 1] if config.gated_mlp else gate_TF
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _swiglu_clamped(up_TcF: jax.Array, alpha: float = 1.702, limit: float = 7.0) -> jax.Array:
+    """gpt-oss: a sigmoid-gated linear unit of clamped inputs, with one added to the linear half."""
+    gate, up = jnp.minimum(up_TcF[:, 0], limit), jnp.clip(up_TcF[:, 1], -limit, limit)
+    return gate * jax.nn.sigmoid(alpha * gate) * (up + 1.0)

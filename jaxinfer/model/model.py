@@ -1,0 +1,110 @@
+"""A model apart from its weights: what `jax.jit` closes over, and what it takes as arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxinfer.model.attention import Attends
+from jaxinfer.model.config import ModelConfig
+from jaxinfer.model.parameter import Shapes
+from jaxinfer.model.transformer import Transformer
+
+Params = list[jax.Array]
+
+
+class Model:
+    """One transformer on one mesh.
+
+    The Flax module is split once, here. Its parameters travel as a flat list of arrays, in the order of
+    `parameters`, so that a jitted step pays nothing for the module tree.
+
+    Attributes:
+        config: what is computed, with `dtype` the one the weights are held in.
+        mesh: the devices.
+        context: positions that are served, prompt and output together; it fixes dynamic and LongRoPE scaling.
+        parameters: shape, dtype and sharding of every parameter, by its path, such as `layers.0.mlp.down_FD`.
+    """
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, context: int | None = None, dtype: str | None = None):
+        """
+        Raises:
+            ValueError: the mesh does not divide the model.
+        """
+        self.config = replace(config, dtype=dtype or config.dtype)
+        self.mesh, self.context = mesh, context or config.context
+        shapes = Shapes(self.config, mesh)
+        shapes.check()
+        self.kv_slots = shapes.kv_slots
+        self._graph, state = nnx.split(Transformer(self.config, shapes, self.context))
+        leaves, self._tree = jax.tree_util.tree_flatten_with_path(state)
+        self.parameters: dict[str, jax.ShapeDtypeStruct] = {_name(path): leaf for path, leaf in leaves}
+
+    def params(self, arrays: Mapping[str, jax.Array]) -> Params:
+        """Arrays by path, as the flat list that `forward` takes."""
+        return [arrays[name] for name in self.parameters]
+
+    def random_params(self, seed: int = 0) -> Params:
+        """Random normal weights, for tests and benchmarks, drawn on the devices that hold them."""
+        keys = jax.random.split(jax.random.key(seed), len(self.parameters))
+        named = zip(self.parameters.items(), keys, strict=True)
+        with jax.set_mesh(self.mesh):
+            return [_draw(name, leaf, key) for (name, leaf), key in named]
+
+    def forward(
+        self, params: Sequence[jax.Array], batch: Attends, cache: tuple[Any, ...], layers: int | None = None,
+        taps: tuple[int, ...] = (),
+    ) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[Any, ...]]:  # fmt: skip
+        """Hidden states of a step's tokens, before the final norm.
+
+        Args:
+            params: from `params`, `random_params` or a checkpoint.
+            batch: the tokens, their positions, and how they attend.
+            cache: one state per layer.
+            layers: how many of the first layers to run, all by default. Fewer are a model too (early exit).
+            taps: layers whose output is wanted besides.
+
+        Returns:
+            hidden_TD; the tapped hidden states, in the order of `taps`; the cache with the new states.
+        """
+        return self._module(params).forward(batch, cache, self.config.num_layers if layers is None else layers, taps)
+
+    def logits(self, params: Sequence[jax.Array], hidden_WD: jax.Array) -> jax.Array:
+        """float32 logits_WV of hidden states from `forward`, whatever layer they left."""
+        return self._module(params).logits(hidden_WD)
+
+    def head(self, params: Sequence[jax.Array], hidden_WD: jax.Array):
+        """The pieces of `logits` for callers that go over the vocabulary in chunks.
+
+        Returns:
+            the normed hidden states; head_VD; and the function that turns raw products into logits.
+        """
+        module = self._module(params)
+        return module.normalize(hidden_WD), module.head(), module.cap
+
+    def _module(self, params: Sequence[jax.Array]) -> Transformer:
+        return nnx.merge(self._graph, jax.tree_util.tree_unflatten(self._tree, params))
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """`layers.0.mlp.down_FD` from the path of a leaf, which ends in the variable's own `value`."""
+    keys = [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]
+    return ".".join(key for key in keys if key not in ("", "value"))
+
+
+def _draw(name: str, leaf: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
+    """Matrices of unit output variance; norms at one; biases and sinks small."""
+    last = name.rsplit(".", 1)[-1]
+    if last.startswith("scale"):
+        fill = lambda key: jnp.ones(leaf.shape, leaf.dtype)  # noqa: E731
+    else:
+        fan_in = {"o_MD": 0, "down_FD": 0, "up_EDcF": 1, "down_EFD": 1, "weight_VD": 1, "head_VD": 1}.get(last, 0)
+        std = 0.1 if "bias" in last or "sinks" in last else leaf.shape[fan_in] ** -0.5
+        fill = lambda key: (jax.random.normal(key, leaf.shape) * std).astype(leaf.dtype)  # noqa: E731
+    return jax.jit(fill, out_shardings=leaf.sharding)(key)

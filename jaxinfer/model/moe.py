@@ -1,0 +1,101 @@
+"""Mixture of experts (Shazeer et al. 2017; Jiang et al. 2024, Mixtral).
+
+Decoding reads weights, so with few tokens only the experts that they chose are read, one product per choice. With
+many tokens nearly every expert is read anyway; then the tokens are grouped by expert and each expert is one product.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxinfer.model.config import ModelConfig, MoEConfig
+from jaxinfer.model.mlp import activate
+from jaxinfer.model.parameter import Shapes
+from jaxinfer.parallel import TENSOR, expert_parallel
+from jaxinfer.quantize import einsum
+
+# One product per choice is unrolled; more choices than this are grouped instead.
+FEW_CHOICES = 16
+
+
+class MoE(nnx.Module):
+    def __init__(self, config: ModelConfig, moe: MoEConfig, shapes: Shapes):
+        self.config, self.moe = config, moe
+        experts, hidden, inner = moe.num_experts, config.hidden_size, moe.intermediate_size
+        halves = 2 if config.gated_mlp else 1
+        self.router_DE = shapes.param((hidden, experts))
+        self.up_EDcF = shapes.param((experts, hidden, halves, inner), (TENSOR,))
+        self.down_EFD = shapes.param((experts, inner, hidden), (TENSOR,))
+        self.router_bias_E = shapes.param((experts,)) if moe.bias else None
+        self.up_bias_EcF = shapes.param((experts, halves, inner), (TENSOR,)) if moe.bias else None
+        self.down_bias_ED = shapes.param((experts, hidden), (TENSOR,)) if moe.bias else None
+
+    def __call__(self, x_TD: jax.Array) -> jax.Array:
+        weights_TX, experts_TX = self._route(x_TD)
+        stacks = {"up": self.up_EDcF[...], "down": self.down_EFD[...]}
+        if self.up_bias_EcF is not None and self.down_bias_ED is not None:
+            stacks |= {"up_bias": self.up_bias_EcF[...], "down_bias": self.down_bias_ED[...]}
+        compute = run_few if experts_TX.size <= FEW_CHOICES else run_grouped
+        return expert_parallel(partial(compute, self.config), stacks, x_TD, weights_TX, experts_TX)
+
+    def _route(self, x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Weights (float32) and indices of the experts of each token."""
+        logits_TE = einsum("TD,DE->TE", x_TD, self.router_DE[...]).astype(jnp.float32)
+        if self.router_bias_E is not None:
+            logits_TE = logits_TE + self.router_bias_E[...].astype(jnp.float32)[None, :]
+        weights_TX, experts_TX = jax.lax.top_k(jax.nn.softmax(logits_TE), self.moe.experts_per_token)
+        if self.moe.renormalize:
+            weights_TX = weights_TX / weights_TX.sum(axis=-1, keepdims=True)
+        return weights_TX, experts_TX
+
+
+def run_few(config, first, stacks, x_TD, weights_TX, experts_TX):
+    """One product per choice of a token, reading the chosen expert alone; float32 sum over a token's choices."""
+    held = stacks["up"].shape[0]
+    rows = []
+    for token in range(x_TD.shape[0]):
+        total_D = jnp.zeros(x_TD.shape[1], jnp.float32)
+        for choice in range(experts_TX.shape[1]):
+            local = experts_TX[token, choice] - first
+            here = (local >= 0) & (local < held)
+            expert = jax.tree.map(lambda w: w[jnp.clip(local, 0, held - 1)], stacks)  # noqa: B023 (used at once)
+            y_D = _expert(config, x_TD[token : token + 1], expert)[0].astype(jnp.float32)
+            total_D = total_D + jnp.where(here, y_D * weights_TX[token, choice], 0.0)
+        rows.append(total_D)
+    return jnp.stack(rows).astype(x_TD.dtype)
+
+
+def _expert(config, x_TD, expert):
+    up_TcF = einsum("TD,DcF->TcF", x_TD, expert["up"])
+    if "up_bias" in expert:
+        up_TcF = up_TcF + expert["up_bias"][None]
+    y_TD = einsum("TF,FD->TD", activate(config, up_TcF), expert["down"])
+    return y_TD + expert["down_bias"][None] if "down_bias" in expert else y_TD
+
+
+def run_grouped(config, first, stacks, x_TD, weights_TX, experts_TX):
+    """Rows sorted by expert and one ragged product per projection; float32 sum over a token's choices."""
+    (tokens, choices), held = experts_TX.shape, stacks["up"].shape[0]
+    local = experts_TX.reshape(-1) - first
+    here = (local >= 0) & (local < held)
+    group = jnp.where(here, local, held)  # rows of other devices' experts go last and stay out of every group
+    order = jnp.argsort(group, stable=True)
+    sizes_E = jnp.bincount(group, length=held + 1)[:held].astype(jnp.int32)
+    expert = jnp.minimum(group[order], held - 1)
+
+    up_EDf = stacks["up"].reshape(held, x_TD.shape[1], -1)
+    up = jax.lax.ragged_dot(x_TD[order // choices], up_EDf, sizes_E, preferred_element_type=x_TD.dtype)
+    up = up.reshape(-1, *stacks["up"].shape[2:])
+    if "up_bias" in stacks:
+        up = up + stacks["up_bias"][expert]
+    y = jax.lax.ragged_dot(activate(config, up), stacks["down"], sizes_E, preferred_element_type=x_TD.dtype)
+    if "down_bias" in stacks:
+        y = y + stacks["down_bias"][expert]
+
+    y_TXD = y[jnp.argsort(order)].reshape(tokens, choices, -1).astype(jnp.float32)
+    weighted = jnp.where(here.reshape(tokens, choices, 1), y_TXD * weights_TX[:, :, None], 0.0)
+    return weighted.sum(axis=1).astype(x_TD.dtype)

@@ -1,0 +1,97 @@
+"""The one transformer. Every family is a configuration of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jaxinfer.model.attention import Attends, Attention
+from jaxinfer.model.config import ModelConfig
+from jaxinfer.model.mlp import MLP
+from jaxinfer.model.moe import MoE
+from jaxinfer.model.norm import Norm
+from jaxinfer.model.parameter import Shapes
+from jaxinfer.model.rope import tables
+from jaxinfer.parallel import TENSOR
+from jaxinfer.quantize import einsum
+
+
+class Embedding(nnx.Module):
+    """Token embeddings, sharded over the vocabulary."""
+
+    def __init__(self, config: ModelConfig, shapes: Shapes):
+        self.scale = config.embedding_scale
+        self.weight_VD = shapes.param((config.vocab_size, config.hidden_size), (TENSOR,))
+
+    def __call__(self, tokens_T: jax.Array) -> jax.Array:
+        x_TD = self.weight_VD[...].at[tokens_T].get(out_sharding=P(None, None))
+        return x_TD if self.scale == 1.0 else x_TD * jnp.asarray(self.scale, x_TD.dtype)
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: ModelConfig, index: int, shapes: Shapes):
+        self.config, moe = config, config.layers[index].moe
+        self.attention = Attention(config, index, shapes)
+        self.mlp = MLP(config, shapes) if moe is None else MoE(config, moe, shapes)
+        self.attention_norm = Norm(config, shapes) if config.pre_norm else None
+        self.mlp_norm = Norm(config, shapes) if config.pre_norm and not config.parallel_block else None
+        self.attention_post_norm = Norm(config, shapes) if config.post_norm else None
+        self.mlp_post_norm = Norm(config, shapes) if config.post_norm else None
+
+    def __call__(self, x_TD: jax.Array, batch: Attends, state: Any, rope) -> tuple[jax.Array, Any]:
+        normed_TD = _apply(self.attention_norm, x_TD)
+        attended_TD, state = self.attention(normed_TD, batch, state, rope)
+        attended_TD = _apply(self.attention_post_norm, attended_TD)
+        if self.config.parallel_block:  # Falcon: both halves read the same normed input
+            return x_TD + attended_TD + self.mlp(normed_TD), state
+        x_TD = x_TD + attended_TD
+        return x_TD + _apply(self.mlp_post_norm, self.mlp(_apply(self.mlp_norm, x_TD))), state
+
+
+def _apply(norm: Norm | None, x_TD: jax.Array) -> jax.Array:
+    return x_TD if norm is None else norm(x_TD)
+
+
+class Transformer(nnx.Module):
+    """Built abstractly: its parameters are shapes with shardings until `Model` is given values for them."""
+
+    def __init__(self, config: ModelConfig, shapes: Shapes, context: int):
+        self.config, self.context = config, context
+        self.embed = Embedding(config, shapes)
+        self.layers = nnx.List([Layer(config, index, shapes) for index in range(config.num_layers)])
+        self.final_norm = Norm(config, shapes)
+        head = (config.vocab_size, config.hidden_size)
+        self.head_VD = None if config.tied_embeddings else shapes.param(head, (TENSOR,))
+
+    def forward(self, batch: Attends, cache: tuple[Any, ...], layers: int, taps: tuple[int, ...]):
+        """Runs the first `layers` layers; see `Model.forward`. The loop is unrolled: a scan copies the weights."""
+        ropes = {
+            rope: tables(rope, batch.positions_T, self.context)
+            for rope in dict.fromkeys(layer.rope for layer in self.config.layers[:layers])
+        }
+        x_TD, states, tapped = self.embed(batch.tokens_T), list(cache), {}
+        for index in range(layers):
+            rope = ropes[self.config.layers[index].rope]
+            x_TD, states[index] = self.layers[index](x_TD, batch, states[index], rope)
+            if index in taps:
+                tapped[index] = x_TD
+        return x_TD, tuple(tapped[index] for index in taps), tuple(states)
+
+    def logits(self, hidden_WD: jax.Array) -> jax.Array:
+        """float32 logits, sharded over the vocabulary."""
+        return self.cap(einsum("WD,VD->WV", self.normalize(hidden_WD), self.head(), jnp.dtype(jnp.float32)))
+
+    def normalize(self, hidden_WD: jax.Array) -> jax.Array:
+        return self.final_norm(hidden_WD)
+
+    def head(self) -> jax.Array:
+        return self.embed.weight_VD[...] if self.head_VD is None else self.head_VD[...]
+
+    def cap(self, logits: jax.Array) -> jax.Array:
+        """Gemma 2's soft cap, where the config has one."""
+        cap = self.config.final_soft_cap
+        return logits if cap is None else jnp.tanh(logits / cap) * cap

@@ -1,0 +1,57 @@
+"""The helpers in which the model meets several devices. Everything else of it is plain jax.numpy.
+
+Each is a `shard_map` over the axis `tensor`: what a device computes is an ordinary function of local arrays, and the
+sum over devices stands here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from jaxinfer.parallel.mesh import TENSOR
+
+
+def attend(local: Callable[..., Any], specs: tuple[Any, ...], out_specs: Any, *arguments: Any) -> Any:
+    """Runs `local` on every device's own heads.
+
+    Args:
+        local: a function of local arrays that calls the page-write and attention kernels.
+        specs: a `PartitionSpec`, or a pytree prefix of them, for each argument.
+        out_specs: the same for the result.
+        arguments: arrays and pytrees of arrays.
+    """
+    # Varying-axes checks are off: they do not know the kernels' calls.
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=out_specs, check_vma=False)
+    return mapped(*arguments)
+
+
+def row_parallel(multiply: Callable[..., jax.Array], x_TF: jax.Array, w_FD: Any) -> jax.Array:
+    """x @ w with both sharded over the contracted axis; the result is whole on every device.
+
+    `multiply` is the local product, `w_FD` a plain or a quantized array sharded on its first axis.
+    """
+
+    def local(x, w):
+        return jax.lax.psum(multiply(x, w), TENSOR)
+
+    return jax.shard_map(local, in_specs=(P(None, TENSOR), P(TENSOR)), out_specs=P(None, None))(x_TF, w_FD)
+
+
+def expert_parallel(local: Callable[..., jax.Array], experts: Any, *replicated: jax.Array) -> jax.Array:
+    """The sum over devices of `local(first_expert, experts, *replicated)`.
+
+    `experts` is a pytree of arrays sharded over their first axis, E; `first_expert` is the index, among all experts,
+    of the first one that a device holds.
+    """
+
+    def summed(experts, *replicated):
+        per_device = jax.tree.leaves(experts)[0].shape[0]
+        first = jax.lax.axis_index(TENSOR) * per_device
+        return jax.lax.psum(local(first, experts, *replicated), TENSOR)
+
+    specs = (P(TENSOR), *(P() for _ in replicated))
+    return jax.shard_map(summed, in_specs=specs, out_specs=P(None, None), check_vma=False)(experts, *replicated)
