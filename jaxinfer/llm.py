@@ -63,6 +63,7 @@ class LLM:
         params = self.model.params(checkpoint.load(self.folder, self.model))
         self.engine = Engine(self.model, params, options)
         self._seeds, self._ids = np.random.default_rng(seed), count()
+        self._running: dict[int, _Continuation] = {}
 
     def generate(
         self,
@@ -85,10 +86,12 @@ class LLM:
         params = _paired(sampling_params, len(listed))
         tokens = self._encode(listed, params)
         continuations = [self._start(ids, p) for ids, p in zip(tokens, params, strict=True)]
-        running = {c.request.id: c for group in continuations for c in group}
-        while self.engine.has_work:
-            for update in self.engine.step():
-                self._read(running[update.request.id], update)
+        flat = [continuation for group in continuations for continuation in group]
+        try:
+            while any(continuation.finish_reason is None for continuation in flat):
+                self._step()
+        finally:
+            self._drop(flat)
         return [
             RequestOutput(
                 prompt=prompt if isinstance(prompt, str) else None,
@@ -140,7 +143,7 @@ class LLM:
         tokens, problems = [], []
         for index, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
             try:
-                ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _checked_ids(prompt)
+                ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) and prompt else _checked_ids(prompt)
                 found = self._problems(ids, p)
             except ValueError as error:
                 ids, found = [], [str(error)]
@@ -177,30 +180,38 @@ class LLM:
         for index in range(params.n):
             request = self._request(ids, params, (seed + index) % 2**32)
             self.engine.add(request)
-            group.append(
-                _Continuation(request, index, IncrementalDecoder(self.tokenizer), StopChecker(params.stop_strings))
-            )
+            decoder, checker = IncrementalDecoder(self.tokenizer), StopChecker(params.stop_strings)
+            self._running[request.id] = _Continuation(request, index, decoder, checker)
+            group.append(self._running[request.id])
         return group
 
     # --- text out
 
     def _stream(self, tokens: list[int], params: SamplingParams) -> Iterator[CompletionOutput]:
         (continuation,) = self._start(tokens, params)
-        request_id = continuation.request.id
         try:
-            while continuation.finish_reason is None:
-                for update in self.engine.step():
-                    if update.request.id == request_id and (piece := self._read(continuation, update)) is not None:
-                        yield piece
+            piece = None
+            while piece is None or piece.finish_reason is None:
+                if continuation.finish_reason is None:  # else it ended in a step that another caller ran
+                    self._step()
+                if (piece := continuation.piece()) is not None:
+                    yield piece
         finally:
-            self.engine.abort(request_id)
+            self._drop([continuation])
 
-    def _read(self, continuation: _Continuation, update: Update) -> CompletionOutput | None:
-        """Gives an update to its continuation; ends the request where a stop string ended the text."""
-        piece = continuation.push(update)
-        if continuation.finish_reason is not None and update.finish_reason is None:
-            self.engine.abort(update.request.id)
-        return piece
+    def _step(self) -> None:
+        """Runs the engine once; gives every update to its continuation, whoever asked for it."""
+        for update in self.engine.step():
+            if (continuation := self._running.get(update.request.id)) is not None:
+                continuation.push(update)
+                if continuation.finish_reason is not None:
+                    self._drop([continuation])
+
+    def _drop(self, continuations: Sequence[_Continuation]) -> None:
+        """Forgets continuations; those that still run, after a stop string or an interrupt, stop running."""
+        for continuation in continuations:
+            if self._running.pop(continuation.request.id, None) is not None:
+                self.engine.abort(continuation.request.id)
 
 
 @dataclass
@@ -217,29 +228,23 @@ class _Continuation:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: Any = None
     stop_reason: int | str | None = None
+    sent: tuple[int, int] = (0, 0)  # tokens and characters that `piece` has handed out
 
-    def push(self, update: Update) -> CompletionOutput | None:
-        """Takes the new tokens up to a stop string; returns what is new of text and tokens."""
-        if self.finish_reason is not None:
-            return None
+    def push(self, update: Update) -> None:
+        """Takes the new tokens, up to the one that completes a stop string."""
         if update.prompt_logprobs is not None:
             self.prompt_logprobs = list(update.prompt_logprobs)
-        before, texted = len(self.token_ids), len(self.text)
         for position, token in enumerate(update.tokens):
             self.token_ids.append(token)
             self.logprobs += update.logprobs[position : position + 1]
             ends = update.finish_reason == "stop" and position == len(update.tokens) - 1
             if not ends and self._show(self.decoder.push(token)):
-                return self._piece(before, texted)
+                return
         if update.finish_reason is not None and not self._show(self.decoder.flush()):
             self.text += self.checker.flush()
             self.finish_reason = update.finish_reason
             if update.finish_reason == "stop" and self.token_ids[-1] not in self.request.eos_ids:
                 self.stop_reason = self.token_ids[-1]
-        return self._piece(before, texted)
-
-    def output(self) -> CompletionOutput:
-        return self._piece(0, 0)
 
     def _show(self, piece: str) -> bool:
         """Appends text; true where a stop string ended it."""
@@ -249,11 +254,17 @@ class _Continuation:
             self.finish_reason, self.stop_reason = "stop", self.checker.matched
         return stopped
 
-    def _piece(self, token: int, character: int) -> CompletionOutput:
+    def output(self, token: int = 0, character: int = 0) -> CompletionOutput:
+        """What there is from a given token and character on; all of it by default."""
         logprobs = self.logprobs[token:] if self.request.params.logprobs is not None else None
-        return CompletionOutput(
-            self.index, self.text[character:], self.token_ids[token:], logprobs, self.finish_reason, self.stop_reason
-        )
+        text, token_ids = self.text[character:], self.token_ids[token:]
+        return CompletionOutput(self.index, text, token_ids, logprobs, self.finish_reason, self.stop_reason)
+
+    def piece(self) -> CompletionOutput | None:
+        """What came since the last piece, if anything did."""
+        new = self.output(*self.sent)
+        self.sent = (len(self.token_ids), len(self.text))
+        return new if new.token_ids or new.text or new.finish_reason else None
 
 
 def _check_arguments(dtype: str | None, max_model_len: int | None) -> None:

@@ -29,7 +29,11 @@ from jaxinfer.roofline import (
 )
 from jaxinfer.roofline.plot import plot_roofline
 
-MODELS = Path(__file__).parents[2] / "configs" / "models"
+_PACKAGE = Path(__file__).parents[1]
+# A wheel carries the configs inside the package.
+MODELS = next(
+    folder for folder in (_PACKAGE / "assets" / "models", _PACKAGE.parent / "configs" / "models") if folder.is_dir()
+)
 
 
 def plan(

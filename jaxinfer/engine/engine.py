@@ -7,7 +7,7 @@ device, and the host reads them late. What ran past the end of a sequence is dis
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -123,15 +123,19 @@ class Engine:
         return []
 
     def warm_up(self, params: SamplingParams | None = None) -> None:
-        """Compiles every program that requests with sampling parameters such as these can meet."""
-        needs = sampling.needs([params or SamplingParams(temperature=0.0)])
-        idle = Request(-1, (0,), params or SamplingParams(temperature=0.0, max_tokens=1), (), 0)
-        empty = Sequence(idle, 0, tuple([] for _ in self.layout.num_pages))
-        self._state = self.programs.release(self.programs.admit(self._state, 0, self._admission(empty)), 0)
+        """Compiles every program that requests with sampling parameters such as these can meet, on an idle engine."""
+        assert not self.scheduler.running
+        params = params or SamplingParams(temperature=0.0)
+        needs = sampling.needs([params])
+        for penalty in (1.0, 2.0):  # whether the sampler reads the prompt makes two programs of an admission
+            idle = Request(-1, (0,), replace(params, repetition_penalty=penalty), (), 0)
+            empty = Sequence(idle, 0, tuple([] for _ in self.layout.num_pages))
+            self._state = self.programs.admit(self._state, 0, self._admission(empty))
+        self._state = self.programs.release(self._state, 0)
         for tokens in _powers(SMALLEST_BUCKET, self.options.max_num_batched_tokens):
             for decode in (0, self.layout.slots):
                 prefill = lay_out([], tokens, self.layout.slots)
-                targets = next_tokens([], tokens) if idle.params.prompt_logprobs is not None else None
+                targets = next_tokens([], tokens) if params.prompt_logprobs is not None else None
                 self._run_step(prefill, targets, decode, needs)
         for decode in _powers(1, self.layout.slots):
             self._run_loop(decode, needs)

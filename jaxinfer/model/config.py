@@ -24,6 +24,11 @@ class MoEConfig:
     renormalize: bool = True
     bias: bool = False  # the router and every expert projection carry a bias
 
+    def __post_init__(self):
+        if self.experts_per_token > self.num_experts:
+            chosen, all_of_them = self.experts_per_token, self.num_experts
+            raise ValueError(f"experts_per_token {chosen} must be at most num_experts {all_of_them}")
+
 
 @dataclass(frozen=True)
 class LayerConfig:
@@ -71,6 +76,7 @@ class ModelConfig:
 
     gated_mlp: bool = True
     activation: Activation = "silu"
+    activation_limit: float = 7.0  # where swiglu_clamped cuts its inputs
     mlp_bias: bool = False
 
     embedding_scale: float = 1.0

@@ -7,9 +7,11 @@ that is not known to be without effect on inference, is an error: a model that i
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from jaxinfer.model import rope as rotary
@@ -49,20 +51,20 @@ class ConfigReader:
         self._asked.add(name)
         return self.fields.get(name, default)
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        """A count of at least 1; a field that is absent or null takes the default, and without one is an error."""
+    def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
+        """A count; a field that is absent or null takes the default, and without one is an error."""
         value = self.get(name)
         value = default if value is None else value
         if value is None:
-            raise ValueError(f"config.json lacks the field {name}; expected an integer of at least 1")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"config.json: {name} is {value!r}; expected an integer of at least 1")
+            raise ValueError(f"config.json lacks the field {name}; expected an integer of at least {least}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"config.json: {name} is {value!r}; expected an integer of at least {least}")
         return value
 
     def number(self, name: str, default: float) -> float:
         value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"config.json: {name} is {value!r}; expected a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"config.json: {name} is {value!r}; expected a positive number")
         return float(value)
 
     def optional(self, name: str, default: float | None = None) -> float | None:
@@ -77,9 +79,25 @@ class ConfigReader:
 
     def choice(self, name: str, allowed: dict[str, Any], default: str) -> Any:
         value = self.get(name, default)
-        if value not in allowed:
+        if not isinstance(value, str) or value not in allowed:
             raise ValueError(f"config.json: {name} is {value!r}; expected one of {sorted(allowed)}")
         return allowed[value]
+
+    def listed(self, name: str, kind: type | UnionType) -> tuple[Any, ...]:
+        """The items of a list, all of one kind; none where the field is absent or null."""
+        value = self.get(name)
+        value = [] if value is None else value
+        if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+            raise ValueError(f"config.json: {name} is {value!r}; expected a list of {getattr(kind, '__name__', kind)}")
+        return tuple(value)
+
+    def object(self, name: str) -> dict[str, Any]:
+        """Named values; none where the field is absent or null."""
+        value = self.get(name)
+        value = {} if value is None else value
+        if not isinstance(value, dict):
+            raise ValueError(f"config.json: {name} is {value!r}; expected an object")
+        return value
 
     def refuse_unread(self, architecture: str) -> None:
         unread = self.fields.keys() - self._asked - _WITHOUT_EFFECT
@@ -122,7 +140,7 @@ def _text_part(fields: dict[str, Any]) -> dict[str, Any]:
     """The language model of a multimodal Gemma 3, whose fields stand in `text_config`."""
     if fields.get("architectures") != ["Gemma3ForConditionalGeneration"]:
         return fields
-    text = dict(fields["text_config"])
+    text = ConfigReader(fields).object("text_config")
     inherited = {name: fields[name] for name in ("torch_dtype", "dtype") if name in fields}
     # The published multimodal configs leave out what equals the defaults of the language model.
     defaults = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -181,46 +199,45 @@ def _activation(read: ConfigReader) -> Any:
 
 def _rope(read: ConfigReader, head_size: int, context: int) -> Rope:
     theta = read.number("rope_theta", 10000.0)
-    parameters = read.get("rope_parameters") or read.get("rope_scaling")
+    parameters = read.object("rope_parameters") or read.object("rope_scaling")
     partial = read.number("partial_rotary_factor", 1.0)
-    if parameters and "full_attention" in parameters:  # one set per kind of layer
-        parameters = parameters["full_attention"]
-    return _rope_from(parameters or {}, theta, partial, head_size, context, read)
+    if "full_attention" in parameters:  # one set per kind of layer
+        parameters = ConfigReader(parameters).object("full_attention")
+    return _rope_from(parameters, theta, partial, head_size, context, read)
 
 
 def _rope_from(parameters: dict[str, Any], theta: float, partial: float, head_size: int, context: int,
                read: ConfigReader) -> Rope:  # fmt: skip
     """A rope from one `rope_scaling` or `rope_parameters` object."""
-    if not isinstance(parameters, dict):
-        raise ValueError(f"config.json: rope_scaling is {parameters!r}; expected an object")
     inner = ConfigReader(parameters)
     theta = inner.number("rope_theta", theta)
     dim = int(head_size * inner.number("partial_rotary_factor", partial))
     kind = inner.get("rope_type") or inner.get("type") or "default"
     inner.get("type")
-    if kind not in _SCALINGS:
+    if not isinstance(kind, str) or kind not in _SCALINGS:
         raise ValueError(f"config.json: rope_scaling type is {kind!r}; expected one of {sorted(_SCALINGS)}")
-    original = read.get("original_max_position_embeddings")
-    scaling = _SCALINGS[kind](inner, inner.get("original_max_position_embeddings") or original, context)
+    outer = read.integer("original_max_position_embeddings", context)
+    original = inner.integer("original_max_position_embeddings", outer)
+    rope = Rope(theta, dim, _SCALINGS[kind](inner, original, context))
     inner.refuse_unread(f"rope_scaling of type {kind}")
-    return Rope(theta, dim, scaling)
+    rope.frequencies(context)  # raises what only a wrong combination of fields shows
+    return rope
 
 
-def _longrope(read: ConfigReader, original: int | None, context: int) -> rotary.LongRope:
-    original = original or context
+def _longrope(read: ConfigReader, original: int, context: int) -> rotary.LongRope:
     return rotary.LongRope(
-        short_factor=tuple(read.get("short_factor", ())),
-        long_factor=tuple(read.get("long_factor", ())),
+        short_factor=read.listed("short_factor", int | float),
+        long_factor=read.listed("long_factor", int | float),
         original_context=original,
         factor=read.optional("factor") or context / original,
         attention_factor=read.optional("attention_factor"),
     )
 
 
-def _yarn(read: ConfigReader, original: int | None, context: int) -> rotary.Yarn:
+def _yarn(read: ConfigReader, original: int, context: int) -> rotary.Yarn:
     return rotary.Yarn(
         factor=read.number("factor", 1.0),
-        original_context=original or context,
+        original_context=original,
         beta_fast=read.optional("beta_fast") or 32.0,
         beta_slow=read.optional("beta_slow") or 1.0,
         attention_factor=read.optional("attention_factor"),
@@ -230,19 +247,19 @@ def _yarn(read: ConfigReader, original: int | None, context: int) -> rotary.Yarn
     )
 
 
-def _llama3(read: ConfigReader, original: int | None, context: int) -> rotary.Llama3:
+def _llama3(read: ConfigReader, original: int, context: int) -> rotary.Llama3:
     return rotary.Llama3(
         factor=read.number("factor", 8.0),
         low_freq_factor=read.number("low_freq_factor", 1.0),
         high_freq_factor=read.number("high_freq_factor", 4.0),
-        original_context=original or context,
+        original_context=original,
     )
 
 
-_SCALINGS: dict[str, Callable[[ConfigReader, int | None, int], rotary.Scaling | None]] = {
+_SCALINGS: dict[str, Callable[[ConfigReader, int, int], rotary.Scaling | None]] = {
     "default": lambda read, original, context: None,
     "linear": lambda read, original, context: rotary.Linear(read.number("factor", 1.0)),
-    "dynamic": lambda read, original, context: rotary.Dynamic(read.number("factor", 1.0), original or context),
+    "dynamic": lambda read, original, context: rotary.Dynamic(read.number("factor", 1.0), original),
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
@@ -271,8 +288,8 @@ def _window(read: ConfigReader, default: int | None) -> int | None:
 
 def _local_layers(read: ConfigReader, depth: int, default: list[bool]) -> list[bool]:
     """From `layer_types` where the config has it, else from the family's own rule."""
-    kinds = read.get("layer_types")
-    if kinds is None:
+    kinds = read.listed("layer_types", str)
+    if not kinds:
         return default
     if len(kinds) != depth or not set(kinds) <= {"sliding_attention", "full_attention"}:
         raise ValueError(
@@ -299,7 +316,7 @@ def _qwen2(read: ConfigReader, config: ModelConfig) -> ModelConfig:
 
 
 def _qwen_windows(read: ConfigReader, config: ModelConfig) -> ModelConfig:
-    window, first = _window(read, 4096), read.get("max_window_layers", 28)
+    window, first = _window(read, 4096), read.integer("max_window_layers", 28, least=0)
     used = read.flag("use_sliding_window", False)
     local = _local_layers(read, config.num_layers, [i >= first for i in range(config.num_layers)])
     return _windowed(config, local, window if used else None)
@@ -318,7 +335,7 @@ def _qwen3_moe(read: ConfigReader, config: ModelConfig) -> ModelConfig:
         intermediate_size=read.integer("moe_intermediate_size", 768),
         renormalize=read.flag("norm_topk_prob", False),
     )
-    every, dense = read.integer("decoder_sparse_step", 1), set(read.get("mlp_only_layers") or ())
+    every, dense = read.integer("decoder_sparse_step", 1), set(read.listed("mlp_only_layers", int))
     sparse = [i not in dense and (i + 1) % every == 0 for i in range(config.num_layers)]
     return _with_experts(config, moe, sparse)
 
@@ -373,7 +390,7 @@ def _gemma(read: ConfigReader, config: ModelConfig) -> ModelConfig:
     bias = read.flag("attention_bias", False)
     # Gemma's first configs say "gelu" and were trained with its tanh form, which `hidden_activation` states.
     stated = read.get("hidden_activation") or "gelu_pytorch_tanh"
-    if stated not in _ACTIVATIONS:
+    if not isinstance(stated, str) or stated not in _ACTIVATIONS:
         raise ValueError(f"config.json: hidden_activation is {stated!r}; expected one of {sorted(_ACTIVATIONS)}")
     return replace(
         config,
@@ -395,8 +412,10 @@ def _gemma2(read: ConfigReader, config: ModelConfig) -> ModelConfig:
         attention_soft_cap=read.optional("attn_logit_softcapping", 50.0),
         final_soft_cap=read.optional("final_logit_softcapping", 30.0),
     )
+    window = _window(read, 4096)
+    _require(read, "sliding_window_size", window)  # written twice in the published files
     alternate = [i % 2 == 0 for i in range(config.num_layers)]
-    return _windowed(config, _local_layers(read, config.num_layers, alternate), _window(read, 4096))
+    return _windowed(config, _local_layers(read, config.num_layers, alternate), window)
 
 
 def _gemma3(read: ConfigReader, config: ModelConfig) -> ModelConfig:
@@ -413,7 +432,7 @@ def _gemma3(read: ConfigReader, config: ModelConfig) -> ModelConfig:
     every = read.integer("sliding_window_pattern", read.get("_sliding_window_pattern") or 6)
     local = [(i + 1) % every != 0 for i in range(config.num_layers)]
     local_theta = read.number("rope_local_base_freq", 10000.0)
-    stated = (read.get("rope_parameters") or {}).get("sliding_attention", {})
+    stated = ConfigReader(read.object("rope_parameters")).object("sliding_attention")
     local_rope = _rope_from(stated, local_theta, 1.0, config.head_size, config.context, read)
     if "rope_theta" not in read.fields and "rope_parameters" not in read.fields:
         rope = replace(config.layers[0].rope, theta=1_000_000.0)
@@ -474,7 +493,6 @@ def _gpt_oss(read: ConfigReader, config: ModelConfig) -> ModelConfig:
         intermediate_size=config.intermediate_size,
         bias=True,
     )
-    _require(read, "swiglu_limit", 7.0)
     bias = read.flag("attention_bias", True)
     config = replace(
         config,
@@ -483,6 +501,7 @@ def _gpt_oss(read: ConfigReader, config: ModelConfig) -> ModelConfig:
         o_bias=bias,
         sinks=True,
         activation="swiglu_clamped",
+        activation_limit=read.number("swiglu_limit", 7.0),
     )
     alternate = [i % 2 == 0 for i in range(config.num_layers)]
     config = _windowed(config, _local_layers(read, config.num_layers, alternate), _window(read, 128))

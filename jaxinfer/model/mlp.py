@@ -33,7 +33,7 @@ class MLP(nnx.Module):
 def activate(config: ModelConfig, up_TcF: jax.Array) -> jax.Array:
     """[T, c, F] to [T, F]: the activation of the first half, times the second where the MLP is gated."""
     if config.activation == "swiglu_clamped":
-        return _swiglu_clamped(up_TcF)
+        return _swiglu_clamped(up_TcF, config.activation_limit)
     gate_TF = {"silu": jax.nn.silu, "gelu": _gelu, "gelu_tanh": jax.nn.gelu}[config.activation](up_TcF[:, 0])
     return gate_TF * up_TcF[:, 1] if config.gated_mlp else gate_TF
 
@@ -42,7 +42,7 @@ def _gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
 
-def _swiglu_clamped(up_TcF: jax.Array, alpha: float = 1.702, limit: float = 7.0) -> jax.Array:
+def _swiglu_clamped(up_TcF: jax.Array, limit: float, alpha: float = 1.702) -> jax.Array:
     """gpt-oss: a sigmoid-gated linear unit of clamped inputs, with one added to the linear half."""
     gate, up = jnp.minimum(up_TcF[:, 0], limit), jnp.clip(up_TcF[:, 1], -limit, limit)
     return gate * jax.nn.sigmoid(alpha * gate) * (up + 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -99,12 +100,18 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _draw(name: str, leaf: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
-    """Matrices of unit output variance; norms at one; biases and sinks small."""
+    """Norms at one; biases and sinks small; matrices of unit output variance."""
     last = name.rsplit(".", 1)[-1]
     if last.startswith("scale"):
-        fill = lambda key: jnp.ones(leaf.shape, leaf.dtype)  # noqa: E731
-    else:
-        fan_in = {"o_MD": 0, "down_FD": 0, "up_EDcF": 1, "down_EFD": 1, "weight_VD": 1, "head_VD": 1}.get(last, 0)
-        std = 0.1 if "bias" in last or "sinks" in last else leaf.shape[fan_in] ** -0.5
-        fill = lambda key: (jax.random.normal(key, leaf.shape) * std).astype(leaf.dtype)  # noqa: E731
-    return jax.jit(fill, out_shardings=leaf.sharding)(key)
+        return jnp.ones(leaf.shape, leaf.dtype, device=leaf.sharding)
+    small = "bias" in last or "sinks" in last
+    # The contracted axis is the last one of [V, D], the second one of experts, the first one of all others.
+    contracted = {"weight_VD": -1, "head_VD": -1, "up_EDcF": 1, "down_EFD": 1}.get(last, 0)
+    return _normal(leaf.shape, leaf.dtype, leaf.sharding)(key, 0.1 if small else leaf.shape[contracted] ** -0.5)
+
+
+@functools.cache
+def _normal(shape: tuple[int, ...], dtype: jnp.dtype, sharding: jax.sharding.Sharding):
+    """A compiled draw; layers share it."""
+    draw = lambda key, std: (jax.random.normal(key, shape) * std).astype(dtype)  # noqa: E731
+    return jax.jit(draw, out_shardings=sharding)

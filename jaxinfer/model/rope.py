@@ -133,9 +133,10 @@ class LongRope:
     attention_factor: float | None = None
 
     def __call__(self, rope, inverse, context):
+        for name in ("short_factor", "long_factor"):
+            if (count := len(getattr(self, name))) != rope.dim // 2:
+                raise ValueError(f"{name} has {count} entries; expected {rope.dim // 2}, half of what rotates")
         chosen = self.long_factor if context > self.original_context else self.short_factor
-        if len(chosen) != rope.dim // 2:
-            raise ValueError(f"rope factors have {len(chosen)} entries; expected {rope.dim // 2}")
         return inverse / np.asarray(chosen, np.float32), self._attention_factor()
 
     def _attention_factor(self) -> float:

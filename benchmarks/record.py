@@ -1,0 +1,69 @@
+"""How a result is kept: a list of records and the environment that they were measured in."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One figure.
+
+    Attributes:
+        case: what was measured, such as `llama-3-8b B16`.
+        implementation: what ran.
+        metric, value, unit: the figure.
+        roofline_fraction: the limit's time over the measured one; None where no limit is stated.
+    """
+
+    case: str
+    implementation: str
+    metric: str
+    value: float
+    unit: str
+    roofline_fraction: float | None = None
+
+
+def environment() -> dict[str, str]:
+    """GPU, driver, versions, date and commit."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": _run("git", "rev-parse", "HEAD"),
+    }
+
+
+def write(name: str, records: list[Record], folder: Path | None = None) -> Path:
+    """Writes `<folder>/<name>.json`, by default under the results of this machine's device."""
+    folder = folder or RESULTS / device_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    content = {"environment": environment(), "records": [asdict(record) for record in records]}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def device_folder() -> str:
+    """`h200` for an NVIDIA H200."""
+    return jax.devices()[0].device_kind.lower().removeprefix("nvidia ").replace(" ", "-")
+
+
+def _run(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

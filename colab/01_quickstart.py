@@ -1,0 +1,148 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Quickstart
+#
+# Generate code with the embedded demo model, look inside one step of it, and ask what an 8B model could do on a GPU.
+
+# %%
+import subprocess
+import sys
+from importlib.util import find_spec
+
+SOURCE = "git+https://github.com/jaxinfer/jaxinfer"
+if find_spec("jaxinfer") is None:  # on Colab
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"jaxinfer[plots] @ {SOURCE}"], check=True)
+
+# %% [markdown]
+# ## Text in, text out
+#
+# `LLM()` loads the model that ships with the package: 11 million parameters, trained on the Python standard library.
+# A folder or a Hugging Face id works the same way. Sampling parameters have the names that vLLM gives them.
+
+# %%
+from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.llm import LLM
+
+llm = LLM(max_model_len=256)
+prompt = "def fibonacci(n):"
+greedy = SamplingParams(temperature=0.0, max_tokens=48)
+print(prompt, end="")
+for piece in llm.stream(prompt, greedy):
+    print(piece.text, end="")
+print()
+
+# %% [markdown]
+# ## Inside one step
+#
+# The engine's programs work on a *slot* for each sequence and on *pages* of keys and values. Here are two slots, pages
+# of 8 tokens, and room for 32 tokens a sequence. The prompt is given slot 0 and the pages 5, 2, 7 and 4: any pages do,
+# save page 0, where padding is written.
+
+# %%
+import jax
+import numpy as np
+
+from jaxinfer.decode import sampling
+from jaxinfer.decode.batch import Prefill, make_batch
+from jaxinfer.decode.slots import Admission
+from jaxinfer.decode.step import Layout, Programs
+
+layout = Layout(slots=2, page_size=8, num_pages=(9,), max_tokens=32, cache_dtype="float32")
+programs = Programs(llm.model, layout)
+state, cache = programs.new_state()
+page_table = np.array([5, 2, 7, 4], np.int32)
+admission = Admission((page_table,), np.int32(16), sampling.pack(greedy, (), 0), np.full(1, -1, np.int32))
+state = programs.admit(state, 0, admission)
+print("keys of one layer, [page, slot in page, KV head, head size]:", cache[0].k_PSKH.shape)
+
+# %% [markdown]
+# A step takes a `Batch`: first one token for each slot that decodes, none yet, then the prompts that are read, one
+# after the other without padding between them. Each token knows its position, and where in the pages its key and value
+# go: `page x page size + slot in the page`.
+
+# %%
+tokens = np.array(llm.tokenizer.encode(prompt), np.int32)
+prefill = Prefill(
+    tokens_T=tokens,
+    starts_R1=np.array([0, len(tokens)], np.int32),
+    slots_R=np.array([0], np.int32),
+    lengths_R=np.array([len(tokens)], np.int32),
+    last_R=np.array([1], np.int32),
+)
+with jax.set_mesh(llm.model.mesh):
+    batch, rows = make_batch(state, decode=0, prefill=prefill, page_size=layout.page_size)
+for token, position, write in zip(batch.tokens_T, batch.positions_T, batch.views[0].write_T, strict=True):
+    page, slot = divmod(int(write), layout.page_size)
+    print(f"position {position:2}: {llm.tokenizer.decode([int(token)])!r:16} -> page {page}, slot {slot}")
+print("page table of the sequence:", batch.views[0].prefill_tables_RJ[0])
+
+# %% [markdown]
+# The model turns the batch into one hidden state a token, and writes keys and values on its way. Logits are computed
+# only where a token is to be drawn: behind the last one of the prompt.
+
+
+# %%
+@jax.jit
+def look(params, batch, cache):
+    hidden_TD, _, _ = llm.model.forward(params, batch, cache)
+    return hidden_TD, llm.model.logits(params, hidden_TD[rows.tokens_W])
+
+
+with jax.set_mesh(llm.model.mesh):
+    hidden_TD, logits_WV = look(llm.engine.params, batch, cache)
+print("hidden states", hidden_TD.shape, "logits", logits_WV.shape)
+probabilities_V = np.asarray(jax.nn.softmax(logits_WV[0]))
+for token in np.argsort(-probabilities_V)[:5]:
+    print(f"{llm.tokenizer.decode([int(token)])!r:16} {probabilities_V[token]:.3f}")
+
+# %% [markdown]
+# The engine's own program does all that and samples too. It runs the prompt; then a loop on the device decodes eight
+# tokens, each step reading what the one before it drew. The cache is updated in place.
+
+# %%
+needs = sampling.needs([greedy])
+state, cache, first = programs.step(llm.engine.params, state, cache, prefill, None, decode=0, needs=needs)
+state, cache, loop = programs.loop(llm.engine.params, state, cache, decode=1, steps=8, needs=needs)
+drawn = [int(first.sampled.tokens_B[0, 0]), *np.asarray(loop.sampled.tokens_B[:, 0]).tolist()]
+print(repr(prompt + llm.tokenizer.decode(drawn)))
+print("tokens in the cache of each slot:", state.length_B)
+
+# %% [markdown]
+# ## What could an 8B model do?
+#
+# The roofline needs no device: the bytes and the operations of a step follow from the model's config. Decoding one
+# sequence reads every weight for one token, so memory bounds it; 64 together share that read.
+
+# %%
+from rich.console import Console
+
+from jaxinfer.cli.plan import find_model, make_plan, plan_tables, verdict
+from jaxinfer.roofline import Precision, find_hardware
+
+plan = make_plan(find_model("llama-3-8b"), find_hardware("h200"), batch=64, context=4096, precision=Precision())
+console = Console(width=110)
+for table in plan_tables(plan):
+    console.print(table)
+console.print(*verdict(plan), sep="\n")
+
+# %%
+from io import BytesIO
+
+from IPython.display import Image
+
+from jaxinfer.roofline.plot import plot_roofline
+
+picture = BytesIO()
+plot_roofline(plan.hardware, {"decode": plan.decode, "prefill": plan.prefill}).savefig(picture, dpi=110)
+Image(picture.getvalue())

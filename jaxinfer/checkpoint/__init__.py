@@ -1,0 +1,27 @@
+"""Checkpoints: published ones and our own, from disk straight into sharded device arrays, and back."""
+
+from pathlib import Path
+
+import jax
+
+from jaxinfer.checkpoint import huggingface, native
+from jaxinfer.checkpoint.hub import resolve
+from jaxinfer.checkpoint.huggingface import export
+from jaxinfer.checkpoint.native import convert, save
+from jaxinfer.model import Model
+
+__all__ = ["convert", "export", "load", "resolve", "save"]
+
+
+def load(folder: str | Path, model: Model) -> dict[str, jax.Array]:
+    """The parameters of `model` by path, with its shapes, dtypes and shardings, from a checkpoint folder.
+
+    The folder holds Hugging Face safetensors or our own checkpoint (`convert`). Neither needs a copy of the model
+    on the host: parameters are read and assembled one group after the other, on the devices.
+
+    Raises:
+        ValueError: the checkpoint is damaged or is not one of this model. Names the file, the tensors, and the
+            shapes expected and found; raised before a weight is read.
+    """
+    folder = Path(folder)
+    return native.load(folder, model) if native.is_native(folder) else huggingface.load(folder, model)

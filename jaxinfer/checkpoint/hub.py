@@ -1,0 +1,28 @@
+"""Finds a model: a folder on this machine, or a name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+_UNWANTED = ["*/*", "consolidated*"]  # the same weights once more, in their authors' own layout
+
+
+def resolve(model: str | Path) -> Path:
+    """The folder of a model's checkpoint, downloaded once where `model` is a Hugging Face id such as `org/name`.
+
+    Raises:
+        ValueError: `model` is neither a folder nor an id that can be downloaded; says why.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        message = f"model {str(model)!r} is no folder, and not available from Hugging Face: {reason}"
+        raise ValueError(message) from error

@@ -1,0 +1,131 @@
+"""Loads parameters one group after the other, whatever they are stored as.
+
+A store says which tensors it has and by which rule each parameter is made of them; here they are checked against the
+model before anything is read, then read and assembled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.checkpoint.assembly import Assembly
+from jaxinfer.checkpoint.files import DTYPES, Tensor
+from jaxinfer.checkpoint.names import Rule
+from jaxinfer.model import Model
+
+# Bytes of weights on their way to the devices at once; the host holds about three copies of them for a moment.
+IN_FLIGHT = 32 << 20
+_REPORTED = 8  # problems that one error lists
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A parameter to load: what it is made of, and how."""
+
+    path: str
+    assembly: Assembly
+    tensors: tuple[Tensor, ...]
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes that the devices read, together: a tensor that each of them reads whole counts for each."""
+        return sum(
+            math.prod(sharding.shard_shape(tensor.shape)) * DTYPES[tensor.dtype].itemsize * sharding.num_devices
+            for tensor, sharding in zip(self.tensors, self.assembly.reading, strict=True)
+        )
+
+    def wanted(self) -> Iterator[tuple[Tensor, jax.ShapeDtypeStruct]]:
+        """Every tensor with the shape, dtype and sharding to read it with."""
+        for tensor, sharding in zip(self.tensors, self.assembly.reading, strict=True):
+            yield tensor, jax.ShapeDtypeStruct(tensor.shape, DTYPES[tensor.dtype], sharding=sharding)
+
+
+def plan(
+    store: Path, found: Mapping[str, Tensor], rules: Mapping[str, Rule], model: Model, stored_dtypes: bool
+) -> list[Planned]:
+    """The parameters of `model`, checked against the tensors of a store.
+
+    Args:
+        found: the tensors of `store` by the names that the rules use.
+        rules: the rule of every parameter, by its path.
+        stored_dtypes: keep the dtypes of the store instead of casting to the model's.
+
+    Raises:
+        ValueError: lists the tensors that are missing, unexpected, misshapen or of an unsupported dtype, with their
+            file and the shapes expected and found.
+    """
+    planned, problems = [], []
+    for path, leaf in model.parameters.items():
+        rule = rules[path]
+        assembly = Assembly.of(model.config, path, rule.form, leaf)
+        wrong = list(_problems(store, found, dict(zip(rule.names, assembly.sources, strict=True))))
+        problems += wrong
+        if not wrong:
+            planned.append(Planned(path, assembly, tuple(found[name] for name in rule.names)))
+    expected = {name for rule in rules.values() for name in rule.names}
+    problems += [
+        f"{tensor.file}: tensor {tensor.name!r} of shape {tensor.shape} is unexpected: "
+        f"{model.config.architecture} has no such weight with this config"
+        for name, tensor in found.items()
+        if name not in expected
+    ]
+    if rest := problems[_REPORTED:]:
+        problems = [*problems[:_REPORTED], f"and {len(rest)} more"]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return [_as_stored(parameter) for parameter in planned] if stored_dtypes else planned
+
+
+def _problems(store: Path, found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    for name, shape in expected.items():
+        tensor = found.get(name)
+        if tensor is None:
+            yield f"{store}: tensor {name!r} of shape {shape} is missing"
+        elif tensor.shape != shape:
+            yield f"{tensor.file}: tensor {tensor.name!r} has shape {tensor.shape}; expected {shape}"
+        elif tensor.dtype not in DTYPES:
+            yield f"{tensor.file}: tensor {tensor.name!r} has dtype {tensor.dtype}; expected one of {list(DTYPES)}"
+
+
+def _as_stored(parameter: Planned) -> Planned:
+    """With the one dtype that holds every value of the parameter's tensors exactly."""
+    dtype = jnp.result_type(*(DTYPES[tensor.dtype] for tensor in parameter.tensors))
+    return replace(parameter, assembly=replace(parameter.assembly, dtype=dtype))
+
+
+def load(planned: Iterable[Planned], read: Callable[[list[Planned]], dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """The planned parameters by path.
+
+    The largest come first: what a parameter needs for a moment beside itself then falls where the least is held.
+
+    Args:
+        read: gives the tensors of some parameters by their names in the store.
+    """
+    arrays: dict[str, jax.Array] = {}
+    for group in _grouped(sorted(planned, key=lambda parameter: parameter.size, reverse=True)):
+        tensors = read(group)
+        for parameter in group:
+            arrays[parameter.path] = parameter.assembly([tensors.pop(tensor.name) for tensor in parameter.tensors])
+        jax.block_until_ready([arrays[parameter.path] for parameter in group])
+    return arrays
+
+
+def _grouped(planned: Iterable[Planned]) -> Iterator[list[Planned]]:
+    """Parameters that are under way together, at least one."""
+    group: list[Planned] = []
+    size = 0
+    for parameter in planned:
+        if group and size + parameter.size > IN_FLIGHT:
+            yield group
+            group, size = [], 0
+        group.append(parameter)
+        size += parameter.size
+    if group:
+        yield group

@@ -1,0 +1,22 @@
+"""`jaxinfer convert`: a Hugging Face checkpoint as our own, which restores under any mesh."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jaxinfer import checkpoint
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or a Hugging Face id.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+) -> None:
+    """Write the checkpoint SOURCE in the project's own layout to DESTINATION."""
+    try:
+        checkpoint.convert(checkpoint.resolve(source), destination)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"wrote {destination}")

@@ -1,0 +1,92 @@
+"""`jaxinfer generate`: streams a continuation, then says how fast that was and how fast it could have been."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from jaxinfer.cli.measure import measure_machine
+from jaxinfer.cli.units import si
+from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.engine import Options
+from jaxinfer.llm import DEMO, LLM
+from jaxinfer.roofline import Precision, decode_step
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    model: Annotated[
+        str, typer.Option(help="Folder of a checkpoint or Hugging Face id; the demo model by default.")
+    ] = str(DEMO),
+    max_tokens: Annotated[int, typer.Option(help="Tokens of the continuation, at most.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that hold this probability.")] = 0.9,
+    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's by default.")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and continuation; the checkpoint's context by default.")
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share the model.")] = 1,
+) -> None:
+    """Continue PROMPT and stream the text; then print tokens/s, the bandwidth that is, and the machine's limit."""
+    try:
+        llm = LLM(
+            model, dtype=dtype, max_model_len=max_model_len, tensor_parallel_size=tensor_parallel,
+            options=Options(max_num_seqs=1),
+        )  # fmt: skip
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        llm.generate(prompt, SamplingParams(max_tokens=2, temperature=temperature, top_p=top_p))  # compiles
+        stream = llm.stream(prompt, params)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(prompt, nl=False)
+    clock = Clock()
+    for piece in stream:
+        typer.echo(piece.text, nl=False)
+        clock.tick(len(piece.token_ids))
+    typer.echo()
+    Console(stderr=True).print(summary(llm, len(llm.tokenizer.encode(prompt)), clock))
+
+
+@dataclass
+class Clock:
+    """Times the decode steps of a stream: from the first piece, which prefill brings, to the last."""
+
+    first: float = 0.0
+    last: float = 0.0
+    before: int = 0  # tokens of the first piece
+    tokens: int = 0  # tokens after it
+
+    def tick(self, tokens: int) -> None:
+        self.last = time.perf_counter()
+        if not self.before:
+            self.first, self.before = self.last, tokens
+        else:
+            self.tokens += tokens
+
+    @property
+    def per_token(self) -> float:
+        """Seconds of one decode step; 0 where there was none."""
+        return (self.last - self.first) / self.tokens if self.tokens else 0.0
+
+
+def summary(llm: LLM, prompt_tokens: int, clock: Clock) -> str:
+    """One line: speed, the memory traffic that it takes, and what part of the machine's limit that is."""
+    if not clock.per_token:
+        return f"{clock.before} tokens, no decode step to time"
+    config, devices = llm.model.config, llm.model.mesh.size
+    context = prompt_tokens + clock.before + clock.tokens // 2
+    step = decode_step(config, 1, context, Precision.all_in(config.dtype), tensor_parallel=devices)
+    bandwidth = step.bytes * devices / clock.per_token
+    machine = measure_machine()
+    return (
+        f"{clock.before + clock.tokens} tokens, {1 / clock.per_token:.1f} tokens/s, {si(bandwidth, 'B/s')}, "
+        f"{step.fraction(machine, clock.per_token):.1%} of this machine's limit "
+        f"({1 / step.limit(machine):.0f} tokens/s, {step.bound(machine)}-bound)"
+    )

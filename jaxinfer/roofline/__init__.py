@@ -1,0 +1,37 @@
+"""The limit of the hardware for a model: what a step costs, how long it must take, what fits in memory.
+
+    config = read_config("configs/models/llama-3-8b")
+    step = decode_step(config, batch=1, context=1024)
+    step.limit(find_hardware("h200"))             # seconds at the least
+    step.fraction(find_hardware("h200"), 4.4e-3)  # what a measured step made of the machine
+
+Plain arithmetic: nothing here touches a device or a checkpoint. All costs and sizes are those of one device of a
+tensor-parallel group.
+"""
+
+from jaxinfer.roofline.cost import Cost, Work
+from jaxinfer.roofline.hardware import DATASHEETS, MEASURED, Hardware, find_hardware
+from jaxinfer.roofline.memory import MemoryPlan, page_bytes, pages_held, plan_memory, sequence_bytes
+from jaxinfer.roofline.precision import Precision
+from jaxinfer.roofline.shapes import parameters
+from jaxinfer.roofline.step import compute_bound_batch, decode_step, experts_touched, prefill
+
+__all__ = [
+    "DATASHEETS",
+    "MEASURED",
+    "Cost",
+    "Hardware",
+    "MemoryPlan",
+    "Precision",
+    "Work",
+    "compute_bound_batch",
+    "decode_step",
+    "experts_touched",
+    "find_hardware",
+    "page_bytes",
+    "pages_held",
+    "parameters",
+    "plan_memory",
+    "prefill",
+    "sequence_bytes",
+]

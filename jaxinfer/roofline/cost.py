@@ -1,0 +1,110 @@
+"""What a step of inference costs on one device, and the shortest time that a machine can take for it.
+
+The roofline (Williams, Waterman and Patterson 2009): a computation of F FLOPs that moves Q bytes takes at least
+max(F / peak, Q / bandwidth) seconds. A step is a row of computations, one after the other, each with a bound of its
+own, so its limit is the sum over them. Kernels add a constant each, which the prediction counts and the limit leaves
+out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jaxinfer.roofline.hardware import Hardware
+
+RESOURCES = ("compute", "memory", "interconnect")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One part of a step, on one device."""
+
+    flops: float = 0.0
+    weights: float = 0.0  # bytes of weights that are read
+    cache: float = 0.0  # bytes of keys and values that are read and written
+    activations: float = 0.0  # bytes of the residual stream that are read and written
+    sent: float = 0.0  # bytes to other devices
+    dtype: str = "bf16"  # operands of its matmuls
+    kernels: int = 0
+    messages: int = 0  # all-reduces
+
+    @property
+    def bytes(self) -> float:
+        """Traffic with the device's own memory."""
+        return self.weights + self.cache + self.activations
+
+    @property
+    def intensity(self) -> float:
+        """FLOP per byte of memory traffic; 0 for work that is all communication."""
+        return self.flops / self.bytes if self.bytes else 0.0
+
+    def times(self, hardware: Hardware) -> dict[str, float]:
+        """Seconds that each resource is busy."""
+        return {
+            "compute": self.flops / hardware.rate(self.dtype),
+            "memory": self.bytes / hardware.bandwidth,
+            "interconnect": self.sent / hardware.interconnect,
+        }
+
+    def limit(self, hardware: Hardware) -> float:
+        """Seconds at the least: those of the busiest resource."""
+        return max(self.times(hardware).values())
+
+    def bound(self, hardware: Hardware) -> str:
+        """The busiest resource, one of `RESOURCES`."""
+        times = self.times(hardware)
+        return max(RESOURCES, key=times.__getitem__)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A step as its parts, by name, and the tokens that it yields (decoding) or reads (prefill)."""
+
+    parts: Mapping[str, Work]
+    tokens: int
+
+    @property
+    def flops(self) -> float:
+        return sum(part.flops for part in self.parts.values())
+
+    @property
+    def bytes(self) -> float:
+        return sum(part.bytes for part in self.parts.values())
+
+    @property
+    def intensity(self) -> float:
+        return self.flops / self.bytes
+
+    def times(self, hardware: Hardware) -> dict[str, float]:
+        """Seconds that each resource is busy over the whole step."""
+        parts = [part.times(hardware) for part in self.parts.values()]
+        return {resource: sum(times[resource] for times in parts) for resource in RESOURCES}
+
+    def bound(self, hardware: Hardware) -> str:
+        """The busiest resource of the whole step, one of `RESOURCES`."""
+        times = self.times(hardware)
+        return max(RESOURCES, key=times.__getitem__)
+
+    def limit(self, hardware: Hardware) -> float:
+        """Seconds that the step takes at the least."""
+        return sum(part.limit(hardware) for part in self.parts.values())
+
+    def predict(self, hardware: Hardware) -> float:
+        """Seconds that the step is expected to take: its limit, and what every kernel and all-reduce adds.
+
+        On a datasheet's entry this is the limit, for a datasheet states no such constants.
+        """
+        kernels = sum(part.kernels for part in self.parts.values())
+        messages = sum(part.messages for part in self.parts.values())
+        return self.limit(hardware) + kernels * hardware.overhead + messages * hardware.message_latency
+
+    def fraction(self, hardware: Hardware, seconds: float) -> float:
+        """How much of the machine a step that took `seconds` used: 1 is the limit.
+
+        Raises:
+            ValueError: `seconds` is not positive.
+        """
+        if seconds <= 0:
+            raise ValueError(f"seconds is {seconds}; a measured time is above 0")
+        return self.limit(hardware) / seconds

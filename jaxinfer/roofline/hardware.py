@@ -1,0 +1,188 @@
+"""The machines that a model is planned for: what their makers state, and what was measured on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+GIB = 2**30
+MIB = 2**20
+KIB = 2**10
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device and its links. Rates are per second; sizes and rates of data are in bytes."""
+
+    name: str
+    device_kind: str  # as JAX names the device
+    flops: Mapping[str, float]  # dense matmul FLOP/s by dtype of the operands
+    bandwidth: float  # of the device's memory
+    memory: float  # that a program sees, which is less than the name on the box
+    l2: float  # 0 where there is none
+    shared_memory: float  # per SM; on a TPU the vector memory of a core
+    pcie: float  # to the host, one direction
+    interconnect: float  # out of the device to its peers, all links, one direction
+    overhead: float = 0.0  # seconds to start, fill and drain one kernel; a datasheet states none
+    message_latency: float = 0.0  # seconds of an all-reduce of no bytes; a datasheet states none
+
+    def rate(self, dtype: str) -> float:
+        """Dense matmul FLOP/s with operands of `dtype`.
+
+        Raises:
+            ValueError: the device has no such matmul.
+        """
+        if dtype not in self.flops:
+            raise ValueError(f"{self.name} has no {dtype} matmul; it has {', '.join(self.flops)}")
+        return self.flops[dtype]
+
+    def balance(self, dtype: str = "bf16") -> float:
+        """FLOP per byte of memory traffic above which a computation is bound by arithmetic."""
+        return self.rate(dtype) / self.bandwidth
+
+    def with_ceilings(
+        self, bandwidth: float, flops: Mapping[str, float], overhead: float = 0.0, message_latency: float = 0.0
+    ) -> Hardware:
+        """This device with measured ceilings in the place of its datasheet's.
+
+        A dtype that was not measured keeps the fraction of its peak that the first measured one reached.
+        """
+        reached = next((flops[dtype] / peak for dtype, peak in self.flops.items() if dtype in flops), 1.0)
+        measured = {dtype: peak * reached for dtype, peak in self.flops.items()} | dict(flops)
+        return replace(
+            self,
+            name=f"{self.name}-measured",
+            flops=measured,
+            bandwidth=bandwidth,
+            overhead=overhead,
+            message_latency=message_latency,
+        )
+
+
+# NVIDIA A100 datasheet (June 2021), SXM4 cards; NVLink 3, 600 GB/s both directions.
+_A100_FLOPS = {"bf16": 312e12, "fp16": 312e12, "int8": 624e12, "int4": 1248e12, "fp32": 19.5e12}
+# NVIDIA H100 and H200 datasheets, SXM5 cards, without sparsity; NVLink 4, 900 GB/s both directions.
+_HOPPER_FLOPS = {"bf16": 989e12, "fp16": 989e12, "fp8": 1979e12, "int8": 1979e12, "fp32": 67e12}
+
+_A100_40 = Hardware(
+    name="a100-40",
+    device_kind="NVIDIA A100-SXM4-40GB",
+    flops=_A100_FLOPS,
+    bandwidth=1.555e12,
+    memory=39.4 * GIB,
+    l2=40 * MIB,
+    shared_memory=164 * KIB,
+    pcie=32e9,
+    interconnect=300e9,
+)
+_A100_80 = replace(
+    _A100_40, name="a100-80", device_kind="NVIDIA A100-SXM4-80GB", bandwidth=2.039e12, memory=79.2 * GIB
+)
+_H100 = Hardware(
+    name="h100",
+    device_kind="NVIDIA H100 80GB HBM3",
+    flops=_HOPPER_FLOPS,
+    bandwidth=3.35e12,
+    memory=79.1 * GIB,
+    l2=50 * MIB,
+    shared_memory=228 * KIB,
+    pcie=64e9,
+    interconnect=450e9,
+)
+_H200 = replace(_H100, name="h200", device_kind="NVIDIA H200", bandwidth=4.8e12, memory=139.8 * GIB)
+# NVIDIA HGX B200 datasheet, per GPU, without sparsity; NVLink 5, 1.8 TB/s both directions.
+_B200 = Hardware(
+    name="b200",
+    device_kind="NVIDIA B200",
+    flops={"bf16": 2250e12, "fp16": 2250e12, "fp8": 4500e12, "int8": 4500e12, "fp32": 75e12},
+    bandwidth=7.7e12,
+    memory=178.3 * GIB,
+    l2=126 * MIB,
+    shared_memory=228 * KIB,
+    pcie=64e9,
+    interconnect=900e9,
+)
+# NVIDIA L4 datasheet, half of the figures that it states with sparsity; peers are reached over PCIe 4.
+_L4 = Hardware(
+    name="l4",
+    device_kind="NVIDIA L4",
+    flops={"bf16": 121e12, "fp16": 121e12, "fp8": 242e12, "int8": 242e12, "fp32": 30.3e12},
+    bandwidth=300e9,
+    memory=22.0 * GIB,
+    l2=48 * MIB,
+    shared_memory=100 * KIB,
+    pcie=32e9,
+    interconnect=32e9,
+)
+# NVIDIA T4 datasheet; Turing's tensor cores know fp16 and integers only. Peers are reached over PCIe 3.
+_T4 = Hardware(
+    name="t4",
+    device_kind="Tesla T4",
+    flops={"fp16": 65e12, "int8": 130e12, "int4": 260e12, "fp32": 8.1e12},
+    bandwidth=320e9,
+    memory=14.6 * GIB,
+    l2=4 * MIB,
+    shared_memory=64 * KIB,
+    pcie=16e9,
+    interconnect=16e9,
+)
+# NVIDIA Ada architecture whitepaper, table of the RTX 4090, with float32 accumulation and without sparsity.
+_RTX_4090 = Hardware(
+    name="rtx-4090",
+    device_kind="NVIDIA GeForce RTX 4090",
+    flops={"bf16": 165.2e12, "fp16": 165.2e12, "fp8": 330.3e12, "int8": 660.6e12, "fp32": 82.6e12},
+    bandwidth=1.008e12,
+    memory=23.6 * GIB,
+    l2=72 * MIB,
+    shared_memory=100 * KIB,
+    pcie=32e9,
+    interconnect=32e9,
+)
+# Jouppi et al. 2023, "TPU v4", table 4: the common memory of 128 MiB stands under `l2`; six links of 45 GB/s.
+_TPU_V4 = Hardware(
+    name="tpu-v4",
+    device_kind="TPU v4",
+    flops={"bf16": 275e12, "int8": 275e12},
+    bandwidth=1.2288e12,
+    memory=30.75 * GIB,
+    l2=128 * MIB,
+    shared_memory=16 * MIB,
+    pcie=16e9,
+    interconnect=270e9,
+)
+# Google Cloud documentation of TPU v5e; four links of 45 GB/s.
+_TPU_V5E = Hardware(
+    name="tpu-v5e",
+    device_kind="TPU v5 lite",
+    flops={"bf16": 197e12, "int8": 394e12},
+    bandwidth=819e9,
+    memory=15.75 * GIB,
+    l2=0,
+    shared_memory=128 * MIB,
+    pcie=16e9,
+    interconnect=180e9,
+)
+
+DATASHEETS = {
+    hardware.name: hardware
+    for hardware in (_A100_40, _A100_80, _H100, _H200, _B200, _L4, _T4, _RTX_4090, _TPU_V4, _TPU_V5E)
+}
+
+# H200: reading 4.3 GB by a sum, a bf16 matmul of 8192^3, an XLA all-reduce of 8 KB between two devices. A decode step
+# of Llama-3-8B at batch 1 takes 4.41 ms where its bytes take 3.31: the rest, over its 324 kernels, is the overhead.
+MEASURED = {
+    hardware.name: hardware
+    for hardware in (_H200.with_ceilings(4.54e12, {"bf16": 746e12}, overhead=3.4e-6, message_latency=27e-6),)
+}
+
+
+def find_hardware(name: str) -> Hardware:
+    """The entry of that name, from a datasheet or measured.
+
+    Raises:
+        ValueError: there is none; the message lists the names.
+    """
+    table = DATASHEETS | MEASURED
+    if name.lower() not in table:
+        raise ValueError(f"hardware is {name!r}; expected one of {', '.join(table)}")
+    return table[name.lower()]

@@ -1,0 +1,309 @@
+"""Prefill and decode steps of a model as costs.
+
+Counted are the bytes that no implementation avoids: every weight once (of the embedding the rows of the tokens, of
+the experts those that some token chose), keys and values of the true context once, the new ones written, and the
+residual stream around each norm. Other activations stay on the chip or pass behind a matmul's arithmetic. Counted as
+FLOPs are matmuls, the two products of attention, and the norms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from jaxinfer.roofline.cost import Cost, Work
+from jaxinfer.roofline.hardware import Hardware
+from jaxinfer.roofline.precision import BF16, Precision
+from jaxinfer.roofline.shapes import (
+    check_tensor_parallel,
+    embedding_size,
+    kv_heads,
+    layer_shapes,
+    norm_size,
+    norms_per_layer,
+)
+
+if TYPE_CHECKING:
+    from jaxinfer.model.config import ModelConfig, MoEConfig
+
+Counting = Literal["causal", "full"]
+Attention = Literal["flash", "materialized"]
+"""How attention is computed. "flash" reads keys and values once and keeps scores on the chip (Dao et al. 2022).
+"materialized" is what XLA makes of it: keys and values are gathered from their pages first, and the scores lie in
+memory between the operations on them."""
+_NORM_FLOPS = 4  # per number: square, sum, normalize, weigh
+_LARGEST_BATCH = 2**20
+# Of materialized attention: keys and values are read from the pages, written in order and read again; a float32 score
+# is written by the first product, masked, reduced to its maximum, exponentiated, summed, and read by the second.
+_GATHER_PASSES = 3
+_SCORE_BYTES = 32
+_SCORE_QUERIES = 2048  # queries whose blocks of keys end together, at the last one's position
+_ATTENTION_KERNELS = {"flash": 3, "materialized": 10}
+
+
+@dataclass(frozen=True)
+class _Step:
+    """`sequences` that each bring `tokens` to the `cached` ones, and ask for logits of `rows` tokens in all."""
+
+    config: ModelConfig
+    precision: Precision
+    devices: int
+    sequences: int
+    tokens: int
+    cached: int
+    rows: int
+    counting: Counting
+    attention: Attention
+
+    @property
+    def all_tokens(self) -> int:
+        return self.sequences * self.tokens
+
+
+def decode_step(
+    config: ModelConfig,
+    batch: int,
+    context: int,
+    precision: Precision = BF16,
+    tensor_parallel: int = 1,
+    queries: int = 1,
+    attention: Attention = "flash",
+) -> Cost:
+    """One decode step of `batch` sequences, each `context` tokens long with the step's own `queries` (1, or more
+    when drafted tokens are verified). Materialized attention gathers a sequence's whole row of pages: `context` is
+    then what the row can hold.
+
+    Returns:
+        The cost on each of `tensor_parallel` devices; `tokens` counts batch x queries.
+
+    Raises:
+        ValueError: a count is out of its range, or the heads do not spread over the devices.
+    """
+    _check_at_least("batch", batch, 1)
+    _check_at_least("queries", queries, 1)
+    _check_at_least("context", context, queries)
+    check_tensor_parallel(config, tensor_parallel)
+    return _cost(
+        _Step(
+            config,
+            precision,
+            tensor_parallel,
+            sequences=batch,
+            tokens=queries,
+            cached=context - queries,
+            rows=batch * queries,
+            counting="causal",
+            attention=attention,
+        )
+    )
+
+
+def prefill(
+    config: ModelConfig,
+    tokens: int,
+    sequences: int = 1,
+    cached: int = 0,
+    precision: Precision = BF16,
+    tensor_parallel: int = 1,
+    counting: Counting = "causal",
+    attention: Attention = "flash",
+) -> Cost:
+    """A prefill of `sequences` prompts of `tokens` each, after `cached` tokens that the cache holds already.
+
+    Args:
+        counting: "causal" counts the scores that a query may see, "full" those of a dense masked product.
+
+    Returns:
+        The cost on each of `tensor_parallel` devices, with logits for the last token of each prompt alone;
+        `tokens` counts sequences x tokens.
+
+    Raises:
+        ValueError: a count is out of its range, or the heads do not spread over the devices.
+    """
+    _check_at_least("tokens", tokens, 1)
+    _check_at_least("sequences", sequences, 1)
+    _check_at_least("cached", cached, 0)
+    check_tensor_parallel(config, tensor_parallel)
+    return _cost(
+        _Step(
+            config,
+            precision,
+            tensor_parallel,
+            sequences=sequences,
+            tokens=tokens,
+            cached=cached,
+            rows=sequences,
+            counting=counting,
+            attention=attention,
+        )
+    )
+
+
+def compute_bound_batch(
+    config: ModelConfig,
+    context: int,
+    hardware: Hardware,
+    precision: Precision = BF16,
+    tensor_parallel: int = 1,
+) -> int | None:
+    """The smallest batch whose decode step keeps arithmetic busy for longer than memory.
+
+    None where no batch does: weights are shared by the batch but each sequence brings a cache of its own, so a long
+    context stays bound by memory however many share the weights.
+    """
+
+    def is_compute_bound(batch: int) -> bool:
+        times = decode_step(config, batch, context, precision, tensor_parallel).times(hardware)
+        return times["compute"] >= times["memory"]
+
+    if not is_compute_bound(_LARGEST_BATCH):
+        return None
+    low, high = 0, _LARGEST_BATCH  # the bytes per sequence only fall as the batch grows, so bisection finds it
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_compute_bound(middle) else (middle, high)
+    return high
+
+
+def experts_touched(moe: MoEConfig, tokens: int) -> float:
+    """Expected number of distinct experts that `tokens` tokens choose, if the router spreads them evenly.
+
+    A token leaves one expert out with probability 1 - X / E, and all tokens do with its power.
+    """
+    left_out = (1 - moe.experts_per_token / moe.num_experts) ** tokens
+    return moe.num_experts * (1 - left_out)
+
+
+def query_key_pairs(tokens: int, cached: int, window: int | None) -> int:
+    """Scores of causal attention: the query at position p (from 1) sees min(p, window) keys."""
+    pairs = tokens * cached + tokens * (tokens + 1) // 2
+    if window is None:
+        return pairs
+    beyond = max(0, cached + tokens - window)  # keys that the last query no longer sees
+    cut = min(tokens, beyond)  # queries that the window cuts; each before the last loses one key less
+    return pairs - (cut * beyond - cut * (cut - 1) // 2)
+
+
+def _cost(step: _Step) -> Cost:
+    parts = {
+        "embedding": _embedding(step),
+        "norms": _norms(step),
+        "projections": _projections(step),
+        "attention": _attention(step),
+        **_mlp_parts(step),
+        "head": _head(step),
+    }
+    if step.devices > 1:
+        parts["all-reduce"] = _all_reduce(step)
+    return Cost(parts, step.all_tokens)
+
+
+def _embedding(step: _Step) -> Work:
+    rows = step.all_tokens * step.config.hidden_size
+    return Work(weights=rows * step.precision.unquantized_bytes, kernels=1)
+
+
+def _norms(step: _Step) -> Work:
+    config = step.config
+    count = config.num_layers * norms_per_layer(config) + 1
+    numbers = count * step.all_tokens * config.hidden_size
+    return Work(
+        flops=_NORM_FLOPS * numbers,
+        weights=count * norm_size(config) * step.precision.unquantized_bytes,
+        activations=2 * numbers * step.precision.residual_bytes,
+        dtype=step.precision.residual,
+        kernels=count,
+    )
+
+
+def _projections(step: _Step) -> Work:
+    numbers = sum(layer_shapes(step.config, layer, step.devices).projections for layer in step.config.layers)
+    return _matmul(step, numbers, numbers, kernels=2 * step.config.num_layers)
+
+
+def _attention(step: _Step) -> Work:
+    config = step.config
+    flops = cache = scores = 0
+    vector = step.precision.cache_vector_bytes(config.head_size)
+    for layer in config.layers:
+        seen = step.cached + step.tokens
+        pairs = query_key_pairs(step.tokens, step.cached, layer.window)
+        if step.counting == "full":
+            pairs = step.tokens * seen
+        read = min(seen, layer.window + step.tokens - 1) if layer.window else seen
+        if step.attention == "materialized":
+            pairs = _materialized_pairs(step.tokens, step.cached, read)
+            scores += step.sequences * pairs * config.num_heads // step.devices
+            read *= _GATHER_PASSES
+        flops += 4 * step.sequences * pairs * config.num_heads * config.head_size // step.devices
+        cache += 2 * step.sequences * (read + step.tokens) * kv_heads(config, step.devices) * vector
+    # Flash: rotate and write the new keys and values, attend by parts of the context, combine the parts.
+    kernels = _ATTENTION_KERNELS[step.attention] * config.num_layers
+    traffic = scores * _SCORE_BYTES
+    return Work(flops=flops, cache=cache, activations=traffic, dtype=step.precision.residual, kernels=kernels)
+
+
+def _materialized_pairs(tokens: int, cached: int, read: int) -> int:
+    """Scores that are computed, masked or not: groups of queries against all keys up to the group's last query."""
+    ends = [min(start + _SCORE_QUERIES, tokens) for start in range(0, tokens, _SCORE_QUERIES)]
+    starts = [0, *ends[:-1]]
+    return sum((end - start) * min(cached + end, read) for start, end in zip(starts, ends, strict=True))
+
+
+def _mlp_parts(step: _Step) -> dict[str, Work]:
+    """Dense MLPs and experts; a model may have both kinds of layer."""
+    config = step.config
+    dense = experts_read = experts_used = router = 0.0
+    sparse = [layer for layer in config.layers if layer.moe]
+    for layer in config.layers:
+        shapes = layer_shapes(config, layer, step.devices)
+        dense += shapes.dense
+        if layer.moe:
+            touched = experts_touched(layer.moe, step.all_tokens)
+            experts_read += touched / step.devices * shapes.expert
+            experts_used += layer.moe.experts_per_token / step.devices * shapes.expert
+            router += shapes.router
+    parts = {}
+    if dense:
+        parts["mlp"] = _matmul(step, dense, dense, kernels=3 * (config.num_layers - len(sparse)))
+    if sparse:
+        parts["experts"] = _matmul(step, experts_used, experts_read, kernels=3 * len(sparse))
+        parts["router"] = _unquantized_matmul(step, router, step.all_tokens, kernels=2 * len(sparse))
+    return parts
+
+
+def _head(step: _Step) -> Work:
+    return _unquantized_matmul(step, embedding_size(step.config, step.devices), step.rows, kernels=2)
+
+
+def _all_reduce(step: _Step) -> Work:
+    """Two all-reduces a layer and one of the embedding, each of which sends 2 (n - 1) / n of its array."""
+    count = 2 * step.config.num_layers + 1
+    array = step.all_tokens * step.config.hidden_size * step.precision.residual_bytes
+    return Work(sent=count * array * 2 * (step.devices - 1) / step.devices, messages=count)
+
+
+def _matmul(step: _Step, used: float, read: float, kernels: int) -> Work:
+    """Every token multiplies with `used` weights; the device reads `read` of them."""
+    precision = step.precision
+    return Work(
+        flops=2 * step.all_tokens * used,
+        weights=read * precision.weight_bytes,
+        dtype=precision.activations,
+        kernels=kernels,
+    )
+
+
+def _unquantized_matmul(step: _Step, numbers: float, rows: int, kernels: int) -> Work:
+    precision = step.precision
+    return Work(
+        flops=2 * rows * numbers,
+        weights=numbers * precision.unquantized_bytes,
+        dtype=precision.residual,
+        kernels=kernels,
+    )
+
+
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}")

@@ -1,0 +1,1 @@
+"""Training: what inference needs of it. First the demo model that the package carries."""

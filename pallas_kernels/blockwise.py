@@ -1,0 +1,197 @@
+"""Attention of tiles of queries over their paged keys, one block of pages after the other.
+
+Both XLA paths are this computation: a decode slot is a tile of Q queries, and ragged prefill is cut into
+such tiles. The softmax is accumulated online over the blocks (Milakov and Gimelshein 2018, "Online
+normalizer calculation for softmax", section 3; FlashAttention, Dao et al. 2022, algorithm 1), so that no
+array grows with queries times keys.
+
+Masked scores and values are selected away, never multiplied by zero: unused slots may hold NaN.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+# Stands for minus infinity where differences are taken: -inf minus -inf would be NaN.
+LOWEST = -1e30
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the scores go through, known when the program is traced."""
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PagedKV:
+    """The pool of pages; the scales (float32, one per slot and head) exist when the pages are quantized."""
+
+    k_PSKH: jax.Array
+    v_PSKH: jax.Array
+    k_scales_PSK: jax.Array | None = None
+    v_scales_PSK: jax.Array | None = None
+
+    @property
+    def page_size(self) -> int:
+        return self.k_PSKH.shape[1]
+
+    def load(self, pages_BJ: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """Gathers K and V of the given pages, dequantized, as k_BKCH and v_BKCH with C = J * S."""
+        return (
+            _gather(self.k_PSKH, self.k_scales_PSK, pages_BJ, dtype),
+            _gather(self.v_PSKH, self.v_scales_PSK, pages_BJ, dtype),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Softmax:
+    """A softmax under way, in float32, over the keys seen so far: unnormalized values, maximum and sum."""
+
+    values_BKgQH: jax.Array
+    max_BKgQ: jax.Array
+    sum_BKgQ: jax.Array
+
+
+def attend(
+    q_BQNH: jax.Array,
+    position_BQ: jax.Array,
+    kv: PagedKV,
+    table_BJ: jax.Array,
+    sinks_N: jax.Array | None,
+    options: Options,
+    *,
+    block_keys: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Attends each row of queries to the keys that its row of the page table holds.
+
+    Positions rise along a row; a query at a negative position sees nothing. At most about B * block_keys
+    keys are gathered at a time. Returns out_BQNH in q's dtype and lse_BQN in float32.
+    """
+    B, Q, N, H = q_BQNH.shape
+    K, S = kv.k_PSKH.shape[2], kv.page_size
+    q_BQKgH = q_BQNH.reshape(B, Q, K, N // K, H)
+    pages_BJ, start_B = _pages_in_sight(table_BJ, position_BQ, S, options.window)
+
+    def add_block(softmax: Softmax, block_BJ: jax.Array, first_key_B: jax.Array) -> Softmax:
+        k_BKCH, v_BKCH = kv.load(block_BJ, q_BQNH.dtype)
+        key_BC = first_key_B[:, None] + jnp.arange(k_BKCH.shape[2], dtype=jnp.int32)[None]
+        visible_BQC = _visible(position_BQ, key_BC, options.window)
+        return _update(softmax, q_BQKgH, k_BKCH, v_BKCH, visible_BQC, options)
+
+    softmax = _nothing_seen(q_BQKgH)
+    columns = max(1, block_keys // S)
+    if pages_BJ.shape[1] <= columns:
+        return _finish(add_block(softmax, pages_BJ, start_B), sinks_N, q_BQNH.dtype)
+
+    # A dynamic slice clamps at the end instead of reading past it, so the last block needs its full width.
+    pages_BJ = jnp.pad(pages_BJ, ((0, 0), (0, -pages_BJ.shape[1] % columns)))
+    keys_in_sight = jnp.max(position_BQ + 1 - start_B[:, None])
+
+    def add_nth_block(i: jax.Array, softmax: Softmax) -> Softmax:
+        block_BJ = jax.lax.dynamic_slice_in_dim(pages_BJ, i * columns, columns, axis=1)
+        return add_block(softmax, block_BJ, start_B + i * columns * S)
+
+    softmax = jax.lax.fori_loop(0, ceil_div(keys_in_sight, columns * S), add_nth_block, softmax)
+    return _finish(softmax, sinks_N, q_BQNH.dtype)
+
+
+def ceil_div[Integer: (int, jax.Array)](a: Integer, b: int) -> Integer:
+    return -(-a // b)
+
+
+def _pages_in_sight(
+    table_BJ: jax.Array, position_BQ: jax.Array, page_size: int, window: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """The columns of the page table that a row's queries can see, and the position of their first key.
+
+    The Q queries of a row see window + Q - 1 keys at most, which bounds the number of columns before any
+    length is known: a layer with a short window reads few pages of a long sequence.
+    """
+    (B, J), Q = table_BJ.shape, position_BQ.shape[1]
+    if window is None or (in_sight := ceil_div(window + Q - 2, page_size) + 1) >= J:
+        return table_BJ, jnp.zeros((B,), jnp.int32)
+    first_column_B = jnp.maximum(position_BQ[:, 0] - window + 1, 0) // page_size
+    # Columns past the end of the table hold no visible key, whichever page stands in for them.
+    column_BJ = jnp.minimum(first_column_B[:, None] + jnp.arange(in_sight, dtype=jnp.int32)[None], J - 1)
+    return jnp.take_along_axis(table_BJ, column_BJ, axis=1), first_column_B * page_size
+
+
+def _gather(pages_PSKH: jax.Array, scales_PSK: jax.Array | None, pages_BJ: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    # The order of the batched products, [B, K] outermost, in the same pass that gathers: no transposed
+    # second copy.
+    x_BKJSH = jnp.take(pages_PSKH, pages_BJ, axis=0, mode="clip").transpose(0, 3, 1, 2, 4)
+    if scales_PSK is not None:
+        scales_BKJS = jnp.take(scales_PSK, pages_BJ, axis=0, mode="clip").transpose(0, 3, 1, 2)
+        x_BKJSH = x_BKJSH.astype(jnp.float32) * scales_BKJS[..., None]
+    B, K, J, S, H = x_BKJSH.shape
+    return x_BKJSH.astype(dtype).reshape(B, K, J * S, H)
+
+
+def _visible(position_BQ: jax.Array, key_BC: jax.Array, window: int | None) -> jax.Array:
+    visible_BQC = key_BC[:, None, :] <= position_BQ[:, :, None]
+    if window is not None:
+        visible_BQC &= key_BC[:, None, :] > position_BQ[:, :, None] - window
+    return visible_BQC
+
+
+def _nothing_seen(q_BQKgH: jax.Array) -> Softmax:
+    B, Q, K, g, H = q_BQKgH.shape
+    # zeros_like keeps the mesh axes that q varies over, which a loop's carry has to name from the start.
+    zeros_BKgQ = jnp.zeros_like(q_BQKgH, jnp.float32, shape=(B, K, g, Q))
+    values_BKgQH = jnp.zeros_like(q_BQKgH, jnp.float32, shape=(B, K, g, Q, H))
+    return Softmax(values_BKgQH, zeros_BKgQ + LOWEST, zeros_BKgQ)
+
+
+def _update(
+    softmax: Softmax,
+    q_BQKgH: jax.Array,
+    k_BKCH: jax.Array,
+    v_BKCH: jax.Array,
+    visible_BQC: jax.Array,
+    options: Options,
+) -> Softmax:
+    # K and V are shared by the queries of a group, not repeated.
+    scores_BKgQC = jnp.einsum("BQKgH,BKCH->BKgQC", q_BQKgH, k_BKCH, preferred_element_type=jnp.float32)
+    scores_BKgQC = scores_BKgQC * options.scale
+    if options.soft_cap is not None:
+        scores_BKgQC = options.soft_cap * jnp.tanh(scores_BKgQC / options.soft_cap)
+    mask_B11QC = visible_BQC[:, None, None]
+    scores_BKgQC = jnp.where(mask_B11QC, scores_BKgQC, LOWEST)
+    max_BKgQ = jnp.maximum(softmax.max_BKgQ, scores_BKgQC.max(-1))
+    # A row that has seen nothing has maximum LOWEST, and exp(LOWEST - LOWEST) is 1: hence the second
+    # selection.
+    weights_BKgQC = jnp.where(mask_B11QC, jnp.exp(scores_BKgQC - max_BKgQ[..., None]), 0.0)
+    # A key that no query of the row sees may be NaN, and zero times NaN is NaN.
+    v_BKCH = jnp.where(visible_BQC.any(1)[:, None, :, None], v_BKCH, 0.0)
+    decay_BKgQ = jnp.exp(softmax.max_BKgQ - max_BKgQ)
+    values_BKgQH = jnp.einsum(
+        "BKgQC,BKCH->BKgQH", weights_BKgQC.astype(v_BKCH.dtype), v_BKCH, preferred_element_type=jnp.float32
+    )
+    return Softmax(
+        softmax.values_BKgQH * decay_BKgQ[..., None] + values_BKgQH,
+        max_BKgQ,
+        softmax.sum_BKgQ * decay_BKgQ + weights_BKgQC.sum(-1),
+    )
+
+
+def _finish(softmax: Softmax, sinks_N: jax.Array | None, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Normalizes; the sink of a head joins the sum, without a value (gpt-oss)."""
+    B, K, g, Q, H = softmax.values_BKgQH.shape
+    max_BKgQ, sum_BKgQ, values_BKgQH = softmax.max_BKgQ, softmax.sum_BKgQ, softmax.values_BKgQH
+    seen_BKgQ = sum_BKgQ > 0
+    if sinks_N is not None:
+        sinks_1Kg1 = sinks_N.astype(jnp.float32).reshape(1, K, g, 1)
+        with_sink_BKgQ = jnp.maximum(max_BKgQ, sinks_1Kg1)
+        decay_BKgQ = jnp.exp(max_BKgQ - with_sink_BKgQ)
+        sum_BKgQ = sum_BKgQ * decay_BKgQ + jnp.exp(sinks_1Kg1 - with_sink_BKgQ)
+        values_BKgQH, max_BKgQ = values_BKgQH * decay_BKgQ[..., None], with_sink_BKgQ
+    out_BKgQH = jnp.where(seen_BKgQ[..., None], values_BKgQH / sum_BKgQ[..., None], 0.0)
+    lse_BKgQ = jnp.where(seen_BKgQ, max_BKgQ + jnp.log(sum_BKgQ), -jnp.inf)
+    out_BQNH = out_BKgQH.astype(dtype).transpose(0, 3, 1, 2, 4).reshape(B, Q, K * g, H)
+    return out_BQNH, lse_BKgQ.transpose(0, 3, 1, 2).reshape(B, Q, K * g)

@@ -1,0 +1,108 @@
+"""What the attention ops demand of their arguments, checked before any device work.
+
+Shapes and dtypes are always checked. Values (page indices, lengths) are checked where they are concrete:
+under a trace there is nothing to look at.
+"""
+
+import math
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.blockwise import Options, PagedKV
+
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZED_DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
+
+
+def require(condition: bool, argument: str, found: object, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{argument} is {found}; allowed: {allowed}")
+
+
+def check_attention(
+    q: jax.Array, kv: PagedKV, table_BJ: jax.Array, lengths_B: jax.Array, sinks_N: jax.Array | None
+) -> None:
+    """Checks what both ops share; `q` has any leading axes and ends in NH."""
+    heads, head_size = q.shape[-2:]
+    _require_dtype("q", q, COMPUTE_DTYPES)
+    _check_pages(kv, heads, head_size)
+    _require_rank("page_table", table_BJ, 2)
+    _require_dtype("page_table", table_BJ, ("int32",))
+    require(min(table_BJ.shape) >= 1, "page_table.shape", table_BJ.shape, "at least one row and one column")
+    _require_dtype("lengths", lengths_B, ("int32",))
+    rows = (table_BJ.shape[0],)
+    require(lengths_B.shape == rows, "lengths.shape", lengths_B.shape, f"{rows}, one per row of page_table")
+    if sinks_N is not None:
+        _require_dtype("sinks", sinks_N, COMPUTE_DTYPES)
+        require(sinks_N.shape == (heads,), "sinks.shape", sinks_N.shape, f"{(heads,)}, one per query head")
+    pool, page_size = kv.k_PSKH.shape[:2]
+    _require_values("page_table", table_BJ, 0, pool - 1, "pages of the pool")
+    _require_values("lengths", lengths_B, 0, table_BJ.shape[1] * page_size, "keys that a row of page_table holds")
+
+
+def check_options(options: Options) -> None:
+    scale, window, soft_cap = options.scale, options.window, options.soft_cap
+    require(math.isfinite(scale), "scale", scale, "a finite number")
+    require(window is None or window >= 1, "window", window, "None or at least 1")
+    require(soft_cap is None or 0 < soft_cap < math.inf, "soft_cap", soft_cap, "None or a finite number above 0")
+
+
+def check_queries(q: jax.Array, axes: str) -> None:
+    _require_rank("q", q, len(axes))
+    require(min(q.shape) >= 1, "q.shape", q.shape, f"every one of the axes {axes} at least 1")
+
+
+def check_ragged(cu_q_R1: jax.Array, lengths_R: jax.Array, tokens: int) -> None:
+    """Checks the borders of ragged queries: they start at 0, do not fall, and end within the tokens."""
+    _require_dtype("cu_q", cu_q_R1, ("int32",))
+    borders = (lengths_R.shape[0] + 1,)
+    require(cu_q_R1.shape == borders, "cu_q.shape", cu_q_R1.shape, f"{borders}, one more than lengths")
+    if isinstance(cu_q_R1, jax.core.Tracer):
+        return
+    cu_q = np.asarray(cu_q_R1)
+    require(cu_q[0] == 0 and bool((np.diff(cu_q) >= 0).all()), "cu_q", cu_q, "starts at 0 and never falls")
+    require(cu_q[-1] <= tokens, "cu_q[-1]", cu_q[-1], f"at most the {tokens} rows of q")
+
+
+def _check_pages(kv: PagedKV, heads: int, head_size: int) -> None:
+    k, v = kv.k_PSKH, kv.v_PSKH
+    _require_rank("k_pages", k, 4)
+    require(min(k.shape) >= 1, "k_pages.shape", k.shape, "every one of the axes PSKH at least 1")
+    require(k.shape[3] == head_size, "k_pages.shape", k.shape, f"head size {head_size}, as q")
+    require(
+        heads % k.shape[2] == 0,
+        "k_pages.shape",
+        k.shape,
+        f"a number of KV heads that divides {heads} query heads",
+    )
+    require(v.shape == k.shape, "v_pages.shape", v.shape, f"{k.shape}, as k_pages")
+    require(v.dtype == k.dtype, "v_pages.dtype", v.dtype, f"{k.dtype}, as k_pages")
+    scales = {"k_scales": kv.k_scales_PSK, "v_scales": kv.v_scales_PSK}
+    quantized = k.dtype.name in QUANTIZED_DTYPES
+    if not quantized:
+        _require_dtype("k_pages", k, (*COMPUTE_DTYPES, *QUANTIZED_DTYPES))
+    for name, scale in scales.items():
+        need = f"an array for pages of {k.dtype}" if quantized else f"None for pages of {k.dtype}"
+        require((scale is not None) == quantized, name, "None" if scale is None else "an array", need)
+        if scale is not None:
+            _require_dtype(name, scale, ("float32",))
+            require(scale.shape == k.shape[:3], f"{name}.shape", scale.shape, f"{k.shape[:3]}, as k_pages")
+
+
+def _require_rank(name: str, array: jax.Array, rank: int) -> None:
+    require(array.ndim == rank, f"{name}.shape", array.shape, f"{rank} axes")
+
+
+def _require_dtype(name: str, array: jax.Array, allowed: tuple[str, ...]) -> None:
+    require(jnp.dtype(array.dtype).name in allowed, f"{name}.dtype", array.dtype, ", ".join(allowed))
+
+
+def _require_values(name: str, array: jax.Array, low: int, high: int, what: str) -> None:
+    if isinstance(array, jax.core.Tracer):
+        return
+    values = np.asarray(array)
+    outside = values[(values < low) | (values > high)]
+    require(outside.size == 0, name, f"an array with {outside[:3]}", f"{low} to {high}, the {what}")

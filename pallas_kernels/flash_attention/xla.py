@@ -1,0 +1,77 @@
+"""`flash_attention` in plain XLA: memory linear in the tokens, and constant in the length of their context.
+
+The queries of every sequence are cut into tiles, so that each tile has one row of the page table. A few
+tiles at a time go over their keys block by block (blockwise.py).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.blockwise import Options, PagedKV, attend, ceil_div
+
+
+# Jitted, so that the layers of a model share one trace.
+@partial(jax.jit, static_argnames=("options", "tile_queries", "tiles_at_once", "block_keys"))
+def flash_attention(
+    q_TNH: jax.Array,
+    kv: PagedKV,
+    table_RJ: jax.Array,
+    cu_q_R1: jax.Array,
+    lengths_R: jax.Array,
+    sinks_N: jax.Array | None,
+    options: Options,
+    *,
+    tile_queries: int = 128,
+    tiles_at_once: int = 16,
+    block_keys: int = 1024,
+) -> tuple[jax.Array, jax.Array]:
+    """See the public op.
+
+    The scores of one step take tiles_at_once * tile_queries * N * block_keys floats, 268 MB at 32 heads.
+    Smaller steps would leave a GPU waiting for the loop, which costs tens of microseconds an iteration.
+    """
+    T, N, _ = q_TNH.shape
+    tile_queries = min(tile_queries, T)
+    # There are never more tiles than this, since every sequence wastes less than one.
+    most_tiles = T // tile_queries + len(lengths_R)
+    tiles_at_once = min(tiles_at_once, most_tiles)
+    end_tile_R = jnp.cumsum(ceil_div(jnp.diff(cu_q_R1), tile_queries))
+
+    def attend_group(i: jax.Array, results: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        tile_B = i * tiles_at_once + jnp.arange(tiles_at_once, dtype=jnp.int32)
+        row_BQ, position_BQ, sequence_B = _cut(tile_B, end_tile_R, cu_q_R1, lengths_R, tile_queries, T)
+        q_BQNH = q_TNH.at[row_BQ].get(mode="fill", fill_value=0)
+        tiles = attend(q_BQNH, position_BQ, kv, table_RJ[sequence_B], sinks_N, options, block_keys=block_keys)
+        return jax.tree.map(lambda x, tile: x.at[row_BQ].set(tile, mode="drop", unique_indices=True), results, tiles)
+
+    nothing_seen = jnp.zeros_like(q_TNH), jnp.full_like(q_TNH, -jnp.inf, jnp.float32, shape=(T, N))
+    if tiles_at_once == most_tiles:
+        return attend_group(jnp.int32(0), nothing_seen)  # a loop of one would still cost its own start
+    return jax.lax.fori_loop(0, ceil_div(end_tile_R[-1], tiles_at_once), attend_group, nothing_seen)
+
+
+def _cut(
+    tile_B: jax.Array,
+    end_tile_R: jax.Array,
+    cu_q_R1: jax.Array,
+    lengths_R: jax.Array,
+    tile_queries: int,
+    tokens: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The rows of q in each tile, their positions, and the tile's sequence.
+
+    Rows past the end of a sequence, and all rows of tiles past the last, get distinct numbers past the last
+    token, and position -1, which sees nothing.
+    """
+    sequence_B = jnp.sum(tile_B[:, None] >= end_tile_R[None], axis=1, dtype=jnp.int32)
+    sequence_B = jnp.minimum(sequence_B, len(lengths_R) - 1)
+    start_B, end_B = cu_q_R1[sequence_B], cu_q_R1[sequence_B + 1]
+    tiles_B = ceil_div(end_B - start_B, tile_queries)
+    nth_B = tile_B - (end_tile_R[sequence_B] - tiles_B)
+    row_BQ = (start_B + nth_B * tile_queries)[:, None] + jnp.arange(tile_queries, dtype=jnp.int32)[None]
+    inside_BQ = row_BQ < end_B[:, None]
+    position_BQ = jnp.where(inside_BQ, (lengths_R[sequence_B] - end_B)[:, None] + row_BQ, -1)
+    padding_BQ = tokens + jnp.arange(row_BQ.size, dtype=jnp.int32).reshape(row_BQ.shape)
+    return jnp.where(inside_BQ, row_BQ, padding_BQ), position_BQ, sequence_B

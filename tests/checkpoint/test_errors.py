@@ -1,0 +1,156 @@
+"""A damaged or foreign checkpoint: an error that names file, tensor and shapes, and nothing on a device."""
+
+import json
+import re
+import struct
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxinfer import checkpoint
+from jaxinfer.model import Model, read_config
+from jaxinfer.parallel import make_mesh
+
+NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
+
+
+def refused(folder, message):
+    """Loading raises a ValueError that matches `message`, and leaves no array behind."""
+    model = Model(read_config(folder), make_mesh(2))
+    before = len(jax.live_arrays())
+    with pytest.raises(ValueError, match=message) as caught:
+        checkpoint.load(folder, model)
+    assert len(jax.live_arrays()) == before
+    return str(caught.value)
+
+
+@pytest.fixture
+def folder(publish):
+    return publish("llama3")
+
+
+@pytest.fixture
+def rewrite(folder):
+    """Writes the checkpoint again with some tensors replaced, or dropped where the value is None."""
+
+    def change(**changed):
+        tensors = load_file(folder / "model.safetensors") | changed
+        save_file({name: x for name, x in tensors.items() if x is not None}, folder / "model.safetensors")
+
+    return change
+
+
+@pytest.fixture
+def sharded(folder):
+    """The checkpoint in two files with an index; gives the index, and a function that writes it."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, held in halves.items():
+        save_file({name: tensors[name] for name in held}, folder / file)
+
+    def write(index):
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    weight_map = {name: file for file, held in halves.items() for name in held}
+    write({"weight_map": weight_map})
+    return weight_map, write
+
+
+def test_missing_tensor(folder, rewrite):
+    rewrite(**{DOWN: None})
+    refused(folder, rf"{re.escape(str(folder))}: tensor '{DOWN}' of shape \(64, 96\) is missing")
+
+
+def test_unexpected_tensor(folder, rewrite):
+    rewrite(**{"model.layers.9.extra": np.zeros((2, 3), np.float32)})
+    refused(folder, r"model\.safetensors: tensor 'model\.layers\.9\.extra' of shape \(2, 3\) is unexpected")
+
+
+def test_misshapen_tensor(folder, rewrite):
+    rewrite(**{DOWN: np.zeros((96, 64), np.float32)})
+    refused(folder, rf"model\.safetensors: tensor '{DOWN}' has shape \(96, 64\); expected \(64, 96\)")
+
+
+def test_quantized_tensor(folder, rewrite):
+    rewrite(**{DOWN: np.zeros((64, 96), np.int8)})
+    refused(folder, rf"tensor '{DOWN}' has dtype I8; expected one of \['BF16', 'F16', 'F32'\]")
+
+
+def test_all_problems_are_listed_and_their_number_is_bounded(folder, rewrite):
+    rewrite(**{f"extra.{i}": np.zeros((), np.float32) for i in range(20)})
+    lines = refused(folder, "unexpected").splitlines()
+    assert len(lines) == 9
+    assert lines[-1] == "and 12 more"
+
+
+def test_known_tables_are_no_weights(folder, rewrite):
+    rewrite(**{"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros((8,), np.float32)})
+    checkpoint.load(folder, Model(read_config(folder), make_mesh()))
+
+
+def test_no_weights(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refused(folder, "holds neither model.safetensors nor model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_file(folder, kept):
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * kept)])
+    message = r"model\.safetensors is truncated"
+    if kept > 0.1:  # the header is whole, the data is not
+        message += r": tensor '.*', F32 of shape \(.*\), ends at byte \d+; the file has \d+"
+    refused(folder, message)
+
+
+@pytest.mark.parametrize("header", [b"not json", b"[]", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [2]}}'])
+def test_corrupt_header(folder, header):
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    refused(folder, r"model\.safetensors is corrupt")
+
+
+def test_byte_range_that_does_not_fit_the_shape(folder):
+    header = json.dumps({NORM: {"dtype": "F32", "shape": [64], "data_offsets": [0, 8]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    refused(folder, rf"tensor '{NORM}', F32 of shape \(64,\), takes 256 bytes; its place has 8")
+
+
+def test_an_index_places_every_tensor(folder, sharded):
+    model = Model(read_config(folder), make_mesh())
+    assert checkpoint.load(folder, model).keys() == model.parameters.keys()
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ([], "holds list; expected a JSON object"),
+        ({}, "weight_map is None"),
+        ({"weight_map": {NORM: "../a.safetensors"}}, "is placed in '../a.safetensors'; expected a file of the same"),
+        ({"weight_map": {NORM: "c.safetensors"}}, rf"c\.safetensors is missing; .* places tensor '{NORM}' there"),
+    ],
+)
+def test_bad_index(folder, sharded, index, message):
+    sharded[1](index)
+    refused(folder, message)
+
+
+def test_index_that_is_not_json(folder, sharded):
+    (folder / "model.safetensors.index.json").write_text("{")
+    refused(folder, r"model\.safetensors\.index\.json is corrupt")
+
+
+def test_tensor_in_another_file_than_the_index_says(folder, sharded):
+    weight_map, write = sharded
+    other = {"a.safetensors": "b.safetensors", "b.safetensors": "a.safetensors"}[weight_map[NORM]]
+    write({"weight_map": weight_map | {NORM: other}})
+    refused(folder, rf"{other} lacks the tensor '{NORM}'")
+
+
+def test_tensor_in_two_files(folder, sharded):
+    save_file(load_file(folder / "a.safetensors") | load_file(folder / "b.safetensors"), folder / "b.safetensors")
+    refused(folder, "stands in two files")

@@ -1,0 +1,54 @@
+"""Loading holds no second copy of the model on the host."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jaxinfer.checkpoint import names
+from jaxinfer.checkpoint.assembly import Assembly
+from jaxinfer.model import Model, read_config
+from jaxinfer.parallel import make_mesh
+
+BEYOND = 250 * 10**6  # bytes that the host may need besides the model
+MODELS = {
+    "many layers": {"vocab_size": 32000, "num_hidden_layers": 12},
+    "large vocabulary": {"vocab_size": 100000, "num_hidden_layers": 3},
+}
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024, "intermediate_size": 4096,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "hidden_act": "silu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def folder(request, tmp_path_factory) -> Path:
+    """A checkpoint of about 500 MB of random bits."""
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "config.json").write_text(json.dumps(CONFIG | MODELS[request.param]))
+    model = Model(read_config(folder), make_mesh())
+    rules = names.rules(model.config, model.parameters)
+    random = np.random.default_rng(0)
+    tensors = {}
+    for path, leaf in model.parameters.items():
+        shapes = Assembly.of(model.config, path, rules[path].form, leaf).sources
+        for name, shape in zip(rules[path].names, shapes, strict=True):
+            tensors[name] = random.integers(0, 1 << 16, shape, np.uint16).view(ml_dtypes.bfloat16)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of resident memory")
+@pytest.mark.parametrize("devices", [1, 8])
+def test_resident_memory_grows_by_the_model_and_little_more(folder, devices):
+    script = Path(__file__).with_name("measure_load.py")
+    command = [sys.executable, str(script), str(folder), str(devices)]
+    growth, size = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    assert size == pytest.approx(500e6, rel=0.05)
+    assert size <= growth <= size + BEYOND, f"{(growth - size) / 1e6:.0f} MB beyond the model"

@@ -1,0 +1,113 @@
+"""The commands as a user types them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from jaxinfer import checkpoint
+from jaxinfer.cli import app
+from jaxinfer.llm import DEMO
+from jaxinfer.model import Model, read_config
+from jaxinfer.parallel import make_mesh
+
+ROOT = Path(__file__).parents[2]
+SPEED = re.compile(
+    r"\d+ tokens, ([\d.]+) tokens/s, ([\d.]+) ([kMG])B/s, ([\d.]+)% of this machine's limit \((\d+) tokens/s"
+)
+PREFIXES = {"k": 1e3, "M": 1e6, "G": 1e9}
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+
+
+def flat(text: str) -> str:
+    """Text without the frames and line breaks of a terminal."""
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+
+
+def test_generate_streams_code_and_states_its_speed():
+    """In a process of its own, as the README starts it, with a shorter answer."""
+    main = "from jaxinfer.cli import app; app()"
+    command = [sys.executable, "-c", main, "generate", "def fibonacci(n):", "--max-tokens", "40"]
+    with subprocess.Popen(
+        [*command, "--max-model-len", "64"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        pieces = list(iter(lambda: os.read(process.stdout.fileno(), 65536), b""))
+        said = flat(process.stderr.read().decode())
+    assert process.returncode == 0, said
+    text = b"".join(pieces).decode()
+    assert text.startswith("def fibonacci(n):")
+    assert len(text.strip()) > len("def fibonacci(n):")
+    assert len(pieces) > 1  # the text came before the end
+
+    rate, number, prefix, percent, limit = SPEED.search(said).groups()
+    assert float(percent) / 100 == pytest.approx(float(rate) / float(limit), rel=0.02, abs=1e-3)
+    per_token = float(number) * PREFIXES[prefix] / float(rate)
+    weights = sum(path.stat().st_size for path in DEMO.glob("*.safetensors"))
+    assert weights < per_token < 1.1 * weights  # a step reads every weight once, and the cache
+
+
+def test_convert_keeps_every_bit(tmp_path):
+    assert run("convert", str(DEMO), str(tmp_path / "own")).exit_code == 0
+    model = Model(read_config(DEMO), make_mesh(2))
+    published, own = (checkpoint.load(folder, model) for folder in (DEMO, tmp_path / "own"))
+    assert published.keys() == own.keys() == model.parameters.keys()
+    for name, array in own.items():
+        assert array.sharding == model.parameters[name].sharding
+        assert array.dtype == published[name].dtype
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(published[name]), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "a", "--model", "no-such-model"], "no-such-model"),
+        (["generate", "a", "--model", str(ROOT / "tests")], "config.json"),
+        (["generate", "", "--max-model-len", "32"], "the prompt is empty"),
+        (["generate", "a", "--max-tokens", "0"], "max_tokens = 0 must be"),
+        (["generate", "a", "--max-model-len", "32", "--max-tokens", "32"], "max_tokens = 32 must be in 1..30"),
+        (["generate", "a", "--temperature", "nan"], "temperature = nan must be"),
+        (["generate", "a", "--dtype", "int8"], "dtype = 'int8' must be bfloat16, float16 or float32"),
+        (["generate", "a", "--tensor-parallel", "4"], "tensor"),
+        (["convert", "no-such-model", "own"], "no-such-model"),
+        (["convert", str(DEMO), str(DEMO)], "demo"),
+        (["plan", "no-such-model"], "no-such-model"),
+        (["train", "demo", "--steps", "0"], "Invalid value for '--steps'"),
+        (["fly"], "No such command 'fly'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_an_error_of_usage(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert message in flat(result.output)
+    assert "Traceback" not in result.output
+
+
+def test_an_unknown_architecture_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
+    result = run("generate", "a", "--model", str(tmp_path))
+    assert result.exit_code == 2
+    assert "unknown architecture 'BertModel'" in flat(result.output)
+
+
+def test_doctor_prints_all_its_tables():
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    for title in ("Versions", f"Devices: {jax.default_backend()}", "Kernels", "Speed"):
+        assert title in result.output
+
+
+def test_help_lists_the_commands():
+    result = run("--help")
+    assert result.exit_code == 0
+    for command in ("generate", "plan", "doctor", "convert", "train"):
+        assert re.search(rf"\b{command}\b", result.output), command

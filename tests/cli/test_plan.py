@@ -1,0 +1,139 @@
+import io
+import json
+import re
+import sys
+
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+from jaxinfer.cli.plan import MODELS, find_model, make_plan, plan, plan_tables
+from jaxinfer.cli.units import si
+from jaxinfer.roofline import Precision, find_hardware
+
+app = typer.Typer()
+app.command()(plan)
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (4.54e12, "4.54 TB/s"),
+        (999.6e9, "1.00 TB/s"),
+        (131072, "131 kB/s"),
+        (15.04e9, "15.0 GB/s"),
+        (2.5e-5, "25.0 µB/s"),
+        (3.4e-9, "3.40 nB/s"),
+        (0, "0 B/s"),
+        (-7.69e9, "-7.69 GB/s"),
+    ],
+)
+def test_quantities_have_three_digits_and_a_prefix(value, text):
+    assert si(value, "B/s") == text
+
+
+def test_a_plan_that_fits_is_printed_with_its_figures():
+    result = run("llama-3-8b", "--hardware", "h200", "--batch", "64", "--context", "4096")
+    assert result.exit_code == 0, result.output
+    assert "8,030,261,248" in result.output
+    assert "34.4 GB needed" in result.output  # 64 x 4096 tokens of 131,072 bytes
+    assert "fit: yes" in result.output
+    assert "bound by memory" in result.output
+
+
+def test_a_plan_that_does_not_fit_says_by_how_much_and_exits_with_1():
+    result = run("llama-3-8b", "--hardware", "l4", "--batch", "64", "--context", "4096")
+    assert result.exit_code == 1
+    assert "34.4 GB needed" in result.output
+    fitting = re.search(r"(\d+) x 4,096 fit: no", result.output)
+    assert fitting
+    assert 0 < int(fitting[1]) < 64
+    assert run("llama-3-8b", "--hardware", "l4", "--batch", fitting[1]).exit_code == 0
+
+
+def test_weights_that_are_too_large_are_named():
+    result = run("llama-3-70b", "--hardware", "h100", "--context", "128")
+    assert result.exit_code == 1
+    assert "none left, for weights and activations alone are" in result.output
+    assert run("llama-3-70b", "--hardware", "h100", "--context", "128", "--weights", "int4").exit_code == 0
+    assert run("llama-3-70b", "--hardware", "h100", "--context", "128", "--tensor-parallel", "4").exit_code == 0
+
+
+def test_here_is_the_measured_machine(monkeypatch):
+    monkeypatch.setattr("jaxinfer.cli.plan.measure_machine", lambda: find_hardware("h200-measured"))
+    result = run("llama-3.2-1b", "--hardware", "here")
+    assert result.exit_code == 0, result.output
+    assert "LlamaForCausalLM on h200-measured" in result.output
+    assert "for each kernel, decode is expected at" in result.output
+
+
+def test_a_folder_a_file_and_a_name_give_the_same_model(tmp_path):
+    text = (MODELS / "llama-3.2-1b" / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text)
+    by_name = find_model("llama-3.2-1b")
+    assert find_model(str(tmp_path)) == find_model(str(tmp_path / "config.json")) == by_name
+
+
+def test_every_model_of_the_repository_can_be_planned():
+    folders = sorted(folder.name for folder in MODELS.iterdir())
+    assert folders
+    for name in folders:
+        made = make_plan(find_model(name), find_hardware("h200"), 1, 512, Precision(), tensor_parallel=2)
+        assert made.memory.fits, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such-model"], "model is 'no-such-model'; expected a folder, a file, a Hugging Face id or one of"),
+        (["llama-3-8b", "--hardware", "h300"], "hardware is 'h300'; expected one of"),
+        (["llama-3-8b", "--weights", "bf15"], "weights is 'bf15'; expected one of"),
+        (["llama-3-8b", "--cache", "none"], "cache is 'none'; expected one of"),
+        (["llama-3-8b", "--context", "9000"], "context is 9000; the model was made for at most 8192"),
+        (["llama-3-8b", "--tensor-parallel", "3"], "tensor_parallel is 3; it must divide the 32 query heads"),
+        (["llama-3-8b", "--hardware", "t4"], "t4 has no bf16 matmul; it has fp16, int8, int4, fp32"),
+        (["llama-3-8b", "--batch", "0"], "Invalid value for '--batch'"),
+    ],
+)
+def test_bad_input_is_an_error_of_usage(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    flat = " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.output).split())
+    assert message in flat
+
+
+def test_an_unknown_architecture_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
+    result = run(str(tmp_path))
+    assert result.exit_code == 2
+    assert "BertModel" in result.output
+
+
+def test_the_plot_is_written(tmp_path):
+    image = tmp_path / "roofline.png"
+    result = run("llama-3-8b", "--plot", str(image))
+    assert result.exit_code == 0, result.output
+    assert image.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_plot_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run("llama-3-8b", "--plot", str(tmp_path / "roofline.png"))
+    assert result.exit_code == 2
+    assert "jaxinfer[plots]" in result.output
+
+
+def test_tables_show_every_part_and_the_interconnect_of_several_devices():
+    made = make_plan(find_model("mixtral-8x7b"), find_hardware("h200"), 8, 1024, Precision("int4"), tensor_parallel=2)
+    console = Console(width=200, record=True, file=io.StringIO())
+    for table in plan_tables(made):
+        console.print(table)
+    text = console.export_text()
+    for part in ("embedding", "norms", "projections", "attention", "experts", "router", "head", "all-reduce"):
+        assert part in text
+    assert "interconnect" in text

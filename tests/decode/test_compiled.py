@@ -1,0 +1,116 @@
+"""What the step and the loop compile to: nothing large is copied, and devices meet exactly where they must."""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinfer.decode.sampling import Needs
+from jaxinfer.decode.step import Layout, Programs
+from jaxinfer.model import Model, read_config
+from jaxinfer.parallel import make_mesh
+from tests.engine.tiny import CONFIG
+
+SLOTS, PAGE, CONTEXT, TOKENS, LAYERS = 8, 7, 77, 64, 2
+# Sizes that no other axis has, so that a shape tells what an array is.
+ODD = CONFIG | {"num_attention_heads": 15, "num_key_value_heads": 3, "head_dim": 24, "hidden_size": 40,
+                "intermediate_size": 56, "max_position_embeddings": CONTEXT}  # fmt: skip
+EVEN = CONFIG | {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": CONTEXT}
+PROGRAMS = ("step", "loop")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    which: str
+    model: Model
+    state: object
+    cache: object
+    executable: jax.stages.Compiled
+
+    @property
+    def text(self) -> str:
+        return self.executable.as_text()
+
+
+def compiled(which: str, config: dict, tensor: int = 1, num_pages: int = 29) -> Compiled:
+    """A program of decode and, as `step`, of prefill. Nothing is run."""
+    model = Model(read_config(config), make_mesh(tensor))
+    layout = Layout(SLOTS, PAGE, (num_pages,) * len(model.config.windows), CONTEXT, "float32")
+    programs = Programs(model, layout)
+    given = (list(model.parameters.values()), *programs.new_state())
+    needs = Needs("greedy", 0)
+    with jax.set_mesh(model.mesh):
+        if which == "loop":
+            lowered = programs._loop.lower(*given, decode=SLOTS, steps=3, needs=needs)
+        else:
+            packed, nothing = np.zeros(TOKENS + 4 * SLOTS + 1, np.int32), np.zeros(0, np.int32)
+            lowered = programs._step.lower(
+                *given, packed, nothing, decode=SLOTS, tokens=TOKENS, needs=needs, score=False
+            )
+        return Compiled(which, model, *given[1:], lowered.compile())
+
+
+@pytest.fixture(scope="module", params=PROGRAMS)
+def alone(request) -> Compiled:
+    return compiled(request.param, ODD)
+
+
+def moved(text: str, sizes: set[int]) -> list[str]:
+    """Instructions, also those inside of fusions, that rearrange an array of as many elements as one of `sizes`."""
+    found = re.findall(r"(\w+\[([\d,]*)\]\S* (?:copy|copy-start|convert|transpose)\(.*)", text)
+    return [line for line, dims in found if math.prod(map(int, filter(None, dims.split(",")))) in sizes]
+
+
+def test_neither_cache_nor_weights_are_moved(alone):
+    """By their number of elements, so that a reshape hides nothing."""
+    pools = {array.size for array in jax.tree.leaves(alone.cache)}
+    weights = {math.prod(leaf.shape) for leaf in alone.model.parameters.values() if len(leaf.shape) > 1}
+    assert moved(alone.text, pools | weights) == []
+
+
+def test_a_moved_weight_would_be_seen():
+    weight = jax.ShapeDtypeStruct((40, 56), np.float32)
+    for rearrange in (lambda w: w.T + 1, lambda w: (w + 1).astype(np.float16)):
+        assert moved(jax.jit(rearrange).lower(weight).compile().as_text(), {40 * 56})
+
+
+def test_every_cache_leaf_is_updated_in_place(alone):
+    """Its output is aliased to an input of its own, of the same shape."""
+    header = alone.text.splitlines()[0]
+    aliased = dict(re.findall(r"\{(\d+)\}: \((\d+), \{\}", header))
+    first, leaves = len(jax.tree.leaves(alone.state)), jax.tree.leaves(alone.cache)
+    # A layout such as {3,2,1,0} after a shape would be taken for the end of the list.
+    parameters = re.findall(r"\w+\[([\d,]*)\]", re.search(r"entry_computation_layout=\{\((.*?)\)->", header)[1])
+    inputs = [int(aliased[str(first + index)]) for index in range(len(leaves))]
+    assert len(set(inputs)) == len(leaves) == 2 * LAYERS
+    for index, leaf in zip(inputs, leaves, strict=True):
+        assert parameters[index] == ",".join(map(str, leaf.shape))
+
+
+def test_grouped_heads_share_keys_and_values(alone):
+    """No array has an axis of keys, the head size, and the query heads (15, or 3 and 5 apart) as well."""
+    arrays = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", alone.text)}
+    keys = {array for array in arrays if {7, 11, 77} & set(array) and 24 in array}
+    assert any({3, 24} <= set(array) for array in keys), "the gathered keys should be among the arrays"
+    assert not [array for array in keys if {5, 15} & set(array)]
+
+
+def test_temporary_memory_does_not_grow_with_the_pool(alone):
+    large = compiled(alone.which, ODD, num_pages=2900)
+    small, grown = (each.executable.memory_analysis().temp_size_in_bytes for each in (alone, large))
+    assert grown == small
+    cache = sum(array.nbytes for array in jax.tree.leaves(large.cache))
+    assert large.executable.memory_analysis().alias_size_in_bytes >= cache
+
+
+@pytest.mark.parametrize("which", PROGRAMS)
+def test_devices_meet_twice_a_layer(which):
+    """Attention and MLP each end in one sum over devices, the embedding of a sharded vocabulary in another, and the
+    sampler gathers the logits. A loop's body is one computation, whatever its number of steps."""
+    kinds = r"(all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter)"
+    found = Counter(re.findall(rf" {kinds}(?:-start)?\(", compiled(which, EVEN, tensor=4).text))
+    assert found == {"all-reduce": 2 * LAYERS + 1, "all-gather": 1}

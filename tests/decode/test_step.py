@@ -1,0 +1,151 @@
+"""However the tokens of a request are cut into programs, the same tokens and log-probabilities come out."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfer.decode.batch import Prefill
+from jaxinfer.decode.sampling import Needs, pack
+from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.decode.slots import Admission
+from jaxinfer.decode.step import Layout, Programs, StepOutput
+from jaxinfer.model import Model, read_config
+from jaxinfer.parallel import make_mesh
+from tests.engine.tiny import CONFIG, CONTEXT
+
+SLOTS, PAGE, ROWS, STEPS = 4, 4, 64, 3
+PAGES = CONTEXT // PAGE
+NEEDS = Needs("greedy", 20)
+PROMPTS = [list(range(1, 30)), [7, 3, 50, 41], [90, 2] * 10]  # the first and third pass the window of 8
+MAX_TOKENS = 5
+# Log-probabilities of size 5 from float32 logits of size 1, summed in another order.
+CLOSE = {"rtol": 0, "atol": 2e-5}
+
+
+@dataclass
+class Run:
+    """An engine's device state, driven by hand."""
+
+    programs: Programs
+    params: list[jax.Array]
+
+    def __post_init__(self):
+        self.state, cache = self.programs.new_state()
+        # What nobody wrote must not be read.
+        self.cache = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), cache)
+        pages = [np.random.default_rng(group).permutation(np.arange(1, SLOTS * PAGES + 1)) for group in (0, 1)]
+        sampling = pack(SamplingParams(temperature=0.0), (), 0)
+        for slot in range(len(PROMPTS)):
+            tables = tuple(group[slot * PAGES : (slot + 1) * PAGES].astype(np.int32) for group in pages)
+            row = Admission(tables, np.asarray(MAX_TOKENS, np.int32), sampling, np.full(1, -1, np.int32))
+            self.state = self.programs.admit(self.state, slot, row)
+
+    def step(self, pieces: list[tuple[int, int, int]], decode: int = 0) -> StepOutput:
+        """Prefills (slot, start, end) pieces of the prompts beside a rectangle of `decode` slots."""
+        ends = np.cumsum([0, *(end - start for _, start, end in pieces)])
+        pad = SLOTS - len(pieces)
+        tokens = [token for slot, start, end in pieces for token in PROMPTS[slot][start:end]]
+        fill = lambda values, rest: np.array([*values, *[rest] * pad], np.int32)  # noqa: E731
+        prefill = Prefill(
+            tokens_T=np.pad(np.array(tokens, np.int32), (0, ROWS - len(tokens))),
+            starts_R1=fill(ends, ends[-1]),
+            slots_R=fill([slot for slot, _, _ in pieces], SLOTS),
+            lengths_R=fill([end for _, _, end in pieces], 0),
+            last_R=fill([end == len(PROMPTS[slot]) for slot, _, end in pieces], 0),
+        )
+        self.state, self.cache, output = self.programs.step(
+            self.params, self.state, self.cache, prefill, None, decode, NEEDS
+        )
+        return jax.device_get(output)
+
+    def loop(self) -> StepOutput:
+        self.state, self.cache, output = self.programs.loop(
+            self.params, self.state, self.cache, decode=SLOTS, steps=STEPS, needs=NEEDS
+        )
+        return jax.device_get(output)
+
+
+@pytest.fixture(scope="module")
+def start():
+    model = Model(read_config(CONFIG), make_mesh(1))
+    assert model.config.windows == (8, None)
+    layout = Layout(SLOTS, PAGE, (SLOTS * PAGES + 1,) * 2, CONTEXT, "float32")
+    programs, params = Programs(model, layout), model.random_params(2)
+    return lambda: Run(programs, params)
+
+
+def whole(slot: int) -> tuple[int, int, int]:
+    return slot, 0, len(PROMPTS[slot])
+
+
+def assert_same(found: StepOutput, row: int, expected: StepOutput, expected_row: int, step: int = 0):
+    """One row of one step against the first step of another program."""
+    assert found.emits_nW[step, row]
+    assert expected.emits_nW[0, expected_row]
+    ours, theirs = (
+        jax.tree.map(lambda array, at=at: array[at], output.sampled)
+        for output, at in ((found, (step, row)), (expected, (0, expected_row)))
+    )
+    assert ours.tokens_B == theirs.tokens_B
+    np.testing.assert_allclose(ours.logprobs_B, theirs.logprobs_B, **CLOSE)
+    np.testing.assert_allclose(ours.top_logprobs_BL, theirs.top_logprobs_BL, **CLOSE)
+
+
+def test_prefill_in_chunks_equals_prefill_at_once(start):
+    at_once = start().step([whole(0), whole(1), whole(2)])
+    assert at_once.emits_nW[0].tolist() == [True, True, True, False]
+    run = start()
+    first = run.step([(0, 0, 7), (2, 0, 3)])
+    assert not first.emits_nW.any()
+    second = run.step([(2, 3, 20), (0, 7, 8), whole(1)])
+    third = run.step([(0, 8, 29)])
+    assert_same(third, 0, at_once, 0)
+    assert_same(second, 2, at_once, 1)
+    assert_same(second, 0, at_once, 2)
+
+
+def test_a_mixed_step_equals_separate_ones(start):
+    apart, mixed = start(), start()
+    for run in (apart, mixed):
+        run.step([whole(0), whole(1)])
+    prefilled, decoded = apart.step([whole(2)]), apart.step([], SLOTS)
+    both = mixed.step([whole(2)], SLOTS)
+    assert both.emits_nW[0].tolist() == [True, True, False, False, True, False, False, False]
+    assert_same(both, SLOTS, prefilled, 0)
+    for slot in (0, 1):
+        assert_same(both, slot, decoded, slot)
+    # Then the slot that was prefilled beside the others decodes as theirs does.
+    after = mixed.step([], SLOTS)
+    assert_same(after, 2, decoded, 2)
+
+
+def test_a_loop_equals_single_steps_and_ends_where_they_do(start):
+    looped, stepped = start(), start()
+    firsts = [run.step([whole(0), whole(1)]) for run in (looped, stepped)]
+    np.testing.assert_array_equal(firsts[0].sampled.tokens_B, firsts[1].sampled.tokens_B)
+    emitted = np.ones(2, int)
+    for _ in range(2):
+        loop = looped.loop()
+        for step in range(STEPS):
+            single = stepped.step([], SLOTS)
+            np.testing.assert_array_equal(loop.emits_nW[step], single.emits_nW[0, :SLOTS])
+            for slot in np.flatnonzero(loop.emits_nW[step]):
+                assert_same(loop, slot, single, slot, step)
+            emitted += loop.emits_nW[step, :2]
+    assert emitted.tolist() == [MAX_TOKENS] * 2
+    assert not np.asarray(looped.state.active_B).any()
+    np.testing.assert_array_equal(looped.state.length_B, [len(PROMPTS[0]) + 4, len(PROMPTS[1]) + 4, 0, 0])
+
+
+def test_a_released_slot_stops_and_leaves_its_neighbour_alone(start):
+    run, other = start(), start()
+    for each in (run, other):
+        each.step([whole(0), whole(1)])
+    run.state = run.programs.release(run.state, 0)
+    released, kept = run.step([], SLOTS), other.step([], SLOTS)
+    assert released.emits_nW[0, :2].tolist() == [False, True]
+    assert_same(released, 1, kept, 1)
+    np.testing.assert_array_equal(run.state.length_B[:1], [len(PROMPTS[0])])

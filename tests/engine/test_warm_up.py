@@ -1,0 +1,59 @@
+"""After `warm_up` nothing is traced or compiled again, whatever requests of those needs arrive."""
+
+from contextlib import contextmanager
+
+import jax
+import pytest
+
+from jaxinfer.decode.sampling_params import SamplingParams
+from tests.engine.tiny import CHARACTERS, assert_clean, tiny_llm
+
+FULL = {"top_k": 20}
+VARIED = [
+    ("a", SamplingParams(**FULL, max_tokens=1)),
+    ("x" * 70, SamplingParams(**FULL, n=3, max_tokens=9)),
+    ("hello", SamplingParams(**FULL, repetition_penalty=1.5, stop=["e"], max_tokens=30)),
+    ([1, 2, 3], SamplingParams(**FULL, min_p=0.1, temperature=0.5, seed=3, logit_bias={4: 2.0})),
+    ("and so on, and on", SamplingParams(**FULL, min_tokens=3, stop_token_ids=[len(CHARACTERS) - 1], ignore_eos=True)),
+]
+
+
+@contextmanager
+def counted(event: str):
+    """Collects JAX's own reports of an event."""
+    seen = []
+
+    def listen(name: str, duration: float, **about):
+        if event in name:
+            seen.append(about)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("params", [None, SamplingParams(**FULL)], ids=["greedy by default", "the whole sampler"])
+def test_nothing_compiles_after_it(params, tmp_path_factory):
+    llm = tiny_llm(tmp_path_factory.getbasetemp())
+    llm.engine.warm_up(params)
+    traces = dict(llm.engine.programs.traces)
+    requests = VARIED if params else [
+        (prompt, SamplingParams(temperature=0.0, max_tokens=tokens)) for tokens, (prompt, _) in enumerate(VARIED, 1)
+    ]  # fmt: skip
+    with counted("compile") as compilations:
+        for prompt, p in requests:
+            llm.generate([prompt], p)
+        llm.generate(*zip(*requests * 2, strict=True))
+        for _ in llm.stream(requests[-1][0], requests[-1][1]):
+            break
+    assert dict(llm.engine.programs.traces) == traces
+    assert compilations == []
+    assert_clean(llm)
+
+
+def test_the_count_would_see_a_compilation():
+    with counted("compile") as compilations:
+        jax.jit(lambda x: x + 41)(1.0)
+    assert compilations

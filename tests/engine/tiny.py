@@ -1,0 +1,80 @@
+"""A model of two layers with a tokenizer of single characters, made on the spot and compiled in seconds."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from jaxinfer import checkpoint
+from jaxinfer.engine import Options
+from jaxinfer.llm import LLM
+from jaxinfer.model import Model, read_config
+from jaxinfer.parallel import make_mesh
+
+# Printable ASCII, a newline (which byte-level tokenizers write as Ċ) and the two bytes of é.
+CHARACTERS = [*(chr(code) for code in range(33, 127)), "Ġ", "Ċ", "Ã", "©"]
+BOS, EOS = len(CHARACTERS), len(CHARACTERS) + 1
+CONTEXT = 96
+CONFIG = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "vocab_size": 104,  # a few more than there are characters, as published models have it
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": CONTEXT,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+OPTIONS = Options(max_num_seqs=4, max_num_batched_tokens=64, page_size=8, num_pages=33, steps_per_dispatch=4)
+
+
+def write_checkpoint(folder: Path, config: dict = CONFIG) -> Path:
+    """A checkpoint of random weights in Hugging Face layout, with its tokenizer."""
+    backend = tokenizers.Tokenizer(models.BPE({text: index for index, text in enumerate(CHARACTERS)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    named = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "chat_template": CHAT_TEMPLATE}
+    files = {
+        "config.json": json.dumps(config),
+        "tokenizer.json": backend.to_str(),
+        "tokenizer_config.json": json.dumps(named),
+    }
+    model = Model(read_config(config), make_mesh(1))
+    arrays = dict(zip(model.parameters, model.random_params(1), strict=True))
+    checkpoint.export(folder, model, arrays, files, shard_bytes=1 << 20)
+    return folder
+
+
+@functools.cache
+def tiny_folder(root: Path) -> Path:
+    """The one checkpoint of a session, whose temporary files lie under `root`."""
+    return write_checkpoint(root / "tiny")
+
+
+@functools.cache
+def tiny_llm(root: Path, options: Options = OPTIONS) -> LLM:
+    """One engine per session and options, so that its programs compile once whatever tests use it."""
+    return LLM(tiny_folder(root), options=options)
+
+
+def assert_clean(llm: LLM) -> None:
+    """Nothing waits, and no request holds a slot or a page, on the host or on the device."""
+    scheduler = llm.engine.scheduler
+    assert not scheduler.waiting
+    assert not scheduler.running
+    assert [pool.free for pool in scheduler.pools] == [pool.usable for pool in scheduler.pools]
+    assert not jax.device_get(llm.engine._state.active_B).any()

@@ -1,0 +1,121 @@
+"""A mixture of experts against its definition, however few or many tokens run and wherever the experts lie."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import expit, softmax
+
+from jaxinfer.model import Model, read_config
+from jaxinfer.model.moe import FEW_CHOICES, MoE, run_few, run_grouped
+from jaxinfer.parallel import make_mesh
+from tests.model.dense import run
+
+EXPERTS, CHOICES, HIDDEN, INNER, TOKENS = 8, 2, 12, 10, 5
+SHAPE = {
+    "vocab_size": 16,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+    "num_local_experts": EXPERTS,
+    "num_experts_per_tok": CHOICES,
+    "torch_dtype": "float32",
+}
+CONFIGS = {
+    "mixtral": read_config(SHAPE | {"architectures": ["MixtralForCausalLM"], "sliding_window": None}),
+    "gpt_oss": read_config(SHAPE | {"architectures": ["GptOssForCausalLM"], "swiglu_limit": 1.0}),
+}
+# Sums of at most 12 products of numbers of size 1, in float32, in two layers and over the choices.
+CLOSE = {"rtol": 0, "atol": 1e-5}
+
+
+def problem(name: str, tokens: int = TOKENS):
+    rng = np.random.default_rng(3)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    stacks = {"up": normal(EXPERTS, HIDDEN, 2, INNER) * 0.3, "down": normal(EXPERTS, INNER, HIDDEN) * 0.3}
+    if name == "gpt_oss":
+        stacks |= {"up_bias": normal(EXPERTS, 2, INNER), "down_bias": normal(EXPERTS, HIDDEN)}
+    # Expert 6 is never chosen, 0 by every token.
+    rest = np.stack([rng.permutation([1, 2, 3, 4, 5, 7])[: CHOICES - 1] for _ in range(tokens)])
+    experts_TX = np.concatenate([np.zeros((tokens, 1)), rest], axis=1).astype(np.int32)
+    return stacks, normal(tokens, HIDDEN), softmax(normal(tokens, CHOICES), axis=1), experts_TX
+
+
+def defined(name: str, stacks, x_TD, weights_TX, experts_TX) -> np.ndarray:
+    """One expert for one token at a time, in float64."""
+    out_TD = np.zeros(x_TD.shape)
+    for token, chosen in np.ndindex(experts_TX.shape):
+        of = {key: stack[experts_TX[token, chosen]].astype(np.float64) for key, stack in stacks.items()}
+        gate, up = np.einsum("d,dcf->cf", x_TD[token], of["up"]) + of.get("up_bias", 0.0)
+        if name == "gpt_oss":
+            gate, up = np.minimum(gate, 1.0), np.clip(up, -1.0, 1.0) + 1
+            inner = gate * expit(1.702 * gate) * up
+        else:
+            inner = gate * expit(gate) * up
+        out_TD[token] += weights_TX[token, chosen] * (inner @ of["down"] + of.get("down_bias", 0.0))
+    return out_TD
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("compute", [run_few, run_grouped])
+def test_both_ways_follow_the_definition(name, compute):
+    given = problem(name)
+    found = jax.jit(partial(compute, CONFIGS[name], 0))(*given)
+    np.testing.assert_allclose(found, defined(name, *given), **CLOSE)
+
+
+def test_few_tokens_read_their_own_experts_alone():
+    stacks, *rest = problem("gpt_oss")
+    unread = np.setdiff1d(np.arange(EXPERTS), rest[-1])
+    assert 6 in unread
+    poisoned = {key: stack.copy() for key, stack in stacks.items()}
+    for stack in poisoned.values():
+        stack[unread] = np.nan
+    few = jax.jit(partial(run_few, CONFIGS["gpt_oss"], 0))
+    np.testing.assert_array_equal(few(poisoned, *rest), few(stacks, *rest))
+
+
+@pytest.mark.parametrize("compute", [run_few, run_grouped])
+def test_devices_add_up_to_the_whole(compute):
+    """Each device sums its own experts; experts of other devices add nothing, whatever stands there."""
+    stacks, *rest = problem("gpt_oss")
+    part = jax.jit(partial(compute, CONFIGS["gpt_oss"]))
+    halves = [
+        part(first, {key: stack[first : first + EXPERTS // 2] for key, stack in stacks.items()}, *rest)
+        for first in (np.int32(0), np.int32(EXPERTS // 2))
+    ]
+    np.testing.assert_allclose(halves[0] + halves[1], defined("gpt_oss", stacks, *rest), **CLOSE)
+
+
+@pytest.mark.parametrize("tokens", [2, FEW_CHOICES // CHOICES + 1])
+def test_sharded_experts_equal_whole_ones(tokens):
+    """Few tokens and many: each way is one of them."""
+    config, tokens_T = CONFIGS["gpt_oss"], np.arange(tokens, dtype=np.int32)
+    alone, sharded = Model(config, make_mesh(1)), Model(config, make_mesh(4))
+    params = alone.random_params(2)
+    placed = [
+        jax.device_put(array, leaf.sharding) for array, leaf in zip(params, sharded.parameters.values(), strict=True)
+    ]
+    found, expected = run(sharded, placed, tokens_T), run(alone, params, tokens_T)
+    np.testing.assert_allclose(found.logits_TV, expected.logits_TV, **CLOSE)
+
+
+def test_the_router_takes_the_likeliest_experts():
+    """Softmax over all, the largest kept, and their weights brought to a sum of one where the config says so."""
+    model = Model(CONFIGS["mixtral"], make_mesh(1))
+    params = dict(zip(model.parameters, model.random_params(1), strict=True))
+    x_TD = np.random.default_rng(0).standard_normal((TOKENS, HIDDEN)).astype(np.float32)
+    probs_TE = softmax(x_TD @ np.asarray(params["layers.0.mlp.router_DE"]), axis=1)
+    expected_TX = np.argsort(-probs_TE, axis=1)[:, :CHOICES]
+    router = model._module(list(params.values())).layers[0].mlp
+    assert isinstance(router, MoE)
+    with jax.set_mesh(model.mesh):
+        weights_TX, experts_TX = router._route(jnp.asarray(x_TD))
+    np.testing.assert_array_equal(experts_TX, expected_TX)
+    kept_TX = np.take_along_axis(probs_TE, expected_TX, axis=1)
+    np.testing.assert_allclose(weights_TX, kept_TX / kept_TX.sum(axis=1, keepdims=True), rtol=1e-5)

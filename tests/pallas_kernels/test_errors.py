@@ -1,0 +1,112 @@
+"""Bad arguments raise a ValueError that names the argument, and the choice of an implementation is said once."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import dispatch
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.flash_decoding import flash_decoding
+
+SCALES = jnp.ones((5, 4, 2), jnp.float32)
+
+
+def prefill_arguments() -> dict:
+    return {
+        "q_TNH": jnp.ones((6, 4, 8), jnp.float32),
+        "k_pages_PSKH": jnp.ones((5, 4, 2, 8), jnp.float32),
+        "v_pages_PSKH": jnp.ones((5, 4, 2, 8), jnp.float32),
+        "page_table_RJ": jnp.zeros((2, 3), jnp.int32),
+        "cu_q_R1": jnp.array([0, 4, 6], jnp.int32),
+        "lengths_R": jnp.array([4, 12], jnp.int32),
+        "scale": 0.5,
+    }
+
+
+def ints(*values):
+    return jnp.array(values, jnp.int32)
+
+
+WRONG = {
+    "rank of q": ({"q_TNH": jnp.ones((6, 8), jnp.float32)}, "q.shape"),
+    "no tokens": ({"q_TNH": jnp.ones((0, 4, 8), jnp.float32)}, "q.shape"),
+    "dtype of q": ({"q_TNH": jnp.ones((6, 4, 8), jnp.int32)}, "q.dtype"),
+    "heads": ({"q_TNH": jnp.ones((6, 3, 8), jnp.float32)}, "k_pages.shape"),
+    "head size": ({"q_TNH": jnp.ones((6, 4, 16), jnp.float32)}, "k_pages.shape"),
+    "rank of the pages": ({"k_pages_PSKH": jnp.ones((5, 4, 16), jnp.float32)}, "k_pages.shape"),
+    "v unlike k": ({"v_pages_PSKH": jnp.ones((6, 4, 2, 8), jnp.float32)}, "v_pages.shape"),
+    "dtype of v": ({"v_pages_PSKH": jnp.ones((5, 4, 2, 8), jnp.bfloat16)}, "v_pages.dtype"),
+    "scales of plain pages": ({"v_scales_PSK": SCALES}, "v_scales"),
+    "no scales": (
+        {"k_pages_PSKH": jnp.ones((5, 4, 2, 8), jnp.int8), "v_pages_PSKH": jnp.ones((5, 4, 2, 8), jnp.int8)},
+        "k_scales",
+    ),
+    "dtype of the table": ({"page_table_RJ": jnp.zeros((2, 3), jnp.int16)}, "page_table.dtype"),
+    "page below the pool": ({"page_table_RJ": ints([0, 1, 2], [0, -1, 0])}, "page_table"),
+    "page beyond the pool": ({"page_table_RJ": ints([0, 1, 2], [0, 5, 0])}, r"page_table .*\[5\].* 0 to 4"),
+    "rows of lengths": ({"lengths_R": ints(4, 4, 4)}, "lengths.shape"),
+    "length beyond the table": ({"lengths_R": ints(4, 13)}, r"lengths .*\[13\].* 0 to 12"),
+    "negative length": ({"lengths_R": ints(4, -1)}, "lengths"),
+    "borders": ({"cu_q_R1": ints(0, 6)}, "cu_q.shape"),
+    "falling borders": ({"cu_q_R1": ints(0, 4, 3)}, "cu_q"),
+    "borders beyond the tokens": ({"cu_q_R1": ints(0, 4, 7)}, r"cu_q\[-1\] is 7"),
+    "window": ({"window": 0}, "window is 0"),
+    "soft cap": ({"soft_cap": 0.0}, "soft_cap is 0"),
+    "scale": ({"scale": float("nan")}, "scale is nan"),
+    "sinks": ({"sinks_N": jnp.ones((2,), jnp.float32)}, "sinks.shape"),
+    "implementation": ({"implementation": "mosaic"}, "mosaic.*allowed: auto, xla, reference"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_prefill_names_what_is_wrong(name):
+    change, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        flash_attention(**(prefill_arguments() | change))
+
+
+def test_the_unchanged_arguments_are_right():
+    assert flash_attention(**prefill_arguments()).shape == (6, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q_BQNH": jnp.ones((3, 1, 4, 8), jnp.float32)}, "q.shape .*2 slots"),
+        ({"q_BQNH": jnp.ones((2, 4, 8), jnp.float32)}, "q.shape"),
+        ({"lengths_B": ints(4, 13)}, "lengths"),
+        ({"implementation": "cuda"}, "implementation='cuda' of flash_decoding"),
+    ],
+)
+def test_decoding_names_what_is_wrong(change, message):
+    prefill = prefill_arguments()
+    arguments = {
+        "q_BQNH": jnp.ones((2, 1, 4, 8), jnp.float32),
+        "k_pages_PSKH": prefill["k_pages_PSKH"],
+        "v_pages_PSKH": prefill["v_pages_PSKH"],
+        "page_table_BJ": prefill["page_table_RJ"],
+        "lengths_B": prefill["lengths_R"],
+        "scale": 0.5,
+    }
+    with pytest.raises(ValueError, match=message):
+        flash_decoding(**(arguments | change))
+
+
+def test_values_are_not_looked_at_under_a_trace():
+    arguments = prefill_arguments()
+    table = arguments.pop("page_table_RJ") + 99
+    traced = jax.eval_shape(lambda table: flash_attention(**arguments, page_table_RJ=table), table)
+    assert traced.shape == (6, 4, 8)
+
+
+def test_auto_says_once_what_it_chose(caplog):
+    available = {"xla": len, "reference": sum}
+    with caplog.at_level(logging.INFO, "pallas_kernels"):
+        assert dispatch.choose("an op of this test", "auto", available) is len
+        assert dispatch.choose("an op of this test", "auto", available) is len
+        assert dispatch.choose("an op of this test", "reference", available) is sum
+    assert [record.getMessage() for record in caplog.records] == [
+        f"an op of this test runs as xla: no kernel written for the backend {jax.default_backend()!r} exists"
+    ]

@@ -1,0 +1,145 @@
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxinfer.cache import make_cache
+from jaxinfer.model.config import LayerConfig, ModelConfig, MoEConfig
+from jaxinfer.model.model import Model
+from jaxinfer.model.rope import Rope
+from jaxinfer.parallel import make_mesh
+from jaxinfer.roofline.hardware import DATASHEETS
+from jaxinfer.roofline.memory import page_bytes, pages_held, plan_memory, sequence_bytes, weight_memory
+from jaxinfer.roofline.precision import BF16, Precision
+from jaxinfer.roofline.shapes import parameters
+
+ROPE = Rope(10_000.0, 16)
+WINDOWED = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=96,
+    num_heads=8,
+    num_kv_heads=2,
+    head_size=16,
+    layers=(LayerConfig(ROPE), LayerConfig(ROPE, window=20), LayerConfig(ROPE, window=20)),
+    context=512,
+    norm_eps=1e-5,
+)
+SPARSE = (LayerConfig(ROPE), LayerConfig(ROPE, moe=MoEConfig(8, 2, 32, bias=True)))
+VARIANTS = {
+    "windows": WINDOWED,
+    "experts with biases": dataclasses.replace(WINDOWED, layers=SPARSE, sinks=True, qkv_bias=True, o_bias=True),
+    "plain MLP, layer norms": dataclasses.replace(
+        WINDOWED, gated_mlp=False, mlp_bias=True, norm="layer", norm_bias=True
+    ),
+    "four norms, tied": dataclasses.replace(WINDOWED, post_norm=True, tied_embeddings=True, qk_norm="head"),
+    "norms over all heads": dataclasses.replace(WINDOWED, pre_norm=False, post_norm=True, qk_norm="all"),
+    "parallel block": dataclasses.replace(WINDOWED, num_kv_heads=1, parallel_block=True),
+}
+PUBLISHED = {  # parameters, as the model cards and the sizes of the checkpoints state them
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-2-13b": 13_015_864_320,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-0.6b": 596_049_920,
+    "gemma-2-9b": 9_241_705_984,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_those_of_the_published_checkpoint(published, name):
+    assert parameters(published(name)) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_parameters_are_those_of_the_model(name):
+    arrays = Model(VARIANTS[name], make_mesh()).parameters.values()
+    assert parameters(VARIANTS[name]) == sum(array.size for array in arrays)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_weights_are_those_that_one_device_holds(devices):
+    arrays = Model(WINDOWED, make_mesh(devices)).parameters.values()
+    held = sum(int(np.prod(array.sharding.shard_shape(array.shape))) * 2 for array in arrays)
+    assert weight_memory(WINDOWED, BF16, devices) == held
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_page_bytes_are_those_of_the_cache(devices, dtype):
+    pages, page_size, mesh = (5, 3), 8, make_mesh(devices)
+    groups = tuple(WINDOWED.group(layer) for layer in range(WINDOWED.num_layers))
+    slots = max(WINDOWED.num_kv_heads, devices)
+    cache = make_cache(mesh, groups, pages, page_size, slots, WINDOWED.head_size, dtype)
+    arrays = [array for state in cache for array in (state.k_PSKH, state.v_PSKH)]
+    held = sum(array.addressable_shards[0].data.nbytes for array in arrays)
+    sizes = [page_bytes(WINDOWED, window, page_size, Precision.all_in(dtype), devices) for window in WINDOWED.windows]
+    assert sum(count * size for count, size in zip(pages, sizes, strict=True)) == held
+
+
+def test_a_narrow_page_has_a_scale_for_every_key_and_value():
+    page_SKH, scales_SK = jnp.zeros((8, 2, 16), jnp.int8), jnp.zeros((8, 2), jnp.float32)
+    layers = 2
+    expected = layers * 2 * (page_SKH.nbytes + scales_SK.nbytes)
+    assert page_bytes(WINDOWED, 20, 8, Precision(cache="int8")) == expected
+
+
+@given(window=st.integers(1, 40), context=st.integers(1, 100), page_size=st.integers(1, 16))
+def test_pages_held_are_the_most_that_a_sliding_window_spans(window, context, page_size):
+    spans = [
+        (last // page_size) - (max(0, last - window + 1) // page_size) + 1
+        for last in range(context)  # the newest token's position
+    ]
+    held = pages_held(window, context, page_size)
+    assert max(spans) <= held <= -(-context // page_size)
+    if context >= window + 2 * page_size:  # long enough for the window to begin anywhere in a page
+        assert held == max(spans)
+        assert held * page_size < window + 2 * page_size
+
+
+def test_a_window_frees_what_a_full_layer_keeps():
+    short, long = (sequence_bytes(WINDOWED, context, 16, BF16) for context in (256, 512))
+    assert long - short == 256 * 2 * 2 * 16 * 2  # tokens x (keys and values) x heads x head size x 2 bytes, one layer
+
+
+@pytest.mark.parametrize(("card", "gigabytes"), [("a100-40", 10), ("a100-80", 50)])
+def test_a_13b_model_leaves_the_known_room_for_its_cache(published, card, gigabytes):
+    plan = plan_memory(published("llama-2-13b"), DATASHEETS[card], batch=1, context=2048)
+    assert plan.cache / 1e9 == pytest.approx(gigabytes, abs=1.5)
+    assert plan.per_token == 40 * 2 * 5120 * 2  # 819 kB, as Kwon et al. 2023, section 3
+
+
+@given(batch=st.integers(1, 200), context=st.integers(1, 4096))
+def test_what_fits_fills_the_memory_and_one_more_does_not(batch, context):
+    plan = plan_memory(WINDOWED, DATASHEETS["t4"], batch, context)
+    used = plan.reserved + plan.weights + plan.activations
+    assert used + plan.sequences * plan.per_sequence <= plan.memory
+    assert used + (plan.sequences + 1) * plan.per_sequence > plan.memory
+    assert plan.fits == (batch <= plan.sequences)
+
+
+def test_weights_that_are_too_large_leave_room_for_nothing(published):
+    plan = plan_memory(published("llama-3-70b"), DATASHEETS["h100"], batch=1, context=128)
+    assert plan.cache < 0
+    assert (plan.sequences, plan.fits) == (0, False)
+    assert plan_memory(published("llama-3-70b"), DATASHEETS["h100"], 1, 128, tensor_parallel=4).fits
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": 0}, "batch is 0; it must be at least 1"),
+        ({"page_size": 0}, "page_size is 0; it must be at least 1"),
+        ({"memory_fraction": 1.5}, r"memory_fraction is 1\.5; it must be above 0 and at most 1"),
+        ({"tensor_parallel": 3}, "tensor_parallel is 3; it must divide the 8 query heads"),
+    ],
+)
+def test_bad_input_is_refused(changes, message):
+    arguments = {"batch": 1, "context": 16} | changes
+    with pytest.raises(ValueError, match=message):
+        plan_memory(WINDOWED, DATASHEETS["t4"], **arguments)

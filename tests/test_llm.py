@@ -1,0 +1,241 @@
+"""`LLM` from the outside: text, reasons to stop, log-probabilities, streams, and what an interruption leaves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.llm import LLM
+from jaxinfer.outputs import CompletionOutput
+from tests.engine.tiny import BOS, CHARACTERS, CONFIG, CONTEXT, EOS, assert_clean, tiny_llm
+from tests.model.dense import run
+
+PROMPT = "def f(x):"
+# Half characters, special tokens and what has no text would blur what is counted; without them nothing ends early.
+ASCII_ONLY = dict.fromkeys(range(CHARACTERS.index("Ã"), CONFIG["vocab_size"]), -100.0)
+
+
+def greedy(**options) -> SamplingParams:
+    return SamplingParams(temperature=0.0, logit_bias=ASCII_ONLY, **options)
+
+
+@pytest.fixture
+def llm(tmp_path_factory):
+    """The session's engine, clean before and after every test."""
+    shared = tiny_llm(tmp_path_factory.getbasetemp())
+    yield shared
+    assert_clean(shared)
+
+
+@pytest.fixture
+def long(llm) -> CompletionOutput:
+    """What the model writes when nothing stops it: a character for every token."""
+    (request,) = llm.generate(PROMPT, greedy(max_tokens=40))
+    (output,) = request.outputs
+    assert len(output.text) == len(output.token_ids) == 40
+    return output
+
+
+def joined(pieces) -> CompletionOutput:
+    pieces = list(pieces)
+    ids = [token for piece in pieces for token in piece.token_ids]
+    logprobs = None if pieces[0].logprobs is None else [entry for piece in pieces for entry in piece.logprobs]
+    assert all(piece.finish_reason is None for piece in pieces[:-1])
+    text = "".join(piece.text for piece in pieces)
+    return CompletionOutput(0, text, ids, logprobs, pieces[-1].finish_reason, pieces[-1].stop_reason)
+
+
+# --- reasons to stop
+
+
+def test_outputs_tell_of_their_prompts(llm):
+    tokens = llm.tokenizer.encode("ab")
+    text, ids, several = llm.generate(["ab", tokens, "é"], greedy(max_tokens=3))
+    assert (text.prompt, text.prompt_token_ids, text.prompt_logprobs) == ("ab", tokens, None)
+    assert (ids.prompt, ids.prompt_token_ids) == (None, tokens)
+    assert text.prompt_token_ids[0] == BOS
+    assert text.outputs == ids.outputs
+    assert several.prompt_token_ids == [BOS, CHARACTERS.index("Ã"), CHARACTERS.index("©")]
+    assert llm.generate([]) == []
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_a_stop_string_ends_the_text_before_it(llm, long, length):
+    """Also one that spans several tokens and steps; the tokens up to its end stay."""
+    at = next(i for i in range(3, 40 - length) if long.text.find(long.text[i : i + length]) == i)
+    stop = long.text[at : at + length]
+    params = greedy(max_tokens=40, stop=["never", stop])
+    (request,) = llm.generate(PROMPT, params)
+    expected = CompletionOutput(0, long.text[:at], long.token_ids[: at + length], None, "stop", stop)
+    assert request.outputs == [expected]
+    assert joined(llm.stream(PROMPT, params)) == expected
+
+
+def test_a_stop_string_that_only_begins_is_shown_in_the_end(llm, long):
+    params = greedy(max_tokens=10, stop=long.text[8:10] + "\0")
+    (request,) = llm.generate(PROMPT, params)
+    expected = CompletionOutput(0, long.text[:10], long.token_ids[:10], None, "length")
+    assert request.outputs == [expected]
+    assert joined(llm.stream(PROMPT, params)) == expected
+
+
+def test_a_stop_token_ends_the_text_without_showing(llm, long):
+    token = long.token_ids[6]
+    end = long.token_ids.index(token)
+    (request,) = llm.generate(PROMPT, greedy(max_tokens=40, stop_token_ids=[token]))
+    expected = CompletionOutput(0, long.text[:end], long.token_ids[: end + 1], None, "stop", token)
+    assert request.outputs == [expected]
+
+
+def test_end_of_sequence(llm):
+    bias = ASCII_ONLY | {EOS: 100.0}  # so that it comes whenever it may
+    base = {"temperature": 0.0, "logit_bias": bias, "max_tokens": 6}
+    ended, kept_on, forced = llm.generate(
+        [PROMPT] * 3,
+        [SamplingParams(**base), SamplingParams(**base, ignore_eos=True), SamplingParams(**base, min_tokens=4)],
+    )
+    assert ended.outputs == [CompletionOutput(0, "", [EOS], None, "stop", None)]
+    assert kept_on.outputs == [CompletionOutput(0, "", [EOS] * 6, None, "length", None)]
+    (output,) = forced.outputs
+    assert EOS not in output.token_ids[:4]
+    assert output.token_ids[4:] == [EOS]
+    assert (len(output.text), output.finish_reason) == (4, "stop")
+
+
+def test_up_to_the_edge_of_the_context(llm):
+    prompt = [1 + i % 90 for i in range(CONTEXT - 5)]
+    (request,) = llm.generate([prompt], greedy(max_tokens=5))
+    assert len(request.outputs[0].token_ids) == 5
+    assert request.outputs[0].finish_reason == "length"
+    (last,) = llm.generate([prompt + request.outputs[0].token_ids[:4]], greedy(max_tokens=1))
+    assert last.outputs[0].token_ids == request.outputs[0].token_ids[4:]
+
+
+# --- several continuations
+
+
+def test_n_continuations_are_those_of_the_seeds_that_follow(llm):
+    params = {"top_k": 50, "max_tokens": 12}
+    (request,) = llm.generate(PROMPT, SamplingParams(**params, seed=7, n=3))
+    alone = [llm.generate(PROMPT, SamplingParams(**params, seed=7 + i))[0].outputs[0] for i in range(3)]
+    assert [output.index for output in request.outputs] == [0, 1, 2]
+    assert [output.token_ids for output in request.outputs] == [output.token_ids for output in alone]
+    assert len({output.text for output in request.outputs}) == 3
+
+
+def test_without_a_seed_every_request_draws_its_own(llm):
+    outputs = llm.generate([PROMPT] * 4, SamplingParams(top_k=50, max_tokens=12, ignore_eos=True))
+    assert len({request.outputs[0].text for request in outputs}) == 4
+
+
+# --- log-probabilities
+
+
+def dense_logprobs(llm: LLM, tokens: list[int]) -> np.ndarray:
+    """log softmax of the model's own logits after every token, without a cache; one program for any length."""
+    padded = np.pad(np.array(tokens, np.int32), (0, CONTEXT - len(tokens)))
+    logits_TV = run(llm.model, llm.engine.params, padded).logits_TV
+    return log_softmax(logits_TV[: len(tokens)].astype(np.float64), axis=1)
+
+
+def test_logprobs_are_those_of_the_model(llm):
+    """Whatever filters and penalties did to the choice; of prompt and output alike."""
+    params = SamplingParams(
+        seed=1, top_k=5, presence_penalty=1.0, max_tokens=12, ignore_eos=True, logprobs=3, prompt_logprobs=2
+    )
+    prompt = list(range(1, 75))  # two chunks
+    (request,) = llm.generate([prompt], params)
+    (output,) = request.outputs
+    expected_TV = dense_logprobs(llm, prompt + output.token_ids)
+    assert request.prompt_logprobs[0] is None
+    rows = [*request.prompt_logprobs[1:], *output.logprobs]
+    assert len(rows) == len(prompt) - 1 + 12
+    for position, entry in enumerate(rows):
+        token, expected_V = (prompt + output.token_ids)[position + 1], expected_TV[position]
+        top = 2 if position < len(prompt) - 1 else 3
+        assert entry.token == token
+        # float32 logits of size 1 to 5, summed in another order.
+        assert entry.logprob == pytest.approx(expected_V[token], abs=2e-5)
+        assert [i for i, _ in entry.top] == np.argsort(-expected_V)[:top].tolist()
+        np.testing.assert_allclose([value for _, value in entry.top], np.sort(expected_V)[::-1][:top], atol=2e-5)
+    assert output.cumulative_logprob == pytest.approx(sum(entry.logprob for entry in output.logprobs))
+    assert joined(llm.stream(prompt, params)) == output
+
+
+# --- streams
+
+
+def test_a_stream_is_what_generate_gives(llm):
+    params = SamplingParams(seed=11, top_k=60, max_tokens=30)  # é comes in halves
+    (request,) = llm.generate(PROMPT, params)
+    pieces = list(llm.stream(PROMPT, params))
+    assert len(pieces) > 2
+    assert joined(pieces) == request.outputs[0]
+
+
+def test_a_stream_that_is_left_frees_its_pages(llm):
+    stream = llm.stream(PROMPT, greedy(max_tokens=40))
+    next(stream)
+    assert llm.engine.scheduler.running
+    stream.close()
+    assert_clean(llm)
+
+
+def test_streams_and_calls_interleave(llm, long):
+    params = greedy(max_tokens=40)
+    short = greedy(max_tokens=8)
+    first, second = llm.stream(PROMPT, params), llm.stream(PROMPT, short)
+    pieces, others = [next(first)], [next(second)]
+    assert llm.generate(PROMPT, params)[0].outputs == [long]  # runs both streams to their ends beside its own
+    assert joined([*pieces, *first]) == long
+    assert joined([*others, *second]) == CompletionOutput(0, long.text[:8], long.token_ids[:8], None, "length")
+
+
+def test_an_interrupted_call_leaves_nothing_behind(llm, long, monkeypatch):
+    step, left = llm.engine.step, iter(range(3))
+
+    def interrupted():
+        if next(left) == 2:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(llm.engine, "step", interrupted)
+    params = greedy(max_tokens=40)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([PROMPT] * 6, params)  # more than run at once
+    assert_clean(llm)
+    monkeypatch.undo()
+    assert llm.generate(PROMPT, params)[0].outputs == [long]
+
+
+# --- chat
+
+
+def test_chat_writes_the_checkpoints_own_template(llm):
+    messages = [{"role": "user", "content": "hi"}]
+    text = "[user]hi\n[assistant]"
+    expected = [BOS, *llm.tokenizer.encode(text, add_special_tokens=False)]
+    (answer,) = llm.chat(messages, greedy(max_tokens=4))
+    assert answer.prompt_token_ids == expected
+    assert answer.outputs == llm.generate([expected], greedy(max_tokens=4))[0].outputs
+    both = llm.chat([messages, [*messages, {"role": "assistant", "content": "ho"}]], greedy(max_tokens=4))
+    assert both[0] == answer
+    assert len(both[1].prompt_token_ids) > len(expected)
+
+
+# --- what is held where
+
+
+def test_the_cache_is_what_its_pages_say(llm):
+    layout, config = llm.engine.layout, llm.model.config
+    per_token = 2 * config.num_kv_heads * config.head_size * 4
+    assert llm.engine.cache_bytes == config.num_layers * layout.num_pages[0] * layout.page_size * per_token
+
+
+def test_weights_take_the_dtype_that_is_asked_for(llm):
+    half = LLM(llm.folder, dtype="bfloat16", max_model_len=32)
+    assert {array.dtype for array in half.engine.params} == {jnp.dtype(jnp.bfloat16)}
+    assert {array.dtype for array in jax.tree.leaves(half.engine._cache)} == {jnp.dtype(jnp.bfloat16)}
+    assert half.model.context == half.engine.layout.max_tokens == 32

@@ -1,0 +1,79 @@
+"""What the README says is what is there: tables, families, links and commands."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.record import RESULTS
+from benchmarks.tables import README, TABLES, render
+from jaxinfer.model import read_config
+from jaxinfer.model.families import FAMILIES
+from jaxinfer.roofline import decode_step, find_hardware, prefill
+
+ROOT = README.parent
+TEXT = README.read_text()
+PAGES = ["README.md", "CONTRIBUTING.md", "tests/golden/README.md"]
+
+
+def test_tables_are_made_from_the_results():
+    assert render(TEXT, RESULTS / "h200") == TEXT, "run python -m benchmarks.tables"
+
+
+def test_every_table_is_shown():
+    assert set(re.findall(r"<!-- table: (\S+) -->", TEXT)) == {*TABLES, "sources"}
+
+
+def test_every_family_is_listed():
+    listed = re.findall(r"^\| .* \| (`.*`) \| .* \|$", TEXT, re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(listed))) == sorted(FAMILIES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    path = ROOT / page
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text())
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_the_pipeline_runs_the_readmes_test_command():
+    command = "uv run pytest"
+    assert f"    pip install uv && {command}\n" in TEXT
+    assert command in (ROOT / ".ci" / "run").read_text()
+
+
+def write_results(folder: Path, value: float) -> None:
+    record = {"case": "llama-3-8b B1", "implementation": "xla", "metric": "decode", "value": value, "unit": "tok/s"}
+    results = {"environment": {"device": "a card"}, "records": [record | {"roofline_fraction": 0.754}]}
+    (folder / "decode.json").write_text(json.dumps(results))
+
+
+@pytest.mark.parametrize(
+    ("value", "cell"),
+    [(227.4, "227 (75%)"), (10445, "10,445 (75%)"), (4.407, "4.41 (75%)"), (99.96, "100 (75%)"), (17.4, "17.4 (75%)")],
+)
+def test_a_table_follows_its_file(tmp_path, value, cell):
+    text = "a\n<!-- table: decode -->\nold\n<!-- /table -->\n<!-- table: sources -->\n<!-- /table -->\n"
+    assert "old" not in render(text, tmp_path)  # no file: no table
+    write_results(tmp_path, value)
+    rendered = render(text, tmp_path)
+    assert f"| **jaxinfer**, XLA attention | {cell} |  |  |  |\n" in rendered
+    assert "- device a card\n" in rendered
+    assert render(rendered, tmp_path) == rendered
+
+
+def test_an_unknown_table_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"\['speed'\]; known are decode, "):
+        render("<!-- table: speed -->\n<!-- /table -->\n", tmp_path)
+
+
+def test_fractions_of_other_systems_are_those_of_our_roofline():
+    """Their records come from elsewhere; their limit is the one that our own figures are held against."""
+    config, machine = read_config(ROOT / "configs" / "models" / "llama-3-8b"), find_hardware("h200-measured")
+    limits = {f"llama-3-8b B{b}": b / decode_step(config, b, 256).limit(machine) for b in (1, 16, 64, 256)}
+    seconds = {f"llama-3-8b prompt {t}": prefill(config, t).limit(machine) for t in (512, 2048, 8192)}
+    for record in json.loads((RESULTS / "h200" / "anchors.json").read_text())["records"]:
+        case, value = record["case"], record["value"]
+        fraction = value / limits[case] if case in limits else seconds[case] / (value / 1e3)
+        assert record["roofline_fraction"] == pytest.approx(fraction, abs=5e-3), record

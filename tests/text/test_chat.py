@@ -1,0 +1,110 @@
+import json
+from datetime import datetime
+
+import pytest
+
+from jaxinfer.text import ChatTemplate
+
+CHATML = """{{ bos_token }}
+{%- for message in messages %}
+    {%- if message.role not in ['system', 'user', 'assistant'] %}
+        {{- raise_exception('unknown role ' + message.role) }}
+    {%- endif %}
+    {{- '<' + message.role + '>' + message.content | trim + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"""
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi 🦊 "}]
+
+
+@pytest.fixture
+def template(tmp_path):
+    def write(source, **config):
+        config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}} | config
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": source}))
+        return ChatTemplate.from_folder(tmp_path)
+
+    return write
+
+
+def test_messages_become_a_prompt(template):
+    chat = template(CHATML)
+    text = "<s><system>Be brief.\n<user>Hi 🦊\n"
+    assert chat.render(MESSAGES) == text + "<assistant>"
+    assert chat.render(MESSAGES, add_generation_prompt=False) == text
+
+
+def test_the_jinja_file_decides_and_of_several_the_default(template, tmp_path):
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    assert template(named).render(MESSAGES) == "plain"
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert ChatTemplate.from_folder(tmp_path).render(MESSAGES) == "file"
+
+
+def test_blocks_leave_no_whitespace_and_loops_can_break(template):
+    lines = ["{% for m in messages %}", "  {% if loop.index > 1 %}", "  {% break %}", "  {% endif %}"]
+    source = "\n".join([*lines, "{{ m.role }}", "{% endfor %}"])
+    assert template(source).render(MESSAGES) == "system\n"
+
+
+def test_functions_and_variables_of_the_template_language(template):
+    chat = template("{{ eos_token }}|{{ x | tojson }}|{{ strftime_now('%Y') }}|{{ tools is none }}")
+    years = {datetime.now().year}
+    text = chat.render(MESSAGES, x={"a": "<é>"})
+    years |= {datetime.now().year}
+    assert text in {f'</s>|{{"a": "<é>"}}|{year}|True' for year in years}
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append.__globals__ }}{{ messages.__init__.__globals__['x'] }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update({'role': 'root'}) }}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+    ],
+)
+def test_template_cannot_leave_the_sandbox(template, attack):
+    chat, messages = template(attack), [dict(message) for message in MESSAGES]
+    with pytest.raises(ValueError, match="chat_template"):
+        chat.render(messages)
+    assert messages == MESSAGES
+
+
+def test_refusal_of_the_template_is_told(template):
+    with pytest.raises(ValueError, match="unknown role root"):
+        template(CHATML).render([{"role": "root", "content": ""}])
+
+
+def test_without_a_template_the_error_says_so(tmp_path, template):
+    with pytest.raises(ValueError, match=f"{tmp_path} has no chat template"):
+        ChatTemplate.from_folder(tmp_path)
+    with pytest.raises(ValueError, match="has no chat template"):
+        template(None)
+
+
+def test_invalid_template_is_told_with_its_line(template):
+    with pytest.raises(ValueError, match="line 2"):
+        template("\n{% if %}")
+
+
+@pytest.mark.parametrize(
+    ("messages", "field"),
+    [
+        ([], "messages"),
+        ("hello", "messages"),
+        ({"role": "user", "content": ""}, "messages"),
+        (["hello"], r"messages\[0\]"),
+        ([{"role": "user"}], r"messages\[0\]\.content is missing"),
+        ([MESSAGES[0], {"content": "x"}], r"messages\[1\]\.role is missing"),
+        ([{"role": "", "content": "x"}], r"messages\[0\]\.role"),
+        ([{"role": 3, "content": "x"}], r"messages\[0\]\.role must be a string, got int"),
+        ([{"role": "user", "content": None}], r"messages\[0\]\.content must be a string"),
+        ([{"role": "user", "content": "a\udfff"}], r"messages\[0\]\.content .*position 1"),
+    ],
+)
+def test_malformed_message_names_its_field(template, messages, field):
+    with pytest.raises(ValueError, match=field):
+        template(CHATML).render(messages)

@@ -1,0 +1,67 @@
+"""A standard library in miniature, and a model small enough to train in a test."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinfer.model import Model, read_config
+from jaxinfer.parallel import make_mesh
+from jaxinfer.training.data import HELD_OUT
+from jaxinfer.training.demo import hf_config
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 16,
+}
+SOURCE = "def add(a, b):\n    return a + b\n\n\nfor name in names:\n    print(add(name, 1))\n"
+
+
+@pytest.fixture(scope="session")
+def sizes():
+    return SIZES
+
+
+@pytest.fixture(scope="module")
+def library_root(tmp_path_factory):
+    """Every module repeats a few lines, so that a small model learns them in a few steps."""
+    root = tmp_path_factory.mktemp("library")
+    names = [*HELD_OUT, *(f"test/test_{name}" for name in HELD_OUT), *(f"module{i}.py" for i in range(8))]
+    names += ["json/decoder.py", "site-packages/other.py", "encodings/utf_8.py", "config-3.12/build.py"]
+    names += ["test/bad_coding.py", "html/entities.py", "_sysconfigdata_linux.py"]
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f'"""{name}"""\n' + SOURCE * 3)
+    (root / "test/latin.py").write_bytes('x = "é"\n'.encode("latin-1"))
+    (root / "empty.py").write_text("\n")
+    return root
+
+
+@pytest.fixture
+def make_model(sizes):
+    def make(layers=1, tensor=1):
+        config = read_config(hf_config(sizes | {"num_hidden_layers": layers}, 0))
+        return Model(config, make_mesh(tensor), dtype="float32")
+
+    return make
+
+
+@pytest.fixture
+def random_params():
+    """Drawn on the host, where nothing is compiled: norms around one, the rest of unit output variance."""
+
+    def draw(model, seed=0):
+        rng = np.random.default_rng(seed)
+        params = []
+        for leaf in model.parameters.values():
+            noise = rng.normal(size=leaf.shape) * (sum(leaf.shape) - 1) ** -0.5
+            value = (noise if len(leaf.shape) > 1 else 1 + noise).astype(np.float32)
+            params.append(jax.device_put(value, leaf.sharding))
+        return params
+
+    return draw
