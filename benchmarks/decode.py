@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -26,7 +27,7 @@ from jaxinfer.decode.slots import Admission
 from jaxinfer.decode.step import Layout, Programs
 from jaxinfer.engine.request import Request, Sequence
 from jaxinfer.engine.scheduler import Chunk, lay_out
-from jaxinfer.model import Model, ModelConfig, Params, read_config
+from jaxinfer.model import Model, Params, read_config
 from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import Hardware, decode_step, page_bytes, prefill
 from jaxinfer.roofline.memory import weight_memory
@@ -37,18 +38,34 @@ PROMPT, NEW, REPEATS = 128, 256, 3
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW + 1, ignore_eos=True)
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is measured, on what.
+
+    Attributes:
+        name: of the model in the records.
+        steps: decode steps of one dispatch.
+        machine: its measured ceilings.
+    """
+
+    name: str
+    model: Model
+    params: Params
+    page_size: int
+    steps: int
+    machine: Hardware
+
+
 class Bench:
     """One model in one layout: `slots` sequences of up to `length` tokens."""
 
-    def __init__(self, model: Model, params: Params, slots: int, length: int, page_size: int):
-        row = -(-length // page_size)
-        groups = len(model.config.windows)
-        layout = Layout(slots, page_size, (slots * row + 1,) * groups, length, model.config.dtype)
-        self.params, self.layout = params, layout
-        self.programs = Programs(model, layout)
+    def __init__(self, subject: Subject, slots: int, length: int):
+        config, row = subject.model.config, -(-length // subject.page_size)
+        pages = (slots * row + 1,) * len(config.windows)
+        self.subject, self.layout = subject, Layout(slots, subject.page_size, pages, length, config.dtype)
+        self.programs = Programs(subject.model, self.layout)
         self.state, self.cache = self.programs.new_state()
         self.random = np.random.default_rng(0)
-        self.vocab = model.config.vocab_size
 
     def prefill(self, tokens: int) -> float:
         """Gives every slot a prompt of `tokens` tokens; seconds until the first tokens are on the host."""
@@ -61,25 +78,25 @@ class Bench:
                 np.full(1, -1, np.int32),
             )  # fmt: skip
             self.state = self.programs.admit(self.state, slot, admission)
-            prompt = tuple(self.random.integers(0, self.vocab, tokens).tolist())
+            prompt = tuple(self.random.integers(0, self.subject.model.config.vocab_size, tokens).tolist())
             sequence = Sequence(Request(slot, prompt, GREEDY, (), 0), slot, ())
             chunks.append(Chunk(sequence, 0, tokens))
         jax.block_until_ready(self.state)
         step = lay_out(chunks, tokens * self.layout.slots, self.layout.slots)
         start = time.perf_counter()
         self.state, self.cache, output = self.programs.step(
-            self.params, self.state, self.cache, step, None, 0, needs([GREEDY])
+            self.subject.params, self.state, self.cache, step, None, 0, needs([GREEDY])
         )
         np.asarray(output.sampled.tokens_B)
         return time.perf_counter() - start
 
-    def decode(self, steps_per_dispatch: int) -> float:
+    def decode(self) -> float:
         """Seconds of NEW decode steps of every slot, the last token on the host."""
         start = time.perf_counter()
         output = None
-        for _ in range(NEW // steps_per_dispatch):
+        for _ in range(NEW // self.subject.steps):
             self.state, self.cache, output = self.programs.loop(
-                self.params, self.state, self.cache, decode=self.layout.slots, steps=steps_per_dispatch,
+                self.subject.params, self.state, self.cache, decode=self.layout.slots, steps=self.subject.steps,
                 needs=needs([GREEDY]),
             )  # fmt: skip
         assert output is not None
@@ -87,24 +104,21 @@ class Bench:
         return time.perf_counter() - start
 
 
-def run_decode(
-    model: Model, params: Params, batch: int, page_size: int, steps: int, machine: Hardware
-) -> list[Record]:
-    bench = Bench(model, params, batch, PROMPT + NEW + 1, page_size)
+def run_decode(subject: Subject, batch: int) -> list[Record]:
+    bench = Bench(subject, batch, PROMPT + NEW + 1)
     seconds = []
     for _ in range(REPEATS + 1):
         bench.prefill(PROMPT)
-        seconds.append(bench.decode(steps))
+        seconds.append(bench.decode())
     step = statistics.median(seconds[1:]) / NEW
-    cost = decode_step(model.config, batch, PROMPT + NEW // 2)
+    fraction = decode_step(subject.model.config, batch, PROMPT + NEW // 2).fraction(subject.machine, step)
     # XLA gathers each slot's whole row of pages, so that row is the context of the prediction.
-    predicted = decode_step(model.config, batch, PROMPT + NEW, attention="materialized")
-    fraction = cost.fraction(machine, step)
-    case = f"{model.name} B{batch}"
+    predicted = decode_step(subject.model.config, batch, PROMPT + NEW, attention="materialized")
+    case = f"{subject.name} B{batch}"
     return [
         Record(case, "xla", "decode", batch / step, "tok/s", fraction),
         Record(case, "xla", "decode step", step * 1e3, "ms", fraction),
-        Record(case, "plan", "decode step", predicted.predict(machine) * 1e3, "ms"),
+        Record(case, "plan", "decode step", predicted.predict(subject.machine) * 1e3, "ms"),
         *memory_records(case, bench),
     ]
 
@@ -119,24 +133,16 @@ def memory_records(case: str, bench: Bench) -> list[Record]:
     return [*measured, Record(case, "plan", "memory in use", planned / 1e9, "GB")]
 
 
-def run_first_token(model: Model, params: Params, tokens: int, page_size: int, machine: Hardware) -> list[Record]:
-    bench = Bench(model, params, 1, tokens + GREEDY.max_tokens, page_size)
+def run_first_token(subject: Subject, tokens: int) -> list[Record]:
+    bench = Bench(subject, 1, tokens + GREEDY.max_tokens)
     seconds = statistics.median([bench.prefill(tokens) for _ in range(REPEATS + 1)][1:])
-    cost = prefill(model.config, tokens)
-    predicted = prefill(model.config, tokens, attention="materialized")
-    case = f"{model.name} prompt {tokens}"
+    fraction = prefill(subject.model.config, tokens).fraction(subject.machine, seconds)
+    predicted = prefill(subject.model.config, tokens, attention="materialized")
+    case = f"{subject.name} prompt {tokens}"
     return [
-        Record(case, "xla", "first token", seconds * 1e3, "ms", cost.fraction(machine, seconds)),
-        Record(case, "plan", "first token", predicted.predict(machine) * 1e3, "ms"),
+        Record(case, "xla", "first token", seconds * 1e3, "ms", fraction),
+        Record(case, "plan", "first token", predicted.predict(subject.machine) * 1e3, "ms"),
     ]
-
-
-class NamedModel(Model):
-    """A model with the name that its records carry."""
-
-    def __init__(self, name: str, config: ModelConfig):
-        super().__init__(config, make_mesh(devices=jax.devices()[:1]))
-        self.name = name
 
 
 def main() -> None:
@@ -150,18 +156,20 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console()
     machine = measure_machine()
-    model = NamedModel(arguments.model, read_config(MODELS / arguments.model))
-    params = model.random_params()
+    model = Model(read_config(MODELS / arguments.model), make_mesh(devices=jax.devices()[:1]))
+    subject = Subject(
+        arguments.model, model, model.random_params(), arguments.page_size, arguments.steps_per_dispatch, machine
+    )
     table = Table("case", "implementation", "metric", "value", "unit", "of the limit")
     records = [
         Record("machine", "measured", "bandwidth", machine.bandwidth / 1e12, "TB/s"),
         Record("machine", "measured", "bf16 matmul", machine.rate("bf16") / 1e12, "TFLOP/s"),
     ]
     for batch in arguments.batches:
-        records += run_decode(model, params, batch, arguments.page_size, arguments.steps_per_dispatch, machine)
+        records += run_decode(subject, batch)
         console.print(*records[-5:], sep="\n")
     for tokens in arguments.prompts:
-        records += run_first_token(model, params, tokens, arguments.page_size, machine)
+        records += run_first_token(subject, tokens)
         console.print(*records[-2:], sep="\n")
     for record in records:
         fraction = "" if record.roofline_fraction is None else f"{record.roofline_fraction:.0%}"

@@ -143,7 +143,7 @@ class LLM:
         tokens, problems = [], []
         for index, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
             try:
-                ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) and prompt else _checked_ids(prompt)
+                ids = self._tokens(prompt)
                 found = self._problems(ids, p)
             except ValueError as error:
                 ids, found = [], [str(error)]
@@ -152,6 +152,11 @@ class LLM:
         if problems:
             raise ValueError("; ".join(problems))
         return tokens
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return _checked_ids(prompt)
+        return self.tokenizer.encode(prompt) if prompt else []  # a lone beginning-of-sequence token is no prompt
 
     def _problems(self, ids: list[int], params: SamplingParams) -> list[str]:
         vocab, context = self.model.config.vocab_size, self.model.context
@@ -290,6 +295,7 @@ def _paired(params: SamplingParams | Sequence[SamplingParams] | None, prompts: i
 
 
 def _checked_ids(prompt: Sequence[int]) -> list[int]:
-    if any(isinstance(i, bool) or not isinstance(i, int | np.integer) for i in prompt):
+    listed = isinstance(prompt, Sequence | np.ndarray)
+    if not listed or any(isinstance(i, bool) or not isinstance(i, int | np.integer) for i in prompt):
         raise ValueError("the prompt must be a string or a list of integer token ids")
     return [int(i) for i in prompt]

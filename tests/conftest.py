@@ -7,6 +7,7 @@ os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.environ
 if find_spec("jax_cuda13_plugin") is None:
     # Small problems take longer to compile than to run. These flags leave XLA's own passes, and so its HLO, alone.
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two test processes share a GPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from jaxinfer import checkpoint
+from jaxinfer.parallel import make_mesh
 
 
 def convert(
@@ -16,7 +17,7 @@ def convert(
 ) -> None:
     """Write the checkpoint SOURCE in the project's own layout to DESTINATION."""
     try:
-        checkpoint.convert(checkpoint.resolve(source), destination)
+        checkpoint.convert(checkpoint.resolve(source), destination, make_mesh())
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(f"wrote {destination}")

@@ -12,6 +12,8 @@ from jaxinfer.cache import NULL_PAGE, Pages, View, attend_pages
 from jaxinfer.decode.slots import SlotState
 from jaxinfer.model.attention import Scores
 
+Array = jax.Array | np.ndarray
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -50,11 +52,11 @@ class Prefill:
         last_R: 1 where the chunk ends its prompt, so that the first token of the output is drawn.
     """
 
-    tokens_T: jax.Array
-    starts_R1: jax.Array
-    slots_R: jax.Array
-    lengths_R: jax.Array
-    last_R: jax.Array
+    tokens_T: Array
+    starts_R1: Array
+    slots_R: Array
+    lengths_R: Array
+    last_R: Array
 
     def packed(self) -> np.ndarray:
         """One integer array, so that a step uploads once."""
@@ -105,8 +107,8 @@ def make_batch(state: SlotState, decode: int, prefill: Prefill, page_size: int) 
             decode_tables_BJ=table_BJ[:decode],
             decode_lengths_B=lengths_B,
             prefill_tables_RJ=table_BJ[slots_R],
-            prefill_starts_R1=prefill.starts_R1,
-            prefill_lengths_R=prefill.lengths_R,
+            prefill_starts_R1=jnp.asarray(prefill.starts_R1),
+            prefill_lengths_R=jnp.asarray(prefill.lengths_R),
         )
 
     batch = Batch(
@@ -139,7 +141,8 @@ def _place(prefill: Prefill) -> tuple[jax.Array, jax.Array, jax.Array]:
     chunk_T = jnp.minimum(chunk_T, max(chunks - 1, 0))
     if chunks == 0:
         return chunk_T, row_T, row_T < 0
-    position_T = prefill.lengths_R[chunk_T] - prefill.starts_R1[chunk_T + 1] + row_T
+    lengths_R, starts_R1 = jnp.asarray(prefill.lengths_R), jnp.asarray(prefill.starts_R1)
+    position_T = lengths_R[chunk_T] - starts_R1[chunk_T + 1] + row_T
     return chunk_T, position_T, row_T < prefill.starts_R1[-1]
 
 

@@ -77,7 +77,7 @@ def admit(state: SlotState, slot: jax.Array, row: Admission) -> SlotState:
         max_tokens_B=state.max_tokens_B.at[slot].set(row.max_tokens),
         active_B=state.active_B.at[slot].set(False),
         tables=tuple(table.at[slot].set(new) for table, new in zip(state.tables, row.tables, strict=True)),
-        sampling=sampling.install(state.sampling, slot, row.sampling, row.prompt_T),
+        sampling=sampling.install(state.sampling, slot, row.sampling, jnp.asarray(row.prompt_T)),
     )
 
 

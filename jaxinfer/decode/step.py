@@ -75,9 +75,11 @@ class Programs:
     def __init__(self, model: Model, layout: Layout):
         self.model, self.layout, self.traces = model, layout, Counter[str]()
         self._replicated = NamedSharding(model.mesh, P())
-        donated = {"donate_argnames": ("state", "cache")}
-        self._step = jax.jit(self._traced_step, static_argnames=("decode", "tokens", "needs", "score"), **donated)
-        self._loop = jax.jit(self._traced_loop, static_argnames=("decode", "steps", "needs"), **donated)
+        donated = ("state", "cache")
+        self._step = jax.jit(
+            self._traced_step, static_argnames=("decode", "tokens", "needs", "score"), donate_argnames=donated
+        )
+        self._loop = jax.jit(self._traced_loop, static_argnames=("decode", "steps", "needs"), donate_argnames=donated)
         self._admit = jax.jit(self._traced_admit, donate_argnames=("state",))
         self._release = jax.jit(self._traced_release, donate_argnames=("state",))
 
@@ -135,17 +137,18 @@ class Programs:
         prefill = Prefill.unpacked(packed, tokens)
         state, cache, hidden_TD, (sampled, emits_W) = self._run(params, state, cache, prefill, decode, needs)
         prompt = self._score(params, hidden_TD[decode:], targets_T) if score else None
-        return state, cache, StepOutput(*jax.tree.map(lambda array: array[None], (sampled, emits_W)), prompt)
+        return state, cache, StepOutput(jax.tree.map(lambda array: array[None], sampled), emits_W[None], prompt)
 
     def _traced_loop(self, params, state, cache, *, decode, steps, needs):
         self.traces["loop"] += 1
 
         def body(carry, _):
-            state, cache, _, row = self._run(params, *carry, no_prefill(), decode, needs)
-            return (state, cache), row
+            state, cache = carry
+            state, cache, _, rows = self._run(params, state, cache, no_prefill(), decode, needs)
+            return (state, cache), rows
 
-        (state, cache), rows = jax.lax.scan(body, (state, cache), length=steps)
-        return state, cache, StepOutput(*rows, None)
+        (state, cache), (sampled, emits_nW) = jax.lax.scan(body, (state, cache), length=steps)
+        return state, cache, StepOutput(sampled, emits_nW, None)
 
     def _traced_admit(self, state, slot, row):
         self.traces["admit"] += 1
@@ -165,8 +168,9 @@ class Programs:
 
     def _sample(self, logits_WV: jax.Array, state: SlotState, rows: Rows, needs: Needs) -> Sampled:
         rows_W = jnp.minimum(rows.slots_W, self.layout.slots - 1)
-        own = jax.tree.map(lambda array_B: array_B[rows_W], (state.sampling, state.index_B))
-        return sampling.sample(jax.sharding.reshard(logits_WV, P(None, None)), *own, needs)
+        own = jax.tree.map(lambda array_B: array_B[rows_W], state.sampling)
+        whole_WV = jax.sharding.reshard(logits_WV, P(None, None))
+        return sampling.sample(whole_WV, own, state.index_B[rows_W], needs)
 
     def _score(self, params: Params, hidden_TD: jax.Array, targets_T: jax.Array) -> PromptLogprobs:
         normed_TD, head_VD, cap = self.model.head(params, hidden_TD)

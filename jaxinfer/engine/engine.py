@@ -18,6 +18,7 @@ from jaxinfer.decode.sampling import Needs, Sampled
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.slots import Admission
 from jaxinfer.decode.step import Layout, Programs, StepOutput
+from jaxinfer.engine.memory import fitting_pages
 from jaxinfer.engine.request import Request, Sequence, TokenLogprobs, Update
 from jaxinfer.engine.scheduler import Chunk, Scheduler, lay_out, next_tokens
 from jaxinfer.model import Model, Params
@@ -34,9 +35,9 @@ class Options:
         max_num_seqs: sequences that run at once; a power of two.
         max_num_batched_tokens: prompt tokens of one step; a power of two, at least 64.
         page_size: tokens per page of the cache.
-        num_pages: pages of each cache group; None gives every slot its longest sequence.
+        num_pages: pages of each cache group; None gives every slot its longest sequence, as far as memory goes.
         steps_per_dispatch: decode steps in one program.
-        cache_dtype: of keys and values; None takes the model's.
+        cache_dtype: of keys and values, float32, bfloat16 or float16; None takes the model's.
     """
 
     max_num_seqs: int = 8
@@ -54,6 +55,8 @@ class Options:
                 raise ValueError(f"{name} = {value} must be a power of two, at least {least}")
         if self.steps_per_dispatch < 1:
             raise ValueError(f"steps_per_dispatch = {self.steps_per_dispatch} must be at least 1")
+        if self.cache_dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"cache_dtype = {self.cache_dtype!r} must be float32, bfloat16 or float16")
         if self.num_pages is not None and self.num_pages < 2:
             raise ValueError(f"num_pages = {self.num_pages} must be at least 2, the null page included")
 
@@ -214,7 +217,7 @@ class Engine:
         """The tokens that one row of a program brought, up to the one that ends the sequence."""
         request, tokens, logprobs, reason = sequence.request, [], [], None
         first = sequence.outputs == 0
-        for step in np.flatnonzero(output.emits_nW[:, row]):
+        for step in np.flatnonzero(output.emits_nW[:, row]).tolist():
             tokens.append(int(output.sampled.tokens_B[step, row]))
             if request.params.logprobs is not None:
                 logprobs.append(_chosen(output.sampled, (step, row), request.params.logprobs))
@@ -235,14 +238,15 @@ class Engine:
 
 
 def _layout(model: Model, options: Options) -> Layout:
-    per_sequence = -(-model.context // options.page_size)
-    pages = options.num_pages or options.max_num_seqs * per_sequence + 1
+    dtype = options.cache_dtype or model.config.dtype
+    wanted = options.max_num_seqs * -(-model.context // options.page_size) + 1
+    pages = options.num_pages or min(wanted, fitting_pages(model, options.page_size, dtype))
     return Layout(
         slots=options.max_num_seqs,
         page_size=options.page_size,
         num_pages=(pages,) * len(model.config.windows),
         max_tokens=model.context,
-        cache_dtype=options.cache_dtype or model.config.dtype,
+        cache_dtype=dtype,
     )
 
 

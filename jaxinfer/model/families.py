@@ -469,7 +469,8 @@ def _falcon(read: ConfigReader, config: ModelConfig) -> ModelConfig:
 def _starcoder2(read: ConfigReader, config: ModelConfig) -> ModelConfig:
     for name, needed in (("norm_type", "layer_norm"), ("mlp_type", "default"), ("scale_attn_weights", True)):
         _require(read, name, needed)
-    read.get("activation_function"), read.get("layer_norm_epsilon")  # the names of its predecessor, written beside
+    for name in ("activation_function", "layer_norm_epsilon"):  # its predecessor's names, written beside its own
+        read.get(name)
     bias = read.flag("use_bias", True)
     config = replace(
         config,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 PIPE, TENSOR = "pipe", "tensor"
 
 
-def make_mesh(tensor: int = 1, pipe: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(tensor: int = 1, pipe: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of pipe x tensor devices, the first ones of `devices` (all local devices by default).
 
     Raises:

@@ -13,7 +13,7 @@ REQUESTS = [
     ("the quick brown fox", SamplingParams(seed=1, top_k=30, top_p=0.9, min_p=0.01, max_tokens=20, min_tokens=20)),
     ("x" * 70, SamplingParams(seed=2, temperature=0.7, presence_penalty=0.5, frequency_penalty=0.3, n=2)),
     ("a", SamplingParams(seed=3, top_k=40, logit_bias={EOS: 4.0}, min_tokens=5, max_tokens=30)),
-    ([5, 6, 7], SamplingParams(seed=4, top_p=0.8, stop_token_ids=list(range(10, 40)), max_tokens=40)),
+    ([5, 6, 7], SamplingParams(seed=4, top_p=0.8, stop_token_ids=list(range(10, 30)), ignore_eos=True)),
     ("what", SamplingParams(seed=5, min_p=0.05, stop=["e", "K?"], ignore_eos=True, max_tokens=40)),
     ("0123456789" * 7, SamplingParams(temperature=0.0, logit_bias={EOS: 6.0}, ignore_eos=True, max_tokens=9)),
 ]

@@ -1,0 +1,37 @@
+"""How many pages the cache may have."""
+
+from __future__ import annotations
+
+import os
+
+from jaxinfer.cache import page_bytes
+from jaxinfer.model import Model
+from jaxinfer.parallel import TENSOR
+
+DEVICE_FRACTION = 0.9  # of a device's memory that weights and cache may take; steps need the rest
+HOST_FRACTION = 1 / 8  # of the host's memory that the cache may take where the device is the host
+
+
+def fitting_pages(model: Model, page_size: int, dtype: str) -> int:
+    """Pages of every cache group, the null page included, that fit beside what is on the devices already.
+
+    Raises:
+        ValueError: not even one page does.
+    """
+    heads = model.kv_slots // model.mesh.shape[TENSOR]
+    per_page = model.config.num_layers * page_bytes(page_size, heads, model.config.head_size, dtype)
+    room = min(_room(device) for device in model.mesh.local_devices)
+    pages = int(room // per_page)
+    if pages < 2:
+        raise ValueError(
+            f"the devices have {room / 1e9:.2f} GB left for the cache, and a page of {page_size} tokens takes "
+            f"{per_page / 1e9:.4f} GB; at least 2 must fit"
+        )
+    return pages
+
+
+def _room(device) -> float:
+    stats = device.memory_stats()
+    if stats is None:  # the CPU backend counts nothing
+        return HOST_FRACTION * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / device.client.device_count()
+    return DEVICE_FRACTION * stats["bytes_limit"] - stats["bytes_in_use"]

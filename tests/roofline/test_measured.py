@@ -1,0 +1,43 @@
+"""The plan against what one H200 did: the committed results hold both, side by side."""
+
+import json
+
+import pytest
+
+from benchmarks.record import RESULTS
+
+RECORDS = json.loads((RESULTS / "h200" / "decode.json").read_text())["records"]
+
+
+def value(case: str, implementation: str, metric: str) -> float:
+    (found,) = (
+        record["value"]
+        for record in RECORDS
+        if (record["case"], record["implementation"], record["metric"]) == (case, implementation, metric)
+    )
+    return found
+
+
+def cases(metric: str) -> list[str]:
+    return [r["case"] for r in RECORDS if r["metric"] == metric and r["implementation"] == "plan"]
+
+
+@pytest.mark.parametrize("case", cases("decode step"))
+def test_predicted_decode_steps(case):
+    assert value(case, "plan", "decode step") == pytest.approx(value(case, "xla", "decode step"), rel=0.2)
+
+
+@pytest.mark.parametrize("case", cases("first token"))
+def test_predicted_first_tokens(case):
+    assert value(case, "plan", "first token") == pytest.approx(value(case, "xla", "first token"), rel=0.2)
+
+
+@pytest.mark.parametrize("case", cases("memory in use"))
+def test_planned_memory(case):
+    assert value(case, "plan", "memory in use") == pytest.approx(value(case, "device", "memory in use"), rel=0.05)
+
+
+def test_something_was_compared():
+    assert len(cases("decode step")) >= 4
+    assert len(cases("first token")) >= 3
+    assert len(cases("memory in use")) >= 4

@@ -1,0 +1,131 @@
+"""Pages in any order equal a contiguous cache, and nothing but a sequence's own tokens is ever read or written."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from jaxinfer.cache import NULL_PAGE, Pages, View, attend_pages, make_cache, page_bytes
+from jaxinfer.cache.attention import write
+from jaxinfer.decode.batch import Prefill, make_batch
+from jaxinfer.decode.slots import empty_slots
+from jaxinfer.parallel import make_mesh
+
+PAGE, NUM_PAGES, HEADS, KV_HEADS, SIZE = 4, 14, 4, 2, 8
+TABLE_BJ = np.array([[9, 2, 11, 5], [4, 13, 1, 0]], np.int32)
+LENGTHS = [13, 6]  # tokens of each sequence, the step's own included
+
+
+def positions_of(slot: int, count: int) -> np.ndarray:
+    """Where the first tokens of a sequence lie in the flat pool."""
+    at = np.arange(count)
+    return TABLE_BJ[slot, at // PAGE] * PAGE + at % PAGE
+
+
+def test_a_cache_is_sharded_over_heads_and_counts_its_bytes():
+    mesh = make_mesh(2)
+    cache = make_cache(mesh, (0, 1, 0), (5, 9), PAGE, KV_HEADS, SIZE, "bfloat16")
+    assert [pages.k_PSKH.shape for pages in cache] == [(n, PAGE, KV_HEADS, SIZE) for n in (5, 9, 5)]
+    for pages in cache:
+        for array in (pages.k_PSKH, pages.v_PSKH):
+            assert array.dtype == jnp.bfloat16
+            assert {shard.data.shape for shard in array.addressable_shards} == {(*array.shape[:2], 1, SIZE)}
+        held = sum(array.nbytes for array in jax.tree.leaves(pages))
+        assert held == pages.k_PSKH.shape[0] * page_bytes(PAGE, KV_HEADS, SIZE, "bfloat16")
+
+
+def test_writing_touches_the_named_slots_alone():
+    rng = np.random.default_rng(0)
+    k_TKH, v_TKH = rng.standard_normal((2, 3, KV_HEADS, SIZE)).astype(np.float32)
+    pool = jnp.full((NUM_PAGES, PAGE, KV_HEADS, SIZE), jnp.nan, jnp.float16)
+    write_T = np.array([7, 55, 20], np.int32)
+    pages = jax.jit(write)(Pages(pool, pool), write_T, k_TKH, v_TKH)
+    for array, given in ((pages.k_PSKH, k_TKH), (pages.v_PSKH, v_TKH)):
+        flat = np.asarray(array).reshape(-1, KV_HEADS, SIZE)
+        np.testing.assert_array_equal(flat[write_T], given.astype(np.float16))
+        assert np.isnan(np.delete(flat, write_T, axis=0)).all()
+
+
+def test_tokens_are_written_behind_what_their_sequence_has():
+    """Decode and prefill alike; idle slots and padding go to the null page, of which nothing is ever read."""
+    slots = empty_slots(3, 1, 4, 16)
+    table_BJ = jnp.asarray(np.vstack([TABLE_BJ, np.zeros((1, 4), np.int32)]))
+    state = replace(
+        slots,
+        length_B=jnp.asarray([12, 0, 0], jnp.int32),
+        active_B=jnp.asarray([True, False, False]),
+        tables=(table_BJ,),
+    )
+    prefill = Prefill(*map(jnp.asarray, (
+        np.arange(8, dtype=np.int32),
+        np.array([0, 5, 5, 5], np.int32),
+        np.array([1, 3, 3], np.int32),
+        np.array([6, 0, 0], np.int32),  # the second chunk of five, of a prompt of six
+        np.array([1, 0, 0], np.int32),
+    )))  # fmt: skip
+    batch, rows = make_batch(state, 3, prefill, PAGE)
+    (view,) = batch.views
+    idle, padding = [NULL_PAGE] * 2, [NULL_PAGE] * 3
+    written = [positions_of(0, 13)[12], *idle, *positions_of(1, 6)[1:], *padding]
+    assert view.write_T.tolist() == written
+    assert view.decode_lengths_B.tolist() == [13, 0, 0]
+    assert batch.positions_T.tolist() == [12, 0, 0, 1, 2, 3, 4, 5, 0, 0, 0]
+    assert rows.emits_W.tolist() == [True, False, False, True, False, False]
+    assert rows.tokens_W.tolist()[:4] == [0, 1, 2, 3 + 4]
+    assert rows.lengths_W.tolist()[:1] + rows.lengths_W.tolist()[3:4] == [13, 6]
+
+
+def contiguous(q_TNH, k_UKH, v_UKH, window: int | None) -> np.ndarray:
+    """Causal attention of the last queries over all keys of one sequence, one query and head at a time, in float64."""
+    out = np.zeros(q_TNH.shape)
+    for t, n in np.ndindex(q_TNH.shape[:2]):
+        position = len(k_UKH) - len(q_TNH) + t
+        first = 0 if window is None else max(0, position + 1 - window)
+        k_UH, v_UH = (x[first : position + 1, n // (HEADS // KV_HEADS)].astype(np.float64) for x in (k_UKH, v_UKH))
+        out[t, n] = softmax(k_UH @ q_TNH[t, n] * SIZE**-0.5) @ v_UH
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_pages_equal_a_contiguous_cache(window):
+    """One token decoded beside four prefilled, on two devices; all that is not theirs is NaN."""
+    rng = np.random.default_rng(1)
+    k, v = [[rng.standard_normal((n, KV_HEADS, SIZE)).astype(np.float32) for n in LENGTHS] for _ in range(2)]
+    q = [rng.standard_normal((n, HEADS, SIZE)).astype(np.float32) for n in (1, 4)]
+
+    def pool(sequences) -> jax.Array:
+        """What earlier steps wrote."""
+        flat = np.full((NUM_PAGES * PAGE, KV_HEADS, SIZE), np.nan, np.float32)
+        for slot, (sequence, new) in enumerate(zip(sequences, q, strict=True)):
+            old = len(sequence) - len(new)
+            flat[positions_of(slot, old)] = sequence[:old]
+        return jnp.asarray(flat.reshape(NUM_PAGES, PAGE, KV_HEADS, SIZE))
+
+    def step(sequences) -> jax.Array:
+        """This step's tokens, with one row of padding."""
+        new = [sequence[-len(own) :] for sequence, own in zip(sequences, q, strict=True)]
+        return jnp.asarray(np.concatenate([*new, np.full((1, *new[0].shape[1:]), np.nan, np.float32)]))
+
+    integers = lambda *values: jnp.asarray(values, jnp.int32)  # noqa: E731
+    view = View(
+        write_T=integers(positions_of(0, 13)[12], *positions_of(1, 6)[2:], NULL_PAGE),
+        decode_tables_BJ=jnp.asarray(TABLE_BJ[:1]),
+        decode_lengths_B=integers(LENGTHS[0]),
+        prefill_tables_RJ=jnp.asarray(TABLE_BJ[1:]),
+        prefill_starts_R1=integers(0, 4),
+        prefill_lengths_R=integers(LENGTHS[1]),
+    )
+    heads, pages = jax.P(None, "tensor"), jax.P(None, None, "tensor")
+    with jax.set_mesh(make_mesh(2)):
+        queries = jax.device_put(step(q).reshape(-1, KV_HEADS, HEADS // KV_HEADS, SIZE), heads)
+        k_TKH, v_TKH = jax.device_put((step(k), step(v)), heads)
+        state = jax.device_put(Pages(pool(k), pool(v)), pages)
+        attend = jax.jit(attend_pages, static_argnames=("scale", "window"))
+        out, _ = attend(queries, k_TKH, v_TKH, state, view, scale=SIZE**-0.5, window=window)
+    out_TNH = np.asarray(out).reshape(-1, HEADS, SIZE)
+    expected = [contiguous(*each, window) for each in zip(q, k, v, strict=True)]
+    # Sums over at most 13 keys of values of size 3, in float32.
+    np.testing.assert_allclose(out_TNH[:5], np.concatenate(expected), rtol=0, atol=1e-5)
