@@ -134,7 +134,7 @@ def memory_records(case: str, bench: Bench) -> list[Record]:
 
 
 def run_first_token(subject: Subject, tokens: int) -> list[Record]:
-    bench = Bench(subject, 1, tokens + GREEDY.max_tokens)
+    bench = Bench(subject, 1, tokens + 1)
     seconds = statistics.median([bench.prefill(tokens) for _ in range(REPEATS + 1)][1:])
     fraction = prefill(subject.model.config, tokens).fraction(subject.machine, seconds)
     predicted = prefill(subject.model.config, tokens, attention="materialized")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import typer
@@ -41,8 +41,8 @@ def generate(
             options=Options(max_num_seqs=1),
         )  # fmt: skip
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        llm.generate(prompt, SamplingParams(max_tokens=2, temperature=temperature, top_p=top_p))  # compiles
         stream = llm.stream(prompt, params)
+        llm.generate(prompt, replace(params, max_tokens=min(2, max_tokens)))  # compiles, so that the stream is timed
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(prompt, nl=False)

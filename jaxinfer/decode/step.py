@@ -75,6 +75,8 @@ class Programs:
     def __init__(self, model: Model, layout: Layout):
         self.model, self.layout, self.traces = model, layout, Counter[str]()
         self._replicated = NamedSharding(model.mesh, P())
+        rows = (layout.slots, len(layout.num_pages), layout.pages_per_row, model.config.vocab_size)
+        self._empty = jax.jit(partial(slots.empty_slots, *rows), out_shardings=self._replicated)
         donated = ("state", "cache")
         self._step = jax.jit(
             self._traced_step, static_argnames=("decode", "tokens", "needs", "score"), donate_argnames=donated
@@ -87,10 +89,7 @@ class Programs:
         """No request, and an empty cache."""
         model, layout = self.model, self.layout
         with jax.set_mesh(model.mesh):
-            make_slots = partial(
-                slots.empty_slots, layout.slots, len(layout.num_pages), layout.pages_per_row, model.config.vocab_size
-            )
-            state = jax.jit(make_slots, out_shardings=self._replicated)()
+            state = self._empty()
             groups = tuple(model.config.group(layer) for layer in range(model.config.num_layers))
             cache = make_cache(
                 model.mesh, groups, layout.num_pages, layout.page_size, model.kv_slots, model.config.head_size,

@@ -6,7 +6,6 @@ import os
 
 from jaxinfer.cache import page_bytes
 from jaxinfer.model import Model
-from jaxinfer.parallel import TENSOR
 
 DEVICE_FRACTION = 0.9  # of a device's memory that weights and cache may take; steps need the rest
 HOST_FRACTION = 1 / 8  # of the host's memory that the cache may take where the device is the host
@@ -18,8 +17,9 @@ def fitting_pages(model: Model, page_size: int, dtype: str) -> int:
     Raises:
         ValueError: not even one page does.
     """
-    heads = model.kv_slots // model.mesh.shape[TENSOR]
-    per_page = model.config.num_layers * page_bytes(page_size, heads, model.config.head_size, dtype)
+    per_page = model.config.num_layers * page_bytes(
+        page_size, model.kv_slots_per_device, model.config.head_size, dtype
+    )
     room = min(_room(device) for device in model.mesh.local_devices)
     pages = int(room // per_page)
     if pages < 2:

@@ -30,6 +30,7 @@ class Model:
         config: what is computed, with `dtype` the one the weights are held in.
         mesh: the devices.
         context: positions that are served, prompt and output together; it fixes dynamic and LongRoPE scaling.
+        kv_slots, kv_slots_per_device: KV heads, repeated where there are more devices, in all and on each.
         parameters: shape, dtype and sharding of every parameter, by its path, such as `layers.0.mlp.down_FD`.
     """
 
@@ -42,7 +43,7 @@ class Model:
         self.mesh, self.context = mesh, context or config.context
         shapes = Shapes(self.config, mesh)
         shapes.check()
-        self.kv_slots = shapes.kv_slots
+        self.kv_slots, self.kv_slots_per_device = shapes.kv_slots, shapes.kv_slots // shapes.tensor
         self._graph, state = nnx.split(Transformer(self.config, shapes, self.context))
         leaves, self._tree = jax.tree_util.tree_flatten_with_path(state)
         self.parameters: dict[str, jax.ShapeDtypeStruct] = {_name(path): leaf for path, leaf in leaves}

@@ -34,8 +34,9 @@ def flash_attention(
     """
     T, N, _ = q_TNH.shape
     tile_queries = min(tile_queries, T)
-    # There are never more tiles than this, since every sequence wastes less than one.
-    most_tiles = T // tile_queries + len(lengths_R)
+    # Every sequence has at least one query in its last tile, so there are never more tiles than this.
+    sequences = min(len(lengths_R), T)
+    most_tiles = (T - sequences) // tile_queries + sequences
     tiles_at_once = min(tiles_at_once, most_tiles)
     end_tile_R = jnp.cumsum(ceil_div(jnp.diff(cu_q_R1), tile_queries))
 

@@ -3,9 +3,10 @@
 from contextlib import contextmanager
 
 import jax
-import pytest
 
 from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.engine import Options
+from jaxinfer.llm import LLM
 from tests.engine.tiny import CHARACTERS, assert_clean, tiny_llm
 
 FULL = {"top_k": 20}
@@ -34,23 +35,32 @@ def counted(event: str):
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("params", [None, SamplingParams(**FULL)], ids=["greedy by default", "the whole sampler"])
-def test_nothing_compiles_after_it(params, tmp_path_factory):
-    llm = tiny_llm(tmp_path_factory.getbasetemp())
-    llm.engine.warm_up(params)
+def assert_warm(llm: LLM, requests: list[tuple[str | list[int], SamplingParams]]):
+    """Runs the requests alone, together and in a stream that is left, and counts what is compiled meanwhile."""
     traces = dict(llm.engine.programs.traces)
-    requests = VARIED if params else [
-        (prompt, SamplingParams(temperature=0.0, max_tokens=tokens)) for tokens, (prompt, _) in enumerate(VARIED, 1)
-    ]  # fmt: skip
     with counted("compile") as compilations:
-        for prompt, p in requests:
-            llm.generate([prompt], p)
+        for prompt, params in requests:
+            llm.generate([prompt], params)
         llm.generate(*zip(*requests * 2, strict=True))
-        for _ in llm.stream(requests[-1][0], requests[-1][1]):
+        for _ in llm.stream(*requests[-1]):
             break
     assert dict(llm.engine.programs.traces) == traces
     assert compilations == []
     assert_clean(llm)
+
+
+def test_nothing_compiles_for_greedy_requests_by_default(tmp_path_factory):
+    small = Options(max_num_seqs=1, max_num_batched_tokens=64, page_size=8)
+    llm = tiny_llm(tmp_path_factory.getbasetemp(), small)
+    llm.engine.warm_up()
+    greedy = [SamplingParams(temperature=0.0, max_tokens=tokens) for tokens in range(1, 1 + len(VARIED))]
+    assert_warm(llm, [(prompt, params) for (prompt, _), params in zip(VARIED, greedy, strict=True)])
+
+
+def test_nothing_compiles_for_requests_of_the_same_needs(tmp_path_factory):
+    llm = tiny_llm(tmp_path_factory.getbasetemp())
+    llm.engine.warm_up(SamplingParams(**FULL))
+    assert_warm(llm, VARIED)
 
 
 def test_the_count_would_see_a_compilation():

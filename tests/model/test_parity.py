@@ -33,12 +33,13 @@ class Runner:
         groups = len(self.model.config.windows)
         row = -(-golden.context // PAGE)
         self.layout = Layout(SLOTS, PAGE, (SLOTS * row + 1,) * groups, golden.context, "float32")
+        self.programs = Programs(self.model, self.layout)
         self.reset()
 
     def reset(self):
         """Empty cache; every sequence in a slot of its own, on shuffled pages."""
-        programs, row = Programs(self.model, self.layout), self.layout.pages_per_row
-        self.state, self.cache = programs.new_state()
+        row = self.layout.pages_per_row
+        self.state, self.cache = self.programs.new_state()
         # What nobody wrote must not be read.
         self.cache = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), self.cache)
         pages = np.random.RandomState(0).permutation(np.arange(1, self.layout.num_pages[0]))
@@ -47,11 +48,11 @@ class Runner:
             table = pages[slot * row : (slot + 1) * row].astype(np.int32)
             tables = (table,) * len(self.layout.num_pages)
             admission = Admission(tables, np.asarray(1000, np.int32), packed, np.full(1, -1, np.int32))
-            self.state = programs.admit(self.state, slot, admission)
+            self.state = self.programs.admit(self.state, slot, admission)
 
     @partial(jax.jit, static_argnums=(0, 4, 5))
     def _logits(self, params, state, cache, decode, tokens, packed):
-        batch, rows = make_batch(state, decode, Prefill.unpacked(packed, tokens), PAGE)
+        batch, _ = make_batch(state, decode, Prefill.unpacked(packed, tokens), PAGE)
         hidden_TD, _, cache = self.model.forward(params, batch, cache)
         return jax.sharding.reshard(self.model.logits(params, hidden_TD), jax.P(None, None)), cache
 
