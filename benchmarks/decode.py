@@ -29,7 +29,7 @@ from jaxinfer.engine.request import Request, Sequence
 from jaxinfer.engine.scheduler import Chunk, lay_out
 from jaxinfer.model import Model, Params, read_config
 from jaxinfer.parallel import make_mesh
-from jaxinfer.roofline import Hardware, decode_step, page_bytes, prefill
+from jaxinfer.roofline import MEASURED, Hardware, decode_step, page_bytes, prefill
 from jaxinfer.roofline.memory import weight_memory
 from jaxinfer.roofline.precision import BF16
 
@@ -45,7 +45,8 @@ class Subject:
     Attributes:
         name: of the model in the records.
         steps: decode steps of one dispatch.
-        machine: its measured ceilings.
+        machine: as timed at the start of this run; predictions are made with it.
+        ceilings: the best that was ever measured of such a machine; fractions are of that.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Subject:
     page_size: int
     steps: int
     machine: Hardware
+    ceilings: Hardware
 
 
 class Bench:
@@ -111,7 +113,7 @@ def run_decode(subject: Subject, batch: int) -> list[Record]:
         bench.prefill(PROMPT)
         seconds.append(bench.decode())
     step = statistics.median(seconds[1:]) / NEW
-    fraction = decode_step(subject.model.config, batch, PROMPT + NEW // 2).fraction(subject.machine, step)
+    fraction = decode_step(subject.model.config, batch, PROMPT + NEW // 2).fraction(subject.ceilings, step)
     # XLA gathers each slot's whole row of pages, so that row is the context of the prediction.
     predicted = decode_step(subject.model.config, batch, PROMPT + NEW, attention="materialized")
     case = f"{subject.name} B{batch}"
@@ -136,7 +138,7 @@ def memory_records(case: str, bench: Bench) -> list[Record]:
 def run_first_token(subject: Subject, tokens: int) -> list[Record]:
     bench = Bench(subject, 1, tokens + 1)
     seconds = statistics.median([bench.prefill(tokens) for _ in range(REPEATS + 1)][1:])
-    fraction = prefill(subject.model.config, tokens).fraction(subject.machine, seconds)
+    fraction = prefill(subject.model.config, tokens).fraction(subject.ceilings, seconds)
     predicted = prefill(subject.model.config, tokens, attention="materialized")
     case = f"{subject.name} prompt {tokens}"
     return [
@@ -158,8 +160,9 @@ def main() -> None:
     machine = measure_machine()
     model = Model(read_config(MODELS / arguments.model), make_mesh(devices=jax.devices()[:1]))
     subject = Subject(
-        arguments.model, model, model.random_params(), arguments.page_size, arguments.steps_per_dispatch, machine
-    )
+        arguments.model, model, model.random_params(), arguments.page_size, arguments.steps_per_dispatch, machine,
+        next((best for best in MEASURED.values() if best.device_kind == machine.device_kind), machine),
+    )  # fmt: skip
     table = Table("case", "implementation", "metric", "value", "unit", "of the limit")
     records = [
         Record("machine", "measured", "bandwidth", machine.bandwidth / 1e12, "TB/s"),
