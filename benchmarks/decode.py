@@ -11,15 +11,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.record import Record, write
+from benchmarks.record import Record, report, write
 from jaxinfer.cli.measure import measure_machine
 from jaxinfer.decode.sampling import needs, pack
 from jaxinfer.decode.sampling_params import SamplingParams
@@ -29,8 +28,15 @@ from jaxinfer.engine.request import Request, Sequence
 from jaxinfer.engine.scheduler import Chunk, lay_out
 from jaxinfer.model import Model, Params, read_config
 from jaxinfer.parallel import make_mesh
-from jaxinfer.roofline import MEASURED, Hardware, decode_step, page_bytes, prefill
-from jaxinfer.roofline.memory import weight_memory
+from jaxinfer.roofline import (
+    MEASURED,
+    Hardware,
+    decode_step,
+    find_by_device,
+    page_bytes,
+    prefill,
+    weight_memory,
+)
 from jaxinfer.roofline.precision import BF16
 
 MODELS = Path(__file__).parents[1] / "configs" / "models"
@@ -46,7 +52,7 @@ class Subject:
         name: of the model in the records.
         steps: decode steps of one dispatch.
         machine: as timed at the start of this run; predictions are made with it.
-        ceilings: the best that was ever measured of such a machine; fractions are of that.
+        ceilings: those that all figures of such a machine are set against; fractions are of them.
     """
 
     name: str
@@ -106,6 +112,18 @@ class Bench:
         return time.perf_counter() - start
 
 
+def measure(subject: Subject, batches: list[int], prompts: list[int]) -> Iterator[list[Record]]:
+    """The records of one case after the other, as they come."""
+    yield [
+        Record("machine", "measured", "bandwidth", subject.machine.bandwidth / 1e12, "TB/s"),
+        Record("machine", "measured", "bf16 matmul", subject.machine.rate("bf16") / 1e12, "TFLOP/s"),
+    ]
+    for batch in batches:
+        yield run_decode(subject, batch)
+    for tokens in prompts:
+        yield run_first_token(subject, tokens)
+
+
 def run_decode(subject: Subject, batch: int) -> list[Record]:
     bench = Bench(subject, batch, PROMPT + NEW + 1)
     seconds = []
@@ -156,29 +174,14 @@ def main() -> None:
     parser.add_argument("--steps-per-dispatch", type=int, default=16)
     parser.add_argument("--output", type=Path, help="folder of the JSON file")
     arguments = parser.parse_args()
-    console = Console()
     machine = measure_machine()
     model = Model(read_config(MODELS / arguments.model), make_mesh(devices=jax.devices()[:1]))
     subject = Subject(
         arguments.model, model, model.random_params(), arguments.page_size, arguments.steps_per_dispatch, machine,
-        next((best for best in MEASURED.values() if best.device_kind == machine.device_kind), machine),
+        find_by_device(machine.device_kind, MEASURED) or machine,
     )  # fmt: skip
-    table = Table("case", "implementation", "metric", "value", "unit", "of the limit")
-    records = [
-        Record("machine", "measured", "bandwidth", machine.bandwidth / 1e12, "TB/s"),
-        Record("machine", "measured", "bf16 matmul", machine.rate("bf16") / 1e12, "TFLOP/s"),
-    ]
-    for batch in arguments.batches:
-        records += run_decode(subject, batch)
-        console.print(*records[-5:], sep="\n")
-    for tokens in arguments.prompts:
-        records += run_first_token(subject, tokens)
-        console.print(*records[-2:], sep="\n")
-    for record in records:
-        fraction = "" if record.roofline_fraction is None else f"{record.roofline_fraction:.0%}"
-        table.add_row(record.case, record.implementation, record.metric, f"{record.value:.4g}", record.unit, fraction)
-    console.print(table)
-    console.print(f"written to {write('decode', records, arguments.output)}")
+    records = report(measure(subject, arguments.batches, arguments.prompts))
+    print("written to", write("decode", records, arguments.output))
 
 
 if __name__ == "__main__":

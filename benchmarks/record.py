@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -25,7 +26,8 @@ class Record:
         case: what was measured, such as `llama-3-8b B16`.
         implementation: what ran.
         metric, value, unit: the figure.
-        roofline_fraction: the limit's time over the measured one; None where no limit is stated.
+        roofline_fraction: the time that `roofline.MEASURED` makes the limit over the measured one; None where no
+            limit is stated.
     """
 
     case: str
@@ -34,6 +36,20 @@ class Record:
     value: float
     unit: str
     roofline_fraction: float | None = None
+
+    def __str__(self) -> str:
+        fraction = "" if self.roofline_fraction is None else f"{self.roofline_fraction:.0%} of the limit"
+        figure = f"{self.value:>9,.4g} {self.unit:8}"
+        return f"{self.case:24} {self.implementation:10} {self.metric:14} {figure} {fraction}".rstrip()
+
+
+def report(groups: Iterable[list[Record]]) -> list[Record]:
+    """Prints every record as soon as it is there, a line each; returns all of them."""
+    records = []
+    for group in groups:
+        print(*group, sep="\n", flush=True)
+        records += group
+    return records
 
 
 def environment() -> dict[str, str]:

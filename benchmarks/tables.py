@@ -4,7 +4,7 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. Its figures come from the records of
 `decode.json`, which `benchmarks.decode` writes, and of `anchors.json`, which holds other systems' figures under the
-same protocol. The marked table `sources` states the environment of each file.
+same protocol. The marked table `sources` states the environment of each file, its `what` without the key.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def figure(record: Record) -> str:
 
 def describe(environment: dict[str, str]) -> str:
     """Where the figures of one file come from."""
-    return "- " + ", ".join(f"{name} {value}" for name, value in environment.items()) + "\n"
+    parts = [value if name == "what" else f"{name} {value}" for name, value in environment.items()]
+    return f"- {', '.join(parts)}\n"
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
-SOURCE = "git+https://github.com/jaxinfer/jaxinfer"
-if find_spec("jaxinfer") is None:  # on Colab
+SOURCE = ""  # needed on Colab: the address of the repository that this notebook comes from, "git+https://..."
+if find_spec("jaxinfer") is None:
+    assert SOURCE, "jaxinfer is not installed; set SOURCE to where pip finds it"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"jaxinfer[plots] @ {SOURCE}"], check=True)
 
 # %% [markdown]

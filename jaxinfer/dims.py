@@ -1,25 +1,32 @@
 """The letters that array names carry.
 
-An array is named with its axes in order, `q_TNH` or `pages_PSKH`; einsum strings use the same letters.
+An array is named with its axes in order, `q_TNH` or `pages_PSKH`; einsum strings use the same letters. A 1
+is an axis of length one, save in `R1`.
 
 | letter | axis |
 |---|---|
 | B | slots: sequences in the decode rectangle |
 | Q | queries per slot in the decode rectangle |
 | R | sequences of the ragged prefill |
+| R1 | R + 1: the first row of each of them, and the end of the last |
 | T | tokens of a step, flat: the decode rectangle first, then the ragged prefill |
 | W | rows of a step that need logits |
+| n | steps of one program |
+| C | a block of what is too much at once: keys of a sequence's pages, or tokens of the vocabulary |
 | D | hidden size |
 | N | query heads |
 | K | KV heads (slots of KV heads on a mesh with more devices than KV heads) |
 | g | query heads per KV head; in `qkv_DKgH` also one key and one value head |
 | H | head size |
+| r | pairs of a head's components that rotary embedding turns |
 | M | all query heads flattened, N x H |
 | F | hidden size of the MLP |
 | c | halves of a fused up projection: gate and up, or up alone |
 | E | experts |
 | X | experts per token |
 | V | vocabulary |
+| I | entries of a request's logit bias; in training, steps of one dispatch |
+| Z | stop tokens of a request |
 | L | layers |
 | P | pages in the pool |
 | S | slots of one page: tokens that it holds |

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
+from numbers import Number
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from jaxinfer import checkpoint
+from jaxinfer.continuation import Continuation
+from jaxinfer.decode.sampling import MAX_EOS_IDS
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.engine import Engine, Options, Request, TokenLogprobs, Update
-from jaxinfer.model import Model, read_config
+from jaxinfer.engine import Engine, Options, Request
+from jaxinfer.model import Model, ModelConfig, read_config
+from jaxinfer.model.rope import Dynamic, LongRope, Yarn
 from jaxinfer.outputs import CompletionOutput, RequestOutput
 from jaxinfer.parallel import make_mesh
 from jaxinfer.text import ChatTemplate, IncrementalDecoder, StopChecker, Tokenizer
@@ -46,7 +51,8 @@ class LLM:
         Args:
             model: a folder in Hugging Face or our own layout, or a Hugging Face id.
             dtype: bfloat16, float16 or float32; the checkpoint's own by default.
-            max_model_len: tokens of the longest sequence, prompt and output; the checkpoint's context by default.
+            max_model_len: tokens of the longest sequence, prompt and output; the checkpoint's context by default, and
+                at most that, unless its rotary embeddings adapt to longer ones (dynamic NTK, LongRoPE).
             tensor_parallel_size: devices that share the model.
             seed: of the requests that name none.
             options: of the engine.
@@ -55,15 +61,17 @@ class LLM:
             FileNotFoundError, ValueError: what is missing or wrong in the checkpoint, by file and tensor; or the
                 argument, its value and what is allowed.
         """
+        _check_arguments(dtype, max_model_len, tensor_parallel_size, seed, options)
         self.folder = checkpoint.resolve(model)
         config = read_config(self.folder)
-        _check_arguments(dtype, max_model_len)
+        _check_context(max_model_len, config)
         self.tokenizer = Tokenizer.from_folder(self.folder)
+        self._eos_ids = _checked_eos(self.folder, self.tokenizer, config.vocab_size)
         self.model = Model(config, make_mesh(tensor_parallel_size), max_model_len, dtype)
         params = self.model.params(checkpoint.load(self.folder, self.model))
         self.engine = Engine(self.model, params, options)
         self._seeds, self._ids = np.random.default_rng(seed), count()
-        self._running: dict[int, _Continuation] = {}
+        self._running: dict[int, Continuation] = {}
 
     def generate(
         self,
@@ -82,25 +90,7 @@ class LLM:
         Raises:
             ValueError: lists every prompt and parameter that cannot be served; nothing has run then.
         """
-        listed = _listed(prompts)
-        params = _paired(sampling_params, len(listed))
-        tokens = self._encode(listed, params)
-        continuations = [self._start(ids, p) for ids, p in zip(tokens, params, strict=True)]
-        flat = [continuation for group in continuations for continuation in group]
-        try:
-            while any(continuation.finish_reason is None for continuation in flat):
-                self._step()
-        finally:
-            self._drop(flat)
-        return [
-            RequestOutput(
-                prompt=prompt if isinstance(prompt, str) else None,
-                prompt_token_ids=ids,
-                prompt_logprobs=group[0].prompt_logprobs,
-                outputs=[continuation.output() for continuation in group],
-            )
-            for prompt, ids, group in zip(listed, tokens, continuations, strict=True)
-        ]
+        return self._answer("prompt", _listed(prompts), sampling_params, self._tokens)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[CompletionOutput]:
         """Continues one prompt and yields each piece as it comes: new text and new tokens only.
@@ -108,12 +98,14 @@ class LLM:
         The pieces put together are the output of `generate`. Leaving the loop early drops the request.
 
         Raises:
-            ValueError: as `generate`; also where `n` is not 1.
+            ValueError: as `generate`; also where `n` is not 1, or `prompt_logprobs` are asked for.
         """
-        params = sampling_params or SamplingParams()
+        (params,) = _paired(sampling_params, 1, "prompt")
         if params.n != 1:
             raise ValueError(f"n = {params.n} must be 1 in a stream")
-        (tokens,) = self._encode([prompt], [params])
+        if params.prompt_logprobs is not None:
+            raise ValueError(f"prompt_logprobs = {params.prompt_logprobs} must be None in a stream of new tokens")
+        (tokens,) = self._encode("prompt", [prompt], [params], self._tokens)
         return self._stream(tokens, params)
 
     def chat(
@@ -127,28 +119,58 @@ class LLM:
             messages: `{"role": ..., "content": ...}` objects, or a list of such lists.
 
         Raises:
-            ValueError: there is no template, or a message is malformed; names it.
+            ValueError: there is no template; or as `generate`, also for every message that is malformed.
         """
         template = ChatTemplate.from_folder(self.folder)
-        several = bool(messages) and not isinstance(messages[0], Mapping)
-        conversations: Any = messages if several else [messages]
-        texts = [template.render(conversation) for conversation in conversations]
-        ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        return self.generate(ids, sampling_params)
+        several = _is_list(messages) and len(messages) > 0 and not isinstance(messages[0], Mapping)
+
+        def encode(conversation: Sequence[Mapping[str, Any]]) -> list[int]:
+            return self.tokenizer.encode(template.render(conversation), add_special_tokens=False)
+
+        return self._answer("conversation", messages if several else [messages], sampling_params, encode)
+
+    def _answer(
+        self,
+        what: str,
+        inputs: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        encode: Callable[[Any], list[int]],
+    ) -> list[RequestOutput]:
+        """Runs all inputs to their ends; `what` is the word for one of them, `encode` gives its token ids."""
+        params = _paired(sampling_params, len(inputs), what)
+        tokens = self._encode(what, inputs, params, encode)
+        continuations = [self._start(ids, p) for ids, p in zip(tokens, params, strict=True)]
+        flat = [continuation for group in continuations for continuation in group]
+        try:
+            while any(continuation.finish_reason is None for continuation in flat):
+                self._step()
+        finally:
+            self._drop(flat)
+        return [
+            RequestOutput(
+                prompt=given if isinstance(given, str) else None,
+                prompt_token_ids=ids,
+                prompt_logprobs=group[0].prompt_logprobs,
+                outputs=[continuation.output() for continuation in group],
+            )
+            for given, ids, group in zip(inputs, tokens, continuations, strict=True)
+        ]
 
     # --- prompts in
 
-    def _encode(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[list[int]]:
-        """Token ids of all prompts, every one of them checked before any runs."""
+    def _encode(
+        self, what: str, inputs: Sequence[Any], params: Sequence[SamplingParams], encode: Callable[[Any], list[int]]
+    ) -> list[list[int]]:
+        """Token ids of all inputs, every one of them checked before any runs."""
         tokens, problems = [], []
-        for index, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+        for index, (given, p) in enumerate(zip(inputs, params, strict=True)):
             try:
-                ids = self._tokens(prompt)
+                ids = encode(given)
                 found = self._problems(ids, p)
             except ValueError as error:
                 ids, found = [], [str(error)]
             tokens.append(ids)
-            problems += [f"prompt {index}: {problem}" for problem in found]
+            problems += [f"{what} {index}: {problem}" for problem in found]
         if problems:
             raise ValueError("; ".join(problems))
         return tokens
@@ -173,20 +195,17 @@ class LLM:
             )
             return found
         found += params.problems(vocab, context, len(ids))
-        return found or self.engine.problems(self._request(ids, params, 0))
+        return found or self.engine.problems(Request(-1, tuple(ids), params, self._eos_ids, 0))
 
-    def _request(self, ids: list[int], params: SamplingParams, seed: int) -> Request:
-        return Request(next(self._ids), tuple(ids), params, tuple(sorted(self.tokenizer.eos_ids)), seed)
-
-    def _start(self, ids: list[int], params: SamplingParams) -> list[_Continuation]:
+    def _start(self, ids: list[int], params: SamplingParams) -> list[Continuation]:
         """Queues the n continuations of one prompt."""
         seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
         group = []
         for index in range(params.n):
-            request = self._request(ids, params, (seed + index) % 2**32)
+            request = Request(next(self._ids), tuple(ids), params, self._eos_ids, (seed + index) % 2**32)
             self.engine.add(request)
             decoder, checker = IncrementalDecoder(self.tokenizer), StopChecker(params.stop_strings)
-            self._running[request.id] = _Continuation(request, index, decoder, checker)
+            self._running[request.id] = Continuation(request, index, decoder, checker)
             group.append(self._running[request.id])
         return group
 
@@ -212,90 +231,86 @@ class LLM:
                 if continuation.finish_reason is not None:
                     self._drop([continuation])
 
-    def _drop(self, continuations: Sequence[_Continuation]) -> None:
+    def _drop(self, continuations: Sequence[Continuation]) -> None:
         """Forgets continuations; those that still run, after a stop string or an interrupt, stop running."""
         for continuation in continuations:
             if self._running.pop(continuation.request.id, None) is not None:
                 self.engine.abort(continuation.request.id)
 
 
-@dataclass
-class _Continuation:
-    """The text of one request as it grows."""
-
-    request: Request
-    index: int
-    decoder: IncrementalDecoder
-    checker: StopChecker
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    finish_reason: Any = None
-    stop_reason: int | str | None = None
-    sent: tuple[int, int] = (0, 0)  # tokens and characters that `piece` has handed out
-
-    def push(self, update: Update) -> None:
-        """Takes the new tokens, up to the one that completes a stop string."""
-        if update.prompt_logprobs is not None:
-            self.prompt_logprobs = list(update.prompt_logprobs)
-        for position, token in enumerate(update.tokens):
-            self.token_ids.append(token)
-            self.logprobs += update.logprobs[position : position + 1]
-            ends = update.finish_reason == "stop" and position == len(update.tokens) - 1
-            if not ends and self._show(self.decoder.push(token)):
-                return
-        if update.finish_reason is not None and not self._show(self.decoder.flush()):
-            self.text += self.checker.flush()
-            self.finish_reason = update.finish_reason
-            if update.finish_reason == "stop" and self.token_ids[-1] not in self.request.eos_ids:
-                self.stop_reason = self.token_ids[-1]
-
-    def _show(self, piece: str) -> bool:
-        """Appends text; true where a stop string ended it."""
-        shown, stopped = self.checker.push(piece)
-        self.text += shown
-        if stopped:
-            self.finish_reason, self.stop_reason = "stop", self.checker.matched
-        return stopped
-
-    def output(self, token: int = 0, character: int = 0) -> CompletionOutput:
-        """What there is from a given token and character on; all of it by default."""
-        logprobs = self.logprobs[token:] if self.request.params.logprobs is not None else None
-        text, token_ids = self.text[character:], self.token_ids[token:]
-        return CompletionOutput(self.index, text, token_ids, logprobs, self.finish_reason, self.stop_reason)
-
-    def piece(self) -> CompletionOutput | None:
-        """What came since the last piece, if anything did."""
-        new = self.output(*self.sent)
-        self.sent = (len(self.token_ids), len(self.text))
-        return new if new.token_ids or new.text or new.finish_reason else None
-
-
-def _check_arguments(dtype: str | None, max_model_len: int | None) -> None:
-    if dtype not in (None, "bfloat16", "float16", "float32"):
+def _check_arguments(
+    dtype: str | None, max_model_len: int | None, tensor_parallel_size: int, seed: int, options: Options | None
+) -> None:
+    if dtype is not None and (not isinstance(dtype, str) or dtype not in ("bfloat16", "float16", "float32")):
         raise ValueError(f"dtype = {dtype!r} must be bfloat16, float16 or float32")
-    if max_model_len is not None and (isinstance(max_model_len, bool) or max_model_len < 2):
-        raise ValueError(f"max_model_len = {max_model_len!r} must be at least 2: a prompt token and a new one")
+    if max_model_len is not None and not _is_integer(max_model_len, 2):
+        raise ValueError(
+            f"max_model_len = {max_model_len!r} must be an integer, at least 2 (a prompt and a new token)"
+        )
+    for name, value, least in (("tensor_parallel_size", tensor_parallel_size, 1), ("seed", seed, 0)):
+        if not _is_integer(value, least):
+            raise ValueError(f"{name} = {value!r} must be an integer, at least {least}")
+    if not isinstance(options, Options | None):
+        raise ValueError(f"options = {reprlib.repr(options)} must be an Options")
+
+
+def _check_context(max_model_len: int | None, config: ModelConfig) -> None:
+    """Refuses positions that the model was not made for, unless its rotary embeddings adapt to the context."""
+    scalings = {layer.rope.scaling for layer in config.layers}
+    if max_model_len is None or any(isinstance(scaling, Dynamic | LongRope) for scaling in scalings):
+        return
+    # Published YaRN configs state the context before its extension.
+    extended = [int(scaling.original_context * scaling.factor) for scaling in scalings if isinstance(scaling, Yarn)]
+    longest = max(config.context, *extended, 0)
+    if max_model_len > longest:
+        raise ValueError(f"max_model_len = {max_model_len} must be in 2..{longest}, the checkpoint's context")
+
+
+def _checked_eos(folder: Path, tokenizer: Tokenizer, vocab: int) -> tuple[int, ...]:
+    ids = sorted(tokenizer.eos_ids)
+    if len(ids) > MAX_EOS_IDS:
+        raise ValueError(f"{folder}: eos_token_id has {len(ids)} token ids; at most {MAX_EOS_IDS} are allowed")
+    if ids and ids[-1] >= vocab:
+        raise ValueError(f"{folder}: eos_token_id has token id {ids[-1]}; each must be in 0..{vocab - 1}")
+    return tuple(ids)
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt is a list of one; a list of integers is one prompt."""
-    if isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], str | Sequence | np.ndarray)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    """One prompt is a list of one; a list of numbers is one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not _is_list(prompts):
+        allowed = "a string, a list of integer token ids, or a list of either"
+        raise ValueError(f"prompts = {reprlib.repr(prompts)} must be {allowed}")
+    one = len(prompts) > 0 and isinstance(prompts[0], Number)
+    return [cast("Prompt", prompts)] if one else list(cast("Sequence[Prompt]", prompts))
 
 
-def _paired(params: SamplingParams | Sequence[SamplingParams] | None, prompts: int) -> list[SamplingParams]:
+def _paired(params: SamplingParams | Sequence[SamplingParams] | None, count: int, what: str) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * prompts
-    if len(params) != prompts:
-        raise ValueError(f"sampling_params has {len(params)} entries for {prompts} prompts; give one, or one for each")
+        return [params or SamplingParams()] * count
+    if not _is_list(params):
+        raise ValueError(f"sampling_params = {reprlib.repr(params)} must be a SamplingParams, or one for each {what}")
+    if len(params) != count:
+        raise ValueError(f"sampling_params has {len(params)} entries for {count} {what}s; give one, or one for each")
+    for index, entry in enumerate(params):
+        if not isinstance(entry, SamplingParams):
+            raise ValueError(f"sampling_params[{index}] = {reprlib.repr(entry)} must be a SamplingParams")
     return list(params)
 
 
 def _checked_ids(prompt: Sequence[int]) -> list[int]:
-    listed = isinstance(prompt, Sequence | np.ndarray)
-    if not listed or any(isinstance(i, bool) or not isinstance(i, int | np.integer) for i in prompt):
-        raise ValueError("the prompt must be a string or a list of integer token ids")
+    if not _is_list(prompt) or not all(_is_integer(i) for i in prompt):
+        raise ValueError(f"the prompt {reprlib.repr(prompt)} must be a string or a list of integer token ids")
     return [int(i) for i in prompt]
+
+
+def _is_list(value: Any) -> bool:
+    """Whether it holds one thing after the other; bytes are sequences of integers, but no token ids."""
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
+
+
+def _is_integer(value: Any, least: float = -math.inf) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= least

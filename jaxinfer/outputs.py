@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from jaxinfer.engine import TokenLogprobs
+from jaxinfer.engine.request import FinishReason
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,15 @@ class CompletionOutput:
         logprobs: one entry per new token, where `SamplingParams.logprobs` asks for them.
         finish_reason: `stop` at the end of the sequence, a stop token or a stop string; `length` at `max_tokens`;
             None in a stream that goes on.
-        stop_reason: the stop string or stop token that ended it; None at the model's own end of sequence.
+        stop_reason: the stop string or stop token that ended it; None at the model's own end of
+            sequence, unless `ignore_eos` leaves that to `stop_token_ids`.
     """
 
     index: int
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
     stop_reason: int | str | None = None
 
     @property

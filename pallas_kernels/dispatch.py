@@ -10,19 +10,24 @@ logger = logging.getLogger("pallas_kernels")
 
 
 def choose[Op: Callable](op: str, implementation: str, available: Mapping[str, Op]) -> Op:
-    """Returns the named implementation; `auto` is the XLA one, and says so once.
+    """Returns the named implementation; `auto` is that of `automatic`, and says so once.
 
     Raises ValueError for a name that does not exist.
     """
     if implementation == "auto":
-        _log_once(op, "xla", jax.default_backend())
-        return available["xla"]
+        implementation, reason = automatic()
+        _log_once(op, implementation, reason)
     if implementation not in available:
         names = ", ".join(["auto", *available])
         raise ValueError(f"implementation={implementation!r} of {op} does not exist; allowed: {names}")
     return available[implementation]
 
 
+def automatic() -> tuple[str, str]:
+    """The implementation that `auto` stands for here, and why it is that one."""
+    return "xla", f"no kernel written for the backend {jax.default_backend()!r} exists"
+
+
 @functools.cache
-def _log_once(op: str, name: str, backend: str) -> None:
-    logger.info("%s runs as %s: no kernel written for the backend %r exists", op, name, backend)
+def _log_once(op: str, name: str, reason: str) -> None:
+    logger.info("%s runs as %s: %s", op, name, reason)

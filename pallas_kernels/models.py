@@ -22,9 +22,6 @@ class Heads:
         """The static options of both ops; every model here scales by head_size ** -0.5."""
         return {"scale": self.head_size**-0.5, "window": self.window, "soft_cap": self.soft_cap}
 
-    def random_sinks(self, key: jax.Array) -> jax.Array | None:
-        return jax.random.normal(key, (self.query_heads,), jnp.float32) if self.sinks else None
-
 
 MODELS = {
     "llama-3-8b": Heads(32, 8, 128),

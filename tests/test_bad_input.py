@@ -1,7 +1,9 @@
 """What cannot be served is refused before any device work, by an error that names field, value and range."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 
 from jaxinfer.decode.sampling_params import SamplingParams
@@ -20,6 +22,7 @@ PROMPTS = {
     "a token that is no integer": ([1, 2.5], ["integer token ids"]),
     "a token that is a flag": ([True], ["integer token ids"]),
     "a lone surrogate": ("ab\ud800c", ["prompt", "surrogate", "U+D800", "position 2"]),
+    "bytes": (b"ab", ["b'ab'", "string", "token ids"]),
     "no prompt at all": (None, ["string", "token ids"]),
     "a number": (5.0, ["string", "token ids"]),
 }
@@ -34,7 +37,7 @@ FIELDS = {  # each refused by SamplingParams alone
     "presence_penalty": [2.1, -2.1, float("nan")],
     "frequency_penalty": [2.1, -2.1, float("nan")],
     "seed": [-1, 2**32, 0.5],
-    "n": [0, -1, 1.5],
+    "n": [0, -1, 1.5, 1025],
     "logprobs": [-1, 21],
     "prompt_logprobs": [-1, 21],
     "stop": [5, [""], [3], ""],
@@ -69,6 +72,25 @@ def test_prompts(llm, name):
     for call in (lambda: llm.generate([prompt]), lambda: llm.stream(prompt)):
         with pytest.raises(ValueError, match=r".") as error:
             call()
+        assert_names(error, words)
+
+
+@pytest.mark.parametrize("prompts", [None, 5, {"prompt": "a"}, b"ab", bytearray(b"ab"), np.array(5), iter(["a"])])
+def test_prompts_of_another_type(llm, prompts):
+    with pytest.raises(ValueError, match=r"^prompts = .+ must be a string, a list of integer token ids, or a list"):
+        llm.generate(prompts)
+
+
+@pytest.mark.parametrize(("params", "words"), [
+    ({"temperature": 0}, ["sampling_params = {'temperature': 0}", "SamplingParams"]),
+    (0.5, ["sampling_params = 0.5", "SamplingParams"]),
+    ([None], ["sampling_params[0] = None", "SamplingParams"]),
+])  # fmt: skip
+def test_sampling_params_of_another_type(llm, params, words):
+    calls = (llm.generate, llm.stream, lambda text, params: llm.chat([{"role": "user", "content": text}], params))
+    for call in calls:
+        with pytest.raises(ValueError, match="must be") as error:
+            call("a", params)
         assert_names(error, words)
 
 
@@ -115,6 +137,8 @@ def test_one_error_lists_every_prompt_and_nothing_runs(llm, monkeypatch):
 def test_a_stream_is_checked_when_it_is_asked_for(llm):
     with pytest.raises(ValueError, match=r"n = 2 must be 1"):
         llm.stream("hello", SamplingParams(n=2))
+    with pytest.raises(ValueError, match=r"prompt_logprobs = 0 must be None in a stream"):
+        llm.stream("hello", SamplingParams(prompt_logprobs=0))
 
 
 def test_params_for_another_number_of_prompts(llm):
@@ -127,12 +151,24 @@ def test_params_for_another_number_of_prompts(llm):
     ([{"role": "user"}], ["messages[0].content", "missing"]),
     ([{"role": 3, "content": "hi"}], ["messages[0].role", "string"]),
     ([{"role": "user", "content": "\ud800"}], ["messages[0].content", "U+D800"]),
-    ("hello", ["messages"]),
+    ("hello", ["messages", "'hello'"]),
+    (5, ["messages", "5"]),
+    (None, ["messages", "None"]),
+    ([None], ["messages", "None"]),
 ])  # fmt: skip
 def test_messages(llm, messages, words):
     with pytest.raises(ValueError, match="messages") as error:
         llm.chat(messages)
     assert_names(error, words)
+
+
+def test_one_error_lists_every_conversation(llm):
+    long = [{"role": "user", "content": "x" * CONTEXT}]
+    with pytest.raises(ValueError, match=r"^conversation 0: ") as error:
+        llm.chat([[{"role": 3, "content": "hi"}], [{"role": "user", "content": "hi"}], [], long])
+    found = [problem[0] for problem in str(error.value).removeprefix("conversation ").split("; conversation ")]
+    assert found == ["0", "2", "3"]
+    assert_names(error, ["messages[0].role", "at least one message", f"context of {CONTEXT}"])
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -151,15 +187,55 @@ def test_options(options, words):
 
 @pytest.mark.parametrize(("arguments", "words"), [
     ({"dtype": "int4"}, ["dtype", "'int4'", "bfloat16"]),
+    ({"model": 5}, ["model = 5", "folder", "org/name"]),
+    ({"model": None}, ["model = None", "folder", "org/name"]),
+    ({"model": ""}, ["model = ''", "folder", "org/name"]),
+    ({"dtype": np.dtype("float32")}, ["dtype", "'float32'", "bfloat16"]),
     ({"max_model_len": 1}, ["max_model_len", "1", "at least 2"]),
+    ({"max_model_len": "96"}, ["max_model_len = '96'", "integer"]),
+    ({"max_model_len": 40.5}, ["max_model_len = 40.5", "integer"]),
+    ({"max_model_len": CONTEXT + 1}, [f"max_model_len = {CONTEXT + 1}", f"2..{CONTEXT}", "context"]),
+    ({"tensor_parallel_size": "2"}, ["tensor_parallel_size = '2'", "integer"]),
+    ({"tensor_parallel_size": 1.0}, ["tensor_parallel_size = 1.0", "integer"]),
+    ({"seed": -1}, ["seed = -1", "at least 0"]),
+    ({"seed": "1"}, ["seed = '1'", "integer"]),
+    ({"options": {"max_num_seqs": 2}}, ["options = {'max_num_seqs': 2}", "Options"]),
     ({"tensor_parallel_size": 0}, ["tensor", "0", "at least 1"]),
     ({"tensor_parallel_size": 16}, ["16 devices", "8"]),
     ({"tensor_parallel_size": 8}, ["tensor has 8", "num_heads", "4"]),
 ])  # fmt: skip
 def test_arguments(tmp_path_factory, arguments, words):
     with pytest.raises(ValueError, match=r".") as error:
-        LLM(tiny_folder(tmp_path_factory.getbasetemp()), **arguments)
+        LLM(**{"model": tiny_folder(tmp_path_factory.getbasetemp())} | arguments)
     assert_names(error, words)
+
+
+@pytest.mark.parametrize(("scaling", "adapts"), [
+    ({"rope_type": "linear", "factor": 2.0}, False),
+    ({"rope_type": "dynamic", "factor": 2.0}, True),
+    ({"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}, True),
+])  # fmt: skip
+def test_a_context_past_the_checkpoints_own(tmp_path, scaling, adapts):
+    """Only rotary embeddings that adapt to the context get past it, here to the tokenizer that is missing."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"rope_scaling": scaling}))
+    error, message = (
+        (FileNotFoundError, r"tokenizer\.json") if adapts else (ValueError, f"= 200 must be in 2..{CONTEXT}")
+    )
+    with pytest.raises(error, match=message):
+        LLM(tmp_path, max_model_len=200)
+
+
+@pytest.mark.parametrize(("eos", "words"), [
+    (list(range(9)), ["eos_token_id has 10 token ids", "at most 8"]),  # the tokenizer's own besides
+    ([3, VOCABULARY], [f"eos_token_id has token id {VOCABULARY}", f"0..{VOCABULARY - 1}"]),
+])  # fmt: skip
+def test_end_of_sequence_tokens(tmp_path, tmp_path_factory, eos, words):
+    for file in tiny_folder(tmp_path_factory.getbasetemp()).glob("*.json"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(ValueError, match="eos_token_id") as error:
+        LLM(tmp_path)
+    assert_names(error, [str(tmp_path), *words])
 
 
 @pytest.mark.parametrize(("change", "words"), [

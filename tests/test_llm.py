@@ -1,14 +1,22 @@
 """`LLM` from the outside: text, reasons to stop, log-probabilities, streams, and what an interruption leaves."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import log_softmax
 
+import jaxinfer
+from jaxinfer.continuation import Continuation
 from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.engine import Request, TokenLogprobs, Update
 from jaxinfer.llm import LLM
 from jaxinfer.outputs import CompletionOutput
+from jaxinfer.text import IncrementalDecoder, StopChecker
 from tests.engine.tiny import BOS, CHARACTERS, CONFIG, CONTEXT, EOS, assert_clean, tiny_llm
 from tests.model.dense import run
 
@@ -92,16 +100,49 @@ def test_a_stop_token_ends_the_text_without_showing(llm, long):
 def test_end_of_sequence(llm):
     bias = ASCII_ONLY | {EOS: 100.0}  # so that it comes whenever it may
     base = {"temperature": 0.0, "logit_bias": bias, "max_tokens": 6}
-    ended, kept_on, forced = llm.generate(
-        [PROMPT] * 3,
-        [SamplingParams(**base), SamplingParams(**base, ignore_eos=True), SamplingParams(**base, min_tokens=4)],
+    ended, kept_on, forced, asked = llm.generate(
+        [PROMPT] * 4,
+        [
+            SamplingParams(**base),
+            SamplingParams(**base, ignore_eos=True),
+            SamplingParams(**base, min_tokens=4),
+            SamplingParams(**base, ignore_eos=True, stop_token_ids=[EOS]),
+        ],
     )
     assert ended.outputs == [CompletionOutput(0, "", [EOS], None, "stop", None)]
     assert kept_on.outputs == [CompletionOutput(0, "", [EOS] * 6, None, "length", None)]
+    assert asked.outputs == [CompletionOutput(0, "", [EOS], None, "stop", EOS)]
     (output,) = forced.outputs
     assert EOS not in output.token_ids[:4]
     assert output.token_ids[4:] == [EOS]
     assert (len(output.text), output.finish_reason) == (4, "stop")
+
+
+@pytest.mark.parametrize(("text", "stop", "min_tokens", "expected", "reason"), [
+    ("abcabc", ["bc"], 0, "a", "bc"),
+    ("abcabc", ["bc"], 2, "a", "bc"),  # begins early, ends late
+    ("abcabc", ["bc"], 3, "abca", "bc"),
+    ("abcabc", ["bc"], 6, "abcabc", None),
+    ("aaaa", ["aa"], 2, "a", "aa"),  # a late match that overlaps an early one
+    ("ababac", ["abac"], 5, "ab", "abac"),
+    ("xaby", ["ab", "a"], 3, "xaby", None),
+    ("xabya", ["ab", "a"], 3, "xaby", "a"),
+    ("abab", ["abc"], 2, "abab", None),
+    ("aé", ["é"], 2, "a", "é"),  # the character is whole with the third token only
+])  # fmt: skip
+def test_stop_strings_wait_for_min_tokens(llm, text, stop, min_tokens, expected, reason):
+    tokens = tuple(llm.tokenizer.encode(text, add_special_tokens=False))
+    request = Request(0, (1,), SamplingParams(max_tokens=len(tokens), min_tokens=min_tokens, stop=stop), (EOS,), 0)
+    for size in (1, len(tokens)):  # tokens of an update
+        continuation = Continuation(request, 0, IncrementalDecoder(llm.tokenizer), StopChecker(stop))
+        for start in range(0, len(tokens), size):
+            ends = start + size == len(tokens)
+            update = Update(request, tokens[start : start + size], (), None, "length" if ends else None)
+            if continuation.finish_reason is None:
+                continuation.push(update)
+            assert expected.startswith(continuation.text)
+        assert (continuation.text, continuation.stop_reason) == (expected, reason)
+        assert continuation.finish_reason == ("length" if reason is None else "stop")
 
 
 def test_up_to_the_edge_of_the_context(llm):
@@ -161,7 +202,6 @@ def test_logprobs_are_those_of_the_model(llm):
         assert [i for i, _ in entry.top] == np.argsort(-expected_V)[:top].tolist()
         np.testing.assert_allclose([value for _, value in entry.top], np.sort(expected_V)[::-1][:top], atol=2e-5)
     assert output.cumulative_logprob == pytest.approx(sum(entry.logprob for entry in output.logprobs))
-    assert joined(llm.stream(prompt, params)) == output
 
 
 # --- streams
@@ -173,6 +213,20 @@ def test_a_stream_is_what_generate_gives(llm):
     pieces = list(llm.stream(PROMPT, params))
     assert len(pieces) > 2
     assert joined(pieces) == request.outputs[0]
+
+
+def test_every_piece_has_the_logprobs_of_its_own_tokens(llm):
+    request = Request(0, (1,), SamplingParams(logprobs=0), (EOS,), 0)
+    continuation = Continuation(request, 0, IncrementalDecoder(llm.tokenizer), StopChecker(()))
+    entries = [TokenLogprobs(token, -float(token), ()) for token in range(5, 11)]
+    pieces = []
+    for start, end in ((0, 1), (1, 4), (4, 6)):
+        told = tuple(entries[start:end])
+        continuation.push(Update(request, tuple(entry.token for entry in told), told, None, None))
+        pieces.append(continuation.piece())
+    assert [len(piece.logprobs) for piece in pieces] == [len(piece.token_ids) for piece in pieces] == [1, 3, 2]
+    assert joined(pieces) == continuation.output()
+    assert continuation.output().logprobs == entries
 
 
 def test_a_stream_that_is_left_frees_its_pages(llm):
@@ -210,6 +264,14 @@ def test_an_interrupted_call_leaves_nothing_behind(llm, long, monkeypatch):
     assert llm.generate(PROMPT, params)[0].outputs == [long]
 
 
+def test_every_request_has_the_next_id(llm, monkeypatch):
+    add, ids = llm.engine.add, []
+    monkeypatch.setattr(llm.engine, "add", lambda request: ids.append(request.id) or add(request))
+    for _ in range(2):
+        llm.generate([PROMPT] * 2, greedy(max_tokens=1))
+    assert ids == list(range(ids[0], ids[0] + 4))
+
+
 # --- chat
 
 
@@ -223,6 +285,17 @@ def test_chat_writes_the_checkpoints_own_template(llm):
     both = llm.chat([messages, [*messages, {"role": "assistant", "content": "ho"}]], greedy(max_tokens=4))
     assert both[0] == answer
     assert len(both[1].prompt_token_ids) > len(expected)
+
+
+# --- names
+
+
+def test_the_package_gives_its_names_without_jax_until_it_is_needed():
+    assert (jaxinfer.LLM, jaxinfer.SamplingParams) == (LLM, SamplingParams)
+    with pytest.raises(AttributeError, match="no attribute 'LLMs'"):
+        _ = jaxinfer.LLMs
+    program = "import sys, jaxinfer; from jaxinfer import SamplingParams; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])
 
 
 # --- what is held where

@@ -45,7 +45,10 @@ def test_the_pipeline_runs_the_readmes_test_command():
 
 def write_results(folder: Path, value: float) -> None:
     record = {"case": "llama-3-8b B1", "implementation": "xla", "metric": "decode", "value": value, "unit": "tok/s"}
-    results = {"environment": {"device": "a card"}, "records": [record | {"roofline_fraction": 0.754}]}
+    results = {
+        "environment": {"what": "our own system", "device": "a card"},
+        "records": [record | {"roofline_fraction": 0.754}],
+    }
     (folder / "decode.json").write_text(json.dumps(results))
 
 
@@ -59,13 +62,19 @@ def test_a_table_follows_its_file(tmp_path, value, cell):
     write_results(tmp_path, value)
     rendered = render(text, tmp_path)
     assert f"| **jaxinfer**, XLA attention | {cell} |  |  |  |\n" in rendered
-    assert "- device a card\n" in rendered
+    assert "- our own system, device a card\n" in rendered
     assert render(rendered, tmp_path) == rendered
 
 
 def test_an_unknown_table_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"\['speed'\]; known are decode, "):
         render("<!-- table: speed -->\n<!-- /table -->\n", tmp_path)
+
+
+def test_the_ceilings_that_the_readme_states_are_those_of_the_fractions():
+    machine = find_hardware("h200-measured")
+    ceilings = f"{machine.bandwidth / 1e12:g} TB/s of memory and {machine.rate('bf16') / 1e12:g} TFLOP/s of matmul"
+    assert ceilings in " ".join(TEXT.split())
 
 
 def test_fractions_of_other_systems_are_those_of_our_roofline():

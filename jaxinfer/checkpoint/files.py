@@ -82,7 +82,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors that one file declares, all of them found to lie within it."""
+    """The tensors that one file declares, found to fill all of it that follows the header."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_PREFIX), "little")
@@ -90,7 +90,9 @@ def read_header(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} is truncated or corrupt: it declares a header of {length} bytes, has {size}")
         header = _parse(path, file.read(length))
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    return {name: _tensor(path, name, entry, _PREFIX + length, size) for name, entry in entries.items()}
+    tensors = {name: _tensor(path, name, entry, _PREFIX + length, size) for name, entry in entries.items()}
+    _check_order(path, entries, _PREFIX + length, size)
+    return tensors
 
 
 def parse_object(path: Path) -> dict[str, Any]:
@@ -126,6 +128,16 @@ def _tensor(path: Path, name: str, entry: Any, data: int, size: int) -> Tensor:
     if data + end > size:
         raise ValueError(f"{path} is truncated: {described} ends at byte {data + end}; the file has {size}")
     return tensor
+
+
+def _check_order(path: Path, entries: dict[str, Any], data: int, size: int) -> None:
+    """Finds tensors that overlap and bytes that belong to none: the format allows neither."""
+    places = sorted((*entry["data_offsets"], f"tensor {name!r}") for name, entry in entries.items())
+    end, before = 0, "the header"
+    for begin, until, what in [*places, (size - data, size - data, "the end of the file")]:
+        if begin != end:
+            raise ValueError(f"{path} is corrupt: {what} is at byte {data + begin}; {before} ends at {data + end}")
+        end, before = until, what
 
 
 def _well_formed(entry: Any) -> bool:

@@ -17,6 +17,8 @@ def resolve(model: str | Path) -> Path:
     Raises:
         ValueError: `model` is neither a folder nor an id that can be downloaded; says why.
     """
+    if not isinstance(model, str | Path) or not str(model):
+        raise ValueError(f"model = {model!r} must be a folder or a Hugging Face id such as org/name")
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder

@@ -1,4 +1,4 @@
-"""The command `jaxinfer`. Each subcommand is a module of this folder; its imports wait until it is called."""
+"""The command `jaxinfer`. Each subcommand is a module of this folder."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from jaxinfer.cli.measure import device_memory, measure_machine
 from jaxinfer.cli.units import si
-from jaxinfer.roofline import DATASHEETS, Hardware
+from jaxinfer.roofline import Hardware, find_by_device
 from pallas_kernels import dispatch, flash_attention, flash_decoding
 
 _PACKAGES = ("jaxinfer", "jax", "jaxlib", "jax-cuda13-plugin", "flax", "orbax-checkpoint", "tokenizers")
@@ -45,19 +45,17 @@ def devices() -> Table:
 def kernels() -> Table:
     """What `auto` runs for each op here, and why not something else."""
     table = Table("op", "runs", "by name only", "why", title="Kernels")
+    runs, why = dispatch.automatic()
     for name, op in _OPS.items():
-        chosen = dispatch.choose(name, "auto", op.IMPLEMENTATIONS)
-        runs = [label for label, run in op.IMPLEMENTATIONS.items() if run is chosen]
-        others = [label for label in op.IMPLEMENTATIONS if label not in runs]
-        why = f"no kernel is written for {jax.default_backend()}" if "xla" in runs else "the fastest here"
-        table.add_row(name, ", ".join(runs), ", ".join(others), why)
+        others = [label for label in op.IMPLEMENTATIONS if label != runs]
+        table.add_row(name, runs, ", ".join(others), why)
     return table
 
 
 def speed(hardware: Hardware) -> Table:
     """Measured ceilings beside those of the datasheet, where there is one."""
     table = Table("", "measured", "datasheet", title=f"Speed: {hardware.name}")
-    stated = {entry.device_kind: entry for entry in DATASHEETS.values()}.get(hardware.device_kind)
+    stated = find_by_device(hardware.device_kind)
     table.add_row("memory", si(hardware.bandwidth, "B/s"), si(stated.bandwidth, "B/s") if stated else "unknown")
     for dtype in ("bf16", "fp32"):
         peak = si(stated.rate(dtype), "FLOP/s") if stated and dtype in stated.flops else "unknown"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.roofline import DATASHEETS, Hardware
+from jaxinfer.roofline import Hardware, find_by_device
 
 _DTYPES = {"bf16": jnp.bfloat16, "fp32": jnp.float32}
 _ARRAY_BYTES = {"cpu": 2**26, "gpu": 2**30, "tpu": 2**30}  # far beyond the caches, and soon done
@@ -85,10 +85,7 @@ def _seconds(step: Callable[..., jax.Array], carry: jax.Array, *operands: jax.Ar
 
 def _datasheet(bandwidth: float, flops: dict[str, float]) -> Hardware:
     device = jax.devices()[0]
-    for entry in DATASHEETS.values():
-        if entry.device_kind == device.device_kind:
-            return entry
-    return Hardware(
+    return find_by_device(device.device_kind) or Hardware(
         name=device.device_kind,
         device_kind=device.device_kind,
         flops=flops,

@@ -99,8 +99,8 @@ def make_batch(state: SlotState, decode: int, prefill: Prefill, page_size: int) 
     slots_R = jnp.minimum(prefill.slots_R, state.token_B.shape[0] - 1)
 
     def view(table_BJ: jax.Array) -> View:
-        slots_D = jnp.arange(decode, dtype=jnp.int32)
-        decode_B = _slot_index(table_BJ, slots_D, position_B, active_B, page_size)
+        slots_B = jnp.arange(decode, dtype=jnp.int32)
+        decode_B = _slot_index(table_BJ, slots_B, position_B, active_B, page_size)
         prefill_T = _slot_index(table_BJ, slots_R[chunk_T], position_T, valid_T, page_size)
         return View(
             write_T=jnp.concatenate([decode_B, prefill_T]),
@@ -149,4 +149,4 @@ def _place(prefill: Prefill) -> tuple[jax.Array, jax.Array, jax.Array]:
 def _slot_index(table_BJ, slots_T, position_T, valid_T, page_size: int) -> jax.Array:
     """Where each token is written: page x page size + slot in the page; what is not valid goes to the null page."""
     page_T = table_BJ[slots_T, jnp.where(valid_T, position_T // page_size, 0)]
-    return jnp.where(valid_T, page_T * page_size + position_T % page_size, NULL_PAGE)
+    return jnp.where(valid_T, page_T * page_size + position_T % page_size, NULL_PAGE * page_size)

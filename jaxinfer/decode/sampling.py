@@ -139,6 +139,15 @@ class Needs:
     level: Literal["greedy", "random", "full"]
     logprobs: int
 
+    def covers(self, other: "Needs") -> bool:
+        """Whether a program for these needs also serves those; its tokens are the same."""
+        return _LEVELS.index(self.level) >= _LEVELS.index(other.level) and self.logprobs >= other.logprobs
+
+
+_LEVELS = ("greedy", "random", "full")
+GREEDY = Needs("greedy", 0)
+EVERYTHING = Needs("full", MAX_LOGPROBS)
+
 
 def needs(batch: Iterable[SamplingParams]) -> Needs:
     """The least that serves all requests of a batch. Few values, so that few programs are compiled."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+MAX_N = 1024
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_STOP_TOKEN_IDS = 32
@@ -20,7 +21,7 @@ class SamplingParams:
     Attributes:
       n: how many independent continuations of the prompt to make.
       max_tokens, min_tokens: bounds on the number of new tokens; before `min_tokens` no end-of-sequence or
-        stop token can be drawn.
+        stop token can be drawn, and no stop string ends the output.
       temperature: divides the logits; 0 is greedy decoding.
       top_k: keep the k most likely tokens; 0 or -1 keeps all.
       top_p: keep the most likely tokens that together hold this probability (Holtzman et al. 2020,
@@ -129,7 +130,7 @@ def _or_none(rule: _Rule) -> _Rule:
 
 _LARGEST_INT32 = 2**31 - 1
 _RULES = {
-    "n": _integers(1, _LARGEST_INT32),
+    "n": _integers(1, MAX_N),
     "max_tokens": _integers(1, _LARGEST_INT32),
     "min_tokens": _integers(0, _LARGEST_INT32),
     "temperature": _reals(0, 1e6),

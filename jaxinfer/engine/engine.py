@@ -7,7 +7,7 @@ device, and the host reads them late. What ran past the end of a sequence is dis
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ from jaxinfer.model import Model, Params
 
 SMALLEST_BUCKET = 64
 IN_FLIGHT = 2  # steps dispatched before the oldest is read
+WARM = (sampling.GREEDY, sampling.EVERYTHING)
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,14 @@ class Options:
         powers = {"max_num_seqs": (self.max_num_seqs, 1), "page_size": (self.page_size, 1),
                   "max_num_batched_tokens": (self.max_num_batched_tokens, SMALLEST_BUCKET)}  # fmt: skip
         for name, (value, least) in powers.items():
-            if value < least or value & (value - 1):
-                raise ValueError(f"{name} = {value} must be a power of two, at least {least}")
-        if self.steps_per_dispatch < 1:
-            raise ValueError(f"steps_per_dispatch = {self.steps_per_dispatch} must be at least 1")
+            if not _is_integer(value) or value < least or value & (value - 1):
+                raise ValueError(f"{name} = {value!r} must be an integer power of two, at least {least}")
+        if not _is_integer(self.steps_per_dispatch) or self.steps_per_dispatch < 1:
+            raise ValueError(f"steps_per_dispatch = {self.steps_per_dispatch!r} must be an integer, at least 1")
         if self.cache_dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"cache_dtype = {self.cache_dtype!r} must be float32, bfloat16 or float16")
-        if self.num_pages is not None and self.num_pages < 2:
-            raise ValueError(f"num_pages = {self.num_pages} must be at least 2, the null page included")
+        if self.num_pages is not None and (not _is_integer(self.num_pages) or self.num_pages < 2):
+            raise ValueError(f"num_pages = {self.num_pages!r} must be an integer, at least 2, the null page included")
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,13 @@ class Engine:
         self.programs = Programs(model, self.layout)
         self._state, self._cache = self.programs.new_state()
         self._in_flight: deque[Work] = deque()
+        self._lost: list[Request] = []  # by a failed step, to be told
+        self._warm: tuple[Needs, ...] = ()  # what `warm_up` compiled, the cheapest first
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of the cache over all devices."""
         return sum(array.nbytes for array in jax.tree.leaves(self._cache))
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.scheduler.waiting or self.scheduler.running or self._in_flight)
 
     def problems(self, request: Request) -> list[str]:
         """Why the engine could never run a request, in words; empty when it can."""
@@ -106,18 +105,29 @@ class Engine:
         """
         if problems := self.problems(request):
             raise ValueError("; ".join(problems))
-        self.scheduler.waiting.append(request)
+        self.scheduler.add(request)
 
     def abort(self, request_id: int) -> None:
         """Drops a request wherever it is; one that ended already is left alone."""
-        self.scheduler.waiting = deque(r for r in self.scheduler.waiting if r.id != request_id)
-        for sequence in list(self.scheduler.running.values()):
-            if sequence.request.id == request_id:
-                self._state = self.programs.release(self._state, sequence.slot)
-                self.scheduler.finish(sequence)
+        if (sequence := self.scheduler.drop(request_id)) is not None:
+            self._state = self.programs.release(self._state, sequence.slot)
 
     def step(self) -> list[Update]:
-        """Dispatches the next program, reads the oldest one, and returns what that brought."""
+        """Dispatches the next program, reads the oldest one, and returns what that brought.
+
+        A step that fails, or is interrupted, may have consumed the cache. The engine then starts afresh before the
+        exception goes on, and the next step ends every request that there was with the reason `abort`.
+        """
+        if self._lost:
+            lost, self._lost = self._lost, []
+            return [Update(request, (), (), None, "abort") for request in lost]
+        try:
+            return self._step()
+        except BaseException:
+            self._start_afresh()
+            raise
+
+    def _step(self) -> list[Update]:
         self._admit()
         if (work := self._dispatch()) is not None:
             self._in_flight.append(work)
@@ -125,24 +135,35 @@ class Engine:
             return self._commit(self._in_flight.popleft())
         return []
 
-    def warm_up(self, params: SamplingParams | None = None) -> None:
-        """Compiles every program that requests with sampling parameters such as these can meet, on an idle engine."""
+    def _start_afresh(self) -> None:
+        self._lost = self.scheduler.requests
+        self._in_flight.clear()
+        self.scheduler = Scheduler(self.layout)
+        del self._state, self._cache  # before the new ones take their place
+        self._state, self._cache = self.programs.new_state()
+
+    def warm_up(self) -> None:
+        """Compiles every program that requests can meet from then on, on an idle engine.
+
+        Two kinds of sampling are compiled, greedy and all that there is; a batch takes the first that serves it.
+        """
         assert not self.scheduler.running
-        params = params or SamplingParams(temperature=0.0)
-        needs = sampling.needs([params])
         for penalty in (1.0, 2.0):  # whether the sampler reads the prompt makes two programs of an admission
-            idle = Request(-1, (0,), replace(params, repetition_penalty=penalty), (), 0)
+            idle = Request(-1, (0,), SamplingParams(max_tokens=1, repetition_penalty=penalty), (), 0)
             empty = Sequence(idle, 0, tuple([] for _ in self.layout.num_pages))
             self._state = self.programs.admit(self._state, 0, self._admission(empty))
         self._state = self.programs.release(self._state, 0)
         for tokens in _powers(SMALLEST_BUCKET, self.options.max_num_batched_tokens):
+            prefill, targets_T = lay_out([], tokens, self.layout.slots), next_tokens([], tokens)
             for decode in (0, self.layout.slots):
-                prefill = lay_out([], tokens, self.layout.slots)
-                targets = next_tokens([], tokens) if params.prompt_logprobs is not None else None
-                self._run_step(prefill, targets, decode, needs)
+                self._run_step(prefill, targets_T, decode, sampling.EVERYTHING)
+                for needs in WARM:
+                    self._run_step(prefill, None, decode, needs)
         for decode in _powers(1, self.layout.slots):
-            self._run_loop(decode, needs)
+            for needs in WARM:
+                self._run_loop(decode, needs)
         jax.block_until_ready(self._state)
+        self._warm = WARM
 
     # --- schedule
 
@@ -171,7 +192,7 @@ class Engine:
         chunks = self.scheduler.chunks(self.options.max_num_batched_tokens)
         if not decoding and not chunks:
             return None
-        needs = sampling.needs(s.request.params for s in self.scheduler.running.values())
+        needs = self._needs()
         rows = [(sequence.slot, sequence) for sequence in decoding]
         if not chunks:
             decode = _bucket(max(sequence.slot for sequence in decoding) + 1, self.layout.slots, 1)
@@ -180,7 +201,7 @@ class Engine:
         decode = self.layout.slots if decoding else 0
         tokens = _bucket(sum(chunk.tokens for chunk in chunks), self.options.max_num_batched_tokens)
         wants = any(chunk.sequence.request.params.prompt_logprobs is not None for chunk in chunks)
-        targets_T = next_tokens(chunks, tokens) if wants else None
+        targets_T, needs = (next_tokens(chunks, tokens), sampling.EVERYTHING) if wants else (None, needs)
         output = self._run_step(lay_out(chunks, tokens, self.layout.slots), targets_T, decode, needs)
         for index, chunk in enumerate(chunks):
             chunk.sequence.prefilled += chunk.tokens
@@ -188,6 +209,11 @@ class Engine:
                 rows.append((decode + index, chunk.sequence))
         _schedule([sequence for _, sequence in rows], 1)
         return Work(output, rows, chunks)
+
+    def _needs(self) -> Needs:
+        """The least that serves all who run; on a warm engine the least of what is compiled."""
+        exact = sampling.needs(sequence.request.params for sequence in self.scheduler.running.values())
+        return next((warm for warm in self._warm if warm.covers(exact)), exact)
 
     def _run_step(self, prefill, targets_T, decode: int, needs: Needs) -> StepOutput:
         self._state, self._cache, output = self.programs.step(
@@ -235,6 +261,10 @@ class Engine:
         prompt = request.params.prompt_logprobs is not None and first
         told = tuple(sequence.prompt_logprobs) if prompt else None
         return [Update(request, tuple(tokens), tuple(logprobs), told, reason)]
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _layout(model: Model, options: Options) -> Layout:

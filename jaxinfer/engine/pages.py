@@ -10,7 +10,8 @@ class PagePool:
 
     def __init__(self, num_pages: int):
         self.num_pages = num_pages
-        self._free = [page for page in range(num_pages - 1, -1, -1) if page != NULL_PAGE]
+        pages = (page for page in range(num_pages - 1, -1, -1) if page != NULL_PAGE)
+        self._free = dict.fromkeys(pages)  # an ordered set: the last one freed goes out first
 
     @property
     def free(self) -> int:
@@ -23,8 +24,8 @@ class PagePool:
 
     def allocate(self, count: int) -> list[int]:
         assert count <= self.free, (count, self.free)
-        return [self._free.pop() for _ in range(count)]
+        return [self._free.popitem()[0] for _ in range(count)]
 
     def give_back(self, pages: list[int]) -> None:
-        assert not set(pages) & set(self._free), pages
-        self._free.extend(pages)
+        assert self._free.keys().isdisjoint(pages), pages
+        self._free.update(dict.fromkeys(pages))

@@ -7,7 +7,7 @@ from typing import Literal
 
 from jaxinfer.decode.sampling_params import SamplingParams
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Update:
         tokens: new tokens of the output, the one that ended it included.
         logprobs: one entry per new token, where `params.logprobs` asks for them.
         prompt_logprobs: one entry per prompt token, with the update of the first token; None for the first.
-        finish_reason: `stop` after an end-of-sequence or stop token, `length` at `max_tokens`; None goes on.
+        finish_reason: `stop` after an end-of-sequence or stop token, `length` at `max_tokens`, `abort` where a
+            failed step took the request's cache with it; None goes on.
     """
 
     request: Request

@@ -31,6 +31,22 @@ class Scheduler:
         self.running: dict[int, Sequence] = {}
         self.pools = tuple(PagePool(count) for count in layout.num_pages)
 
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def drop(self, request_id: int) -> Sequence | None:
+        """Forgets a request that waits, or finishes one that runs and returns its sequence."""
+        self.waiting = deque(request for request in self.waiting if request.id != request_id)
+        found = [sequence for sequence in self.running.values() if sequence.request.id == request_id]
+        for sequence in found:
+            self.finish(sequence)
+        return found[0] if found else None
+
+    @property
+    def requests(self) -> list[Request]:
+        """All that run or wait."""
+        return [*(sequence.request for sequence in self.running.values()), *self.waiting]
+
     def pages_needed(self, request: Request) -> int:
         return -(-request.capacity // self.layout.page_size)
 

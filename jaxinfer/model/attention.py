@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -45,6 +46,8 @@ class Attends(Protocol):
 
 
 class Attention(nnx.Module):
+    """x_TD to attention's output, [T, D], on the residual stream's width; the keys and values go to the state."""
+
     def __init__(self, config: ModelConfig, index: int, shapes: Shapes):
         self.config, self.layer, self.group = config, config.layers[index], config.group(index)
         slots, queries, size = shapes.kv_slots, shapes.queries_per_slot, config.head_size
@@ -53,9 +56,9 @@ class Attention(nnx.Module):
         self.o_MD = shapes.param((config.num_heads * size, config.hidden_size), (TENSOR,))
         self.o_bias_D = shapes.param((config.hidden_size,)) if config.o_bias else None
         self.sinks_Kg = shapes.param((slots, queries), (TENSOR,)) if config.sinks else None
-        norm = {None: _no_norm, "head": HeadNorm, "all": AllHeadsNorm}[config.qk_norm]
-        self.q_norm = norm(config, shapes, (slots, queries, size))
-        self.k_norm = norm(config, shapes, (slots, 1, size))
+        norm = {None: None, "head": HeadNorm, "all": AllHeadsNorm}[config.qk_norm]
+        self.q_norm = norm and norm(config, shapes, queries)
+        self.k_norm = norm and norm(config, shapes, 1)
 
     def __call__(self, x_TD: jax.Array, batch: Attends, state: Any, rope) -> tuple[jax.Array, Any]:
         q_TKgH, k_TKH, v_TKH = self._project(x_TD)
@@ -71,7 +74,9 @@ class Attention(nnx.Module):
         if self.qkv_bias_KgH is not None:
             qkv_TKgH = qkv_TKgH + self.qkv_bias_KgH[...][None]
         q_TKgH, k_TKH, v_TKH = qkv_TKgH[:, :, :-2], qkv_TKgH[:, :, -2:-1], qkv_TKgH[:, :, -1]
-        q_TKgH, k_TKH = self.q_norm(q_TKgH), self.k_norm(k_TKH)[:, :, 0]
+        if self.q_norm is not None and self.k_norm is not None:
+            q_TKgH, k_TKH = self.q_norm(q_TKgH), self.k_norm(k_TKH)
+        k_TKH = k_TKH[:, :, 0]
         if (limit := self.config.clip_qkv) is not None:
             q_TKgH, k_TKH, v_TKH = (jnp.clip(y, -limit, limit) for y in (q_TKgH, k_TKH, v_TKH))
         return q_TKgH, k_TKH, v_TKH
@@ -79,13 +84,5 @@ class Attention(nnx.Module):
     def _output(self, out_TKgH: jax.Array) -> jax.Array:
         tokens = out_TKgH.shape[0]
         out_TM = jnp.reshape(out_TKgH, (tokens, -1), out_sharding=P(None, TENSOR))
-        y_TD = row_parallel(lambda x, w: einsum("TM,MD->TD", x, w), out_TM, self.o_MD[...])
+        y_TD = row_parallel(partial(einsum, "TM,MD->TD"), out_TM, self.o_MD[...])
         return y_TD if self.o_bias_D is None else y_TD + self.o_bias_D[...][None, :]
-
-
-def _no_norm(config: ModelConfig, shapes: Shapes, axes: tuple[int, ...]):
-    return _identity
-
-
-def _identity(x: jax.Array) -> jax.Array:
-    return x

@@ -66,7 +66,7 @@ class ModelConfig:
     post_norm: bool = False  # norms after them, before the residual add
     parallel_block: bool = False  # attention and MLP read the same normed input and are added together
 
-    attention_scale: float = 0.0  # factor of q.k; 0 stands for 1 / sqrt(head_size)
+    attention_scale: float | None = None  # factor of q.k; None stands for 1 / sqrt(head_size)
     attention_soft_cap: float | None = None  # c tanh(score / c)
     qk_norm: Literal["head", "all"] | None = None  # RMSNorm of q and k: over each head, or over all heads at once
     clip_qkv: float | None = None
@@ -99,7 +99,7 @@ class ModelConfig:
     @property
     def scale(self) -> float:
         """Factor of q.k before the softmax."""
-        return self.attention_scale or self.head_size**-0.5
+        return self.head_size**-0.5 if self.attention_scale is None else self.attention_scale
 
     @property
     def windows(self) -> tuple[int | None, ...]:

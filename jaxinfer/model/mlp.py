@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,6 +15,8 @@ from jaxinfer.quantize import einsum
 
 
 class MLP(nnx.Module):
+    """x_TD through the up projection, the activation and the down projection, [T, D]."""
+
     def __init__(self, config: ModelConfig, shapes: Shapes):
         self.config = config
         halves, hidden, inner = 2 if config.gated_mlp else 1, config.hidden_size, config.intermediate_size
@@ -26,7 +30,7 @@ class MLP(nnx.Module):
         if self.up_bias_cF is not None:
             up_TcF = up_TcF + self.up_bias_cF[...][None]
         inner_TF = activate(self.config, up_TcF)
-        y_TD = row_parallel(lambda x, w: einsum("TF,FD->TD", x, w), inner_TF, self.down_FD[...])
+        y_TD = row_parallel(partial(einsum, "TF,FD->TD"), inner_TF, self.down_FD[...])
         return y_TD if self.down_bias_D is None else y_TD + self.down_bias_D[...][None, :]
 
 

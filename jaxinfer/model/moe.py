@@ -1,7 +1,8 @@
 """Mixture of experts (Shazeer et al. 2017; Jiang et al. 2024, Mixtral).
 
 Decoding reads weights, so with few tokens only the experts that they chose are read, one product per choice. With
-many tokens nearly every expert is read anyway; then the tokens are grouped by expert and each expert is one product.
+many tokens nearly every expert is read anyway; then the tokens are grouped by expert, and one product serves up to a
+tile of tokens of one expert (Gale et al. 2023, MegaBlocks).
 """
 
 from __future__ import annotations
@@ -18,8 +19,14 @@ from jaxinfer.model.parameter import Shapes
 from jaxinfer.parallel import TENSOR, expert_parallel
 from jaxinfer.quantize import einsum
 
+Stacks = dict[str, jax.Array]  # "up", "down" and perhaps their biases, of every expert held or of one
+
 # One product per choice is unrolled; more choices than this are grouped instead.
 FEW_CHOICES = 16
+# Rows of one product where tokens are grouped: no more than experts have on average, so that (on one device) at most
+# about half of them are padding, but at least the smallest. With the largest, a product of 16-bit weights does 256
+# operations for each byte of them: more than an H200 does in the time that it reads one.
+SMALLEST_TILE, LARGEST_TILE = 8, 256
 
 
 class MoE(nnx.Module):
@@ -53,7 +60,14 @@ class MoE(nnx.Module):
         return weights_TX, experts_TX
 
 
-def run_few(config, first, stacks, x_TD, weights_TX, experts_TX):
+def run_few(
+    config: ModelConfig,
+    first: jax.Array | int,
+    stacks: Stacks,
+    x_TD: jax.Array,
+    weights_TX: jax.Array,
+    experts_TX: jax.Array,
+) -> jax.Array:
     """One product per choice of a token, reading the chosen expert alone; float32 sum over a token's choices."""
     held = stacks["up"].shape[0]
     rows = []
@@ -62,14 +76,15 @@ def run_few(config, first, stacks, x_TD, weights_TX, experts_TX):
         for choice in range(experts_TX.shape[1]):
             local = experts_TX[token, choice] - first
             here = (local >= 0) & (local < held)
-            expert = jax.tree.map(lambda w: w[jnp.clip(local, 0, held - 1)], stacks)  # noqa: B023 (used at once)
-            y_D = _expert(config, x_TD[token : token + 1], expert)[0].astype(jnp.float32)
-            total_D = total_D + jnp.where(here, y_D * weights_TX[token, choice], 0.0)
+            y_D = _expert(config, x_TD[token : token + 1], stacks, jnp.clip(local, 0, held - 1))[0]
+            total_D = total_D + jnp.where(here, y_D.astype(jnp.float32) * weights_TX[token, choice], 0.0)
         rows.append(total_D)
     return jnp.stack(rows).astype(x_TD.dtype)
 
 
-def _expert(config, x_TD, expert):
+def _expert(config: ModelConfig, x_TD: jax.Array, stacks: Stacks, index: jax.Array) -> jax.Array:
+    """[T, D] to [T, D]: one expert for all of the tokens."""
+    expert = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), stacks)
     up_TcF = einsum("TD,DcF->TcF", x_TD, expert["up"])
     if "up_bias" in expert:
         up_TcF = up_TcF + expert["up_bias"][None]
@@ -77,25 +92,49 @@ def _expert(config, x_TD, expert):
     return y_TD + expert["down_bias"][None] if "down_bias" in expert else y_TD
 
 
-def run_grouped(config, first, stacks, x_TD, weights_TX, experts_TX):
-    """Rows sorted by expert and one ragged product per projection; float32 sum over a token's choices."""
+def run_grouped(
+    config: ModelConfig,
+    first: jax.Array | int,
+    stacks: Stacks,
+    x_TD: jax.Array,
+    weights_TX: jax.Array,
+    experts_TX: jax.Array,
+) -> jax.Array:
+    """A row per choice of a token, sorted by expert, then tile by tile; float32 sum over a token's choices."""
     (tokens, choices), held = experts_TX.shape, stacks["up"].shape[0]
     local = experts_TX.reshape(-1) - first
     here = (local >= 0) & (local < held)
     group = jnp.where(here, local, held)  # rows of other devices' experts go last and stay out of every group
     order = jnp.argsort(group, stable=True)
     sizes_E = jnp.bincount(group, length=held + 1)[:held].astype(jnp.int32)
-    expert = jnp.minimum(group[order], held - 1)
 
-    up_EDf = stacks["up"].reshape(held, x_TD.shape[1], -1)
-    up = jax.lax.ragged_dot(x_TD[order // choices], up_EDf, sizes_E, preferred_element_type=x_TD.dtype)
-    up = up.reshape(-1, *stacks["up"].shape[2:])
-    if "up_bias" in stacks:
-        up = up + stacks["up_bias"][expert]
-    y = jax.lax.ragged_dot(activate(config, up), stacks["down"], sizes_E, preferred_element_type=x_TD.dtype)
-    if "down_bias" in stacks:
-        y = y + stacks["down_bias"][expert]
-
+    y = _run_tiles(config, stacks, x_TD, order // choices, sizes_E)
     y_TXD = y[jnp.argsort(order)].reshape(tokens, choices, -1).astype(jnp.float32)
     weighted = jnp.where(here.reshape(tokens, choices, 1), y_TXD * weights_TX[:, :, None], 0.0)
     return weighted.sum(axis=1).astype(x_TD.dtype)
+
+
+def _run_tiles(
+    config: ModelConfig, stacks: Stacks, x_TD: jax.Array, tokens: jax.Array, sizes_E: jax.Array
+) -> jax.Array:
+    """Each row's token through the expert of its group; a row's index is its place in the order of the groups.
+
+    A tile is rows of one group, so each product has the weights of one expert. There are as many steps as tiles, and
+    none for an expert without rows. A group's last tile runs on into the rows after it; those belong to tiles still
+    to come, which overwrite them, or to no group.
+    """
+    rows, hidden = tokens.shape[0], x_TD.shape[1]
+    tile = min(LARGEST_TILE, 1 << max(SMALLEST_TILE, rows // sizes_E.shape[0]).bit_length() - 1)
+    tiles_E = (sizes_E + tile - 1) // tile
+    ends_E = jnp.cumsum(tiles_E)
+    # Tile i of all is tile i - (ends - tiles) of its group, which starts at row sum(sizes) of the groups before.
+    offset_E = jnp.cumsum(sizes_E) - sizes_E - tile * (ends_E - tiles_E)
+    tokens = jnp.pad(tokens, (0, tile))  # the last tile too is whole
+
+    def step(i: jax.Array, y: jax.Array) -> jax.Array:
+        index = jnp.searchsorted(ends_E, i, side="right", method="compare_all")
+        start = offset_E[index] + tile * i
+        x = x_TD[jax.lax.dynamic_slice_in_dim(tokens, start, tile)]
+        return jax.lax.dynamic_update_slice_in_dim(y, _expert(config, x, stacks, index), start, axis=0)
+
+    return jax.lax.fori_loop(0, ends_E[-1], step, jnp.zeros((rows + tile, hidden), x_TD.dtype))

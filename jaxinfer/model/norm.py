@@ -8,6 +8,7 @@ from flax import nnx
 
 from jaxinfer.model.config import ModelConfig
 from jaxinfer.model.parameter import Shapes
+from jaxinfer.parallel import TENSOR
 
 
 class Norm(nnx.Module):
@@ -31,7 +32,8 @@ class Norm(nnx.Module):
 class HeadNorm(nnx.Module):
     """RMSNorm of queries or keys over the head size: one scale that all heads share (Qwen3, Gemma 3)."""
 
-    def __init__(self, config: ModelConfig, shapes: Shapes, axes: tuple[int, ...]):
+    def __init__(self, config: ModelConfig, shapes: Shapes, heads: int):
+        del heads  # all of them share the scale
         self.config = config
         self.scale_H = shapes.param((config.head_size,))
 
@@ -43,9 +45,9 @@ class HeadNorm(nnx.Module):
 class AllHeadsNorm(nnx.Module):
     """RMSNorm over all heads of a token at once, with a scale per component (OLMo-2)."""
 
-    def __init__(self, config: ModelConfig, shapes: Shapes, axes: tuple[int, ...]):
+    def __init__(self, config: ModelConfig, shapes: Shapes, heads: int):
         self.config = config
-        self.scale_KgH = shapes.param(axes, ("tensor",))
+        self.scale_KgH = shapes.param((shapes.kv_slots, heads, config.head_size), (TENSOR,))
 
     def __call__(self, x_TKgH: jax.Array) -> jax.Array:
         normed = rms_normalize(x_TKgH.astype(jnp.float32), (1, 2, 3), self.config.norm_eps)

@@ -30,7 +30,7 @@ class Shapes:
     @property
     def kv_slots(self) -> int:
         """KV heads, repeated where the mesh has more devices than the model has KV heads."""
-        return max(self.config.num_kv_heads, self.tensor)
+        return _kv_slots(self.config, self.tensor)
 
     @property
     def queries_per_slot(self) -> int:
@@ -46,15 +46,25 @@ class Shapes:
         Raises:
             ValueError: names the axis, the sizes, and what would fit.
         """
-        config, tensor = self.config, self.tensor
-        sizes = {"vocab_size": config.vocab_size, "num_heads": config.num_heads, "KV heads": self.kv_slots}
-        if any(layer.moe is None for layer in config.layers):
-            sizes["intermediate_size"] = config.intermediate_size
-        if experts := {layer.moe.num_experts for layer in config.layers if layer.moe}:
-            sizes["num_experts"] = min(experts)
-        bad = {name: size for name, size in sizes.items() if size % tensor}
-        if self.kv_slots % config.num_kv_heads:
-            bad["num_kv_heads"] = config.num_kv_heads
-        if bad:
-            fits = [n for n in range(1, tensor) if not any(size % n for size in sizes.values())]
+        tensor = self.tensor
+        if bad := _undivided(self.config, tensor):
+            fits = [fewer for fewer in range(1, tensor) if not _undivided(self.config, fewer)]
             raise ValueError(f"mesh axis {TENSOR} has {tensor} devices, which does not divide {bad}; {fits} would")
+
+
+def _kv_slots(config: ModelConfig, tensor: int) -> int:
+    return max(config.num_kv_heads, tensor)
+
+
+def _undivided(config: ModelConfig, tensor: int) -> dict[str, int]:
+    """The sizes, by name, that do not spread evenly over so many devices."""
+    kv_slots = _kv_slots(config, tensor)
+    sizes = {"vocab_size": config.vocab_size, "num_heads": config.num_heads, "KV heads": kv_slots}
+    if any(layer.moe is None for layer in config.layers):
+        sizes["intermediate_size"] = config.intermediate_size
+    if experts := {layer.moe.num_experts for layer in config.layers if layer.moe}:
+        sizes["num_experts"] = min(experts)
+    bad = {name: size for name, size in sizes.items() if size % tensor}
+    if kv_slots % config.num_kv_heads:
+        bad["num_kv_heads"] = config.num_kv_heads
+    return bad

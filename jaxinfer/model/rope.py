@@ -25,7 +25,7 @@ class Scaling(Protocol):
 
 @dataclass(frozen=True)
 class Rope:
-    """theta: base of the frequencies; dim: how many of a head's leading components rotate (0: none)."""
+    """theta: base of the frequencies; dim: how many of a head's leading components rotate, an even number."""
 
     theta: float
     dim: int
@@ -63,6 +63,8 @@ class Dynamic:
     original_context: int
 
     def __call__(self, rope, inverse, context):
+        if rope.dim < 4:  # the base grows by a power of dim / (dim - 2)
+            raise ValueError(f"dynamic scaling of {rope.dim} rotating components (head_dim); expected at least 4")
         length = max(context, self.original_context)
         growth = self.factor * length / self.original_context - (self.factor - 1)
         return _inverse_frequencies(rope.theta * growth ** (rope.dim / (rope.dim - 2)), rope.dim), 1.0
@@ -160,8 +162,6 @@ def rotate(x_TXH: jax.Array, cos_Tr: jax.Array, sin_Tr: jax.Array) -> jax.Array:
     `x_TXH` may carry any number of axes between tokens and head size.
     """
     half = cos_Tr.shape[-1]
-    if half == 0:
-        return x_TXH
     shape = (cos_Tr.shape[0], *(1,) * (x_TXH.ndim - 2), half)
     cos, sin = cos_Tr.reshape(shape), sin_Tr.reshape(shape)
     x = x_TXH.astype(jnp.float32)

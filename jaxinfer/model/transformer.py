@@ -33,6 +33,8 @@ class Embedding(nnx.Module):
 
 
 class Layer(nnx.Module):
+    """Attention and MLP, each added to the residual stream x_TD; the norms stand where the config has them."""
+
     def __init__(self, config: ModelConfig, index: int, shapes: Shapes):
         self.config, moe = config, config.layers[index].moe
         self.attention = Attention(config, index, shapes)

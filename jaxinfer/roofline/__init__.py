@@ -10,8 +10,8 @@ tensor-parallel group.
 """
 
 from jaxinfer.roofline.cost import Cost, Work
-from jaxinfer.roofline.hardware import DATASHEETS, MEASURED, Hardware, find_hardware
-from jaxinfer.roofline.memory import MemoryPlan, page_bytes, pages_held, plan_memory, sequence_bytes
+from jaxinfer.roofline.hardware import DATASHEETS, MEASURED, Hardware, find_by_device, find_hardware
+from jaxinfer.roofline.memory import MemoryPlan, page_bytes, plan_memory, sequence_bytes, weight_memory
 from jaxinfer.roofline.precision import Precision
 from jaxinfer.roofline.shapes import parameters
 from jaxinfer.roofline.step import compute_bound_batch, decode_step, experts_touched, prefill
@@ -27,11 +27,12 @@ __all__ = [
     "compute_bound_batch",
     "decode_step",
     "experts_touched",
+    "find_by_device",
     "find_hardware",
     "page_bytes",
-    "pages_held",
     "parameters",
     "plan_memory",
     "prefill",
     "sequence_bytes",
+    "weight_memory",
 ]

@@ -29,7 +29,7 @@ class MemoryPlan:
     reserved: float  # left to the runtime and to fragmentation
     weights: float
     activations: float
-    per_token: int  # cache of one token that every layer still sees
+    per_token: int  # cache of one token
     per_sequence: int  # cache of one sequence of `context` tokens, in whole pages
     batch: int
     context: int
@@ -57,14 +57,15 @@ def plan_memory(
     precision: Precision = BF16,
     tensor_parallel: int = 1,
     page_size: int = 16,
-    chunk: int = 8192,
+    chunk: int = 1024,
     memory_fraction: float = 0.9,
 ) -> MemoryPlan:
     """Lays out one device's memory.
 
     Args:
-        page_size: tokens in a page of the cache.
-        chunk: tokens that one step prefills at most, over all prompts.
+        page_size: tokens in a page of the cache; by default the engine's.
+        chunk: tokens that one step prefills at most, over all prompts; by default the engine's
+            `max_num_batched_tokens`.
         memory_fraction: how much of the device's memory weights, activations and cache may take together.
 
     Raises:
@@ -134,16 +135,6 @@ def page_bytes(
     return layers * vectors * precision.cache_vector_bytes(config.head_size)
 
 
-def pages_held(window: int | None, context: int, page_size: int) -> int:
-    """Pages that a sequence of `context` tokens holds at most at once.
-
-    A window layer gives back a page once all its tokens are out of sight; the window may begin at the last slot of a
-    page, so it spans one page more than its tokens would fill.
-    """
-    pages = -(-context // page_size)
-    return pages if window is None else min(pages, -(-(window - 1) // page_size) + 1)
-
-
 def sequence_bytes(
     config: ModelConfig,
     context: int,
@@ -151,8 +142,9 @@ def sequence_bytes(
     precision: Precision,
     tensor_parallel: int = 1,
 ) -> int:
-    """Bytes of cache that one sequence of `context` tokens holds on one device."""
-    return sum(
-        pages_held(window, context, page_size) * page_bytes(config, window, page_size, precision, tensor_parallel)
-        for window in config.windows
-    )
+    """Bytes of cache that one sequence of `context` tokens holds on one device.
+
+    Its pages are as many in window layers as in the others: the engine keeps each until the sequence ends.
+    """
+    pages = -(-context // page_size)
+    return pages * sum(page_bytes(config, window, page_size, precision, tensor_parallel) for window in config.windows)

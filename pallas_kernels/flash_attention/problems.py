@@ -24,12 +24,6 @@ class Problem:
         lengths_R = jnp.full((self.batch,), self.length, jnp.int32)
         return jax.random.normal(q_key, shape_TNH, dtype), *pages, cu_q_R1, lengths_R
 
-    def flops(self) -> int:
-        """Operations on visible scores, a multiply-add as two: half the square, less what left the window."""
-        out_of_window = max(0, self.length - (self.heads.window or self.length))
-        visible = (self.length**2 - out_of_window**2) // 2
-        return 4 * self.batch * visible * self.heads.query_heads * self.heads.head_size
-
 
 _LLAMA_SHAPES = ((4, 2048), (2, 4096), (1, 8192), (1, 16384), (1, 32768))
 

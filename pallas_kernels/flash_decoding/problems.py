@@ -23,11 +23,6 @@ class Problem:
         lengths_B = jnp.full((self.batch,), self.length, jnp.int32)
         return jax.random.normal(q_key, shape_BQNH, dtype), *pages, lengths_B
 
-    def bytes_read(self, dtype: jnp.dtype) -> int:
-        """Bytes of K and V in sight of the queries."""
-        keys = min(self.length, self.heads.window or self.length)
-        return 2 * self.batch * keys * self.heads.kv_heads * self.heads.head_size * jnp.dtype(dtype).itemsize
-
 
 _LLAMA_SHAPES = ((1, 8192), (1, 131072), (16, 8192), (64, 4096), (128, 2048))
 

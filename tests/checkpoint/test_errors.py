@@ -120,6 +120,26 @@ def test_byte_range_that_does_not_fit_the_shape(folder):
     refused(folder, rf"tensor '{NORM}', F32 of shape \(64,\), takes 256 bytes; its place has 8")
 
 
+@pytest.mark.parametrize(
+    ("places", "size", "message"),
+    [
+        ([(0, 8), (4, 12)], 12, r"tensor 'b' is at byte \d+4; tensor 'a' ends at \d+8"),
+        ([(0, 8), (0, 8)], 8, r"tensor 'b' is at byte \d+0; tensor 'a' ends at \d+8"),
+        ([(0, 8), (12, 20)], 20, r"tensor 'b' is at byte \d+2; tensor 'a' ends at \d+8"),
+        ([(12, 20), (4, 12)], 20, r"tensor 'b' is at byte \d+4; the header ends at \d+0"),
+        ([(0, 8), (8, 16)], 19, r"the end of the file is at byte \d+9; tensor 'b' ends at \d+6"),
+    ],
+)
+def test_byte_ranges_that_overlap_or_leave_a_gap(folder, places, size, message):
+    entries = {
+        name: {"dtype": "F32", "shape": [2], "data_offsets": place} for name, place in zip("ab", places, strict=True)
+    }
+    header = json.dumps(entries).encode()
+    header += b" " * (-(len(header) + 8) % 100)  # so that the last digits of the bytes are those of the ranges
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+    refused(folder, rf"model\.safetensors is corrupt: {message}")
+
+
 def test_an_index_places_every_tensor(folder, sharded):
     model = Model(read_config(folder), make_mesh())
     assert checkpoint.load(folder, model).keys() == model.parameters.keys()

@@ -16,6 +16,12 @@ def test_what_cannot_be_had_is_named(model):
         hub.resolve(model)
 
 
+@pytest.mark.parametrize("model", [5, None, "", b"org/name"])
+def test_what_is_no_name_at_all(model):
+    with pytest.raises(ValueError, match=f"model = {model!r} must be a folder or a Hugging Face id"):
+        hub.resolve(model)
+
+
 def test_only_weights_and_their_descriptions_are_downloaded(tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr(hub, "snapshot_download", lambda name, **patterns: asked.update(patterns) or str(tmp_path))

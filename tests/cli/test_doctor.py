@@ -6,6 +6,7 @@ from rich.console import Console
 
 from jaxinfer.cli import doctor, measure
 from jaxinfer.roofline import Hardware
+from pallas_kernels import dispatch
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +31,10 @@ def test_a_measured_machine_has_plausible_ceilings(machine):
 def test_tables_name_versions_devices_kernels_and_speed(machine):
     assert jax.__version__ in printed(doctor.versions())
     assert printed(doctor.devices()).count(jax.devices()[0].device_kind) >= jax.device_count()
-    kernels = printed(doctor.kernels())
+    kernels, (name, why) = printed(doctor.kernels()), dispatch.automatic()
     for op in ("flash_attention", "flash_decoding"):
-        assert op in kernels
+        (row,) = (line for line in kernels.splitlines() if op in line)
+        assert [cell.strip() for cell in row.split("│")[2:-1]] == [name, "reference", why]
     speed = printed(doctor.speed(machine))
     for row in ("memory", "bf16 matmul", "fp32 matmul", "kernel after kernel"):
         assert row in speed

@@ -11,6 +11,7 @@ INTEGERS = ["n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "promp
 REALS = ["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"]
 OUT_OF_RANGE = [
     ("n", 0),
+    ("n", 1025),
     ("max_tokens", 0),
     ("max_tokens", -3),
     ("max_tokens", None),
@@ -91,6 +92,7 @@ def test_min_tokens_is_bounded_by_max_tokens():
         {"top_k": -1},
         {"top_k": np.int64(5), "temperature": np.float32(0.5)},
         {"min_tokens": 16},
+        {"n": 1024},
         {"seed": 2**32 - 1, "logprobs": 0, "prompt_logprobs": 20},
         {"stop": "x", "stop_token_ids": list(range(32)), "ignore_eos": True},
         {"stop": [], "stop_token_ids": [], "logit_bias": {}},

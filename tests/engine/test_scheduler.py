@@ -64,7 +64,7 @@ class Schedule(RuleBasedStateMachine):
     @rule(prompt=st.integers(1, 20), new=st.integers(1, 12))
     def submit(self, prompt, new):
         params = SamplingParams(max_tokens=new)
-        self.scheduler.waiting.append(Request(self.submitted, (7,) * prompt, params, (), 0))
+        self.scheduler.add(Request(self.submitted, (7,) * prompt, params, (), 0))
         self.submitted += 1
 
     @rule()
@@ -124,7 +124,7 @@ def test_chunks_are_laid_out_one_after_the_other():
     scheduler = Scheduler(Layout(4, 4, (33,), 32, "float32"))
     prompts = [(1, 2, 3, 4, 5), (6, 7), (8, 9, 10, 11)]
     for index, prompt in enumerate(prompts):
-        scheduler.waiting.append(Request(index, prompt, SamplingParams(), (), 0))
+        scheduler.add(Request(index, prompt, SamplingParams(), (), 0))
     first, second, third = [scheduler.admit() for _ in prompts]
     chunks = [Chunk(first, 2, 3), Chunk(second, 0, 2), Chunk(third, 1, 2)]
     prefill = lay_out(chunks, 8, 4)

@@ -49,7 +49,8 @@ YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0
 PUBLISHED = {
     "Llama-2-7B": Published(
         fields("LlamaForCausalLM", 32, 4096, 11008, 32, 32, 32000, max_position_embeddings=4096, pretraining_tp=1),
-        (32, 32, 128), facts=(("context", 4096), ("tied_embeddings", False), ("norm", "rms")),
+        (32, 32, 128), facts=(("context", 4096), ("tied_embeddings", False), ("norm", "rms"),
+                              ("attention_scale", None), ("scale", 128**-0.5)),
     ),
     "Llama-3.1-8B": Published(
         fields("LlamaForCausalLM", 32, 4096, 14336, 32, 8, 128256, max_position_embeddings=131072,
@@ -233,6 +234,17 @@ BAD = {  # what is changed of Llama-2-7B, and what the error names
     "a scaling that is no object": ({"rope_scaling": [1]}, ["rope_scaling", "[1]"]),
     "a scaling's unread field": ({"rope_scaling": {"type": "linear", "factor": 2.0, "base": 3}}, ["base", "linear"]),
     "a factor that is text": ({"rope_scaling": {"type": "linear", "factor": "2"}}, ["factor", "'2'", "number"]),
+    "an architecture that is no text": ({"architectures": [["a"]]}, ["architectures", "[['a']]", "one name"]),
+    "a size beyond int32": ({"vocab_size": 2**70}, ["vocab_size", str(2**70), str(2**31 - 1)]),
+    "more layers than memory": ({"num_hidden_layers": 2**31 - 1}, ["num_hidden_layers", str(2**31 - 1), "65536"]),
+    "a number beyond float32": ({"rms_norm_eps": 10**400}, ["rms_norm_eps", str(10**400), "3.40282e+38"]),
+    "an encoder": ({"is_encoder_decoder": True}, ["is_encoder_decoder", "True", "false"]),
+    "cross attention": ({"add_cross_attention": True}, ["add_cross_attention", "True", "false"]),
+    "an odd head": ({"head_dim": 7}, ["head_dim", "7", "even"]),
+    "a rotation beyond the head": ({"partial_rotary_factor": 3.0}, ["partial_rotary_factor", "384", "at most 128"]),
+    "an odd rotation": ({"partial_rotary_factor": 0.14}, ["partial_rotary_factor", "0.14 of head_dim 128", "even"]),
+    "nothing that rotates": ({"partial_rotary_factor": 0.001}, ["partial_rotary_factor", "0.001", "at least 2"]),
+    "a base of one": ({"rope_theta": 1.0}, ["rope_theta", "1.0", "at least 2"]),
 }  # fmt: skip
 
 
@@ -251,7 +263,7 @@ def test_what_is_not_understood_is_refused(name):
     ("Falcon-7B", {"alibi": True}, ["alibi", "True"]),
     ("Falcon-7B", {"new_decoder_architecture": True}, ["new_decoder_architecture"]),
     ("StarCoder2-7B", {"norm_type": "rms"}, ["norm_type", "'rms'", "layer_norm"]),
-    ("Gemma-2-9B", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
+    ("Gemma-2-9B", {"use_bidirectional_attention": True}, ["use_bidirectional_attention", "True", "False"]),
     ("Gemma-2-9B", {"hidden_activation": "relu"}, ["hidden_activation", "'relu'"]),
     ("Mixtral-8x7B", {"num_experts_per_tok": 0}, ["num_experts_per_tok", "0"]),
     ("Mixtral-8x7B", {"num_experts_per_tok": 9}, ["experts_per_token", "9", "8"]),
@@ -263,13 +275,62 @@ def test_variants_that_no_supported_checkpoint_uses_are_refused(name, change, na
     assert [word for word in named if word not in str(error.value)] == []
 
 
+LLAMA3_NAMES = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+SCALINGS = {  # each with the fields that transformers requires
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "llama3": LLAMA3_SCALING,
+    "yarn": YARN,
+    "longrope": {"type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64, "factor": 2.0},
+}
+
+
+def assert_scaling_refused(scaling: dict[str, Any], named: list[str], **rest) -> None:
+    with pytest.raises(ValueError, match=r".") as error:
+        read_config(PUBLISHED["Llama-2-7B"].fields | rest | {"rope_scaling": scaling})
+    assert [word for word in named if word not in str(error.value)] == []
+
+
+@pytest.mark.parametrize(("kind", "missing"), [
+    *((kind, "factor") for kind in ("linear", "dynamic", "yarn")),
+    *(("llama3", name) for name in LLAMA3_NAMES),
+    ("longrope", "short_factor"), ("longrope", "long_factor"),
+])  # fmt: skip
+def test_a_scaling_is_not_guessed(kind, missing):
+    scaling = {name: value for name, value in SCALINGS[kind].items() if name != missing}
+    assert_scaling_refused(scaling, [missing, "expected"])
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_a_scaling_extends_the_context(kind):
+    read_config(PUBLISHED["Llama-2-7B"].fields | {"rope_scaling": SCALINGS[kind] | {"factor": 1.0}})
+    assert_scaling_refused(SCALINGS[kind] | {"factor": 0.5}, ["factor", "0.5", "at least 1"])
+
+
+@pytest.mark.parametrize(("kind", "change", "rest", "named"), [
+    ("llama3", {"low_freq_factor": 4.0}, {}, ["low_freq_factor", "4.0", "less than high_freq_factor 4.0"]),
+    ("yarn", {}, {"rope_theta": 1.0}, ["rope_theta", "1.0", "at least 2"]),
+    ("yarn", {"beta_fast": 0.5}, {}, ["beta_fast", "0.5", "beta_slow 1.0"]),
+    ("dynamic", {}, {"head_dim": 2}, ["head_dim", "2", "at least 4"]),
+    ("linear", {"factor": 3e38}, {"rope_theta": 3e38}, ["rope_theta", "3e+38", "frequencies"]),
+    ("longrope", {"short_factor": [0.0] * 64}, {}, ["short_factor[0]", "0.0", "number"]),
+    ("longrope", {"long_factor": [1.0] * 63 + [True]}, {}, ["long_factor[63]", "True", "number"]),
+    ("longrope", {"long_factor": [2.0] * 63}, {}, ["long_factor", "63", "64"]),
+    ("longrope", {"original_max_position_embeddings": 1}, {}, ["original_max_position_embeddings", "at least 2"]),
+])  # fmt: skip
+def test_scalings_without_meaning_are_refused(kind, change, rest, named):
+    assert_scaling_refused(SCALINGS[kind] | change, named, **rest)
+
+
 def test_fields_without_effect_are_passed_over():
     fields = PUBLISHED["Llama-2-7B"].fields
-    harmless = {"attention_dropout": 0.1, "bos_token_id": 1, "use_cache": True, "transformers_version": "4.40"}
+    harmless = {"is_encoder_decoder": False, "add_cross_attention": None}
+    harmless |= {"attention_dropout": 0.1, "bos_token_id": 1, "use_cache": True, "transformers_version": "4.40"}
     assert read_config(fields | harmless | {"quantization_config": None}) == read_config(fields)
 
 
-ODD = ("x", [], ["x"], [1], {}, {"x": 1}, {"full_attention": 3}, -1, 0, 1.5, True, None, math.nan, math.inf)
+ODD = ("x", [], ["x"], [1], {}, {"x": 1}, {"full_attention": 3}, -1, 0, 1.5, True, None, math.nan, math.inf, 2**70,
+       10**400, [["a"]])  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -119,6 +119,7 @@ def test_logits_do_not_depend_on_the_mesh(published, alone, tensor):
     ({"intermediate_size": 50}, 4, ["intermediate_size", "50", "4"]),
     ({"num_attention_heads": 24, "num_key_value_heads": 3}, 8, ["num_kv_heads", "3", "8"]),
     ({"num_attention_heads": 24, "num_key_value_heads": 12}, 8, ["KV heads", "12", "8"]),
+    ({"num_attention_heads": 12, "vocab_size": 66}, 3, ["num_kv_heads", "2", "3", "[1, 2] would"]),
 ])  # fmt: skip
 def test_a_mesh_that_does_not_divide_the_model(change, tensor, named):
     config = read_config(OLMO2 | change)

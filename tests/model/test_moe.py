@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from scipy.special import expit, softmax
 
-from jaxinfer.model import Model, read_config
-from jaxinfer.model.moe import FEW_CHOICES, MoE, run_few, run_grouped
+from jaxinfer.model import Model, moe, read_config
+from jaxinfer.model.moe import FEW_CHOICES, LARGEST_TILE, SMALLEST_TILE, MoE, run_few, run_grouped
 from jaxinfer.parallel import make_mesh
+from jaxinfer.quantize import einsum
 from tests.model.dense import run
 
 EXPERTS, CHOICES, HIDDEN, INNER, TOKENS = 8, 2, 12, 10, 5
@@ -34,16 +35,23 @@ CONFIGS = {
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
-def problem(name: str, tokens: int = TOKENS):
+def problem(name: str, experts_TX: np.ndarray | None = None, experts: int = EXPERTS):
     rng = np.random.default_rng(3)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
-    stacks = {"up": normal(EXPERTS, HIDDEN, 2, INNER) * 0.3, "down": normal(EXPERTS, INNER, HIDDEN) * 0.3}
+    stacks = {"up": normal(experts, HIDDEN, 2, INNER) * 0.3, "down": normal(experts, INNER, HIDDEN) * 0.3}
     if name == "gpt_oss":
-        stacks |= {"up_bias": normal(EXPERTS, 2, INNER), "down_bias": normal(EXPERTS, HIDDEN)}
-    # Expert 6 is never chosen, 0 by every token.
-    rest = np.stack([rng.permutation([1, 2, 3, 4, 5, 7])[: CHOICES - 1] for _ in range(tokens)])
-    experts_TX = np.concatenate([np.zeros((tokens, 1)), rest], axis=1).astype(np.int32)
-    return stacks, normal(tokens, HIDDEN), softmax(normal(tokens, CHOICES), axis=1), experts_TX
+        stacks |= {"up_bias": normal(experts, 2, INNER), "down_bias": normal(experts, HIDDEN)}
+    if experts_TX is None:  # expert 6 is never chosen, 0 by every token
+        rest = np.stack([rng.permutation([1, 2, 3, 4, 5, 7])[: CHOICES - 1] for _ in range(TOKENS)])
+        experts_TX = np.concatenate([np.zeros((TOKENS, 1)), rest], axis=1).astype(np.int32)
+    tokens, choices = experts_TX.shape
+    return stacks, normal(tokens, HIDDEN), softmax(normal(tokens, choices), axis=1), experts_TX
+
+
+def routed(tokens: int, choices: int, experts: int) -> np.ndarray:
+    """Different experts for each token, any of them."""
+    rng = np.random.default_rng(tokens)
+    return np.stack([rng.permutation(experts)[:choices] for _ in range(tokens)]).astype(np.int32)
 
 
 def defined(name: str, stacks, x_TD, weights_TX, experts_TX) -> np.ndarray:
@@ -67,6 +75,62 @@ def test_both_ways_follow_the_definition(name, compute):
     given = problem(name)
     found = jax.jit(partial(compute, CONFIGS[name], 0))(*given)
     np.testing.assert_allclose(found, defined(name, *given), **CLOSE)
+
+
+ROUTES = {  # how many experts there are, and which of them each token chose
+    "one token": (EXPERTS, routed(1, 2, EXPERTS)),
+    "all on the first expert": (EXPERTS, np.full((19, 1), 0, np.int32)),
+    "all on the last expert": (EXPERTS, np.full((300, 1), EXPERTS - 1, np.int32)),
+    "one expert, the largest tile filled": (1, np.full((2 * LARGEST_TILE, 1), 0, np.int32)),
+    "whole tiles": (4, np.tile(np.arange(4, dtype=np.int32), 16)[:, None]),
+    "every expert for every token": (EXPERTS, routed(17, EXPERTS, EXPERTS)),
+    "most experts without tokens": (64, routed(9, 2, 64)),
+    "many tokens": (16, routed(75, 4, 16)),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("dtype", "roundings"), [("float32", 0), ("bfloat16", 8)])
+def test_grouped_rows_follow_the_definition(route, dtype, roundings):
+    """In bfloat16 two products, two biases, three steps of the activation and the sum round, each by 2**-8 at most."""
+    experts, experts_TX = ROUTES[route]
+    stacks, x_TD, weights_TX, _ = problem("gpt_oss", experts_TX, experts)
+    given = [*jax.tree.map(lambda a: a.astype(dtype), (stacks, x_TD)), weights_TX, experts_TX]
+    found = jax.jit(partial(run_grouped, CONFIGS["gpt_oss"], 0))(*given)
+    assert found.dtype == dtype
+    expected = defined("gpt_oss", *jax.tree.map(lambda a: a.astype(np.float64), given[:2]), *given[2:])
+    bound = CLOSE["atol"] + roundings * 2.0**-8 * np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(48, 4), (48, 96), (100, 8)])
+def test_grouped_rows_multiply_their_own_experts_alone(tokens, experts, monkeypatch):
+    """Of the products that run, at most half are padding, plus the smallest tile of each expert that is chosen."""
+    multiplied = []
+
+    def counted(spec, x, w, **options):
+        jax.debug.callback(lambda: multiplied.append(x.shape[0] * w.size))
+        return einsum(spec, x, w, **options)
+
+    monkeypatch.setattr(moe, "einsum", counted)
+    given = problem("gpt_oss", routed(tokens, CHOICES, experts), experts)
+    jax.jit(partial(run_grouped, CONFIGS["gpt_oss"], 0))(*given)
+    jax.effects_barrier()
+    one_expert = HIDDEN * 2 * INNER + INNER * HIDDEN
+    needed, used = given[-1].size * one_expert, np.unique(given[-1]).size
+    assert needed <= sum(multiplied) <= 2 * needed + used * SMALLEST_TILE * one_expert
+
+
+def test_grouped_rows_take_no_more_memory_with_more_experts():
+    """The weights of one expert and the rows, but no rows of every expert; per expert only its few counters."""
+
+    def temporary(experts):
+        given = problem("gpt_oss", routed(64, CHOICES, 4), experts)
+        compiled = jax.jit(partial(run_grouped, CONFIGS["gpt_oss"], 0)).lower(*given).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    counters = 16 * np.dtype(np.int32).itemsize
+    assert temporary(128) <= temporary(4) + 128 * counters
 
 
 def test_few_tokens_read_their_own_experts_alone():

@@ -1,6 +1,6 @@
 import pytest
 
-from jaxinfer.roofline.hardware import DATASHEETS, MEASURED, find_hardware
+from jaxinfer.roofline.hardware import DATASHEETS, MEASURED, find_by_device, find_hardware
 
 
 def test_an_a100_balances_at_153_flop_per_byte():
@@ -37,6 +37,15 @@ def test_a_dtype_that_only_the_measurement_knows_is_added():
     measured = DATASHEETS["t4"].with_ceilings(3e11, {"bf16": 4e12, "fp16": 65e12 / 4})
     assert measured.rate("bf16") == 4e12
     assert measured.rate("int8") == pytest.approx(130e12 / 4)
+
+
+@pytest.mark.parametrize("table", [DATASHEETS, MEASURED], ids=["datasheets", "measured"])
+def test_an_entry_is_found_by_its_name_and_by_its_device(table):
+    for name, hardware in table.items():
+        assert find_hardware(name) is hardware
+        assert hardware.name == name
+        assert find_by_device(hardware.device_kind, table) is hardware
+    assert find_by_device("cpu", table) is None
 
 
 def test_unknown_names_are_refused_with_the_known_ones():

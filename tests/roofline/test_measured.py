@@ -1,10 +1,11 @@
 """The plan against what one H200 did: the committed results hold both, side by side."""
 
 import json
+from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.record import RESULTS
+from benchmarks.record import RESULTS, Record, report
 
 RECORDS = json.loads((RESULTS / "h200" / "decode.json").read_text())["records"]
 
@@ -41,3 +42,21 @@ def test_something_was_compared():
     assert len(cases("decode step")) >= 4
     assert len(cases("first token")) >= 3
     assert len(cases("memory in use")) >= 4
+
+
+def test_every_record_is_printed_once_as_it_comes_whatever_a_case_brings(capsys):
+    bandwidth = Record("a card", "measured", "bandwidth", 4.052, "TB/s")
+    decode = Record("b", "xla", "decode", 225.8, "tok/s", 0.748)
+    step = Record("b", "plan", "decode step", 4.676, "ms")
+    printed = []
+
+    def measured() -> Iterator[list[Record]]:
+        for group in ([bandwidth], [decode, step]):
+            yield group
+            printed.append([" ".join(line.split()) for line in capsys.readouterr().out.splitlines()])
+
+    assert report(measured()) == [bandwidth, decode, step]
+    assert printed == [
+        ["a card measured bandwidth 4.052 TB/s"],
+        ["b xla decode 225.8 tok/s 75% of the limit", "b plan decode step 4.676 ms"],
+    ]

@@ -7,12 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.cache import make_cache
+from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.decode.step import Layout
+from jaxinfer.engine import Options, Request
+from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.model.config import LayerConfig, ModelConfig, MoEConfig
 from jaxinfer.model.model import Model
 from jaxinfer.model.rope import Rope
 from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline.hardware import DATASHEETS
-from jaxinfer.roofline.memory import page_bytes, pages_held, plan_memory, sequence_bytes, weight_memory
+from jaxinfer.roofline.memory import page_bytes, plan_memory, sequence_bytes, weight_memory
 from jaxinfer.roofline.precision import BF16, Precision
 from jaxinfer.roofline.shapes import parameters
 
@@ -89,27 +93,24 @@ def test_a_narrow_page_has_a_scale_for_every_key_and_value():
     assert page_bytes(WINDOWED, 20, 8, Precision(cache="int8")) == expected
 
 
-@given(window=st.integers(1, 40), context=st.integers(1, 100), page_size=st.integers(1, 16))
-def test_pages_held_are_the_most_that_a_sliding_window_spans(window, context, page_size):
-    spans = [
-        (last // page_size) - (max(0, last - window + 1) // page_size) + 1
-        for last in range(context)  # the newest token's position
-    ]
-    held = pages_held(window, context, page_size)
-    assert max(spans) <= held <= -(-context // page_size)
-    if context >= window + 2 * page_size:  # long enough for the window to begin anywhere in a page
-        assert held == max(spans)
-        assert held * page_size < window + 2 * page_size
+@given(prompt=st.integers(1, 300), new=st.integers(1, 200), page_size=st.sampled_from([1, 8, 16]))
+def test_a_sequence_is_planned_with_the_pages_that_the_scheduler_gives_it(prompt, new, page_size):
+    layout = Layout(4, page_size, (9,) * len(WINDOWED.windows), WINDOWED.context, "bfloat16")
+    pages = Scheduler(layout).pages_needed(Request(0, (1,) * prompt, SamplingParams(max_tokens=new), (), 0))
+    page = sum(page_bytes(WINDOWED, window, page_size, BF16) for window in WINDOWED.windows)
+    assert sequence_bytes(WINDOWED, prompt + new, page_size, BF16) == pages * page
 
 
-def test_a_window_frees_what_a_full_layer_keeps():
-    short, long = (sequence_bytes(WINDOWED, context, 16, BF16) for context in (256, 512))
-    assert long - short == 256 * 2 * 2 * 16 * 2  # tokens x (keys and values) x heads x head size x 2 bytes, one layer
+def test_a_plan_is_made_for_the_engines_own_options():
+    arguments = (WINDOWED, DATASHEETS["t4"], 8, 512)
+    options = Options()
+    expected = plan_memory(*arguments, page_size=options.page_size, chunk=options.max_num_batched_tokens)
+    assert plan_memory(*arguments) == expected
 
 
 @pytest.mark.parametrize(("card", "gigabytes"), [("a100-40", 10), ("a100-80", 50)])
 def test_a_13b_model_leaves_the_known_room_for_its_cache(published, card, gigabytes):
-    plan = plan_memory(published("llama-2-13b"), DATASHEETS[card], batch=1, context=2048)
+    plan = plan_memory(published("llama-2-13b"), DATASHEETS[card], batch=1, context=2048, chunk=8192)
     assert plan.cache / 1e9 == pytest.approx(gigabytes, abs=1.5)
     assert plan.per_token == 40 * 2 * 5120 * 2  # 819 kB, as Kwon et al. 2023, section 3
 
