@@ -39,7 +39,6 @@ class Batch:
         )  # fmt: skip
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Prefill:
     """The ragged part of a step: the next chunk of some prompts, by the host's choice.
@@ -73,7 +72,6 @@ class Prefill:
         return Prefill(tokens_T, starts_R1, slots_R, lengths_R, last_R)
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rows:
     """The rows of a step that need logits: every slot of the rectangle, and the last token of every chunk.

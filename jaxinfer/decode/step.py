@@ -78,9 +78,7 @@ class Programs:
         rows = (layout.slots, len(layout.num_pages), layout.pages_per_row, model.config.vocab_size)
         self._empty = jax.jit(partial(slots.empty_slots, *rows), out_shardings=self._replicated)
         donated = ("state", "cache")
-        self._step = jax.jit(
-            self._traced_step, static_argnames=("decode", "tokens", "needs", "score"), donate_argnames=donated
-        )
+        self._step = jax.jit(self._traced_step, static_argnames=("decode", "tokens", "needs"), donate_argnames=donated)
         self._loop = jax.jit(self._traced_loop, static_argnames=("decode", "steps", "needs"), donate_argnames=donated)
         self._admit = jax.jit(self._traced_admit, donate_argnames=("state",))
         self._release = jax.jit(self._traced_release, donate_argnames=("state",))
@@ -109,12 +107,10 @@ class Programs:
             decode: slots of the rectangle.
             needs: what the sampler must be able to do.
         """
-        tokens, packed, score = len(prefill.tokens_T), prefill.packed(), targets_T is not None
+        tokens, packed = len(prefill.tokens_T), prefill.packed()
         targets_T = np.zeros(0, np.int32) if targets_T is None else targets_T
         with jax.set_mesh(self.model.mesh):
-            return self._step(
-                params, state, cache, packed, targets_T, decode=decode, tokens=tokens, needs=needs, score=score
-            )
+            return self._step(params, state, cache, packed, targets_T, decode=decode, tokens=tokens, needs=needs)
 
     def loop(
         self, params: Params, state: SlotState, cache: Cache, *, decode: int, steps: int, needs: Needs
@@ -131,11 +127,11 @@ class Programs:
         with jax.set_mesh(self.model.mesh):
             return self._release(state, np.int32(slot))
 
-    def _traced_step(self, params, state, cache, packed, targets_T, *, decode, tokens, needs, score):
+    def _traced_step(self, params, state, cache, packed, targets_T, *, decode, tokens, needs):
         self.traces["step"] += 1
         prefill = Prefill.unpacked(packed, tokens)
         state, cache, hidden_TD, (sampled, emits_W) = self._run(params, state, cache, prefill, decode, needs)
-        prompt = self._score(params, hidden_TD[decode:], targets_T) if score else None
+        prompt = self._score(params, hidden_TD[decode:], targets_T) if targets_T.size else None
         return state, cache, StepOutput(jax.tree.map(lambda array: array[None], sampled), emits_W[None], prompt)
 
     def _traced_loop(self, params, state, cache, *, decode, steps, needs):

@@ -201,6 +201,7 @@ class Engine:
         decode = self.layout.slots if decoding else 0
         tokens = _bucket(sum(chunk.tokens for chunk in chunks), self.options.max_num_batched_tokens)
         wants = any(chunk.sequence.request.params.prompt_logprobs is not None for chunk in chunks)
+        # Scoring is rare: one kind of sampling beside it keeps the programs few.
         targets_T, needs = (next_tokens(chunks, tokens), sampling.EVERYTHING) if wants else (None, needs)
         output = self._run_step(lay_out(chunks, tokens, self.layout.slots), targets_T, decode, needs)
         for index, chunk in enumerate(chunks):
@@ -242,13 +243,13 @@ class Engine:
     def _commit_row(self, row: int, sequence: Sequence, output: StepOutput) -> list[Update]:
         """The tokens that one row of a program brought, up to the one that ends the sequence."""
         request, tokens, logprobs, reason = sequence.request, [], [], None
-        first = sequence.outputs == 0
+        first, stop_ids = sequence.outputs == 0, request.stop_ids
         for step in np.flatnonzero(output.emits_nW[:, row]).tolist():
             tokens.append(int(output.sampled.tokens_B[step, row]))
             if request.params.logprobs is not None:
                 logprobs.append(_chosen(output.sampled, (step, row), request.params.logprobs))
             sequence.outputs += 1
-            if tokens[-1] in request.stop_ids:
+            if tokens[-1] in stop_ids:
                 reason = "stop"
             elif sequence.outputs == request.params.max_tokens:
                 reason = "length"

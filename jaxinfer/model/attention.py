@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxinfer.model.config import ModelConfig
-from jaxinfer.model.norm import AllHeadsNorm, HeadNorm
+from jaxinfer.model.norm import head_norm
 from jaxinfer.model.parameter import Shapes
 from jaxinfer.model.rope import rotate
 from jaxinfer.parallel import TENSOR, row_parallel
@@ -56,9 +56,7 @@ class Attention(nnx.Module):
         self.o_MD = shapes.param((config.num_heads * size, config.hidden_size), (TENSOR,))
         self.o_bias_D = shapes.param((config.hidden_size,)) if config.o_bias else None
         self.sinks_Kg = shapes.param((slots, queries), (TENSOR,)) if config.sinks else None
-        norm = {None: None, "head": HeadNorm, "all": AllHeadsNorm}[config.qk_norm]
-        self.q_norm = norm and norm(config, shapes, queries)
-        self.k_norm = norm and norm(config, shapes, 1)
+        self.q_norm, self.k_norm = head_norm(config, shapes, queries), head_norm(config, shapes, 1)
 
     def __call__(self, x_TD: jax.Array, batch: Attends, state: Any, rope) -> tuple[jax.Array, Any]:
         q_TKgH, k_TKH, v_TKH = self._project(x_TD)

@@ -29,11 +29,21 @@ class Norm(nnx.Module):
         return x.astype(x_TD.dtype)
 
 
+def head_norm(config: ModelConfig, shapes: Shapes, heads: int) -> HeadNorm | AllHeadsNorm | None:
+    """The norm of queries or of keys, where the config has one; `heads` of them are in a slot."""
+    match config.qk_norm:
+        case "head":
+            return HeadNorm(config, shapes)
+        case "all":
+            return AllHeadsNorm(config, shapes, heads)
+        case None:
+            return None
+
+
 class HeadNorm(nnx.Module):
     """RMSNorm of queries or keys over the head size: one scale that all heads share (Qwen3, Gemma 3)."""
 
-    def __init__(self, config: ModelConfig, shapes: Shapes, heads: int):
-        del heads  # all of them share the scale
+    def __init__(self, config: ModelConfig, shapes: Shapes):
         self.config = config
         self.scale_H = shapes.param((config.head_size,))
 

@@ -48,9 +48,7 @@ def compiled(which: str, config: dict, tensor: int = 1, num_pages: int = 29) -> 
             lowered = programs._loop.lower(*given, decode=SLOTS, steps=3, needs=needs)
         else:
             packed, nothing = np.zeros(TOKENS + 4 * SLOTS + 1, np.int32), np.zeros(0, np.int32)
-            lowered = programs._step.lower(
-                *given, packed, nothing, decode=SLOTS, tokens=TOKENS, needs=needs, score=False
-            )
+            lowered = programs._step.lower(*given, packed, nothing, decode=SLOTS, tokens=TOKENS, needs=needs)
         return Compiled(which, model, *given[1:], lowered.compile())
 
 
