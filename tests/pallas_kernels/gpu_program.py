@@ -1,0 +1,54 @@
+"""Mosaic GPU kernels on a machine without a GPU: run in interpret mode, or lowered as far as the compiler's door."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import jax
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+class RaceError(AssertionError):
+    """Two threads of an interpreted kernel touched the same memory without an order, and one of them wrote."""
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Kernels traced inside run on the CPU, and a race in any of them fails the test.
+
+    JAX 0.11 only prints a race and sets a flag, 0.12 raises; here both end in an exception. Trace and run inside
+    the context, under `jax.jit` where host code must not wait for every operation.
+    """
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)), _watched() as states:
+        yield
+        jax.effects_barrier()
+    if any(state.races_found for state in states):
+        raise RaceError("the interpreter found a race; what it printed names both accesses")
+
+
+def lower(function: Callable, *arguments: jax.Array | jax.ShapeDtypeStruct, **static) -> str:
+    """The StableHLO of a program for an NVIDIA GPU, its kernels through layout inference and lowering.
+
+    What Mosaic GPU's Python part refuses, it refuses here; only the assembler is not asked.
+    """
+    traced = jax.jit(function, static_argnames=tuple(static)).trace(*arguments, **static)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@contextmanager
+def _watched() -> Iterator[list[gpu_callbacks.GPURaceDetectionState]]:
+    """Collects the detector of every kernel that runs: each kernel makes its own."""
+    states, original = [], gpu_callbacks.GPURaceDetectionState
+
+    def make(*arguments, **options):
+        states.append(original(*arguments, **options))
+        return states[-1]
+
+    gpu_callbacks.GPURaceDetectionState = make  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield states
+    finally:
+        gpu_callbacks.GPURaceDetectionState = original
