@@ -1,0 +1,55 @@
+"""How the decode kernel is laid out on the GPU: its sizes, the shared memory they need, and the choice among them."""
+
+from dataclasses import dataclass
+
+TILE_KEYS = 64  # keys of a tile
+ROWS = 64  # query rows of a CTA: the least that a warpgroup's matrix product takes
+SHARED_MEMORY = 227 * 1024  # bytes that one CTA can have on Hopper
+SHARED_MEMORY_OF_SM = 228 * 1024  # what the CTAs of a multiprocessor share; each costs 1 KB more than it asks for
+BARRIERS = 1024  # bytes set aside for barriers and alignment
+MULTIPROCESSORS = 132  # of an H100 or H200
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of one launch.
+
+    Attributes:
+        ctas: CTAs of the launch; each takes an equal share of all keys.
+        stages: tiles of keys and values under way to a CTA.
+        q_buffers: units whose queries a CTA holds; with two, those of the next unit come early.
+        weights_in_registers: the softmax's weights go to the second product from registers; otherwise through shared
+            memory, which the interpreter can follow.
+    """
+
+    ctas: int
+    stages: int
+    q_buffers: int = 2
+    weights_in_registers: bool = True
+
+    def __post_init__(self):
+        for name, least in (("ctas", 1), ("stages", 2), ("q_buffers", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: at least {least}")
+
+
+def shared_memory(config: Config, head_size: int) -> int:
+    """Bytes of shared memory of one CTA, for 16-bit keys and values."""
+    tiles = config.stages * 2 * TILE_KEYS * head_size * 2
+    queries = config.q_buffers * ROWS * head_size * 2
+    results = ROWS * head_size * 4 + ROWS * 4
+    weights = 0 if config.weights_in_registers else ROWS * TILE_KEYS * 2
+    return tiles + queries + results + weights + BARRIERS
+
+
+def fits(config: Config, head_size: int) -> bool:
+    """Whether the CTAs of the launch can all run at once, one or more on every multiprocessor."""
+    per_multiprocessor = -(-config.ctas // MULTIPROCESSORS)
+    room = min(SHARED_MEMORY, SHARED_MEMORY_OF_SM // per_multiprocessor - 1024)
+    return shared_memory(config, head_size) <= room
+
+
+def choose(head_size: int) -> Config:
+    """One CTA on every multiprocessor, with the queries of the next unit and as many stages as fit."""
+    wanted = (Config(MULTIPROCESSORS, stages, buffers) for buffers in (2, 1) for stages in range(6, 1, -1))
+    return next(config for config in wanted if fits(config, head_size))

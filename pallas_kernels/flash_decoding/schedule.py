@@ -1,0 +1,101 @@
+"""Who reads what: the keys of all slots, spread evenly over the CTAs of the GPU.
+
+The keys of a slot are cut into tiles. Slot after slot, and within a slot head after head, the tiles form one long
+row, and every CTA takes an equal stretch of it, wherever that starts and ends (Stream-K, Osama et al. 2023, applied
+to FlashDecoding, Dao et al. 2023). So a batch of very different lengths keeps all CTAs busy to the end. A *unit* is
+the work of one slot, KV head and block of query rows; where the stretches of several CTAs meet in a unit, each
+leaves a partial result, and one of them merges these.
+
+The arithmetic is a few operations on small arrays, done once per step for all layers of a cache group.
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.flash_decoding.config import TILE_KEYS
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Schedule:
+    """The stretches of C CTAs, and what has to be merged afterwards.
+
+    Attributes:
+        work_C4: slot, unit within the slot, tile within the unit, and number of tiles of each CTA.
+        merge_C4: for each CTA the unit that begins in its stretch and ends in another's: its number (slots x units),
+            the partial result that holds its beginning, the first of those that hold the rest, and their number;
+            -1 in front where there is none.
+        queries, window, units: what it was made for: queries of a slot, the sliding window, units of a slot.
+    """
+
+    work_C4: jax.Array
+    merge_C4: jax.Array
+    queries: int = field(metadata={"static": True})
+    window: int | None = field(metadata={"static": True})
+    units: int = field(metadata={"static": True})
+
+
+def make_schedule(lengths_B: jax.Array, *, queries: int, window: int | None, units: int, ctas: int) -> Schedule:
+    """The schedule of one step.
+
+    Args:
+        lengths_B: int32, keys of each slot, those of its queries included.
+        queries: of each slot.
+        window: keys that a query sees, itself included; None for all.
+        units: of a slot: KV heads x blocks of query rows.
+        ctas: CTAs of the launch.
+    """
+    _, tiles_B = tiles_in_sight(lengths_B, queries, window)
+    end_B = jnp.cumsum(tiles_B * units)
+    total = end_B[-1]
+    used = jnp.minimum(ctas, total)
+    cta_C1 = jnp.arange(ctas + 1, dtype=jnp.int32)
+    # Floor of cta * total / used, in steps that cannot overflow.
+    share, rest = total // used, total % used
+    start_C1 = jnp.where(cta_C1 < used, cta_C1 * share + cta_C1 * rest // used, total)
+    start_C, end_C = start_C1[:-1], start_C1[1:]
+
+    slot_C, unit_C, tile_C = _locate(start_C, end_B, tiles_B, units)
+    work_C4 = jnp.stack([slot_C, unit_C, tile_C, end_C - start_C], axis=1)
+
+    last_slot_C, last_unit_C, last_tile_C = _locate(end_C - 1, end_B, tiles_B, units)
+    unit_start_C = end_C - 1 - last_tile_C
+    unit_end_C = unit_start_C + tiles_B[last_slot_C]
+    splits_C = (start_C < end_C) & (unit_start_C >= start_C) & (unit_end_C > end_C)
+    following_C = jnp.searchsorted(start_C, unit_end_C, side="left").astype(jnp.int32) - cta_C1[1:]
+    merge_C4 = jnp.stack(
+        [
+            jnp.where(splits_C, last_slot_C * units + last_unit_C, -1),
+            partial_index(cta_C1[:-1], unit_start_C == start_C, ctas),
+            partial_index(cta_C1[1:], True, ctas),
+            following_C,
+        ],
+        axis=1,
+    )
+    return Schedule(work_C4, merge_C4, queries, window, units)
+
+
+def tiles_in_sight(lengths_B: jax.Array, queries: int, window: int | None) -> tuple[jax.Array, jax.Array]:
+    """The first tile that a slot's queries see, and how many there are: at least one, so that every unit has a CTA."""
+    end_B = -(-lengths_B // TILE_KEYS)
+    first_B = jnp.zeros_like(end_B)
+    if window is not None:
+        first_B = jnp.maximum(lengths_B - queries - window + 1, 0) // TILE_KEYS
+    return first_B, jnp.maximum(end_B - first_B, 1)
+
+
+def partial_index(cta, begins_the_stretch, ctas: int):
+    """Where a CTA leaves the part of a unit: the first one of its stretch behind all of the last ones."""
+    return cta + jnp.where(begins_the_stretch, ctas, 0)
+
+
+def _locate(
+    tile_C: jax.Array, end_B: jax.Array, tiles_B: jax.Array, units: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Slot, unit and tile within the unit of places in the long row."""
+    slot_C = jnp.searchsorted(end_B, tile_C, side="right").astype(jnp.int32)
+    slot_C = jnp.minimum(slot_C, len(end_B) - 1)
+    within_C = tile_C - (end_B[slot_C] - tiles_B[slot_C] * units)
+    return slot_C, within_C // tiles_B[slot_C], within_C % tiles_B[slot_C]
