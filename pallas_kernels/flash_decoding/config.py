@@ -6,7 +6,7 @@ TILE_KEYS = 64  # keys of a tile
 ROWS = 64  # query rows of a CTA: the least that a warpgroup's matrix product takes
 SHARED_MEMORY = 227 * 1024  # bytes that one CTA can have on Hopper
 SHARED_MEMORY_OF_SM = 228 * 1024  # what the CTAs of a multiprocessor share; each costs 1 KB more than it asks for
-BARRIERS = 1024  # bytes set aside for barriers and alignment
+REST = 3072  # bytes set aside for barriers, alignment and the rows under way when parts are joined
 MULTIPROCESSORS = 132  # of an H100 or H200
 
 
@@ -18,14 +18,14 @@ class Config:
         ctas: CTAs of the launch; each takes an equal share of all keys.
         stages: tiles of keys and values under way to a CTA.
         q_buffers: units whose queries a CTA holds; with two, those of the next unit come early.
-        weights_in_registers: the softmax's weights go to the second product from registers; otherwise through shared
-            memory, which the interpreter can follow.
+        interpretable: only what the interpreter can follow: the softmax's weights go to the second product through
+            shared memory instead of registers, and parts are joined by a kernel of their own.
     """
 
     ctas: int
     stages: int
     q_buffers: int = 2
-    weights_in_registers: bool = True
+    interpretable: bool = False
 
     def __post_init__(self):
         for name, least in (("ctas", 1), ("stages", 2), ("q_buffers", 1)):
@@ -38,8 +38,8 @@ def shared_memory(config: Config, head_size: int) -> int:
     tiles = config.stages * 2 * TILE_KEYS * head_size * 2
     queries = config.q_buffers * ROWS * head_size * 2
     results = ROWS * head_size * 4 + ROWS * 4
-    weights = 0 if config.weights_in_registers else ROWS * TILE_KEYS * 2
-    return tiles + queries + results + weights + BARRIERS
+    weights = ROWS * TILE_KEYS * 2 if config.interpretable else 0
+    return tiles + queries + results + weights + REST
 
 
 def fits(config: Config, head_size: int) -> bool:

@@ -1,84 +1,120 @@
-"""Joins the parts that several CTAs left of a unit: out = sum of exp(lse_i - lse) out_i (FlashDecoding, Dao 2023)."""
+"""Joins the parts that several CTAs left of a unit: out = sum of exp(lse_i - lse) out_i (FlashDecoding, Dao 2023).
+
+The CTA in whose stretch a unit begins joins its parts, at the end of the kernel, when the others have signalled that
+theirs are written. A kernel of its own after the first would cost two launches and their latencies: on an H200, 12 to
+15 us a call. It is there for the interpreter, which knows no signals between CTAs.
+"""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import memref
 
-from pallas_kernels.blockwise import LOWEST
+from pallas_kernels.blockwise import LOWEST, ceil_div
 
 WIDTH = 128  # columns that a warpgroup loads at once; parts are padded to a multiple of it
-AT_ONCE = 8  # parts of which the loads are under way together
+ROWS_AT_ONCE, PARTS_AT_ONCE = 4, 8  # whose loads are under way together
 
 
-def merge(
-    out_URH: jax.Array,
-    lse_UR: jax.Array,
-    part_GRH: jax.Array,
-    part_lse_GR: jax.Array,
-    merge_C4: jax.Array,
-    sinks_UR: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Writes the units that were cut into the results of the whole ones, in place.
+def merge(results: Any, merge_C4: jax.Array, sinks_UR: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Writes the units that were cut into the results of the whole ones, in place, as a kernel of its own.
 
     Args:
-        out_URH, lse_UR: results by unit and row; those of cut units hold nothing yet.
-        part_GRH, part_lse_GR: float32 parts, normalized, columns padded to a multiple of `WIDTH`.
+        results: `Outputs` of the kernel: out, lse, part, part_lse.
         merge_C4: `Schedule.merge_C4`.
         sinks_UR: the sink of every row of a slot's units.
     """
-    out_ref, lse_ref = jax.new_ref(out_URH), jax.new_ref(lse_UR)
+    out, lse, part, part_lse = results
+    out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
+
+    def kernel(inputs, outputs, rows_smem):
+        merge_ref, part_ref, part_lse_ref, sinks_ref = inputs
+        join(merge_ref, part_ref, part_lse_ref, sinks_ref, *outputs, rows_smem)
+
     run = plgpu.kernel(
-        _kernel,
-        scratch_types=(plgpu.SMEM((part_GRH.shape[-1],), out_URH.dtype),),
-        grid=(len(merge_C4), out_URH.shape[1]),
-        grid_names=("cta", "row"),
+        kernel,
+        scratch_types=(rows_scratch(out.shape[-1], out.dtype),),
+        grid=(len(merge_C4),),
+        grid_names=("cta",),
         kernel_name="flash_decoding_merge",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-    run((merge_C4, part_GRH, part_lse_GR, sinks_UR), (out_ref, lse_ref))
+    run((merge_C4, part, part_lse, sinks_UR), (out_ref, lse_ref))
     return jax.freeze(out_ref), jax.freeze(lse_ref)
 
 
-def _kernel(inputs, outputs, row_smem):
-    merge_ref, part_ref, part_lse_ref, sinks_ref = inputs
-    out_ref, lse_ref = outputs
-    cta, row = lax.axis_index("cta"), lax.axis_index("row")
-    unit, first, rest, count = (merge_ref[cta, i] for i in range(4))
+def padded(head_size: int) -> int:
+    """Columns of a part in memory."""
+    return ceil_div(head_size, WIDTH) * WIDTH
+
+
+def rows_scratch(head_size: int, dtype: jnp.dtype) -> Any:
+    """Shared memory that `join` needs."""
+    return plgpu.SMEM((ROWS_AT_ONCE, padded(head_size)), dtype)
+
+
+def join(merge_ref, part_ref, part_lse_ref, sinks_ref, out_ref, lse_ref, rows_smem) -> None:
+    """Joins the parts of the unit that begins in this CTA's stretch and ends in another's, if there is one."""
+    unit, first, rest, count = (merge_ref[lax.axis_index("cta"), i] for i in range(4))
+    rows, head_size = out_ref.shape[1:]
+    at_once = min(rows, ROWS_AT_ONCE)
 
     @pl.when(unit >= 0)
     def _():
-        add = partial(_add_parts, part_ref, part_lse_ref, row, rest, count)
-        begin = part_ref[first, row], jnp.maximum(part_lse_ref[first, row], LOWEST), jnp.float32(1)
-        values, maximum, total = lax.fori_loop(0, (count + AT_ONCE - 1) // AT_ONCE, add, begin)
-        lse = jnp.where(maximum > LOWEST, maximum + jnp.log(total), -jnp.inf)
-        weight = 1 / total
-        if sinks_ref is not None:
-            lse, decay = with_sink(lse, sinks_ref[lax.rem(unit, sinks_ref.shape[0]), row])
-            weight *= decay
-        row_smem[...] = (values * weight).astype(row_smem.dtype)
-        lse_ref[unit, row] = lse
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(row_smem.at[pl.ds(0, out_ref.shape[-1])], out_ref.at[unit, row])
+        @pl.loop(0, ceil_div(rows, at_once))
+        def _(group):
+            chosen = [group * at_once + i for i in range(at_once)]
+            within = [jnp.minimum(row, rows - 1) for row in chosen]
+            joined = _join_rows(part_ref, part_lse_ref, first, rest, count, within)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for i, (row, (values, lse)) in enumerate(zip(within, joined, strict=True)):
+                if sinks_ref is not None:
+                    lse, decay = with_sink(lse, sinks_ref[lax.rem(unit, sinks_ref.shape[0]), row])
+                    values = values * decay
+                rows_smem[i] = values.astype(rows_smem.dtype)
+                lse_ref[unit, row] = lse
+            plgpu.commit_smem()
+            for i, row in enumerate(chosen):
+                copy = partial(plgpu.copy_smem_to_gmem, rows_smem.at[i, pl.ds(0, head_size)])
+                pl.when(row < rows)(partial(copy, out_ref.at[unit, within[i]]))
+
         plgpu.wait_smem_to_gmem(0)
 
 
-def _add_parts(part_ref, part_lse_ref, row, rest, count, i, carry):
-    """Adds `AT_ONCE` parts, loaded together; past the last one a part has weight 0."""
-    values, maximum, total = carry
-    index = [i * AT_ONCE + j for j in range(AT_ONCE)]
-    place = [rest + jnp.minimum(j, count - 1) for j in index]
-    lses = [jnp.where(j < count, part_lse_ref[p, row], -jnp.inf) for j, p in zip(index, place, strict=True)]
-    parts = [part_ref[p, row] for p in place]
+def _join_rows(part_ref, part_lse_ref, first, rest, count, rows: list) -> list[tuple[Any, Any]]:
+    """Values and log-sum-exp of some rows of a unit, from its beginning and the `count` parts from `rest` on."""
+
+    def add(i, carry):
+        numbers = [i * PARTS_AT_ONCE + j for j in range(PARTS_AT_ONCE)]
+        index = [(j, rest + jnp.minimum(j, count - 1)) for j in numbers]
+        lses = [[jnp.where(j < count, part_lse_ref[p, row], -jnp.inf) for j, p in index] for row in rows]
+        loaded = [list(zip(lses[i], [part_ref[p, row] for _, p in index], strict=True)) for i, row in enumerate(rows)]
+        return tuple(_add_parts(state, parts) for state, parts in zip(carry, loaded, strict=True))
+
+    begin = tuple(
+        (part_ref[first, row], jnp.maximum(part_lse_ref[first, row], LOWEST), jnp.float32(1)) for row in rows
+    )
+    states = lax.fori_loop(0, ceil_div(count, PARTS_AT_ONCE), add, begin)
+    return [
+        (values * (1 / total), jnp.where(maximum > LOWEST, maximum + jnp.log(total), -jnp.inf))
+        for values, maximum, total in states
+    ]
+
+
+def _add_parts(state, parts):
+    values, maximum, total = state
     new_maximum = maximum
-    for lse in lses:
+    for lse, _ in parts:
         new_maximum = jnp.maximum(new_maximum, lse)
     decay = jnp.exp(maximum - new_maximum)
     values, total = values * decay, total * decay
-    for lse, part in zip(lses, parts, strict=True):
+    for lse, part in parts:
         weight = jnp.exp(lse - new_maximum)
         values, total = values + part * weight, total + weight
     return values, new_maximum, total
@@ -93,3 +129,25 @@ def with_sink(lse, sink):
     joint = top + jnp.log(jnp.exp(lse - top) + jnp.exp(sink - top))
     seen = lse > LOWEST
     return jnp.where(seen, joint, -jnp.inf), jnp.where(seen, jnp.exp(lse - joint), 0.0)
+
+
+def signal(ticket_ref) -> None:
+    """Tells another CTA that what this warpgroup wrote is in device memory."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def add_one(_, ticket):
+        mgpu.utils.warpgroup_barrier()
+        mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(ticket)).signal(1, memory_scope="gpu")
+
+    add_one(ticket_ref)
+
+
+def wait_for(ticket_ref, count_ref) -> None:
+    """Waits for `count` signals, and leaves the ticket at 0, as it was."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def take(_, ticket, count):
+        semaphore = mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(ticket))
+        semaphore.wait(memref.load(count, []), memory_scope="gpu")
+
+    take(ticket_ref, count_ref)

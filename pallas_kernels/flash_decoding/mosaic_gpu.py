@@ -18,9 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.blockwise import LOWEST, Options, PagedKV, ceil_div
+from pallas_kernels.blockwise import LOWEST, Options, PagedKV
 from pallas_kernels.flash_decoding.config import ROWS, TILE_KEYS, Config, choose
-from pallas_kernels.flash_decoding.merge import WIDTH, merge, with_sink
+from pallas_kernels.flash_decoding.merge import join, merge, padded, rows_scratch, signal, wait_for, with_sink
 from pallas_kernels.flash_decoding.schedule import (
     Schedule,
     make_schedule,
@@ -43,6 +43,8 @@ class Inputs(NamedTuple):
     table: Any
     lengths: Any
     work: Any
+    merge: Any
+    tickets: Any
     sinks: Any
 
 
@@ -119,11 +121,21 @@ def _launch(q_BQNH, kv, table_BJ, lengths_B, sinks_N, schedule, *, shape: Shape,
     H, units = shape.head_size, shape.slots * shape.units
     k, v = (pages.reshape(-1, shape.kv_heads * H) for pages in (kv.k_PSKH, kv.v_PSKH))
     sinks = None if sinks_N is None else sinks_of_rows(sinks_N, shape)
-    inputs = Inputs(to_units(q_BQNH, shape).reshape(-1, H), k, v, table_BJ, lengths_B, schedule.work_C4, sinks)
+    inputs = Inputs(
+        to_units(q_BQNH, shape).reshape(-1, H),
+        k,
+        v,
+        table_BJ,
+        lengths_B,
+        schedule.work_C5,
+        schedule.merge_C4,
+        schedule.tickets_C1,
+        sinks,
+    )
     outputs = Outputs(
         out=jax.ShapeDtypeStruct((units, shape.rows, H), shape.dtype),
         lse=jax.ShapeDtypeStruct((units, ROWS), jnp.float32),
-        part=jax.ShapeDtypeStruct((2 * config.ctas, shape.rows, ceil_div(H, WIDTH) * WIDTH), jnp.float32),
+        part=jax.ShapeDtypeStruct((2 * config.ctas, shape.rows, padded(H)), jnp.float32),
         part_lse=jax.ShapeDtypeStruct((2 * config.ctas, ROWS), jnp.float32),
     )
     run = plgpu.kernel(
@@ -138,7 +150,7 @@ def _launch(q_BQNH, kv, table_BJ, lengths_B, sinks_N, schedule, *, shape: Shape,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
     )
     results = Outputs(*run(inputs))
-    out, lse = merge(*results, schedule.merge_C4, sinks)
+    out, lse = merge(results, schedule.merge_C4, sinks) if config.interpretable else results[:2]
     return from_units(out, shape), from_units(lse[:, : shape.rows, None], shape)[..., 0]
 
 
@@ -151,8 +163,10 @@ def _scratch(shape: Shape, config: Config) -> Scratch:
         q=matrix((config.q_buffers, ROWS, H)),
         k=matrix((stages, TILE_KEYS, H)),
         v=matrix((stages, TILE_KEYS, H)),
-        weights=None if config.weights_in_registers else matrix((ROWS, TILE_KEYS)),
-        results=plgpu.RefUnion(plgpu.SMEM((ROWS, H), shape.dtype), plgpu.SMEM((ROWS, H), jnp.float32)),
+        weights=matrix((ROWS, TILE_KEYS)) if config.interpretable else None,
+        results=plgpu.RefUnion(
+            plgpu.SMEM((ROWS, H), shape.dtype), plgpu.SMEM((ROWS, H), jnp.float32), rows_scratch(H, shape.dtype)
+        ),
         lse=plgpu.SMEM((ROWS,), jnp.float32),
         q_ready=plgpu.Barrier(num_barriers=config.q_buffers),
         k_ready=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
@@ -164,6 +178,7 @@ def _scratch(shape: Shape, config: Config) -> Scratch:
 
 def _kernel(inputs: Inputs, *refs, shape: Shape, options: Options, config: Config):
     *outputs, scratch = refs
+    outputs = Outputs(*outputs)
     role = lax.axis_index("role")
     walk = partial(_for_each_part, inputs, shape, options)
 
@@ -175,7 +190,9 @@ def _kernel(inputs: Inputs, *refs, shape: Shape, options: Options, config: Confi
 
     @pl.when(role == 1)
     def _():
-        walk(partial(_compute, inputs, Outputs(*outputs), scratch, shape=shape, options=options, config=config))
+        walk(partial(_compute, inputs, outputs, scratch, shape=shape, options=options, config=config))
+        if not config.interpretable:
+            _join_own(inputs, outputs, scratch.results[2])
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -287,7 +304,7 @@ def _compute(
     row = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW)
     values, maximum, total = lax.fori_loop(0, part.count, tile, (zeros, row + LOWEST, row))
     plgpu.barrier_arrive(scratch.q_free.at[buffer])
-    _store(inputs, outputs, scratch, part, values, maximum, total, shape)
+    _store(inputs, outputs, scratch, part, values, maximum, total, shape, config)
 
 
 def _positions(part: Part, shape: Shape) -> jax.Array:
@@ -358,7 +375,7 @@ def _clear_unseen(v_smem, first_key, part: Part, shape: Shape, options: Options)
 
 
 def _add_product(values: jax.Array, weights: jax.Array, scratch: Scratch, v_smem, config: Config) -> jax.Array:
-    if config.weights_in_registers:
+    if not config.interpretable:
         return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, weights, v_smem))(plgpu.ACC.init(values))
     scratch.weights[...] = weights
     plgpu.commit_smem()
@@ -366,11 +383,19 @@ def _add_product(values: jax.Array, weights: jax.Array, scratch: Scratch, v_smem
 
 
 def _store(
-    inputs: Inputs, outputs: Outputs, scratch: Scratch, part: Part, values, maximum, total, shape: Shape
+    inputs: Inputs,
+    outputs: Outputs,
+    scratch: Scratch,
+    part: Part,
+    values,
+    maximum,
+    total,
+    shape: Shape,
+    config: Config,
 ) -> None:
-    """Writes the result of a whole unit, or leaves that of a part to be merged."""
+    """Writes the result of a whole unit, or leaves that of a part to be joined."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the unit before
-    out_smem, part_smem = scratch.results
+    out_smem, part_smem, _ = scratch.results
     rows = pl.ds(0, shape.rows)
     out, lse = _normalized(values, maximum, total)
 
@@ -386,14 +411,32 @@ def _store(
 
     @pl.when(jnp.logical_not(part.whole))
     def _():
-        index = partial_index(lax.axis_index("cta"), part.done == 0, outputs.part.shape[0] // 2)
+        cta = lax.axis_index("cta")
+        index = partial_index(cta, part.done == 0, config.ctas)
         part_smem[...] = out
         scratch.lse[...] = lse
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-            part_smem.at[rows], outputs.part.at[index, pl.ds(0, shape.rows), pl.ds(0, shape.head_size)]
-        )
+        plgpu.copy_smem_to_gmem(part_smem.at[rows], outputs.part.at[index, :, pl.ds(0, shape.head_size)])
         plgpu.copy_smem_to_gmem(scratch.lse, outputs.part_lse.at[index])
+        if not config.interpretable:
+            owner = inputs.work[cta, 4]
+
+            @pl.when((part.done == 0) & (owner != cta))
+            def _():
+                plgpu.wait_smem_to_gmem(0)
+                signal(inputs.tickets.at[owner, 0])
+
+
+def _join_own(inputs: Inputs, outputs: Outputs, rows_smem) -> None:
+    """Joins the parts of the unit that begins in this CTA's stretch, when the other CTAs have written theirs."""
+    cta = lax.axis_index("cta")
+
+    @pl.when(inputs.merge[cta, 0] >= 0)
+    def _():
+        plgpu.wait_smem_to_gmem(0)
+        wait_for(inputs.tickets.at[cta, 0], inputs.merge.at[cta, 3])
+
+    join(inputs.merge, outputs.part, outputs.part_lse, inputs.sinks, outputs.out, outputs.lse, rows_smem)
 
 
 def _normalized(values, maximum, total) -> tuple[jax.Array, jax.Array]:

@@ -23,15 +23,18 @@ class Schedule:
     """The stretches of C CTAs, and what has to be merged afterwards.
 
     Attributes:
-        work_C4: slot, unit within the slot, tile within the unit, and number of tiles of each CTA.
+        work_C5: slot, unit within the slot, tile within the unit, and number of tiles of each CTA; and the CTA in
+            whose stretch its first unit begins.
         merge_C4: for each CTA the unit that begins in its stretch and ends in another's: its number (slots x units),
             the partial result that holds its beginning, the first of those that hold the rest, and their number;
             -1 in front where there is none.
+        tickets_C1: zeros, on which CTAs count each other's signals within a launch; every launch leaves them at zero.
         queries, window, units: what it was made for: queries of a slot, the sliding window, units of a slot.
     """
 
-    work_C4: jax.Array
+    work_C5: jax.Array
     merge_C4: jax.Array
+    tickets_C1: jax.Array
     queries: int = field(metadata={"static": True})
     window: int | None = field(metadata={"static": True})
     units: int = field(metadata={"static": True})
@@ -58,7 +61,8 @@ def make_schedule(lengths_B: jax.Array, *, queries: int, window: int | None, uni
     start_C, end_C = start_C1[:-1], start_C1[1:]
 
     slot_C, unit_C, tile_C = _locate(start_C, end_B, tiles_B, units)
-    work_C4 = jnp.stack([slot_C, unit_C, tile_C, end_C - start_C], axis=1)
+    owner_C = jnp.searchsorted(start_C, start_C - tile_C, side="right").astype(jnp.int32) - 1
+    work_C5 = jnp.stack([slot_C, unit_C, tile_C, end_C - start_C, owner_C], axis=1)
 
     last_slot_C, last_unit_C, last_tile_C = _locate(end_C - 1, end_B, tiles_B, units)
     unit_start_C = end_C - 1 - last_tile_C
@@ -74,7 +78,7 @@ def make_schedule(lengths_B: jax.Array, *, queries: int, window: int | None, uni
         ],
         axis=1,
     )
-    return Schedule(work_C4, merge_C4, queries, window, units)
+    return Schedule(work_C5, merge_C4, jnp.zeros((ctas, 1), jnp.int32), queries, window, units)
 
 
 def tiles_in_sight(lengths_B: jax.Array, queries: int, window: int | None) -> tuple[jax.Array, jax.Array]:
