@@ -6,7 +6,7 @@ TILE_KEYS = 64  # keys of a tile
 ROWS = 64  # query rows of a CTA: the least that a warpgroup's matrix product takes
 SHARED_MEMORY = 227 * 1024  # bytes that one CTA can have on Hopper
 SHARED_MEMORY_OF_SM = 228 * 1024  # what the CTAs of a multiprocessor share; each costs 1 KB more than it asks for
-REST = 3072  # bytes set aside for barriers, alignment and the rows under way when parts are joined
+REST = 2048  # bytes set aside for barriers, alignment and the rows under way when parts are joined
 MULTIPROCESSORS = 132  # of an H100 or H200
 
 
@@ -17,6 +17,7 @@ class Config:
     Attributes:
         ctas: CTAs of the launch; each takes an equal share of all keys.
         stages: tiles of keys and values under way to a CTA.
+        consumers: warpgroups that compute, 1 or 2.
         q_buffers: units whose queries a CTA holds; with two, those of the next unit come early.
         interpretable: only what the interpreter can follow: the softmax's weights go to the second product through
             shared memory instead of registers, and parts are joined by a kernel of their own.
@@ -25,20 +26,23 @@ class Config:
     ctas: int
     stages: int
     q_buffers: int = 2
+    consumers: int = 2
     interpretable: bool = False
 
     def __post_init__(self):
         for name, least in (("ctas", 1), ("stages", 2), ("q_buffers", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: at least {least}")
+        if self.consumers not in (1, 2):
+            raise ValueError(f"consumers is {self.consumers}; allowed: 1 or 2")
 
 
 def shared_memory(config: Config, head_size: int) -> int:
     """Bytes of shared memory of one CTA, for 16-bit keys and values."""
     tiles = config.stages * 2 * TILE_KEYS * head_size * 2
     queries = config.q_buffers * ROWS * head_size * 2
-    results = ROWS * head_size * 4 + ROWS * 4
-    weights = ROWS * TILE_KEYS * 2 if config.interpretable else 0
+    results = ROWS * head_size * 4 + 2 * ROWS * 4
+    weights = config.consumers * ROWS * TILE_KEYS * 2 if config.interpretable else 0
     return tiles + queries + results + weights + REST
 
 

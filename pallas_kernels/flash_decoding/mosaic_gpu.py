@@ -1,9 +1,10 @@
 """`flash_decoding` on Hopper: the pages stream through shared memory, and every byte of them is read once.
 
-A CTA has two warpgroups. One issues the copies (TMA) of its stretch of keys and values, tile after tile, into a ring
-of buffers in shared memory; the other multiplies. The query rows of a unit, all heads that share a KV head and all
-queries of the slot, are the rows of one matrix product, so that the heads of a group share one read of the keys.
-schedule.py says who reads what, and merge.py what comes after.
+One warpgroup of a CTA issues the copies (TMA) of its stretch of keys and values, tile after tile, into a ring of
+buffers in shared memory; the others multiply, a tile each in turn, and put their results together at the end of a
+unit. The query rows of a unit, all heads that share a KV head and all queries of the slot, are the rows of one matrix
+product, so that the heads of a group share one read of the keys. schedule.py says who reads what, and merge.py what
+becomes of units that several CTAs read.
 """
 
 import math
@@ -32,6 +33,7 @@ from pallas_kernels.flash_decoding.units import Shape, from_units, sinks_of_rows
 LOG2_E = math.log2(math.e)
 SCORES = plgpu.Layout.WGMMA
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)
+LOADER_REGISTERS, CONSUMER_REGISTERS = 40, 232
 
 
 class Inputs(NamedTuple):
@@ -65,12 +67,14 @@ class Scratch(NamedTuple):
     v: Any
     weights: Any
     results: Any
-    lse: Any
+    statistics: Any
     q_ready: Any
     k_ready: Any
     v_ready: Any
     q_free: Any
     tile_free: Any
+    room: Any
+    handed_over: Any
 
 
 @dataclass(frozen=True)
@@ -144,10 +148,10 @@ def _launch(q_BQNH, kv, table_BJ, lengths_B, sinks_N, schedule, *, shape: Shape,
         scratch_types=(_scratch(shape, config),),
         grid=(config.ctas,),
         grid_names=("cta",),
-        num_threads=2,
+        num_threads=1 + config.consumers,
         thread_name="role",
         kernel_name="flash_decoding",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=128),
     )
     results = Outputs(*run(inputs))
     out, lse = merge(results, schedule.merge_C4, sinks) if config.interpretable else results[:2]
@@ -163,16 +167,18 @@ def _scratch(shape: Shape, config: Config) -> Scratch:
         q=matrix((config.q_buffers, ROWS, H)),
         k=matrix((stages, TILE_KEYS, H)),
         v=matrix((stages, TILE_KEYS, H)),
-        weights=matrix((ROWS, TILE_KEYS)) if config.interpretable else None,
+        weights=matrix((config.consumers, ROWS, TILE_KEYS)) if config.interpretable else None,
         results=plgpu.RefUnion(
             plgpu.SMEM((ROWS, H), shape.dtype), plgpu.SMEM((ROWS, H), jnp.float32), rows_scratch(H, shape.dtype)
         ),
-        lse=plgpu.SMEM((ROWS,), jnp.float32),
+        statistics=plgpu.SMEM((2, ROWS), jnp.float32),
         q_ready=plgpu.Barrier(num_barriers=config.q_buffers),
         k_ready=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         v_ready=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        q_free=plgpu.Barrier(num_barriers=config.q_buffers),
+        q_free=plgpu.Barrier(num_arrivals=config.consumers, num_barriers=config.q_buffers),
         tile_free=plgpu.Barrier(num_barriers=stages),
+        room=plgpu.Barrier(),
+        handed_over=plgpu.Barrier(),
     )
 
 
@@ -184,16 +190,27 @@ def _kernel(inputs: Inputs, *refs, shape: Shape, options: Options, config: Confi
 
     @pl.when(role == 0)
     def _():
+        _set_registers(LOADER_REGISTERS, "decrease", config)
         tiles, units = walk(partial(_load, inputs, scratch, shape=shape, options=options, config=config))
         _drain(scratch.tile_free, tiles, config.stages)
         _drain(scratch.q_free, units, config.q_buffers)
 
+    @pl.when(role > 0)
+    def _():
+        _set_registers(CONSUMER_REGISTERS, "increase", config)
+        walk(partial(_compute, inputs, outputs, scratch, shape=shape, options=options, config=config))
+
     @pl.when(role == 1)
     def _():
-        walk(partial(_compute, inputs, outputs, scratch, shape=shape, options=options, config=config))
         if not config.interpretable:
             _join_own(inputs, outputs, scratch.results[2])
         plgpu.wait_smem_to_gmem(0)
+
+
+def _set_registers(count: int, action: Any, config: Config) -> None:
+    """The loader needs few; with three warpgroups a third each would not do for the others."""
+    if config.consumers > 1 and not config.interpretable:
+        plgpu.set_max_registers(count, action=action)
 
 
 def _for_each_part(inputs: Inputs, shape: Shape, options: Options, visit: Callable[[Part], None]) -> tuple[Any, Any]:
@@ -289,22 +306,57 @@ def _drain(free, used, buffers: int) -> None:
         plgpu.barrier_wait(free.at[lax.rem(nth, buffers)])
 
 
-# --- the warpgroup that computes
+# --- the warpgroups that compute
 
 
 def _compute(
     inputs: Inputs, outputs: Outputs, scratch: Scratch, part: Part, *, shape: Shape, options: Options, config: Config
 ) -> None:
     """Attention of a unit's rows to the tiles of this part, online (FlashAttention-2, Dao 2023, algorithm 1)."""
+    consumer = lax.axis_index("role") - 1
     buffer = lax.rem(part.nth, config.q_buffers)
     position = _positions(part, shape)
     plgpu.barrier_wait(scratch.q_ready.at[buffer])
     tile = partial(_tile, scratch, part, position, buffer, shape=shape, options=options, config=config)
     zeros = plgpu.layout_cast(jnp.zeros((ROWS, shape.head_size), jnp.float32), SCORES)
     row = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW)
-    values, maximum, total = lax.fori_loop(0, part.count, tile, (zeros, row + LOWEST, row))
+    # Tiles go around among the consumers; which one is first depends on the tiles that came before.
+    first = lax.rem(consumer + config.consumers - lax.rem(part.done, config.consumers), config.consumers)
+    turns = (part.count - first + config.consumers - 1) // config.consumers
+    own = lambda turn, carry: tile(first + turn * config.consumers, carry)  # noqa: E731
+    softmax = lax.fori_loop(0, turns, own, (zeros, row + LOWEST, row))
     plgpu.barrier_arrive(scratch.q_free.at[buffer])
-    _store(inputs, outputs, scratch, part, values, maximum, total, shape, config)
+    store = partial(_store, inputs, outputs, scratch, part, shape=shape, config=config)
+    if config.consumers == 1:
+        store(softmax)
+    else:
+        pl.when(consumer == 1)(lambda: _hand_over(scratch, softmax))
+        pl.when(consumer == 0)(lambda: store(_taken_over(scratch, softmax)))
+
+
+def _hand_over(scratch: Scratch, softmax) -> None:
+    values_smem = scratch.results[1]
+    plgpu.barrier_wait(scratch.room)
+    values_smem[...], scratch.statistics[0], scratch.statistics[1] = softmax
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(scratch.handed_over)
+
+
+def _taken_over(scratch: Scratch, softmax):
+    """One softmax of what two consumers saw."""
+    values, maximum, total = softmax
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # results of the unit before
+    plgpu.barrier_arrive(scratch.room)
+    plgpu.barrier_wait(scratch.handed_over)
+    others = plgpu.load(scratch.results[1], layout=SCORES)
+    others_maximum = plgpu.load(scratch.statistics.at[0], layout=BY_ROW)
+    others_total = plgpu.load(scratch.statistics.at[1], layout=BY_ROW)
+    plgpu.commit_smem()  # all have read before anyone writes
+    joint = jnp.maximum(maximum, others_maximum)
+    own, other = jnp.exp2(maximum - joint), jnp.exp2(others_maximum - joint)
+    values = values * lax.broadcast_in_dim(own, values.shape, [0])
+    values = values + others * lax.broadcast_in_dim(other, values.shape, [0])
+    return values, joint, total * own + others_total * other
 
 
 def _positions(part: Part, shape: Shape) -> jax.Array:
@@ -377,47 +429,41 @@ def _clear_unseen(v_smem, first_key, part: Part, shape: Shape, options: Options)
 def _add_product(values: jax.Array, weights: jax.Array, scratch: Scratch, v_smem, config: Config) -> jax.Array:
     if not config.interpretable:
         return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, weights, v_smem))(plgpu.ACC.init(values))
-    scratch.weights[...] = weights
+    weights_smem = scratch.weights.at[lax.axis_index("role") - 1]
+    weights_smem[...] = weights
     plgpu.commit_smem()
-    return values + _product(scratch.weights, v_smem, values.shape[1])
+    return values + _product(weights_smem, v_smem, values.shape[1])
 
 
 def _store(
-    inputs: Inputs,
-    outputs: Outputs,
-    scratch: Scratch,
-    part: Part,
-    values,
-    maximum,
-    total,
-    shape: Shape,
-    config: Config,
+    inputs: Inputs, outputs: Outputs, scratch: Scratch, part: Part, softmax, *, shape: Shape, config: Config
 ) -> None:
     """Writes the result of a whole unit, or leaves that of a part to be joined."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the unit before
     out_smem, part_smem, _ = scratch.results
+    lse_smem = scratch.statistics.at[0]
     rows = pl.ds(0, shape.rows)
-    out, lse = _normalized(values, maximum, total)
+    out, lse = _normalized(*softmax)
 
     @pl.when(part.whole)
     def _():
         finished, finished_lse = _finished(inputs, part, out, lse)
         unit = part.slot * shape.units + part.unit
         out_smem[...] = finished.astype(shape.dtype)
-        scratch.lse[...] = finished_lse
+        lse_smem[...] = finished_lse
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem.at[rows], outputs.out.at[unit])
-        plgpu.copy_smem_to_gmem(scratch.lse, outputs.lse.at[unit])
+        plgpu.copy_smem_to_gmem(lse_smem, outputs.lse.at[unit])
 
     @pl.when(jnp.logical_not(part.whole))
     def _():
         cta = lax.axis_index("cta")
         index = partial_index(cta, part.done == 0, config.ctas)
         part_smem[...] = out
-        scratch.lse[...] = lse
+        lse_smem[...] = lse
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(part_smem.at[rows], outputs.part.at[index, :, pl.ds(0, shape.head_size)])
-        plgpu.copy_smem_to_gmem(scratch.lse, outputs.part_lse.at[index])
+        plgpu.copy_smem_to_gmem(lse_smem, outputs.part_lse.at[index])
         if not config.interpretable:
             owner = inputs.work[cta, 4]
 
