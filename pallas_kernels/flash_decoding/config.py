@@ -35,6 +35,9 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: at least {least}")
         if self.consumers not in (1, 2):
             raise ValueError(f"consumers is {self.consumers}; allowed: 1 or 2")
+        # A warpgroup counts the phases of the barriers that it waits for: a buffer must always be the same one's.
+        if self.stages % self.consumers:
+            raise ValueError(f"stages is {self.stages}; allowed: multiples of the {self.consumers} consumers")
 
 
 def shared_memory(config: Config, head_size: int) -> int:
@@ -55,5 +58,5 @@ def fits(config: Config, head_size: int) -> bool:
 
 def choose(head_size: int) -> Config:
     """One CTA on every multiprocessor, with the queries of the next unit and as many stages as fit."""
-    wanted = (Config(MULTIPROCESSORS, stages, buffers) for buffers in (2, 1) for stages in range(6, 1, -1))
+    wanted = (Config(MULTIPROCESSORS, stages, buffers) for buffers in (2, 1) for stages in (6, 4, 2))
     return next(config for config in wanted if fits(config, head_size))
