@@ -35,7 +35,7 @@ class Problem:
     def arguments(self, key: jax.Array, dtype: jnp.dtype) -> dict[str, jax.Array]:
         """Random values of all arrays that `flash_attention` takes, by the names of its arguments."""
         names = ("q_TNH", "k_pages_PSKH", "v_pages_PSKH", "page_table_RJ", "cu_q_R1", "lengths_R")
-        arguments = dict(zip(names, self.inputs(key, dtype), strict=True))
+        arguments: dict[str, jax.Array] = dict(zip(names, self.inputs(key, dtype), strict=True))
         if self.heads.sinks:
             arguments["sinks_N"] = jax.random.normal(key, (self.heads.query_heads,), dtype)
         return arguments
