@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import jax
 
-Arguments = dict[str, jax.Array]
+Arguments = dict[str, Any]  # arrays, or trees of them, by name
 OURS = "mosaic_gpu"  # the implementation that the others are the peers of
 SPECIFICATION = "reference"  # dense and in float32: timed only when asked for
 

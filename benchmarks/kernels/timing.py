@@ -59,7 +59,7 @@ def make_copies(run: Run, arguments: Callable[[jax.Array], Arguments], l2: float
     """Prepared random arguments of consecutive calls, no copy like another."""
     prepare = jax.jit(run.prepare)
     copies = [prepare(arguments(jax.random.key(0)))]
-    copy_bytes = sum(array.nbytes for array in copies[0].values())
+    copy_bytes = sum(array.nbytes for array in jax.tree.leaves(copies[0]))
     copies += [prepare(arguments(jax.random.key(n))) for n in range(1, num_copies(copy_bytes, l2))]
     return jax.block_until_ready(copies)
 
