@@ -63,7 +63,9 @@ def parse(arguments: Sequence[str] | None, ops: Mapping[str, Op]) -> argparse.Na
     )
     peers = sorted({name for op in ops.values() for name in op.implementations} - {OURS})
     parser.add_argument("--op", nargs="+", choices=ops, default=[*ops], metavar="OP", help=f"of {', '.join(ops)}")
-    parser.add_argument("--case", nargs="+", metavar="TEXT", help="only problems with one of these in their names")
+    parser.add_argument(
+        "--case", nargs="+", metavar="TEXT", help="only problems of these names, or with them in their names"
+    )
     parser.add_argument(
         "--peers", nargs="*", choices=peers, metavar="NAME",
         help=f"what to time beside {OURS}, of {', '.join(peers)}; default: all but the reference",
@@ -85,13 +87,18 @@ def select(
     selected = []
     for op in ops:
         for name, problem in op.problems.items():
-            if any(text in name for text in texts) if texts else not quick or name in op.quick:
+            if matches(name, texts, op) if texts else not quick or name in op.quick:
                 chosen = op.peers(problem) if peers is None else [peer for peer in peers if peer in op.implementations]
                 selected.append(Selection(op, name, (*chosen, OURS)))
     if not selected:
         cases = [op.case(name) for op in ops for name in op.problems]
         raise SystemExit("\n".join([f"no case has any of {texts} in its name; there are", *cases]))
     return selected
+
+
+def matches(name: str, texts: Sequence[str], op: Op) -> bool:
+    """Whether a text is the problem's name, or a part of it that is no other problem's name."""
+    return name in texts or any(text in name for text in texts if text not in op.problems)
 
 
 def tune_all(selected: Sequence[Selection], bench: Bench, device: str) -> None:

@@ -39,6 +39,8 @@ def test_the_command_line_selects():
     assert selected(["--case", "int8", "--peers", "reference", "xla"]) == [
         ("flash_decoding small 2x32 int8", ("reference", "xla", "mosaic_gpu"))
     ]
+    assert len(selected(["--op", "flash_attention", "--case", "2x32"])) == 2
+    assert len(selected(["--op", "flash_attention", "--case", "small 2x32"])) == 1  # a whole name
     assert selected(["--quick", "--peers"]) == [
         ("flash_attention small 2x32", ("mosaic_gpu",)),
         ("flash_decoding small 2x32", ("mosaic_gpu",)),
