@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -28,6 +29,7 @@ class Record:
         metric, value, unit: the figure.
         roofline_fraction: the time that `roofline.MEASURED` makes the limit over the measured one; None where no
             limit is stated.
+        low, high: range of the samples whose median is `value`; None where they are not kept.
     """
 
     case: str
@@ -36,11 +38,22 @@ class Record:
     value: float
     unit: str
     roofline_fraction: float | None = None
+    low: float | None = None
+    high: float | None = None
 
     def __str__(self) -> str:
         fraction = "" if self.roofline_fraction is None else f"{self.roofline_fraction:.0%} of the limit"
         figure = f"{self.value:>9,.4g} {self.unit:8}"
         return f"{self.case:24} {self.implementation:10} {self.metric:14} {figure} {fraction}".rstrip()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An implementation that gave no figure of a case, and why."""
+
+    case: str
+    implementation: str
+    reason: str
 
 
 def report(groups: Iterable[list[Record]]) -> list[Record]:
@@ -67,10 +80,54 @@ def environment() -> dict[str, str]:
 
 def write(name: str, records: list[Record], folder: Path | None = None) -> Path:
     """Writes `<folder>/<name>.json`, by default under the results of this machine's device."""
+    content = {"environment": environment(), "records": [_entry(record) for record in records]}
+    return _write(name, content, folder)
+
+
+def update(
+    name: str,
+    made_in: dict[str, str],
+    records: list[Record],
+    failures: list[Failure],
+    folder: Path | None = None,
+) -> Path:
+    """Writes `<folder>/<name>.json` with what is new, and what it held of other cases or implementations.
+
+    That stays with the environment that it was measured in: a file is a part, of an environment, its records and
+    failures, and under `earlier` a list of such parts.
+    """
+    new = {(item.case, item.implementation) for item in (*records, *failures)}
+    first = {
+        "environment": made_in,
+        "records": [_entry(record) for record in records],
+        "failures": [_entry(failure) for failure in failures],
+    }
+    path, earlier = (folder or RESULTS / device_folder()) / f"{name}.json", []
+    for part in parts(json.loads(path.read_text())) if path.exists() else []:
+        kept = {
+            kind: [item for item in part[kind] if (item["case"], item["implementation"]) not in new]
+            for kind in ("records", "failures")
+        }
+        if part["environment"] == made_in:
+            first |= {kind: kept[kind] + first[kind] for kind in kept}
+        elif any(kept.values()):
+            earlier.append({"environment": part["environment"], **kept})
+    return _write(name, first | {"earlier": earlier}, path.parent)
+
+
+def parts(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a file of results, the newest first; one that is not updated is a single part."""
+    return [{"failures": [], **part} for part in (content, *content.get("earlier", []))]
+
+
+def _entry(item: Record | Failure) -> dict[str, Any]:
+    return {field: value for field, value in asdict(item).items() if value is not None}
+
+
+def _write(name: str, content: dict[str, Any], folder: Path | None) -> Path:
     folder = folder or RESULTS / device_folder()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    content = {"environment": environment(), "records": [asdict(record) for record in records]}
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
 

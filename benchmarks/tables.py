@@ -2,23 +2,30 @@
 
     python -m benchmarks.tables
 
-A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. Its figures come from the records of
-`decode.json`, which `benchmarks.decode` writes, and of `anchors.json`, which holds other systems' figures under the
-same protocol. The marked table `sources` states the environment of each file, its `what` without the key.
+A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. Its figures come from the records of a file that
+a benchmark writes, and of one beside it with other systems' figures, which stand only where there are our own. The
+marked table `sources` states the environment of each file, its `what` without the key.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from benchmarks.record import RESULTS, Record
+from benchmarks.record import RESULTS, Record, parts
 
 README = Path(__file__).parents[1] / "README.md"
-FILES = ("decode.json", "anchors.json")  # rows come in this order
+FILES = (("decode.json", "anchors.json"), ("kernels.json", "kernel_anchors.json"))  # rows come in this order
 NAMES = {"xla": "**jaxinfer**, XLA attention", "plan": "*predicted by `jaxinfer plan`*"}
+KERNEL_NAMES = {
+    "mosaic_gpu": "**jaxinfer**",
+    "xla": "plain XLA",
+    "cudnn": "cuDNN in JAX, contiguous",
+    "cudnn_paged": "cuDNN in JAX, paged",
+}
 _MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -30,19 +37,42 @@ class Table:
         metric: of the records that the table shows.
         head: what stands above the names of the rows.
         columns: titles by case.
+        variants: what the case of a row may add to a column's, and what its name adds then.
+        names: of implementations, in the order of their rows; others follow under their own.
     """
 
     metric: str
     head: str
     columns: dict[str, str]
+    variants: dict[str, str] = field(default_factory=lambda: {"": ""})
+    names: dict[str, str] = field(default_factory=lambda: NAMES)
 
 
 BATCHES = {f"llama-3-8b B{batch}": f"batch {batch}" for batch in (1, 16, 64, 256)}
 PROMPTS = {f"llama-3-8b prompt {tokens}": f"{tokens:,} tokens" for tokens in (512, 2048, 8192)}
+PREFILL = {
+    **{f"flash_attention llama-3-8b {x}": x for x in ("4x2048", "2x4096", "1x8192", "1x16384", "1x32768")},
+    "flash_attention mistral-7b 1x32768": "1x32768, window 4096",
+}
+DECODING = {f"flash_decoding llama-3-8b {x}": x for x in ("1x8192", "1x131072", "16x8192", "64x4096", "128x2048")}
+OPTIONS = {
+    "flash_decoding llama-3-8b 64x4096": "64x4096",
+    "flash_decoding llama-3-8b 64x4096 8 queries": "8 queries",
+    "flash_decoding llama-3-8b 64x4096 int8": "int8 cache",
+    "flash_decoding llama-3-8b 64x4096 fp8": "fp8 cache",
+    "flash_decoding llama-3-8b 64 from 128 to 32768": "64 of 128 to 32768",
+}
+MATMUL = {f"streaming_matmul llama-3-8b {x}": x for x in ("qkv", "o", "up", "down", "head")}
+SHUFFLED, PAGES_OF_16 = {"": "", " shuffled": ", shuffled pages of 64"}, {"": "", " pages of 16": ", pages of 16"}
+TOKENS = {f" M={M}": f", {M} token{'s' * (M > 1)}" for M in (1, 16, 64)}
 TABLES = {
     "decode": Table("decode", "tokens/s", BATCHES),
     "decode-step": Table("decode step", "ms a step", BATCHES),
     "first-token": Table("first token", "ms to the first token", PROMPTS),
+    "prefill-kernel": Table("arithmetic", "prefill, TFLOP/s", PREFILL, SHUFFLED, KERNEL_NAMES),
+    "decoding-kernel": Table("time", "decoding, us", DECODING, PAGES_OF_16, KERNEL_NAMES),
+    "decoding-options": Table("time", "decoding, us", OPTIONS, names=KERNEL_NAMES),
+    "matmul-kernel": Table("traffic", "matmul, TB/s", MATMUL, TOKENS, KERNEL_NAMES),
 }
 
 
@@ -56,27 +86,34 @@ def render(text: str, folder: Path) -> str:
     Raises:
         ValueError: the text marks a table that is not known.
     """
-    files = [json.loads((folder / name).read_text()) for name in FILES if (folder / name).exists()]
-    records = [Record(**record) for file in files for record in file["records"]]
+    files = [part for names in FILES for part in read(folder, *names)]
+    records = [Record(**record) for part in files for record in part["records"]]
     sections = {name: markdown(table, records) for name, table in TABLES.items()}
-    sections["sources"] = "".join(describe(file["environment"]) for file in files)
+    sections["sources"] = "".join(describe(part["environment"]) for part in files)
     if unknown := {match[2] for match in _MARKED.finditer(text)} - sections.keys():
         raise ValueError(f"the text marks tables {sorted(unknown)}; known are {', '.join(sections)}")
     return _MARKED.sub(lambda match: match[1] + sections[match[2]] + match[3], text)
 
 
+def read(folder: Path, ours: str, others: str) -> list[dict[str, Any]]:
+    """The parts of our own file and of that of other systems; none without our own."""
+    paths = [folder / name for name in (ours, others) if (folder / ours).exists()]
+    return [part for path in paths if path.exists() for part in parts(json.loads(path.read_text()))]
+
+
 def markdown(table: Table, records: list[Record]) -> str:
     """One table: a figure, and behind it the fraction of the hardware's limit. Empty without a figure."""
-    chosen = [record for record in records if record.metric == table.metric and record.case in table.columns]
-    rows: dict[str, dict[str, str]] = {}
-    for record in chosen:
-        rows.setdefault(record.implementation, {})[record.case] = figure(record)
-    if not rows:
-        return ""
+    cells = {
+        (record.case, record.implementation): figure(record) for record in records if record.metric == table.metric
+    }
+    rank = {name: i for i, name in enumerate(table.names)}
     lines = [[table.head, *table.columns.values()], ["---", *["---:"] * len(table.columns)]]
-    for name, cells in rows.items():
-        lines.append([NAMES.get(name, name), *(cells.get(case, "") for case in table.columns)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    for variant, addition in table.variants.items():
+        cases = [case + variant for case in table.columns]
+        names = dict.fromkeys(name for case, name in cells if case in cases)
+        for name in sorted(names, key=lambda name: rank.get(name, len(rank))):
+            lines.append([table.names.get(name, name) + addition, *(cells.get((case, name), "") for case in cases)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) if len(lines) > 2 else ""
 
 
 def figure(record: Record) -> str:
@@ -87,8 +124,8 @@ def figure(record: Record) -> str:
 
 def describe(environment: dict[str, str]) -> str:
     """Where the figures of one file come from."""
-    parts = [value if name == "what" else f"{name} {value}" for name, value in environment.items()]
-    return f"- {', '.join(parts)}\n"
+    words = [value if name == "what" else f"{name} {value}" for name, value in environment.items()]
+    return f"- {', '.join(words)}\n"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,5 @@
+"""The ops that are measured, by name."""
+
+from benchmarks.kernels.ops import flash_attention, flash_decoding
+
+OPS = {op.name: op for op in (flash_attention.OP, flash_decoding.OP)}

@@ -1,0 +1,84 @@
+"""Prefill: `flash_attention` beside cuDNN and tokamax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+
+from benchmarks.kernels.op import OURS, SPECIFICATION, Arguments, Op, Run
+from benchmarks.kernels.ops import attention
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.flash_attention.problems import PROBLEMS, Problem
+
+_PAGED = ("q_TNH", "k_pages_PSKH", "v_pages_PSKH", "page_table_RJ")
+
+
+def ours(name: str, problem: Problem) -> Run:
+    return Run(lambda arguments: flash_attention(**arguments, **problem.heads.options, implementation=name))
+
+
+def cudnn(problem: Problem) -> Run:
+    attention.refuse("cuDNN in JAX", soft_cap=problem.heads.soft_cap, sinks=problem.heads.sinks)
+    call = partial(attention.cudnn, **_mask(problem))
+    return Run(call, lambda arguments: _paged(problem, arguments).without_pages(problem.length))
+
+
+def cudnn_paged(problem: Problem) -> Run:
+    attention.refuse("cuDNN in JAX", soft_cap=problem.heads.soft_cap, sinks=problem.heads.sinks)
+    call = partial(attention.cudnn_paged, heads=problem.heads, length=problem.length, causal=True)
+    return Run(call, lambda arguments: _paged(problem, arguments).for_cudnn())
+
+
+def tokamax(problem: Problem) -> Run:
+    attention.refuse("tokamax", sinks=problem.heads.sinks)
+    call = partial(attention.tokamax, **_mask(problem), logits_soft_cap=problem.heads.soft_cap)
+    return Run(call, lambda arguments: _paged(problem, arguments).without_pages(problem.length))
+
+
+def _paged(problem: Problem, arguments: Arguments) -> attention.Paged:
+    q_TNH, k_PSKH, v_PSKH, table_RJ = (arguments[name] for name in _PAGED)
+    q_BQNH = q_TNH.reshape(problem.batch, problem.length, *q_TNH.shape[1:])
+    return attention.Paged(q_BQNH, k_PSKH, v_PSKH, table_RJ)
+
+
+def _mask(problem: Problem) -> dict[str, Any]:
+    """In the terms of `jax.nn.dot_product_attention`, whose window counts the keys left of a query's own."""
+    window = problem.heads.window
+    return {
+        "scale": problem.heads.head_size**-0.5,
+        "is_causal": True,
+        "local_window_size": None if window is None else (window - 1, 0),
+    }
+
+
+def _peers(problem: Problem) -> tuple[str, ...]:
+    """A peer without pages has one figure for each shape, beside that of K and V in one piece."""
+    return ("cudnn_paged",) if problem.shuffled else ("xla", "cudnn", "tokamax")
+
+
+_IMPLEMENTATIONS: dict[str, Callable[[Problem], Run]] = {
+    **{name: partial(ours, name) for name in (SPECIFICATION, "xla", OURS)},
+    "cudnn": cudnn,
+    "cudnn_paged": cudnn_paged,
+    "tokamax": tokamax,
+}
+OP = Op(
+    name="flash_attention",
+    problems=PROBLEMS,
+    arguments=lambda problem, key: problem.arguments(key, jnp.dtype(jnp.bfloat16)),
+    implementations=_IMPLEMENTATIONS,
+    peers=_peers,
+    unit="TFLOP/s",
+    quick=("llama-3-8b 1x8192",),
+    curve={
+        2048: "llama-3-8b 4x2048",
+        4096: "llama-3-8b 2x4096",
+        8192: "llama-3-8b 1x8192",
+        16384: "llama-3-8b 1x16384",
+        32768: "llama-3-8b 1x32768",
+    },
+    curve_label="tokens of a prompt",
+)

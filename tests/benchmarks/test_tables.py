@@ -1,0 +1,81 @@
+"""The README's tables of the kernels, from a fixture, and other systems' figures in them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.kernels.ops import OPS
+from benchmarks.record import RESULTS, Failure, Record, update
+from benchmarks.tables import TABLES, render
+from jaxinfer.roofline import Work, find_hardware
+
+TEXT = "".join(f"<!-- table: {name} -->\n<!-- /table -->\n" for name in (*TABLES, "sources"))
+SHOWN = """\
+| decoding, us | 1x8192 | 1x131072 | 16x8192 | 64x4096 | 128x2048 |
+| --- | ---: | ---: | ---: | ---: | ---: |
+| **jaxinfer** | 15.2 (49%) |  |  | 245 (97%) |  |
+| cuDNN in JAX, contiguous |  |  |  | 257 (92%) |  |
+| FlashAttention-3 |  |  |  | 263 (90%) |  |
+| **jaxinfer**, pages of 16 |  |  |  | 250 (95%) |  |
+"""
+
+
+def time(name: str, implementation: str, value: float, fraction: float) -> Record:
+    return Record(f"flash_decoding llama-3-8b {name}", implementation, "time", value, "us", fraction, value, value)
+
+
+def write_results(folder: Path) -> None:
+    anchors = [time("64x4096", "FlashAttention-3", 263, 0.899)]
+    update("kernel_anchors", {"what": "stated figures"}, anchors, [], folder)
+    old = [time("64x4096", "cudnn", 257, 0.92), time("64x4096", "mosaic_gpu", 300, 0.79)]
+    update("kernels", {"commit": "old"}, old, [], folder)
+    new = [
+        time("64x4096 pages of 16", "mosaic_gpu", 250, 0.946),
+        time("64x4096", "mosaic_gpu", 245, 0.971),
+        time("1x8192", "mosaic_gpu", 15.2, 0.486),
+        Record("machine", "measured", "bandwidth", 4.5, "TB/s"),
+    ]
+    update("kernels", {"commit": "new"}, new, [Failure("flash_decoding llama-3-8b 1x8192", "cudnn", "no")], folder)
+
+
+def test_the_kernels_tables_follow_their_file(tmp_path):
+    write_results(tmp_path)
+    rendered = render(TEXT, tmp_path)
+    assert f"<!-- table: decoding-kernel -->\n{SHOWN}<!-- /table -->" in rendered
+    assert "<!-- table: prefill-kernel -->\n<!-- /table -->" in rendered
+    assert "- commit new\n- commit old\n- stated figures\n" in rendered
+    assert render(rendered, tmp_path) == rendered
+
+
+def test_other_systems_stand_only_beside_our_own_figures(tmp_path):
+    write_results(tmp_path)
+    (tmp_path / "kernels.json").unlink()
+    assert render(TEXT, tmp_path) == TEXT
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_columns_and_rows_are_cases(name):
+    """A title for a case that is never measured would be an empty cell for ever."""
+    cases = {op.case(problem) for op in OPS.values() for problem in op.problems}
+    columns = {case for case in TABLES[name].columns if case.partition(" ")[0] in OPS}
+    for variant in TABLES[name].variants:
+        assert not columns or {case + variant for case in columns} & cases
+    assert columns <= {case.removesuffix(variant) for case in cases for variant in TABLES[name].variants}
+
+
+def test_fractions_of_other_systems_are_those_of_the_problems():
+    machine = find_hardware("h200-measured")
+    problems = {op.case(name): problem for op in OPS.values() for name, problem in op.problems.items()}
+    seconds = {
+        "us": lambda problem, value: value * 1e-6,
+        "TB/s": lambda problem, value: problem.bytes / value / 1e12,
+        "TFLOP/s": lambda problem, value: problem.flops / value / 1e12,
+    }
+    for entry in json.loads((RESULTS / "h200" / "kernel_anchors.json").read_text())["records"]:
+        record = Record(**entry)
+        problem = problems[record.case]
+        taken = seconds[record.unit](problem, record.value)
+        limit = Work(flops=problem.flops, cache=problem.bytes).limit(machine)
+        # Their times are stated in whole microseconds.
+        assert record.roofline_fraction == pytest.approx(limit / taken, rel=0.02), record
