@@ -6,18 +6,26 @@ masks, hand-overs and stores are those of the GPU.
 """
 
 from dataclasses import replace
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.blockwise import Options, PagedKV
-from pallas_kernels.flash_attention import mosaic_gpu
+from pallas_kernels.flash_attention import flash_attention, mosaic_gpu, xla
 from pallas_kernels.flash_attention.config import (
+    HEAD_SIZES,
+    MAX_SHARED_BYTES,
     Config,
+    candidates,
+    choose,
+    scratch,
+    shared_bytes,
 )
 from tests.pallas_kernels.cases import ATOL, Case, Inputs, assert_close, oracle
-from tests.pallas_kernels.gpu_program import interpreted
+from tests.pallas_kernels.gpu_program import interpreted, lower
 
 # Two blocks share the work, so that a block takes more than one item and its barriers go round more than once.
 INTERPRETED = Config(block_kv=64, blocks=2, interpretable=True)
@@ -34,18 +42,16 @@ CASES = {
 }
 
 
-def run(inputs: Inputs, dtype, config: Config | None = None):
+def run(implementation, inputs: Inputs, dtype, **config):
     q, k, v, table, cu_q, lengths = inputs.arguments(dtype)
-    return mosaic_gpu.flash_attention(
-        q, PagedKV(k, v), table, cu_q, lengths, inputs.options["sinks_N"], Options(**inputs.case.options),
-        config=config,
-    )  # fmt: skip
+    options = Options(**inputs.case.options)
+    return implementation(q, PagedKV(k, v), table, cu_q, lengths, inputs.options["sinks_N"], options, **config)
 
 
-def check(inputs: Inputs, dtype, config: Config | None = None):
+def check(inputs: Inputs, dtype, **config):
     """Products of 16-bit numbers are exact in float32; the weights and the output are rounded once each."""
     inputs.round_to(dtype)
-    (out, lse), (exact_out, exact_lse) = run(inputs, dtype, config), oracle(inputs)
+    (out, lse), (exact_out, exact_lse) = run(mosaic_gpu.flash_attention, inputs, dtype, **config), oracle(inputs)
     largest_value = max(np.abs(kv[1]).max(initial=0) for kv in inputs.kv)
     assert out.dtype == dtype
     assert_close([out], [exact_out], atol=float(jnp.finfo(dtype).eps) * largest_value + ATOL)
@@ -56,7 +62,7 @@ def check(inputs: Inputs, dtype, config: Config | None = None):
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernel_is_the_float64_loop(name):
     with interpreted():
-        check(Inputs(replace(CASES[name], head_size=64)), jnp.bfloat16, INTERPRETED)
+        check(Inputs(replace(CASES[name], head_size=64)), jnp.bfloat16, config=INTERPRETED)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -64,4 +70,110 @@ def test_interpreted_kernel_is_the_float64_loop(name):
 def test_interpreted_head_sizes(head_size, dtype):
     case = Case((70, 9), (67, 9), g=1, page_size=32, kv_heads=1, head_size=head_size)
     with interpreted():
-        check(Inputs(case), dtype, INTERPRETED)
+        check(Inputs(case), dtype, config=INTERPRETED)
+
+
+PLAIN = {"scale": 0.1}
+EVERYTHING = {"scale": 0.1, "window": 100, "soft_cap": 30.0}
+
+
+def shapes(head_size: int, page_size: int, dtype, g: int, tokens: int = 300):
+    """Arguments of the op, from q to lengths, that exist only as shapes."""
+    pages = jax.ShapeDtypeStruct((9, page_size, 2, head_size), dtype)
+    integers = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 4), (3,), (2,)))
+    return jax.ShapeDtypeStruct((tokens, 2 * g, head_size), dtype), pages, pages, *integers
+
+
+@pytest.mark.parametrize("options", [PLAIN, EVERYTHING], ids=["plain", "window-cap-sinks"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_lowers_for_a_gpu(head_size, dtype, options):
+    case = (HEAD_SIZES.index(head_size) + 2 * (dtype is jnp.float16) + (options is PLAIN)) % 4
+    page_size, g = ((16, 1), (32, 3), (64, 12), (128, 71))[case]
+    sinks = None if options is PLAIN else jax.ShapeDtypeStruct((2 * g,), jnp.float32)
+
+    def program(*arguments, sinks_N):
+        return flash_attention(*arguments, **options, sinks_N=sinks_N, return_lse=True, implementation="mosaic_gpu")
+
+    arguments = shapes(head_size, page_size, dtype, g)
+    text = lower(lambda sinks_N, *rest: program(*rest, sinks_N=sinks_N), sinks, *arguments)
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+def test_a_contiguous_cache_lowers_as_one_page_per_sequence():
+    text = lower(
+        lambda *arguments: flash_attention(*arguments, **PLAIN, implementation="mosaic_gpu"),
+        *shapes(128, 4096, jnp.bfloat16, 4),
+    )
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": jnp.float32}, "q.dtype is float32; allowed: bfloat16, float16"),
+        ({"head_size": 80}, "head size is 80; allowed: 64, 96, 128, 256"),
+        ({"page_size": 24}, "pages hold 24 tokens"),
+        ({"scale": -1.0}, "scale is -1.0; allowed: above 0"),
+    ],
+)
+def test_what_the_kernel_cannot_take_it_says_by_name(change, reason):
+    scale = change.pop("scale", 0.1)
+    arguments = shapes(**{"head_size": 64, "page_size": 16, "dtype": jnp.bfloat16, "g": 2} | change)
+    with pytest.raises(ValueError, match=f"implementation='mosaic_gpu' of flash_attention: .*{reason}"):
+        jax.eval_shape(partial(flash_attention, scale=scale, implementation="mosaic_gpu"), *arguments)
+
+
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("page_size", [16, 128])
+def test_every_config_that_may_be_used_fits(head_size, page_size):
+    dtype, options = jnp.dtype(jnp.bfloat16), Options(1.0)
+    tuned = choose(head_size, page_size, options)
+    assert tuned in candidates(head_size, page_size, dtype)
+    for config in candidates(head_size, page_size, dtype):
+        assert shared_bytes(scratch(config, head_size, page_size, dtype)) <= MAX_SHARED_BYTES
+
+
+@pytest.mark.parametrize("size", [{"block_q": 96}, {"block_kv": 96}, {"stages": 1}, {"stages": 4}, {"blocks": 0}])
+def test_a_config_that_cannot_be_names_what_is_wrong(size):
+    ((name, value),) = size.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}; allowed"):
+        Config(**size)
+
+
+# Every pair of head size, group, page size, dtype and option occurs; lengths around pages and primes.
+ON_A_GPU = {
+    "edges of pages of 16": (Case((0, 1, 15, 16, 17, 257), (0, 1, 15, 16, 17, 257), g=1, page_size=16), 64),
+    "edges of pages of 64": (Case((63, 64, 65, 1009), (63, 64, 65, 499), g=2, page_size=64, sinks=True), 128),
+    "edges of pages of 128": (Case((127, 128, 129), (127, 1, 129), g=3, page_size=128, window=31, soft_cap=9.0), 256),
+    "primes": (Case((1009, 499, 2), (1009, 7, 2), g=4, page_size=32, soft_cap=30.0), 96),
+    "window of one key": (Case((300, 77), (300, 77), g=5, page_size=32, window=1, sinks=True), 128),
+    "window over blocks": (Case((1500, 333), (700, 20), g=7, page_size=16, window=301), 128),
+    "eight heads a group": (Case((700, 300), (300, 300), g=8, page_size=64, window=128, sinks=True), 64),
+    "twelve heads a group": (Case((611,), (611,), g=12, page_size=128, kv_heads=1, sinks=True, soft_cap=5.0), 96),
+    "many heads": (Case((401,), (150,), g=32, page_size=32, kv_heads=1, window=200), 256),
+    "71 heads": (Case((401,), (150,), g=71, page_size=16, kv_heads=1), 64),
+    "a long context": (Case((131_072,), (64,), g=4, page_size=64, kv_heads=1), 128),
+    "more queries than keys": (Case((3, 0, 12), (5, 2, 12), g=4, page_size=16, sinks=True), 128),
+}
+
+
+def rms(x, exact) -> float:
+    return float(np.sqrt(np.mean((np.asarray(x, np.float64) - exact) ** 2)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_on_a_gpu_as_exact_as_xla_and_the_same_twice(name):
+    case, head_size = ON_A_GPU[name]
+    dtype = (jnp.bfloat16, jnp.float16)[list(ON_A_GPU).index(name) % 2]
+    inputs = Inputs(replace(case, head_size=head_size))
+    inputs.round_to(dtype)
+    out, lse = run(mosaic_gpu.flash_attention, inputs, dtype)
+    exact_out, exact_lse = oracle(inputs)
+    assert rms(out, exact_out) <= 1.1 * rms(run(xla.flash_attention, inputs, dtype)[0], exact_out)
+    assert_close([lse], [exact_lse], atol=1e-3)  # tanh.approx and ex2.approx: 2^-11 and 2^-22 of scores up to soft_cap
+    np.testing.assert_array_equal(out[inputs.cu_q[-1] :], 0)
+    again = run(mosaic_gpu.flash_attention, inputs, dtype)
+    np.testing.assert_array_equal(out, again[0])
+    np.testing.assert_array_equal(lse, again[1])
