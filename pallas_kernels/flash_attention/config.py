@@ -111,7 +111,6 @@ def scratch(config: Config, head_size: int, page_size: int, dtype: jnp.dtype) ->
     """The shared memory of a block, by the names that the kernel gives it."""
     kv = _swizzled((config.stages, config.block_kv, head_size), dtype)
     kv_full = plgpu.Barrier(num_arrivals=config.copies(page_size), num_barriers=config.stages)
-    out_rows = (CONSUMERS, config.block_q)
     types = {
         "q": _swizzled((config.tile_rows, head_size), dtype),
         "k": kv,
@@ -119,10 +118,8 @@ def scratch(config: Config, head_size: int, page_size: int, dtype: jnp.dtype) ->
         "q_full": plgpu.Barrier(),
         "k_full": kv_full,
         "v_full": kv_full,
-        # Output leaves from the first where a whole tile does at once, from the second where rows do one by one.
-        "out": _swizzled((*out_rows, head_size if head_size <= 128 else 64), dtype),
-        "out_lines": plgpu.SMEM((*out_rows, head_size if head_size < 128 else 64), dtype),
-        "lse": plgpu.SMEM(out_rows, jnp.float32),
+        "out": _swizzled((CONSUMERS, config.block_q, min(head_size, 128)), dtype, rows=1),
+        "lse": plgpu.SMEM((CONSUMERS, config.block_q), jnp.float32),
     }
     if config.interpretable:
         to_consumers = plgpu.Barrier(num_barriers=CONSUMERS)
@@ -139,8 +136,8 @@ def shared_bytes(types: dict) -> int:
     return ALIGNMENT + sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
-def _swizzled(shape: tuple[int, ...], dtype: jnp.dtype):
-    """Memory as wgmma reads it: tiles of 8 rows of up to 128 bytes, swizzled against bank conflicts."""
+def _swizzled(shape: tuple[int, ...], dtype: jnp.dtype, rows: int = 8):
+    """Memory swizzled against bank conflicts, in tiles of up to 128 bytes by `rows`: 8 are what wgmma reads."""
     swizzle = next(size for size in (128, 64, 32) if shape[-1] * dtype.itemsize % size == 0)
-    tiles = plgpu.TilingTransform((8, swizzle // dtype.itemsize))  # pyright: ignore[reportAbstractUsage]
+    tiles = plgpu.TilingTransform((rows, swizzle // dtype.itemsize))  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(shape, dtype, transforms=(tiles, plgpu.SwizzleTransform(swizzle)))  # pyright: ignore

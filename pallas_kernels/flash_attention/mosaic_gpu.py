@@ -429,39 +429,36 @@ def _finish(softmax: Softmax, sink) -> tuple[jax.Array, jax.Array]:
 
 
 def _store(warpgroup, smem, out_ref, lse_ref, tile: Tile, row, head, out_QH, lse_Q):
-    """Writes the rows that are the sequence's own: all at once, or one by one next to another sequence."""
+    """Writes the rows that are the sequence's own: all in one copy, or one by one next to another sequence."""
     rows, H = out_QH.shape
-    out_ref, lse_ref = out_ref.at[:, pl.ds(head * H, H)], lse_ref.at[head]
-    whole, lines, lse = (smem[name].at[warpgroup] for name in ("out", "out_lines", "lse"))
+    out, lse = smem["out"].at[warpgroup], smem["lse"].at[warpgroup]
     own_all = (row >= tile.start) & (row + rows <= tile.end)
-
-    def stage(buffer, column):
-        """Waits until the last copy has read the buffer, then fills it."""
+    first, end = jnp.clip(tile.start - row, 0, rows), jnp.clip(tile.end - row, 0, rows)
+    width = out.shape[1]
+    for column in range(0, H, width):
+        target = out_ref.at[:, pl.ds(head * H + column, width)]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        out[...] = out_QH[:, column : column + width].astype(out.dtype)
         if column == 0:
             lse[...] = lse_Q
-        buffer[...] = out_QH[:, column : column + buffer.shape[1]].astype(buffer.dtype)
         plgpu.commit_smem()
-        return pl.ds(column, buffer.shape[1])
+
+        @pl.when(own_all)
+        def _(target=target):
+            plgpu.copy_smem_to_gmem(out, target.at[pl.ds(row, rows)])
+
+        @pl.when(~own_all)
+        def _(target=target):
+            @pl.loop(first, end)
+            def _(i):
+                plgpu.copy_smem_to_gmem(out.at[pl.ds(i, 1)], target.at[pl.ds(row + i, 1)])
 
     @pl.when(own_all)
     def _():
-        own = pl.ds(row, rows)
-        for column in range(0, H, whole.shape[1]):
-            columns = stage(whole, column)
-            plgpu.copy_smem_to_gmem(whole, out_ref.at[own, columns])
-        plgpu.copy_smem_to_gmem(lse, lse_ref.at[own])
+        plgpu.copy_smem_to_gmem(lse, lse_ref.at[head, pl.ds(row, rows)])
 
     @pl.when(~own_all)
     def _():
-        first, end = jnp.clip(tile.start - row, 0, rows), jnp.clip(tile.end - row, 0, rows)
-        for column in range(0, H, lines.shape[1]):
-            columns = stage(lines, column)
-
-            @pl.loop(first, end)
-            def _(i, columns=columns):
-                plgpu.copy_smem_to_gmem(lines.at[pl.ds(i, 1)], out_ref.at[pl.ds(row + i, 1), columns])
-
         @pl.loop(first, end)
         def _(i):
-            lse_ref[row + i] = lse[i]
+            lse_ref[head, row + i] = lse[i]
