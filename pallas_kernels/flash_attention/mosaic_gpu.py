@@ -376,11 +376,11 @@ def _row_softmax(problem: Problem, distance, masked: bool, scores_QC, max_Q, sum
         scores_QC = jnp.tanh(scores_QC * (options.scale / options.soft_cap))
         scale = options.soft_cap * LOG2E
     if masked:
-        iota = partial(plgpu.broadcasted_iota, jnp.int32, scores_QC.shape, layout=LAYOUT_QC)
-        distance_QC = iota(0) - iota(1) + distance
-        visible_QC = distance_QC >= 0
+        key_QC = plgpu.broadcasted_iota(jnp.int32, scores_QC.shape, 1, layout=LAYOUT_QC)
+        last_Q = plgpu.broadcasted_iota(jnp.int32, max_Q.shape, 0, layout=LAYOUT_Q) + distance
+        visible_QC = key_QC <= lax.broadcast_in_dim(last_Q, scores_QC.shape, [0])
         if options.window is not None:
-            visible_QC &= distance_QC < options.window
+            visible_QC &= key_QC > lax.broadcast_in_dim(last_Q - options.window, scores_QC.shape, [0])
         scores_QC = jnp.where(visible_QC, scores_QC, -jnp.inf)
     new_max_Q = jnp.maximum(max_Q, scores_QC.max(axis=1) * scale)
     decay_Q = jnp.exp2(max_Q - new_max_Q)
