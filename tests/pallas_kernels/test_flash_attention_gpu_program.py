@@ -66,45 +66,83 @@ def test_interpreted_kernel_is_the_float64_loop(name):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-@pytest.mark.parametrize(("head_size", "dtype"), [(96, jnp.float16), (128, jnp.bfloat16), (256, jnp.bfloat16)])
-def test_interpreted_head_sizes(head_size, dtype):
-    case = Case((70, 9), (67, 9), g=1, page_size=32, kv_heads=1, head_size=head_size)
+def test_interpreted_kernel_with_the_sizes_of_a_gpu():
+    case = Case((270, 9), (67, 9), g=1, page_size=32, kv_heads=1, head_size=128)
     with interpreted():
-        check(Inputs(case), dtype, config=INTERPRETED)
+        check(Inputs(case), jnp.float16, config=Config(blocks=2, interpretable=True))
+
+
+def check_quantized(inputs: Inputs, dtype, kv_dtype, **config):
+    """A quantized key or value is exact in 16 bits, and its scale multiplies float32."""
+    (k, v), (k_scales, v_scales) = inputs.quantize(kv_dtype)
+    inputs.q = np.asarray(jnp.asarray(inputs.q, dtype), np.float32)
+    q, _, _, table, cu_q, lengths = inputs.arguments(dtype)
+    options, sinks = Options(**inputs.case.options), inputs.options["sinks_N"]
+    out, lse = mosaic_gpu.flash_attention(
+        q, PagedKV(k, v, k_scales, v_scales), table, cu_q, lengths, sinks, options, **config
+    )
+    exact_out, exact_lse = oracle(inputs)
+    largest_value = max(np.abs(kv[1]).max(initial=0) for kv in inputs.kv)
+    assert_close([out], [exact_out], atol=float(jnp.finfo(dtype).eps) * largest_value + ATOL)
+    assert_close([lse], [exact_lse])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("kv_dtype", "dtype", "head_size"),
+    [("int8", jnp.bfloat16, 64), ("float8_e4m3fn", jnp.float16, 96), ("float8_e4m3fn", jnp.bfloat16, 256)],
+)
+def test_interpreted_quantized_pages(kv_dtype, dtype, head_size):
+    case = Case((150, 30), (70, 30), g=1, page_size=32, kv_heads=1, head_size=head_size, window=60, soft_cap=3.0)
+    with interpreted():
+        check_quantized(Inputs(case), dtype, kv_dtype, config=INTERPRETED)
 
 
 PLAIN = {"scale": 0.1}
 EVERYTHING = {"scale": 0.1, "window": 100, "soft_cap": 30.0}
 
 
-def shapes(head_size: int, page_size: int, dtype, g: int, tokens: int = 300):
-    """Arguments of the op, from q to lengths, that exist only as shapes."""
-    pages = jax.ShapeDtypeStruct((9, page_size, 2, head_size), dtype)
-    integers = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 4), (3,), (2,)))
-    return jax.ShapeDtypeStruct((tokens, 2 * g, head_size), dtype), pages, pages, *integers
+def shapes(head_size: int, page_size: int, dtype, g: int, kv_dtype=None) -> dict:
+    """Arguments of the op that exist only as shapes."""
+    pages = jax.ShapeDtypeStruct((9, page_size, 2, head_size), kv_dtype or dtype)
+    scales = jax.ShapeDtypeStruct(pages.shape[:3], jnp.float32) if kv_dtype else None
+    return {
+        "q_TNH": jax.ShapeDtypeStruct((300, 2 * g, head_size), dtype),
+        "k_pages_PSKH": pages,
+        "v_pages_PSKH": pages,
+        "page_table_RJ": jax.ShapeDtypeStruct((2, 4), jnp.int32),
+        "cu_q_R1": jax.ShapeDtypeStruct((3,), jnp.int32),
+        "lengths_R": jax.ShapeDtypeStruct((2,), jnp.int32),
+        "k_scales_PSK": scales,
+        "v_scales_PSK": scales,
+        "sinks_N": None,
+    }
 
 
-@pytest.mark.parametrize("options", [PLAIN, EVERYTHING], ids=["plain", "window-cap-sinks"])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("head_size", HEAD_SIZES)
-def test_lowers_for_a_gpu(head_size, dtype, options):
-    case = (HEAD_SIZES.index(head_size) + 2 * (dtype is jnp.float16) + (options is PLAIN)) % 4
-    page_size, g = ((16, 1), (32, 3), (64, 12), (128, 71))[case]
-    sinks = None if options is PLAIN else jax.ShapeDtypeStruct((2 * g,), jnp.float32)
+def program(options, arguments):
+    return flash_attention(**arguments, **options, return_lse=True, implementation="mosaic_gpu")
 
-    def program(*arguments, sinks_N):
-        return flash_attention(*arguments, **options, sinks_N=sinks_N, return_lse=True, implementation="mosaic_gpu")
 
-    arguments = shapes(head_size, page_size, dtype, g)
-    text = lower(lambda sinks_N, *rest: program(*rest, sinks_N=sinks_N), sinks, *arguments)
+# Every head size and every size of page with both dtypes of queries and all of pages.
+KINDS = [(jnp.bfloat16, None), (jnp.float16, jnp.float8_e4m3fn), (jnp.bfloat16, jnp.int8), (jnp.float16, None)]
+LOWERED = [
+    (head_size, *KINDS[(i + j) % 4], (16, 32, 64, 128)[(i + 2 * j) % 4], (1, 3, 12, 71)[j], (i + j // 2) % 2)
+    for i, head_size in enumerate(HEAD_SIZES)
+    for j in range(3)
+]
+
+
+@pytest.mark.parametrize(("head_size", "dtype", "kv_dtype", "page_size", "g", "with_everything"), LOWERED)
+def test_lowers_for_a_gpu(head_size, dtype, kv_dtype, page_size, g, with_everything):
+    arguments = shapes(head_size, page_size, dtype, g, kv_dtype)
+    if with_everything:
+        arguments["sinks_N"] = jax.ShapeDtypeStruct((2 * g,), jnp.float32)
+    text = lower(partial(program, EVERYTHING if with_everything else PLAIN), arguments)
     assert text.count("custom_call @mosaic_gpu") == 1
 
 
 def test_a_contiguous_cache_lowers_as_one_page_per_sequence():
-    text = lower(
-        lambda *arguments: flash_attention(*arguments, **PLAIN, implementation="mosaic_gpu"),
-        *shapes(128, 4096, jnp.bfloat16, 4),
-    )
+    text = lower(partial(program, PLAIN), shapes(128, 4096, jnp.bfloat16, 4))
     assert text.count("custom_call @mosaic_gpu") == 1
 
 
@@ -114,24 +152,28 @@ def test_a_contiguous_cache_lowers_as_one_page_per_sequence():
         ({"dtype": jnp.float32}, "q.dtype is float32; allowed: bfloat16, float16"),
         ({"head_size": 80}, "head size is 80; allowed: 64, 96, 128, 256"),
         ({"page_size": 24}, "pages hold 24 tokens"),
+        ({"kv_dtype": jnp.float8_e5m2}, "k_pages.dtype is float8_e5m2; allowed: bfloat16, int8, float8_e4m3fn"),
         ({"scale": -1.0}, "scale is -1.0; allowed: above 0"),
     ],
 )
 def test_what_the_kernel_cannot_take_it_says_by_name(change, reason):
-    scale = change.pop("scale", 0.1)
-    arguments = shapes(**{"head_size": 64, "page_size": 16, "dtype": jnp.bfloat16, "g": 2} | change)
+    options = {"scale": change.get("scale", 0.1)}
+    sizes = {"head_size": 64, "page_size": 16, "dtype": jnp.bfloat16, "g": 2} | change
+    sizes.pop("scale", None)
     with pytest.raises(ValueError, match=f"implementation='mosaic_gpu' of flash_attention: .*{reason}"):
-        jax.eval_shape(partial(flash_attention, scale=scale, implementation="mosaic_gpu"), *arguments)
+        jax.eval_shape(partial(program, options), shapes(**sizes))
 
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("kv_dtype", [None, jnp.int8])
 @pytest.mark.parametrize("page_size", [16, 128])
-def test_every_config_that_may_be_used_fits(head_size, page_size):
-    dtype, options = jnp.dtype(jnp.bfloat16), Options(1.0)
-    tuned = choose(head_size, page_size, options)
-    assert tuned in candidates(head_size, page_size, dtype)
-    for config in candidates(head_size, page_size, dtype):
-        assert shared_bytes(scratch(config, head_size, page_size, dtype)) <= MAX_SHARED_BYTES
+def test_every_config_that_may_be_used_fits(head_size, kv_dtype, page_size):
+    arguments = shapes(head_size, page_size, jnp.bfloat16, 1, kv_dtype)
+    q, k, scales = arguments["q_TNH"], arguments["k_pages_PSKH"], arguments["k_scales_PSK"]
+    possible = candidates(q, PagedKV(k, k, scales, scales))
+    assert choose(q, PagedKV(k, k, scales, scales)) in possible
+    for config in possible:
+        assert shared_bytes(scratch(config, head_size, page_size, q.dtype, k.dtype)) <= MAX_SHARED_BYTES
 
 
 @pytest.mark.parametrize("size", [{"block_q": 96}, {"block_kv": 96}, {"stages": 1}, {"stages": 4}, {"blocks": 0}])
@@ -177,3 +219,11 @@ def test_on_a_gpu_as_exact_as_xla_and_the_same_twice(name):
     again = run(mosaic_gpu.flash_attention, inputs, dtype)
     np.testing.assert_array_equal(out, again[0])
     np.testing.assert_array_equal(lse, again[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_quantized_pages_on_a_gpu(kv_dtype, head_size):
+    case = Case((1009, 64, 3), (499, 64, 3), g=4, page_size=16, window=300, sinks=True, head_size=head_size)
+    check_quantized(Inputs(case), (jnp.bfloat16, jnp.float16)[HEAD_SIZES.index(head_size) % 2], kv_dtype)
