@@ -31,18 +31,19 @@ def _at_barrier(operation: str, barrier: int | jax.Array, threads: int) -> None:
     plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))(instruction)(barrier)
 
 
-def complete(x_Q: jax.Array) -> None:
-    """What follows in the program, a wait above all, stays behind the arithmetic that makes `x_Q`, float32 per row.
+def complete(x: jax.Array, layout: plgpu.Layout = plgpu.Layout.WG_SPLAT) -> None:
+    """What stands before this in the program, what makes `x` above all, stays before what stands after it.
 
     The assembler moves a wait for wgmma up past arithmetic that does not need its results, and the two no longer
-    overlap. It moves nothing over a branch: here is one that depends on `x_Q` and is never taken.
+    overlap; and it moves the arrival at a barrier down. It moves nothing over a branch: here is one that depends on
+    `x`, of 32 bits, and is never taken.
     """
 
-    def instruction(_, x_Q):
+    def instruction(_, x):
         i32 = ir.IntegerType.get_signless(32)
-        registers = [utils.bitcast(x, i32) for x in x_Q.registers.flat]
+        registers = [utils.bitcast(register, i32) for register in x.registers.flat]
         mix = "".join(f"xor.b32 x, x, ${i}; " for i in range(1, len(registers)))
         never = "setp.eq.u32 p, x, 0x7fc17fc1; @p nanosleep.u32 0;"  # and if it ever is, it does nothing
         utils.inline_ptx(f"{{ .reg .b32 x; .reg .pred p; mov.b32 x, $0; {mix}{never} }}", *registers)
 
-    plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA.reduce(1),))(instruction)(x_Q)
+    plgpu.inline_mgpu(arg_types=(layout,))(instruction)(x)

@@ -78,6 +78,8 @@ def _attend(problem, smem, signals, warpgroup, tile, keys: Blocks, position, don
         distance = position - keys.nth(i) * config.block_kv
         if not problem.quantized:
             signals.k_free.send(slot_of(i))
+            if not config.interpretable:
+                hopper.complete(slot_of(i))
             return _row_softmax(problem.options, distance, masked, scores_QC, max_Q, sum_Q)
         scales = (plgpu.load(smem["scales"].at[kind, slot_of(i)], layout=LAYOUT_C) for kind in range(2))
         results = _row_softmax(problem.options, distance, masked, scores_QC, max_Q, sum_Q, *scales)
@@ -163,7 +165,7 @@ class Products:
 
             scores_QC = pl.run_scoped(issue, plgpu.WGMMAAccumulatorRef(p_QC.shape, jnp.float32))
             results = row_softmax(scores_QC, softmax.max_Q, softmax.sum_Q)
-            hopper.complete(results[1])
+            hopper.complete(results[1], LAYOUT_Q)
             for ref, result in zip(result_refs, results, strict=True):
                 ref[...] = result
 
