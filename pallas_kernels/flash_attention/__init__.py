@@ -6,9 +6,13 @@ import jax
 
 from pallas_kernels import checks, dispatch
 from pallas_kernels.blockwise import Options, PagedKV
-from pallas_kernels.flash_attention import reference, xla
+from pallas_kernels.flash_attention import mosaic_gpu, reference, xla
 
-IMPLEMENTATIONS = {"xla": xla.flash_attention, "reference": reference.flash_attention}
+IMPLEMENTATIONS = {
+    "mosaic_gpu": mosaic_gpu.flash_attention,
+    "xla": xla.flash_attention,
+    "reference": reference.flash_attention,
+}
 
 
 def flash_attention(
@@ -51,13 +55,14 @@ def flash_attention(
       k_scales_PSK: float32; a quantized key is value * scale.
       v_scales_PSK: float32, likewise.
       return_lse: also return the logarithm of the softmax's denominator; -inf where a query sees nothing.
-      implementation: "auto", "xla" or "reference".
+      implementation: "auto", "mosaic_gpu" (Hopper), "xla" or "reference".
 
     Returns:
       out_TNH in q's dtype and, if asked for, lse_TN in float32.
 
     Raises:
-      ValueError: names the argument, what it is and what is allowed; before any device work.
+      ValueError: names the argument, what it is and what is allowed; before any device work. An implementation
+        asked for by name says what it cannot take.
 
     The softmax is computed in float32 and the products in q's dtype with float32 sums. Memory beyond the
     result is independent of the pool and of the lengths (xla). Source: FlashAttention-2 (Dao 2023); pages

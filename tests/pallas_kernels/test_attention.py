@@ -1,11 +1,5 @@
-"""Values of flash_attention and flash_decoding, against a float64 loop and against each other.
+"""Values of flash_attention and flash_decoding, against a float64 loop and against each other."""
 
-Every slot and page that no query sees holds NaN, as do the padding rows of q.
-"""
-
-from dataclasses import dataclass
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,29 +9,7 @@ from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_attention import xla as attention_xla
 from pallas_kernels.flash_decoding import flash_decoding
 from pallas_kernels.flash_decoding import xla as decoding_xla
-
-# Float32 sums of at most 100 terms of order 1: about sqrt(100) roundings of 6e-8, with room for the exponentials.
-ATOL = 1e-5
-
-
-@dataclass(frozen=True)
-class Case:
-    """Sequences of `lengths` keys whose last `queries` positions ask; g query heads for each of two KV heads."""
-
-    lengths: tuple[int, ...]
-    queries: tuple[int, ...]
-    g: int = 2
-    page_size: int = 8
-    window: int | None = None
-    soft_cap: float | None = None
-    sinks: bool = False
-    head_size: int = 16
-    padding: int = 3
-
-    @property
-    def options(self) -> dict:
-        return {"scale": self.head_size**-0.5, "window": self.window, "soft_cap": self.soft_cap}
-
+from tests.pallas_kernels.cases import ATOL, Case, Inputs, assert_close, oracle
 
 PAGE_EDGES = (0, 1, 7, 8, 9, 31, 64)
 PREFILL = {
@@ -50,67 +22,6 @@ PREFILL = {
     "more queries than keys": Case((3, 0, 12), (5, 2, 12), sinks=True),
     "nothing but padding": Case((0, 0), (0, 0)),
 }
-
-
-class Inputs:
-    """Arrays of a case: the pool, and the same keys as one contiguous array per sequence."""
-
-    def __init__(self, case: Case, seed: int = 0):
-        rng = np.random.default_rng(seed)
-        self.case, R, S, K, H = case, len(case.lengths), case.page_size, 2, case.head_size
-        J = -(-max(*case.lengths, 1) // S) + 1
-        pages = iter(1 + rng.permutation(R * J))
-        self.pool = np.full((2, 1 + R * J, S, K, H), np.nan, np.float32)
-        self.table = np.zeros((R, J), np.int32)
-        self.kv = [rng.normal(size=(2, length, K, H)).astype(np.float32) for length in case.lengths]
-        for r, (length, n) in enumerate(zip(case.lengths, case.queries, strict=True)):
-            shares_a_page = bool(r and self.table[0, 0] and min(length, case.lengths[0]) >= S)
-            if shares_a_page:
-                self.kv[r][:, :S] = self.kv[0][:, :S]
-            first_seen = max(0, length - n - case.window + 1) if case.window else 0
-            for j in range(first_seen // S, -(-length // S)):
-                self.table[r, j] = self.table[0, 0] if shares_a_page and j == 0 else next(pages)
-                page = self.kv[r][:, j * S : (j + 1) * S]
-                self.pool[:, self.table[r, j], : page.shape[1]] = page
-        self.cu_q = np.cumsum([0, *case.queries]).astype(np.int32)
-        T, N = int(self.cu_q[-1]) + case.padding, K * case.g
-        self.q = rng.normal(size=(T, N, H)).astype(np.float32)
-        self.q[self.cu_q[-1] :] = np.nan
-        self.lengths = np.array(case.lengths, np.int32)
-        self.sinks = rng.normal(size=N).astype(np.float32) if case.sinks else None
-
-    def arguments(self, dtype=jnp.float32) -> tuple[jax.Array, ...]:
-        floats = (jnp.asarray(x, dtype) for x in (self.q, *self.pool))
-        return *floats, *map(jnp.asarray, (self.table, self.cu_q, self.lengths))
-
-    @property
-    def options(self) -> dict:
-        return self.case.options | {"sinks_N": None if self.sinks is None else jnp.asarray(self.sinks)}
-
-
-def oracle(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
-    """One query, one head, one list of visible keys at a time, in float64."""
-    case, (T, N, H) = inputs.case, inputs.q.shape
-    out, lse = np.zeros((T, N, H)), np.full((T, N), -np.inf)
-    for r, (length, n) in enumerate(zip(case.lengths, case.queries, strict=True)):
-        k, v = inputs.kv[r].astype(np.float64)
-        for i in range(max(0, n - length), n):
-            p = length - n + i
-            seen = slice(0 if case.window is None else max(0, p - case.window + 1), p + 1)
-            for head in range(N):
-                row = inputs.cu_q[r] + i
-                scores = k[seen, head // case.g] @ inputs.q[row, head].astype(np.float64) * H**-0.5
-                if case.soft_cap:
-                    scores = case.soft_cap * np.tanh(scores / case.soft_cap)
-                total = np.exp(scores).sum() + (np.exp(float(inputs.sinks[head])) if case.sinks else 0)
-                out[row, head] = np.exp(scores) @ v[seen, head // case.g] / total
-                lse[row, head] = np.log(total)
-    return out, lse
-
-
-def assert_close(found, expected, atol=ATOL):
-    for x, y in zip(found, expected, strict=True):
-        np.testing.assert_allclose(np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("name", PREFILL)
@@ -189,10 +100,8 @@ def test_decoding_equals_the_last_rows_of_prefill(name):
 def test_half_precision_rounds_only_weights_and_output(dtype):
     """Products of 16-bit numbers are exact in float32; the weights and the output are rounded once each."""
     inputs = Inputs(PREFILL["chunk tails, soft cap"], seed=3)
-    q, k, v, *rest = inputs.arguments(dtype)
-    inputs.q = np.asarray(q, np.float32)
-    inputs.kv = [np.asarray(jnp.asarray(x, dtype), np.float32) for x in inputs.kv]
-    out = flash_attention(q, k, v, *rest, **inputs.options)
+    inputs.round_to(dtype)
+    out = flash_attention(*inputs.arguments(dtype), **inputs.options)
     assert out.dtype == dtype
     largest_value = max(np.abs(v).max() for _, v in inputs.kv)
     two_roundings = float(jnp.finfo(dtype).eps) * float(largest_value)
@@ -203,20 +112,11 @@ def test_half_precision_rounds_only_weights_and_output(dtype):
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_quantized_pages_are_value_times_scale(dtype, implementation):
     inputs = Inputs(PREFILL["sinks, odd page size"], seed=4)
-    rng = np.random.default_rng(4)
-    scales = rng.uniform(0.01, 0.02, inputs.pool.shape[:-1]).astype(np.float32)
-    # NaN becomes an arbitrary integer; the scales of what is never seen stay NaN.
-    quantized = jnp.asarray(np.nan_to_num(inputs.pool / scales[..., None]).clip(-127, 127)).astype(dtype)
-    scales[np.isnan(inputs.pool[..., 0])] = np.nan
-    exact = np.asarray(quantized, np.float32) * scales[..., None]
-    case = inputs.case
-    for r, length in enumerate(case.lengths):
-        whole = exact[:, inputs.table[r]].reshape(2, -1, *exact.shape[-2:])[:, :length]
-        inputs.kv[r] = whole
+    (k, v), (k_scales, v_scales) = inputs.quantize(dtype, seed=4)
     q, _, _, *rest = inputs.arguments()
     found = flash_attention(
-        q, *quantized, *rest, **inputs.options, return_lse=True, implementation=implementation,
-        k_scales_PSK=jnp.asarray(scales[0]), v_scales_PSK=jnp.asarray(scales[1]),
+        q, k, v, *rest, **inputs.options, return_lse=True, implementation=implementation,
+        k_scales_PSK=k_scales, v_scales_PSK=v_scales,
     )  # fmt: skip
     assert_close(found, oracle(inputs))
 

@@ -56,7 +56,7 @@ WRONG = {
     "soft cap": ({"soft_cap": 0.0}, "soft_cap is 0"),
     "scale": ({"scale": float("nan")}, "scale is nan"),
     "sinks": ({"sinks_N": jnp.ones((2,), jnp.float32)}, "sinks.shape"),
-    "implementation": ({"implementation": "mosaic"}, "mosaic.*allowed: auto, xla, reference"),
+    "implementation": ({"implementation": "mosaic"}, "mosaic.*allowed: auto, mosaic_gpu, xla, reference"),
 }
 
 

@@ -1,0 +1,159 @@
+"""Sizes of the Mosaic GPU kernel: what they may be, the shared memory they take, and which are chosen."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.blockwise import Options, PagedKV
+
+MAX_SHARED_BYTES = 227 * 1024  # of a block on Hopper
+ALIGNMENT = 1024  # of every buffer
+CONSUMERS = 2  # warpgroups that compute
+HEAD_SIZES = (64, 96, 128, 256)
+DTYPES = ("bfloat16", "float16")
+QUANTIZED_DTYPES = ("int8", "float8_e4m3fn")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to run the kernel.
+
+    Args:
+      block_q: query rows of a consumer; a block works on twice as many.
+      block_kv: keys of a step.
+      stages: blocks of keys, and of values, that shared memory holds.
+      blocks: CUDA blocks that share the work; None is one per multiprocessor.
+      interpretable: weights reach the second product through shared memory instead of registers, and mbarriers
+        stand for named barriers: what JAX's interpreter can run. Slower.
+    """
+
+    block_q: int = 64
+    block_kv: int = 128
+    stages: int = 2
+    blocks: int | None = None
+    interpretable: bool = False
+
+    def __post_init__(self):
+        if self.block_q % 64 or not 64 <= self.block_q <= 128:
+            raise ValueError(f"block_q is {self.block_q}; allowed: 64 and 128")
+        if self.block_kv % 64 or not 64 <= self.block_kv <= 256:
+            raise ValueError(f"block_kv is {self.block_kv}; allowed: multiples of 64 up to 256")
+        if not 2 <= self.stages <= 3:
+            raise ValueError(f"stages is {self.stages}; allowed: 2 and 3, for which there are named barriers")
+        if self.blocks is not None and self.blocks < 1:
+            raise ValueError(f"blocks is {self.blocks}; allowed: None and numbers above 0")
+
+    @property
+    def tile_rows(self) -> int:
+        return CONSUMERS * self.block_q
+
+    def copies(self, page_size: int) -> int:
+        """TMA copies that fill a block of keys; each lies within a page."""
+        return max(1, self.block_kv // page_size)
+
+
+# Guesses: none is measured yet. By head size, and whether the pages are quantized.
+TUNED_H200 = {
+    (64, False): Config(block_kv=128, stages=3),
+    (96, False): Config(block_kv=128, stages=2),
+    (128, False): Config(block_kv=128, stages=2),
+    (256, False): Config(block_kv=64, stages=2),
+    (64, True): Config(block_kv=128, stages=2),
+    (96, True): Config(block_kv=128, stages=2),
+    (128, True): Config(block_kv=128, stages=2),
+    (256, True): Config(block_kv=64, stages=2),
+}
+
+
+def choose(q_TNH: jax.Array, kv: PagedKV) -> Config:
+    """The config for a problem that `unsupported` has nothing against."""
+    return TUNED_H200[q_TNH.shape[-1], kv.k_scales_PSK is not None]
+
+
+def candidates(q_TNH: jax.Array, kv: PagedKV) -> list[Config]:
+    """What a tuner should try: all that fits the shared memory and the registers."""
+    head_size = q_TNH.shape[-1]
+    sizes = itertools.product((64, 128), (64, 128, 192, 256), (2, 3))
+    return [
+        config
+        for config in itertools.starmap(Config, sizes)
+        if _fits_pages(config, kv.page_size)
+        and config.block_q * (head_size + 1.5 * config.block_kv) <= 200 * 128  # registers: values, scores, weights
+        and shared_bytes(scratch(config, head_size, kv.page_size, q_TNH.dtype, kv.k_PSKH.dtype)) <= MAX_SHARED_BYTES
+    ]
+
+
+def unsupported(q_TNH: jax.Array, kv: PagedKV, options: Options) -> str | None:
+    """Why the kernel cannot take an input that the public op allows; None if it can."""
+    dtype, kv_dtype, head_size, page_size = q_TNH.dtype, kv.k_PSKH.dtype, q_TNH.shape[-1], kv.page_size
+    if dtype.name not in DTYPES:
+        return f"q.dtype is {dtype}; allowed: {', '.join(DTYPES)}"
+    if kv_dtype != dtype and kv_dtype.name not in QUANTIZED_DTYPES:
+        return f"k_pages.dtype is {kv_dtype}; allowed: {', '.join((dtype.name, *QUANTIZED_DTYPES))}"
+    if head_size not in HEAD_SIZES:
+        return f"the head size is {head_size}; allowed: {', '.join(map(str, HEAD_SIZES))}"
+    config = choose(q_TNH, kv)
+    if not _fits_pages(config, page_size):
+        allowed = f"multiples of 8 that divide {config.block_kv}, and multiples of {config.block_kv}"
+        return f"pages hold {page_size} tokens; allowed: {allowed}"
+    if options.scale <= 0:
+        return f"scale is {options.scale}; allowed: above 0"
+    return None
+
+
+def _fits_pages(config: Config, page_size: int) -> bool:
+    return page_size % config.block_kv == 0 or (page_size % 8 == 0 and config.block_kv % page_size == 0)
+
+
+def scratch(config: Config, head_size: int, page_size: int, dtype: jnp.dtype, kv_dtype: jnp.dtype) -> dict:
+    """The shared memory of a block, by the names that the kernel gives it."""
+    quantized, stages = kv_dtype != dtype, config.stages
+    kv = _swizzled((stages, config.block_kv, head_size), dtype)
+    kv_full = plgpu.Barrier(num_arrivals=config.copies(page_size), num_barriers=stages)
+    out_columns = head_size if head_size <= (96 if quantized else 128) else 64
+    types = {
+        "q": _swizzled((config.tile_rows, head_size), dtype),
+        "k": kv,
+        "v": kv,
+        "q_full": plgpu.Barrier(),
+        "k_full": kv_full,
+        "v_full": kv_full,
+        "out": _swizzled((CONSUMERS, config.block_q, out_columns), dtype, rows=1),
+        "lse": plgpu.SMEM((CONSUMERS, config.block_q), jnp.float32),
+    }
+    if quantized:
+        # One for keys and one for values; one for both where there is no room.
+        raw_blocks = 2 if head_size <= 128 else 1
+        types["raw"] = _swizzled((raw_blocks, config.block_kv, head_size), kv_dtype)
+        types["raw_full"] = plgpu.Barrier(num_arrivals=config.copies(page_size), num_barriers=raw_blocks)
+        types["scales"] = plgpu.SMEM((2, stages, config.block_kv), jnp.float32)
+        # A block of keys is there when the producer has converted it, and the scales of keys and values are.
+        types["k_full"] = plgpu.Barrier(num_arrivals=3, num_barriers=stages)
+        types["v_full"] = plgpu.Barrier(num_barriers=stages)
+    if config.interpretable:
+        to_consumers = plgpu.Barrier(num_barriers=CONSUMERS)
+        free = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
+        types |= {"turn": to_consumers, "cleaned": to_consumers, "q_free": free, "k_free": free, "v_free": free}
+        types["p"] = _swizzled((CONSUMERS, config.block_q, config.block_kv), dtype)
+    return types
+
+
+def shared_bytes(types: dict) -> int:
+    """Shared memory that `scratch` takes; barriers have 1 KB in all."""
+    buffers = jax.tree.leaves(types, is_leaf=lambda x: isinstance(x, plgpu.Barrier))
+    sizes = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in buffers if not isinstance(x, plgpu.Barrier))
+    return ALIGNMENT + sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+
+
+def _swizzled(shape: tuple[int, ...], dtype: jnp.dtype, rows: int = 8):
+    """Memory swizzled against bank conflicts, in tiles of `rows` (8 is what wgmma reads) by 64 or 32 columns."""
+    columns = 64 if shape[-1] % 64 == 0 else 32
+    tiles = plgpu.TilingTransform((rows, columns))  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(columns * dtype.itemsize)  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(shape, dtype, transforms=(tiles, swizzle))

@@ -1,0 +1,132 @@
+"""`flash_attention` on Hopper, in Mosaic GPU; README.md explains it.
+
+A persistent block per multiprocessor has three warpgroups. One, the producer, brings queries, keys and values to
+shared memory by TMA. Two, the consumers, compute, each on its own query rows and both with the same keys: while one
+has the tensor cores the other does its softmax, and within each the softmax of one block of keys runs under the
+products of the block before (FlashAttention-3, Shah et al. 2024, sections 3.1 and 3.2).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.blockwise import Options, PagedKV
+from pallas_kernels.flash_attention import consumer, producer, schedule
+from pallas_kernels.flash_attention.config import CONSUMERS, Config, choose, scratch, unsupported
+from pallas_kernels.flash_attention.schedule import ROW_ALIGNMENT, Tile
+from pallas_kernels.flash_attention.shared import LOG2E, Problem, Refs, Signals
+
+PRODUCER = CONSUMERS  # the last warpgroup
+
+
+# Jitted, so that the layers of a model share one trace.
+@partial(jax.jit, static_argnames=("options", "config"))
+def flash_attention(
+    q_TNH: jax.Array,
+    kv: PagedKV,
+    table_RJ: jax.Array,
+    cu_q_R1: jax.Array,
+    lengths_R: jax.Array,
+    sinks_N: jax.Array | None,
+    options: Options,
+    *,
+    config: Config | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See the public op; raises ValueError for what `unsupported` names. `config` is chosen unless given."""
+    if reason := unsupported(q_TNH, kv, options):
+        raise ValueError(f"implementation='mosaic_gpu' of flash_attention: {reason}")
+    T, N, H = q_TNH.shape
+    config = config or choose(q_TNH, kv)
+    tiles_I5, count_1 = schedule.schedule(
+        cu_q_R1, lengths_R, T, rows=config.tile_rows, block_kv=config.block_kv, window=options.window
+    )
+    q_TM = q_TNH.reshape(T, N * H)
+    if T % ROW_ALIGNMENT:
+        q_TM = jnp.pad(q_TM, ((0, -T % ROW_ALIGNMENT), (0, 0)))
+    out_TM, lse_NT = _launch(q_TM, kv, table_RJ, tiles_I5, count_1, sinks_N, options, config, N)
+    return out_TM[:T].reshape(T, N, H), lse_NT[:, :T].T
+
+
+def _launch(q_TM, kv: PagedKV, table_RJ, tiles_I5, count_1, sinks_N, options, config, N):
+    T, M = q_TM.shape
+    P, S, K, H = kv.k_PSKH.shape
+    problem = Problem(N, K, H, S, kv.k_scales_PSK is not None, options, config)
+    blocks = config.blocks or _multiprocessors()
+    run = plgpu.kernel(
+        partial(_kernel, problem, blocks),
+        out_type=(jax.ShapeDtypeStruct((T, M), q_TM.dtype), jax.ShapeDtypeStruct((N, T), jnp.float32)),
+        scratch_types=scratch(config, H, S, q_TM.dtype, kv.k_PSKH.dtype),
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        kernel_name="flash_attention",
+        # What a warpgroup writes to shared memory it reads only after a commit, which is a barrier.
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+    )
+    # One row per token: a copy is then some rows and the columns of one head, whatever the size of the pages.
+    k, v = (pool_PSKH.reshape(P * S, K * H) for pool_PSKH in (kv.k_PSKH, kv.v_PSKH))
+    scales = (_by_position(scales_PSK, table_RJ) for scales_PSK in (kv.k_scales_PSK, kv.v_scales_PSK))
+    sinks_N = None if sinks_N is None else sinks_N.astype(jnp.float32) * LOG2E
+    return run(q_TM, k, v, *scales, table_RJ, tiles_I5, count_1, sinks_N)
+
+
+def _by_position(scales_PSK: jax.Array | None, table_RJ: jax.Array) -> jax.Array | None:
+    """Scales in the order of the keys, [R, K, J * S]: in the pages, a head's lie too far apart for TMA."""
+    if scales_PSK is None:
+        return None
+    scales_RJSK = jnp.take(scales_PSK, table_RJ, axis=0, mode="clip")
+    R, J, S, K = scales_RJSK.shape
+    return scales_RJSK.transpose(0, 3, 1, 2).reshape(R, K, J * S)
+
+
+def _multiprocessors() -> int:
+    """Of the GPU at hand; of an H100 or H200 where a program is lowered without one."""
+    device = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else 132
+
+
+def _kernel(problem: Problem, blocks: int, *refs, **smem):
+    refs = Refs(*refs)
+    config, N = problem.config, problem.query_heads
+    index, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+    signals = Signals.of(config, smem)
+
+    def for_each_item(work):
+        """Calls work(tile, its blocks of keys, head, blocks of keys done before) for the items of this block."""
+
+        def step(i, done):
+            item = schedule.item(index, blocks, i)
+            rank, head = lax.div(item, jnp.int32(N)), lax.rem(item, jnp.int32(N))
+            tile = Tile(*(refs.tiles[rank, field] for field in range(len(Tile._fields))))
+            keys = schedule.key_blocks(tile, config.tile_rows, config.block_kv, problem.options.window)
+            work(tile, keys, head, done)
+            return done + keys.total
+
+        lax.fori_loop(0, schedule.share(index, blocks, refs.tile_count[0] * N), step, jnp.int32(0))
+
+    @pl.when(warpgroup == PRODUCER)
+    def _():
+        plgpu.set_max_registers(problem.producer_registers, action="decrease")
+        load = producer.load_quantized if problem.quantized else producer.load
+        for_each_item(partial(load, problem, refs, smem, signals))
+        for signal, slot in signals.of_memory(config):  # no consumer is left behind
+            signal.wait(slot)
+
+    @pl.when(warpgroup != PRODUCER)
+    def _():
+        plgpu.set_max_registers(problem.consumer_registers, action="increase")
+        for signal, slot in signals.of_memory(config):  # all of it is free at the start
+            signal.send(slot)
+        pl.when(warpgroup == 1)(lambda: signals.turn.send(0))
+        for_each_item(partial(consumer.compute, problem, refs, smem, signals, warpgroup))
+        pl.when(warpgroup == 0)(lambda: signals.turn.wait(0))
+        plgpu.wait_smem_to_gmem(0)

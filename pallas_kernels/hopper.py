@@ -1,0 +1,49 @@
+"""Instructions of Hopper that Pallas does not expose. The interpreter cannot run them.
+
+Named barriers: a CUDA block has 16, in which warpgroups meet by one instruction. An mbarrier instead counts every
+thread's arrival in shared memory (PTX ISA, `bar`).
+"""
+
+import jax
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+
+WARPGROUP = 128  # threads
+FIRST_BARRIER = 5  # 0 is the block's own, 1 to 4 are those that Mosaic GPU gives to warpgroups
+BARRIERS = 16
+
+
+def arrive(barrier: int | jax.Array, threads: int) -> None:
+    """Counts this warpgroup in and goes on; the barrier opens when `threads` are there."""
+    _at_barrier("arrive", barrier, threads)
+
+
+def wait(barrier: int | jax.Array, threads: int) -> None:
+    """Counts this warpgroup in and waits until `threads` are there."""
+    _at_barrier("sync", barrier, threads)
+
+
+def _at_barrier(operation: str, barrier: int | jax.Array, threads: int) -> None:
+    def instruction(_, number):
+        utils.inline_ptx(f"bar.{operation} $0, {threads};", number.registers.item(), convergent=True)
+
+    plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))(instruction)(barrier)
+
+
+def complete(x: jax.Array, layout: plgpu.Layout = plgpu.Layout.WG_SPLAT) -> None:
+    """What stands before this in the program, what makes `x` above all, stays before what stands after it.
+
+    The assembler moves a wait for wgmma up past arithmetic that does not need its results, and the two no longer
+    overlap; and it moves the arrival at a barrier down. It moves nothing over a branch: here is one that depends on
+    `x`, of 32 bits, and is never taken.
+    """
+
+    def instruction(_, x):
+        i32 = ir.IntegerType.get_signless(32)
+        registers = [utils.bitcast(register, i32) for register in x.registers.flat]
+        mix = "".join(f"xor.b32 x, x, ${i}; " for i in range(1, len(registers)))
+        never = "setp.eq.u32 p, x, 0x7fc17fc1; @p nanosleep.u32 0;"  # and if it ever is, it does nothing
+        utils.inline_ptx(f"{{ .reg .b32 x; .reg .pred p; mov.b32 x, $0; {mix}{never} }}", *registers)
+
+    plgpu.inline_mgpu(arg_types=(layout,))(instruction)(x)

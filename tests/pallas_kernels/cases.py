@@ -1,0 +1,112 @@
+"""Problems of paged attention with their exact answers, for the tests of every implementation.
+
+Every slot and page that no query sees holds NaN, as do the padding rows of q.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Float32 sums of at most 100 terms of order 1: about sqrt(100) roundings of 6e-8, with room for the exponentials.
+ATOL = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sequences of `lengths` keys whose last `queries` positions ask; g query heads for each KV head."""
+
+    lengths: tuple[int, ...]
+    queries: tuple[int, ...]
+    g: int = 2
+    page_size: int = 8
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
+    head_size: int = 16
+    padding: int = 3
+    kv_heads: int = 2
+
+    @property
+    def options(self) -> dict:
+        return {"scale": self.head_size**-0.5, "window": self.window, "soft_cap": self.soft_cap}
+
+
+class Inputs:
+    """Arrays of a case: the pool, and the same keys as one contiguous array per sequence."""
+
+    def __init__(self, case: Case, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        self.case, R, S, K, H = case, len(case.lengths), case.page_size, case.kv_heads, case.head_size
+        J = -(-max(*case.lengths, 1) // S) + 1
+        pages = iter(1 + rng.permutation(R * J))
+        self.pool = np.full((2, 1 + R * J, S, K, H), np.nan, np.float32)
+        self.table = np.zeros((R, J), np.int32)
+        self.kv = [rng.normal(size=(2, length, K, H)).astype(np.float32) for length in case.lengths]
+        for r, (length, n) in enumerate(zip(case.lengths, case.queries, strict=True)):
+            shares_a_page = bool(r and self.table[0, 0] and min(length, case.lengths[0]) >= S)
+            if shares_a_page:
+                self.kv[r][:, :S] = self.kv[0][:, :S]
+            first_seen = max(0, length - n - case.window + 1) if case.window else 0
+            for j in range(first_seen // S, -(-length // S)):
+                self.table[r, j] = self.table[0, 0] if shares_a_page and j == 0 else next(pages)
+                page = self.kv[r][:, j * S : (j + 1) * S]
+                self.pool[:, self.table[r, j], : page.shape[1]] = page
+        self.cu_q = np.cumsum([0, *case.queries]).astype(np.int32)
+        T, N = int(self.cu_q[-1]) + case.padding, K * case.g
+        self.q = rng.normal(size=(T, N, H)).astype(np.float32)
+        self.q[self.cu_q[-1] :] = np.nan
+        self.lengths = np.array(case.lengths, np.int32)
+        self.sinks = rng.normal(size=N).astype(np.float32) if case.sinks else None
+
+    def arguments(self, dtype=jnp.float32) -> tuple[jax.Array, ...]:
+        floats = (jnp.asarray(x, dtype) for x in (self.q, *self.pool))
+        return *floats, *map(jnp.asarray, (self.table, self.cu_q, self.lengths))
+
+    def round_to(self, dtype) -> None:
+        """Makes the values what `arguments(dtype)` holds, so that the oracle sees the same numbers."""
+        self.q, *self.kv = (np.asarray(jnp.asarray(x, dtype), np.float32) for x in (self.q, *self.kv))
+
+    def quantize(self, dtype, seed: int = 0) -> tuple[jax.Array, jax.Array]:
+        """The pool [2, P, S, K, H] as `dtype` and its scales [2, P, S, K]; the oracle's keys become what they mean.
+
+        A NaN becomes an arbitrary integer; the scales of what is never seen are NaN.
+        """
+        rng = np.random.default_rng(seed)
+        scales = rng.uniform(0.01, 0.02, self.pool.shape[:-1]).astype(np.float32)
+        values = jnp.asarray(np.nan_to_num(self.pool / scales[..., None]).clip(-127, 127)).astype(dtype)
+        scales[np.isnan(self.pool[..., 0])] = np.nan
+        exact = np.asarray(values, np.float32) * scales[..., None]
+        for r, length in enumerate(self.case.lengths):
+            self.kv[r] = exact[:, self.table[r]].reshape(2, -1, *exact.shape[-2:])[:, :length]
+        return values, jnp.asarray(scales)
+
+    @property
+    def options(self) -> dict:
+        return self.case.options | {"sinks_N": None if self.sinks is None else jnp.asarray(self.sinks)}
+
+
+def oracle(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """Output and log-sum-exp: one query, one head, one list of visible keys at a time, in float64."""
+    case, (T, N, H) = inputs.case, inputs.q.shape
+    out, lse = np.zeros((T, N, H)), np.full((T, N), -np.inf)
+    for r, (length, n) in enumerate(zip(case.lengths, case.queries, strict=True)):
+        k, v = inputs.kv[r].astype(np.float64)
+        for i in range(max(0, n - length), n):
+            p = length - n + i
+            seen = slice(0 if case.window is None else max(0, p - case.window + 1), p + 1)
+            for head in range(N):
+                row = inputs.cu_q[r] + i
+                scores = k[seen, head // case.g] @ inputs.q[row, head].astype(np.float64) * H**-0.5
+                if case.soft_cap:
+                    scores = case.soft_cap * np.tanh(scores / case.soft_cap)
+                total = np.exp(scores).sum() + (np.exp(float(inputs.sinks[head])) if case.sinks else 0)
+                out[row, head] = np.exp(scores) @ v[seen, head // case.g] / total
+                lse[row, head] = np.log(total)
+    return out, lse
+
+
+def assert_close(found, expected, atol=ATOL):
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=0, atol=atol)

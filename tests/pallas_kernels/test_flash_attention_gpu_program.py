@@ -1,0 +1,229 @@
+"""The Mosaic GPU kernel of flash_attention: interpreted on a CPU, lowered for a GPU, and run on one.
+
+The interpreter has no register operand for wgmma and no named barriers, so interpreted programs set
+`Config.interpretable`: weights go through shared memory, and the two products of a step do not overlap. Loads,
+masks, hand-overs and stores are those of the GPU.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.blockwise import Options, PagedKV
+from pallas_kernels.flash_attention import flash_attention, mosaic_gpu, xla
+from pallas_kernels.flash_attention.config import (
+    HEAD_SIZES,
+    MAX_SHARED_BYTES,
+    Config,
+    candidates,
+    choose,
+    scratch,
+    shared_bytes,
+)
+from tests.pallas_kernels.cases import ATOL, Case, Inputs, assert_close, oracle
+from tests.pallas_kernels.gpu_program import interpreted, lower
+
+# Two blocks share the work, so that a block takes more than one item and its barriers go round more than once.
+INTERPRETED = Config(block_kv=64, blocks=2, interpretable=True)
+
+CASES = {
+    "ragged prompts and a chunk's tail": Case((133, 70, 0, 9), (133, 5, 0, 9), g=3, page_size=16, kv_heads=1),
+    "window, soft cap, sinks": Case(
+        (200, 150), (150, 40), g=1, page_size=64, window=70, soft_cap=2.0, sinks=True, padding=0
+    ),
+    "window shorter than a page": Case((150, 30), (20, 30), g=4, page_size=64, window=5, kv_heads=1),
+    "more queries than keys": Case((3, 0, 12), (5, 2, 12), g=1, page_size=16, sinks=True, kv_heads=1),
+    "nothing but padding": Case((0, 0), (0, 0), g=1, kv_heads=1),
+    "pages of two blocks": Case((150, 260), (40, 3), g=1, page_size=128),
+}
+
+
+def run(implementation, inputs: Inputs, dtype, **config):
+    q, k, v, table, cu_q, lengths = inputs.arguments(dtype)
+    options = Options(**inputs.case.options)
+    return implementation(q, PagedKV(k, v), table, cu_q, lengths, inputs.options["sinks_N"], options, **config)
+
+
+def check(inputs: Inputs, dtype, **config):
+    """Products of 16-bit numbers are exact in float32; the weights and the output are rounded once each."""
+    inputs.round_to(dtype)
+    (out, lse), (exact_out, exact_lse) = run(mosaic_gpu.flash_attention, inputs, dtype, **config), oracle(inputs)
+    largest_value = max(np.abs(kv[1]).max(initial=0) for kv in inputs.kv)
+    assert out.dtype == dtype
+    assert_close([out], [exact_out], atol=float(jnp.finfo(dtype).eps) * largest_value + ATOL)
+    assert_close([lse], [exact_lse])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NaN of unused slots in the interpreter's numpy
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_kernel_is_the_float64_loop(name):
+    with interpreted():
+        check(Inputs(replace(CASES[name], head_size=64)), jnp.bfloat16, config=INTERPRETED)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_interpreted_kernel_with_the_sizes_of_a_gpu():
+    case = Case((270, 9), (67, 9), g=1, page_size=32, kv_heads=1, head_size=128)
+    with interpreted():
+        check(Inputs(case), jnp.float16, config=Config(blocks=2, interpretable=True))
+
+
+def check_quantized(inputs: Inputs, dtype, kv_dtype, **config):
+    """A quantized key or value is exact in 16 bits, and its scale multiplies float32."""
+    (k, v), (k_scales, v_scales) = inputs.quantize(kv_dtype)
+    inputs.q = np.asarray(jnp.asarray(inputs.q, dtype), np.float32)
+    q, _, _, table, cu_q, lengths = inputs.arguments(dtype)
+    options, sinks = Options(**inputs.case.options), inputs.options["sinks_N"]
+    out, lse = mosaic_gpu.flash_attention(
+        q, PagedKV(k, v, k_scales, v_scales), table, cu_q, lengths, sinks, options, **config
+    )
+    exact_out, exact_lse = oracle(inputs)
+    largest_value = max(np.abs(kv[1]).max(initial=0) for kv in inputs.kv)
+    assert_close([out], [exact_out], atol=float(jnp.finfo(dtype).eps) * largest_value + ATOL)
+    assert_close([lse], [exact_lse])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("kv_dtype", "dtype", "head_size"),
+    [("int8", jnp.bfloat16, 64), ("float8_e4m3fn", jnp.float16, 96), ("float8_e4m3fn", jnp.bfloat16, 256)],
+)
+def test_interpreted_quantized_pages(kv_dtype, dtype, head_size):
+    case = Case((150, 30), (70, 30), g=1, page_size=32, kv_heads=1, head_size=head_size, window=60, soft_cap=3.0)
+    with interpreted():
+        check_quantized(Inputs(case), dtype, kv_dtype, config=INTERPRETED)
+
+
+PLAIN = {"scale": 0.1}
+EVERYTHING = {"scale": 0.1, "window": 100, "soft_cap": 30.0}
+
+
+def shapes(head_size: int, page_size: int, dtype, g: int, kv_dtype=None) -> dict:
+    """Arguments of the op that exist only as shapes."""
+    pages = jax.ShapeDtypeStruct((9, page_size, 2, head_size), kv_dtype or dtype)
+    scales = jax.ShapeDtypeStruct(pages.shape[:3], jnp.float32) if kv_dtype else None
+    return {
+        "q_TNH": jax.ShapeDtypeStruct((300, 2 * g, head_size), dtype),
+        "k_pages_PSKH": pages,
+        "v_pages_PSKH": pages,
+        "page_table_RJ": jax.ShapeDtypeStruct((2, 4), jnp.int32),
+        "cu_q_R1": jax.ShapeDtypeStruct((3,), jnp.int32),
+        "lengths_R": jax.ShapeDtypeStruct((2,), jnp.int32),
+        "k_scales_PSK": scales,
+        "v_scales_PSK": scales,
+        "sinks_N": None,
+    }
+
+
+def program(options, arguments):
+    return flash_attention(**arguments, **options, return_lse=True, implementation="mosaic_gpu")
+
+
+# Every head size and every size of page with both dtypes of queries and all of pages.
+KINDS = [(jnp.bfloat16, None), (jnp.float16, jnp.float8_e4m3fn), (jnp.bfloat16, jnp.int8), (jnp.float16, None)]
+LOWERED = [
+    (head_size, *KINDS[(i + j) % 4], (16, 32, 64, 128)[(i + 2 * j) % 4], (1, 3, 12, 71)[j], (i + j // 2) % 2)
+    for i, head_size in enumerate(HEAD_SIZES)
+    for j in range(3)
+]
+
+
+@pytest.mark.parametrize(("head_size", "dtype", "kv_dtype", "page_size", "g", "with_everything"), LOWERED)
+def test_lowers_for_a_gpu(head_size, dtype, kv_dtype, page_size, g, with_everything):
+    arguments = shapes(head_size, page_size, dtype, g, kv_dtype)
+    if with_everything:
+        arguments["sinks_N"] = jax.ShapeDtypeStruct((2 * g,), jnp.float32)
+    text = lower(partial(program, EVERYTHING if with_everything else PLAIN), arguments)
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+def test_a_contiguous_cache_lowers_as_one_page_per_sequence():
+    text = lower(partial(program, PLAIN), shapes(128, 4096, jnp.bfloat16, 4))
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": jnp.float32}, "q.dtype is float32; allowed: bfloat16, float16"),
+        ({"head_size": 80}, "head size is 80; allowed: 64, 96, 128, 256"),
+        ({"page_size": 24}, "pages hold 24 tokens"),
+        ({"kv_dtype": jnp.float8_e5m2}, "k_pages.dtype is float8_e5m2; allowed: bfloat16, int8, float8_e4m3fn"),
+        ({"scale": -1.0}, "scale is -1.0; allowed: above 0"),
+    ],
+)
+def test_what_the_kernel_cannot_take_it_says_by_name(change, reason):
+    options = {"scale": change.get("scale", 0.1)}
+    sizes = {"head_size": 64, "page_size": 16, "dtype": jnp.bfloat16, "g": 2} | change
+    sizes.pop("scale", None)
+    with pytest.raises(ValueError, match=f"implementation='mosaic_gpu' of flash_attention: .*{reason}"):
+        jax.eval_shape(partial(program, options), shapes(**sizes))
+
+
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("kv_dtype", [None, jnp.int8])
+@pytest.mark.parametrize("page_size", [16, 128])
+def test_every_config_that_may_be_used_fits(head_size, kv_dtype, page_size):
+    arguments = shapes(head_size, page_size, jnp.bfloat16, 1, kv_dtype)
+    q, k, scales = arguments["q_TNH"], arguments["k_pages_PSKH"], arguments["k_scales_PSK"]
+    possible = candidates(q, PagedKV(k, k, scales, scales))
+    assert choose(q, PagedKV(k, k, scales, scales)) in possible
+    for config in possible:
+        assert shared_bytes(scratch(config, head_size, page_size, q.dtype, k.dtype)) <= MAX_SHARED_BYTES
+
+
+@pytest.mark.parametrize("size", [{"block_q": 96}, {"block_kv": 96}, {"stages": 1}, {"stages": 4}, {"blocks": 0}])
+def test_a_config_that_cannot_be_names_what_is_wrong(size):
+    ((name, value),) = size.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}; allowed"):
+        Config(**size)
+
+
+# Every pair of head size, group, page size, dtype and option occurs; lengths around pages and primes.
+ON_A_GPU = {
+    "edges of pages of 16": (Case((0, 1, 15, 16, 17, 257), (0, 1, 15, 16, 17, 257), g=1, page_size=16), 64),
+    "edges of pages of 64": (Case((63, 64, 65, 1009), (63, 64, 65, 499), g=2, page_size=64, sinks=True), 128),
+    "edges of pages of 128": (Case((127, 128, 129), (127, 1, 129), g=3, page_size=128, window=31, soft_cap=9.0), 256),
+    "primes": (Case((1009, 499, 2), (1009, 7, 2), g=4, page_size=32, soft_cap=30.0), 96),
+    "window of one key": (Case((300, 77), (300, 77), g=5, page_size=32, window=1, sinks=True), 128),
+    "window over blocks": (Case((1500, 333), (700, 20), g=7, page_size=16, window=301), 128),
+    "eight heads a group": (Case((700, 300), (300, 300), g=8, page_size=64, window=128, sinks=True), 64),
+    "twelve heads a group": (Case((611,), (611,), g=12, page_size=128, kv_heads=1, sinks=True, soft_cap=5.0), 96),
+    "many heads": (Case((401,), (150,), g=32, page_size=32, kv_heads=1, window=200), 256),
+    "71 heads": (Case((401,), (150,), g=71, page_size=16, kv_heads=1), 64),
+    "a long context": (Case((131_072,), (64,), g=4, page_size=64, kv_heads=1), 128),
+    "more queries than keys": (Case((3, 0, 12), (5, 2, 12), g=4, page_size=16, sinks=True), 128),
+}
+
+
+def rms(x, exact) -> float:
+    return float(np.sqrt(np.mean((np.asarray(x, np.float64) - exact) ** 2)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_on_a_gpu_as_exact_as_xla_and_the_same_twice(name):
+    case, head_size = ON_A_GPU[name]
+    dtype = (jnp.bfloat16, jnp.float16)[list(ON_A_GPU).index(name) % 2]
+    inputs = Inputs(replace(case, head_size=head_size))
+    inputs.round_to(dtype)
+    out, lse = run(mosaic_gpu.flash_attention, inputs, dtype)
+    exact_out, exact_lse = oracle(inputs)
+    assert rms(out, exact_out) <= 1.1 * rms(run(xla.flash_attention, inputs, dtype)[0], exact_out)
+    assert_close([lse], [exact_lse], atol=1e-3)  # tanh.approx and ex2.approx: 2^-11 and 2^-22 of scores up to soft_cap
+    np.testing.assert_array_equal(out[inputs.cu_q[-1] :], 0)
+    again = run(mosaic_gpu.flash_attention, inputs, dtype)
+    np.testing.assert_array_equal(out, again[0])
+    np.testing.assert_array_equal(lse, again[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_quantized_pages_on_a_gpu(kv_dtype, head_size):
+    case = Case((1009, 64, 3), (499, 64, 3), g=4, page_size=16, window=300, sinks=True, head_size=head_size)
+    check_quantized(Inputs(case), (jnp.bfloat16, jnp.float16)[HEAD_SIZES.index(head_size) % 2], kv_dtype)
