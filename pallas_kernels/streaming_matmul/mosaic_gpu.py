@@ -2,7 +2,7 @@
 
 The weight takes the side of the tensor cores that is 64 rows deep, the few tokens the other one: y^T = w^T x^T. Each
 block multiplies `tile_n` columns by its part of D; the blocks of a cluster that share the columns send each other
-their partial sums. README.md tells the way here.
+their partial sums.
 """
 
 from dataclasses import dataclass, replace
