@@ -21,7 +21,7 @@ from pallas_kernels.streaming_matmul.config import MAX_TOKENS, Buffer, Config, S
 from pallas_kernels.streaming_matmul.weights import Ref, Tiles
 
 WGMMA = plgpu.Layout.WGMMA
-BY_COLUMN, BY_TOKEN = WGMMA.reduce(1), WGMMA.reduce(0)
+BY_COLUMN = WGMMA.reduce(1)
 OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
 
 
@@ -219,11 +219,13 @@ def _send(block: Block, product_NM: jax.Array, squares_DM: jax.Array | None) -> 
             )
     if config.exchange == "gmem":
         plgpu.barrier_arrive(smem.received)
+        plgpu.barrier_wait(smem.received)  # every block stays until no other arrives at its barrier
 
 
 def _receive(block: Block) -> tuple[jax.Array, jax.Array | None]:
     """The sums over all parts of D, added up in their order: the same bits on every run."""
-    plgpu.barrier_wait(block.smem.received)
+    if block.config.exchange == "smem":
+        plgpu.barrier_wait(block.smem.received)
 
     def total(name: str) -> jax.Array:
         if block.config.exchange == "gmem":

@@ -124,7 +124,7 @@ def test_interpreted_equals_float64(name):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-@pytest.mark.parametrize("name", INTERPRETED)
+@pytest.mark.parametrize("name", ["gated", "parts of a normed head, past the end of D", "three parts, two owners"])
 def test_other_implementations_equal_float64(name, implementation):
     given = arguments(replace(INTERPRETED[name], dtype=F32, out_dtype=F32))
     assert_close(call(given, implementation), given)
@@ -162,7 +162,7 @@ def test_configs_fit(name, tokens):
     assert chosen.stages >= 2
 
 
-@pytest.mark.parametrize("case", [Case(1, "DN", SMALL), *INTERPRETED.values()])
+@pytest.mark.parametrize("case", [Case(1, "DN", SMALL), *list(INTERPRETED.values())[::2]])
 def test_shared_memory_is_what_the_launch_takes(case, monkeypatch):
     """The compiler tells what it would take when that is too much."""
     given = jax.eval_shape(lambda: arguments(replace(case, hidden=32768)))
