@@ -31,6 +31,7 @@ class Shape:
     w_axes: str
     dtype: jnp.dtype
     out_dtype: jnp.dtype
+    groups: int = 1  # of tokens, each of which has an expert
     norm_dtype: jnp.dtype | None = None
     bias_dtype: jnp.dtype | None = None
     residual_dtype: jnp.dtype | None = None
@@ -41,12 +42,13 @@ class Shape:
             return None if array is None else jnp.dtype(array.dtype)
 
         return cls(
-            tokens=arguments.x_MD.shape[0],
-            hidden=arguments.x_MD.shape[1],
+            tokens=arguments.x.shape[-2],
+            hidden=arguments.hidden,
             outputs=arguments.outputs,
             w_axes=arguments.w_axes,
-            dtype=jnp.dtype(arguments.x_MD.dtype),
+            dtype=jnp.dtype(arguments.x.dtype),
             out_dtype=jnp.dtype(arguments.out_dtype),
+            groups=arguments.x.shape[0] if arguments.of_experts else 1,
             norm_dtype=dtype(arguments.norm_scale_D),
             bias_dtype=dtype(arguments.bias),
             residual_dtype=dtype(arguments.residual_MN),
@@ -71,38 +73,49 @@ class Shape:
 class Config:
     """A block of threads multiplies `tile_n` columns of the weight, gate and up together, `tile_d` rows at a time.
 
-    `stages` such tiles are on their way at once. `split` blocks, one cluster, share the columns: each takes a part
-    of D, and their partial sums meet in shared memory, or in device memory with `exchange="gmem"` (the interpreter
-    knows no shared memory of another block).
+    `stages` such tiles are on their way at once. A block takes up to `rounds` tiles of columns one after another,
+    and the tiles of the next are on their way before it has finished with one. `split` blocks, one cluster, share
+    the columns: each takes a part of D, and their partial sums meet in shared memory, or in device memory with
+    `exchange="gmem"` (the interpreter knows no shared memory of another block).
 
-    `early_weights` reads the first tiles of the weight before the previous kernel of the program has ended
-    (programmatic dependent launch), and lets the next kernel do so. The weight must then be older than that
-    kernel: never the result of another call with `early_weights`.
+    Where the next product's weight is given, a block ends by asking for its share of `prefetch_bytes` of it.
     """
 
     tile_n: int
     tile_d: int
     stages: int
     split: int = 1
-    early_weights: bool = False
+    rounds: int = 1
     exchange: str = "smem"
+    prefetch_bytes: int = 16 << 20
+    prefetch_every: int = 1  # of so many boxes of rows, one is asked for
 
     def __post_init__(self):
         require(self.tile_n in range(64, 257, 64), "tile_n", self.tile_n, "64, 128, 192, 256")
         require(self.tile_d in range(64, 257, 64), "tile_d", self.tile_d, "64, 128, 192, 256")
-        require(self.stages >= 1, "stages", self.stages, "at least 1")
+        require(self.stages >= 2, "stages", self.stages, "at least 2")
         require(1 <= self.split <= 8, "split", self.split, "1 to 8, the blocks of a portable cluster")
+        require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
+        require(self.split == 1 or self.rounds == 1, "rounds", self.rounds, "1 where blocks share columns")
         require(self.exchange in ("smem", "gmem"), "exchange", repr(self.exchange), "'smem', 'gmem'")
 
     def tiles(self, shape: Shape) -> int:
+        """Tiles of columns, of one group."""
         return math.ceil(shape.columns / self.tile_n)
 
+    def clusters(self, shape: Shape) -> int:
+        return math.ceil(shape.groups * self.tiles(shape) / self.rounds)
+
     def blocks(self, shape: Shape) -> int:
-        return self.tiles(shape) * self.split
+        return self.clusters(shape) * self.split
 
     def steps(self, shape: Shape) -> int:
         """Tiles of the weight that a block multiplies; past the end of D they are zeros that nobody reads."""
         return math.ceil(shape.hidden / (self.tile_d * self.split))
+
+    def busy(self, shape: Shape) -> float:
+        """The part of all blocks' time that they work, if each took the same time for a tile."""
+        return shape.groups * self.tiles(shape) / (self.clusters(shape) * self.rounds)
 
     def owners(self, shape: Shape) -> int:
         """Blocks of a cluster that add up partial sums: each those of its own 8, 16, 32 or 64 tokens."""
@@ -134,7 +147,7 @@ def buffers(config: Config, shape: Shape) -> dict[str, Buffer]:
     tokens, owners, f32 = shape.padded_tokens, config.owners(shape), jnp.dtype(jnp.float32)
     stages, tile_n, tile_d = config.stages, config.tile_n, config.tile_d
     tile_out, owned = tile_n // shape.halves, tokens // owners
-    tile = (tile_n, tile_d) if shape.w_axes == "ND" else (tile_d, tile_out)
+    tile = (tile_n, tile_d) if shape.w_axes.endswith("ND") else (tile_d, tile_out)
     found = {
         "w": Buffer((stages, shape.halves, *tile), shape.dtype, operand=True),
         "x": Buffer((stages, tokens, tile_d), shape.dtype, operand=True),
@@ -142,7 +155,6 @@ def buffers(config: Config, shape: Shape) -> dict[str, Buffer]:
     }
     if shape.norm_dtype is not None:
         found["scale"] = Buffer((stages, tile_d), shape.norm_dtype)
-        found["scaled_x"] = Buffer((tokens, tile_d), shape.dtype, operand=True)
     if shape.bias_dtype is not None:
         found["bias"] = Buffer((shape.halves, tile_out), shape.bias_dtype)
     if shape.residual_dtype is not None:
@@ -158,52 +170,69 @@ def smem_bytes(config: Config, shape: Shape) -> int:
     return SMEM_OVERHEAD + sum(buffer.bytes for buffer in buffers(config, shape).values())
 
 
+# Blocks that keep the memory busy, and how far the tiles may fall short of dividing among them evenly.
+FEWEST_BLOCKS = 88
+LEAST_BUSY = 0.97
+# Bytes of the weight on their way to one multiprocessor: more than the memory's latency times its rate asks for.
+STREAMED_BYTES = 128 * 1024
+
+
 def heuristic(shape: Shape) -> Config:
-    """One wave of blocks that fills the card, with room on every multiprocessor for two of them.
+    """All blocks do the same work and are in flight together, one on a multiprocessor.
 
-    All blocks do the same work and are in flight together, so that the memory divides its rate among them evenly
-    wherever they run; the second place is for the next kernel's blocks.
+    The memory then divides its rate among them evenly, and two thirds of the multiprocessors are enough to take all
+    of it: equal work is worth more than work for each of them. The widest tiles that allow that read x least often;
+    splitting D costs an exchange, and comes last.
     """
-    wide = shape.padded_tokens >= 32  # x is read once per tile: wider tiles read it less often
-    tile_n = 256 if wide else 128
-    while tile_n > 64 * shape.halves and tile_n >= 2 * shape.columns:
-        tile_n //= 2
-    tile_d = 64
-    if shape.w_axes == "ND" and not wide:
-        tile_n, tile_d = 64, 128  # a row of a tile is a piece of a row of D: longer pieces
-    tiles, steps = math.ceil(shape.columns / tile_n), math.ceil(shape.hidden / tile_d)
-    split = 1
-    while split < 8 and 2 * split <= steps and tiles * split < 0.9 * SMS:
-        split *= 2
-    return deepest(Config(tile_n, tile_d, 1, split), shape, blocks_of_sm=1 if wide else 2)
+    widths = [width for width in (256, 128, 64) if width >= 64 * shape.halves]
+    for split, tile_n in itertools.product((1, 2, 4), widths):
+        if config := _even(shape, tile_n, split):
+            return config
+    return deepest(Config(widths[-1], 64, 2), shape)
 
 
-def deepest(config: Config, shape: Shape, *, blocks_of_sm: int) -> Config:
-    """The config with as many stages as leave room for `blocks_of_sm` blocks on a multiprocessor, at least one."""
+def _even(shape: Shape, tile_n: int, split: int) -> Config | None:
+    """The config of such tiles, where they divide evenly among enough blocks."""
+    tile_d = 128 if tile_n == 64 else 64
+    rounds = math.ceil(shape.groups * math.ceil(shape.columns / tile_n) * split / SMS)
+    if (split > 1 and rounds > 1) or shape.hidden < 2 * split * tile_d:
+        return None
+    config = Config(tile_n, tile_d, 2, split, rounds)
+    if config.blocks(shape) < FEWEST_BLOCKS or config.busy(shape) < LEAST_BUSY:
+        return None
+    config = deepest(config, shape)
+    return config if smem_bytes(config, shape) <= SMEM_OF_BLOCK else None
+
+
+def deepest(config: Config, shape: Shape, *, blocks_of_sm: int = 1, streamed: int = STREAMED_BYTES) -> Config:
+    """The config with as many stages as the shared memory takes and as are worth it, at least two."""
     budget = min(SMEM_OF_BLOCK, SMEM_OF_SM // blocks_of_sm)
-    for stages in range(config.steps(shape), 1, -1):
+    tile_bytes = config.tile_n * config.tile_d * shape.dtype.itemsize
+    for stages in range(min(config.steps(shape), streamed // tile_bytes), 2, -1):
         deeper = replace(config, stages=stages)
         if smem_bytes(deeper, shape) <= budget:
             return deeper
-    return replace(config, stages=1)
+    return replace(config, stages=2)
 
 
 def candidates(shape: Shape) -> list[Config]:
-    """What a search should time: all that fit, save what leaves part of the card idle."""
+    """What a search should time: all that fit, save what leaves much of the card idle."""
     return list(dict.fromkeys(_candidates(shape)))
 
 
 def _candidates(shape: Shape) -> Iterator[Config]:
-    for tile_n, tile_d, split in itertools.product((64, 128, 256), (64, 128, 256), (1, 2, 3, 4, 5, 6, 8)):
-        config = Config(tile_n, tile_d, 1, split)
-        if tile_n % (64 * shape.halves) or config.steps(shape) < 2 or config.blocks(shape) < 0.9 * SMS:
+    for tile_n, tile_d, split in itertools.product((64, 128, 192, 256), (64, 128, 256), (1, 2, 3, 4)):
+        if tile_n % (64 * shape.halves) or shape.hidden < 2 * split * tile_d:
             continue
-        if split > 1 and config.blocks(shape) > 4 * SMS:
-            continue
-        for blocks_of_sm, early_weights in itertools.product((1, 2, 3), (False, True)):
-            deep = replace(deepest(config, shape, blocks_of_sm=blocks_of_sm), early_weights=early_weights)
-            if deep.stages > 1 and smem_bytes(deep, shape) <= SMEM_OF_BLOCK:
-                yield deep
+        tiles = shape.groups * math.ceil(shape.columns / tile_n)
+        for blocks_of_sm, streamed in itertools.product((1, 2), (64 * 1024, STREAMED_BYTES, 192 * 1024)):
+            rounds = math.ceil(tiles * split / (SMS * blocks_of_sm))
+            if split > 1 and rounds > 1:
+                continue
+            config = Config(tile_n, tile_d, 2, split, rounds)
+            config = deepest(config, shape, blocks_of_sm=blocks_of_sm, streamed=streamed)
+            if smem_bytes(config, shape) <= SMEM_OF_SM // blocks_of_sm - 1024 and config.blocks(shape) >= SMS // 2:
+                yield config
 
 
 @dataclass(frozen=True)

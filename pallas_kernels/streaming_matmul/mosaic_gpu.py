@@ -1,14 +1,14 @@
 """`streaming_matmul` for Hopper: the weight streams through shared memory once, at the rate of device memory.
 
 The weight takes the side of the tensor cores that is 64 rows deep, the few tokens the other one: y^T = w^T x^T. Each
-block multiplies `tile_n` columns by its part of D; the blocks of a cluster that share the columns send each other
-their partial sums.
+block multiplies `tile_n` columns by its part of D, and goes on to other columns without a pause in its reading; the
+blocks of a cluster that share the columns send each other their partial sums.
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,45 +23,42 @@ from pallas_kernels.streaming_matmul.weights import Ref, Tiles
 WGMMA = plgpu.Layout.WGMMA
 BY_COLUMN = WGMMA.reduce(1)
 OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
+PREFETCHED_BOX = (64, 256)  # rows and columns of the next weight that are asked for at once
 
 
 @partial(jax.jit, static_argnames=("config",))
 def streaming_matmul(arguments: Arguments, *, config: Config | None = None) -> jax.Array:
     """See the public op; `unsupported` says what this one does not take."""
-    M = arguments.x_MD.shape[0]
+    M = arguments.x.shape[-2]
     if M > 8 and M % 8:  # copies beyond the first 8 tokens take whole groups of 8
-        return streaming_matmul(_padded(arguments, -M % 8), config=config)[:M]
+        return streaming_matmul(_padded(arguments, -M % 8), config=config)[..., :M, :]
     shape = Shape.of(arguments)
     config = config or config_for(shape)
     config.check(shape)
-    named = {
-        "x": arguments.x_MD,
-        "w": arguments.w,
-        "scale": arguments.norm_scale_D,
-        "bias": arguments.bias if arguments.gated or arguments.bias is None else arguments.bias[None],
-        "residual": arguments.residual_MN,
-    }
+    named = _operands(arguments)
     operands = {name: array for name, array in named.items() if array is not None}
-    outputs = {"out": jax.ShapeDtypeStruct((shape.tokens, shape.outputs), shape.out_dtype)} | _exchanged(config, shape)
+    out_AMN = jax.ShapeDtypeStruct((shape.groups, shape.tokens, shape.outputs), shape.out_dtype)
+    outputs = {"out": out_AMN} | _exchanged(config, shape)
 
     def body(*refs: Ref, **scratch: Ref) -> None:
         gmem = dict.fromkeys(named) | dict(zip([*operands, *outputs], refs, strict=True))
-        _block(Block(shape, config, arguments.norm_eps, SimpleNamespace(**gmem), SimpleNamespace(**scratch)))
+        _run(Block(shape, config, arguments.norm_eps, SimpleNamespace(**gmem), SimpleNamespace(**scratch)))
 
     run = plgpu.kernel(
         body,
         out_type=tuple(outputs.values()),
-        grid=(config.tiles(shape),),
-        grid_names=("tile",),
+        grid=(config.clusters(shape),),
+        grid_names=("cluster",),
         cluster=(config.split,),
         cluster_names=("part",),
         num_threads=1,
         thread_name="warpgroup",
         scratch_types=_scratch(config, shape),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         kernel_name="streaming_matmul",
     )
-    return run(*operands.values())[0]
+    y_AMN = run(*operands.values())[0]
+    return y_AMN if arguments.of_experts else y_AMN[0]
 
 
 def unsupported(arguments: Arguments) -> str | None:
@@ -71,13 +68,22 @@ def unsupported(arguments: Arguments) -> str | None:
         return f"x is {shape.dtype}; the tensor cores take bfloat16 and float16"
     if shape.tokens > MAX_TOKENS:
         return f"x has {shape.tokens} tokens; at most {MAX_TOKENS}"
-    if shape.hidden % 64:
-        return f"D is {shape.hidden}; a multiple of 64"
+    if shape.hidden % 64 or shape.hidden < 128:
+        return f"D is {shape.hidden}; a multiple of 64, from 128"
     if shape.outputs % 64:
         return f"N is {shape.outputs}; a multiple of 64"
     if shape.norm_dtype is not None and shape.dtype == jnp.float16:
         return "x is float16 and normed; x times its scale, before the norm divides it, may exceed float16"
     return None
+
+
+class Work(NamedTuple):
+    """What a block multiplies in one round: a tile of columns, for one group of tokens."""
+
+    exists: jax.Array | bool
+    group: jax.Array | int
+    tile: jax.Array
+    expert: jax.Array | None
 
 
 @dataclass(frozen=True)
@@ -103,100 +109,167 @@ class Block:
         """Which part of D; the blocks with the lowest numbers also own tokens of the result."""
         return lax.axis_index("part")
 
-    @property
-    def result(self) -> tuple[pl.Slice, pl.Slice]:
-        """The tokens and columns of the result that an owner writes."""
+    def work(self, round_: jax.Array | int) -> Work:
+        """In a round, neighbouring blocks have neighbouring columns."""
+        tiles = self.config.tiles(self.shape)
+        item = lax.axis_index("cluster") + round_ * self.config.clusters(self.shape)
+        exists = True if self.config.rounds == 1 else item < self.shape.groups * tiles
+        group, tile = (0, item) if self.shape.groups == 1 else (lax.div(item, tiles), lax.rem(item, tiles))
+        if self.gmem.expert is None:
+            return Work(exists, group, tile, None)
+        return Work(exists, group, tile, self.gmem.expert[lax.min(group, self.shape.groups - 1)])
+
+    def result(self, work: Work) -> tuple[jax.Array | int, pl.Slice, pl.Slice]:
+        """The group, tokens and columns of the result that an owner writes."""
         columns = self.config.tile_n // self.shape.halves
         owned = self.owned_tokens
-        return pl.ds(self.part * owned, owned), pl.ds(lax.axis_index("tile") * columns, columns)
+        return work.group, pl.ds(self.part * owned, owned), pl.ds(work.tile * columns, columns)
 
 
-def _block(block: Block) -> None:
-    product, squares = _stream(block)
-    if block.config.split == 1:
-        _finish(block, product, squares)
-        return
-    _send(block, product, squares)
+def _run(block: Block) -> None:
+    first = block.work(0)
+    for step in range(block.config.stages):
+        _load(block, first, step, step)
 
-    @pl.when(block.part < block.config.owners(block.shape))
+    def round_(i: jax.Array | int, work: Work) -> Work:
+        following = block.work(i + 1)._replace(exists=False) if block.config.rounds == 1 else block.work(i + 1)
+
+        @_if(work.exists)
+        def _():
+            _load_extras(block, work)
+            _combine(block, work, *_stream(block, i, work, following))
+
+        return following
+
+    if block.config.rounds == 1:
+        round_(0, first)
+    else:
+        lax.fori_loop(0, block.config.rounds, round_, first)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _load(block: Block, work: Work, step: jax.Array | int, stage: jax.Array | int) -> None:
+    """Starts the copies of one step of a round: a tile of the weight, and the x it meets."""
+    config, shape, gmem, smem = block.config, block.shape, block.gmem, block.smem
+    row = (block.part * config.steps(shape) + step) * config.tile_d
+    column = work.tile * (config.tile_n // shape.halves)
+    loaded, rows = smem.loaded.at[stage], pl.ds(row, config.tile_d)
+    block.tiles.load(gmem.w, smem.w.at[stage], loaded, expert=work.expert, column=column, row=row)
+    plgpu.copy_gmem_to_smem(gmem.x.at[work.group, pl.ds(0, shape.padded_tokens), rows], smem.x.at[stage], loaded)
+    if gmem.scale is not None:
+        plgpu.copy_gmem_to_smem(gmem.scale.at[rows], smem.scale.at[stage], loaded)
+
+
+def _load_extras(block: Block, work: Work) -> None:
+    """Starts the copies that the epilogue waits for, in the blocks that run it."""
+    gmem, smem = block.gmem, block.smem
+    group, tokens, columns = block.result(work)
+
+    @_if(True if block.config.split == 1 else block.part < block.config.owners(block.shape))
     def _():
-        _finish(block, *_receive(block))
+        if gmem.bias is not None:
+            expert = 0 if work.expert is None else work.expert
+            plgpu.copy_gmem_to_smem(gmem.bias.at[expert, :, columns], smem.bias, smem.extras_loaded)
+        if gmem.residual is not None:
+            plgpu.copy_gmem_to_smem(gmem.residual.at[group, tokens, columns], smem.residual, smem.extras_loaded)
 
 
-def _stream(block: Block) -> tuple[jax.Array, jax.Array | None]:
+def _stream(block: Block, round_: jax.Array | int, work: Work, following: Work) -> tuple[jax.Array, jax.Array | None]:
     """Multiplies the block's part of D: its product_NM, and the squares of x_DM if there is a norm, summed by step."""
     config, shape, smem, tiles = block.config, block.shape, block.smem, block.tiles
     steps, stages = config.steps(shape), config.stages
-    (_, columns), first = block.result, block.part * steps
 
-    def load_weight(step: jax.Array | int, stage: jax.Array | int) -> None:
-        row = (first + step) * config.tile_d
-        tiles.load(block.gmem.w, smem.w.at[stage], smem.loaded.at[stage], columns.start, row)
-
-    def load_x(step: jax.Array | int, stage: jax.Array | int) -> None:
-        rows = pl.ds((first + step) * config.tile_d, config.tile_d)
-        tokens = pl.ds(0, shape.padded_tokens)
-        plgpu.copy_gmem_to_smem(block.gmem.x.at[tokens, rows], smem.x.at[stage], smem.loaded.at[stage])
-        if block.gmem.scale is not None:
-            plgpu.copy_gmem_to_smem(block.gmem.scale.at[rows], smem.scale.at[stage], smem.loaded.at[stage])
-
-    def step(i: jax.Array, squares: jax.Array | None, product: Ref, *, refill: bool) -> jax.Array | None:
-        stage = lax.rem(i, stages)
+    def step(i: jax.Array, squares: jax.Array | None, product: Ref) -> jax.Array | None:
+        position = round_ * steps + i
+        stage = lax.rem(position, stages)
         plgpu.barrier_wait(smem.loaded.at[stage])
-        x_MD, squares = _scaled_x(block, stage, squares)
-        tiles.multiply(product, smem.w.at[stage], x_MD)
-        plgpu.wgmma_wait(0)
-        if refill:
-            load_weight(i + stages, stage)
-            load_x(i + stages, stage)
+        squares = _scale_x(block, stage, squares)
+        tiles.multiply(product, smem.w.at[stage], smem.x.at[stage])
+        plgpu.wgmma_wait(tiles.copies)  # this step runs on while the stage of the one before it, now read, is refilled
+        plgpu.commit_smem()  # every warp has waited
+        _refill(block, position, i + stages - 1, work, following)
         return squares
 
     def multiply_all(product: Ref) -> tuple[jax.Array, jax.Array | None]:
         squares = None if block.gmem.scale is None else _zeros(config.tile_d, shape.padded_tokens)
-        squares = lax.fori_loop(0, steps - stages, partial(step, product=product, refill=True), squares)
-        if config.early_weights:  # all loads are on their way: the next kernel's may follow
-            plgpu.griddepcontrol_launch_dependents()
-        squares = lax.fori_loop(steps - stages, steps, partial(step, product=product, refill=False), squares)
+        squares = lax.fori_loop(0, steps, partial(step, product=product), squares)
         return product[...], squares
 
-    for i in range(stages):
-        load_weight(i, i)
-    if config.early_weights:  # what follows reads what the previous kernel wrote, or writes what it read
-        plgpu.griddepcontrol_wait()
-    for i in range(stages):
-        load_x(i, i)
-    _load_extras(block)
     return pl.run_scoped(multiply_all, plgpu.WGMMAAccumulatorRef((config.tile_n, shape.padded_tokens), jnp.float32))
 
 
-def _scaled_x(block: Block, stage: jax.Array, squares_DM: jax.Array | None) -> tuple[Ref, jax.Array | None]:
-    """The stage's x_MD, times the norm's scale if there is a norm, whose squares are then added up.
+def _refill(block: Block, position: jax.Array, step: jax.Array, work: Work, following: Work) -> None:
+    """Loads, behind `position` steps, the step that many of this round ahead; past its end, one of the next round."""
+    steps, stages = block.config.steps(block.shape), block.config.stages
+    stage = lax.rem(position + stages - 1, stages)
+
+    @pl.when((position > 0) & (step < steps))
+    def _():
+        _load(block, work, step, stage)
+
+    if block.config.rounds > 1:
+
+        @pl.when((step >= steps) & following.exists)
+        def _():
+            _load(block, following, step - steps, stage)
+
+    if block.gmem.next_w is not None:
+
+        @pl.when((step == steps) & jnp.logical_not(following.exists))
+        def _():
+            _prefetch_next(block)
+
+
+def _prefetch_next(block: Block) -> None:
+    """Asks for this block's share of the first rows of the next weight, of each part of its D, into the L2 cache.
+
+    Nothing waits for them: they come while the last tiles are multiplied and the next kernels start.
+    """
+    config, next_w = block.config, block.gmem.next_w
+    bands = next_w.shape[0] if len(next_w.shape) == 3 else 1
+    _, rows, columns = next_w.shape
+    box_rows, box_columns = PREFETCHED_BOX
+    across = pl.cdiv(columns, box_columns)
+    wanted = config.prefetch_bytes // (columns * next_w.dtype.itemsize * bands * box_rows)
+    down = max(1, min(wanted, rows // (box_rows * config.prefetch_every)))
+    boxes, blocks = bands * down * across, config.blocks(block.shape)
+    first = lax.axis_index("cluster") * config.split + block.part
+
+    def prefetch(i: jax.Array, _: None) -> None:
+        box = first + i * blocks
+        band, place = lax.div(box, down * across), lax.rem(box, down * across)
+        row = lax.div(place, across) * (box_rows * config.prefetch_every)
+        column = lax.rem(place, across) * box_columns
+        plgpu.async_prefetch(next_w.at[band, pl.ds(row, box_rows), pl.ds(column, box_columns)], predicate=box < boxes)
+
+    lax.fori_loop(0, pl.cdiv(boxes, blocks), prefetch, None)
+
+
+def _scale_x(block: Block, stage: jax.Array, squares_DM: jax.Array | None) -> jax.Array | None:
+    """Multiplies the stage's x_MD by the norm's scale if there is a norm, and adds up its squares.
 
     The norm's factor of a token multiplies the finished product instead: it is the same for all of D, and known only
     when all of x has been seen. What the tensor cores take is rounded once, as the normed x would be.
     """
-    x_MD = block.smem.x.at[stage]
     if squares_DM is None:
-        return x_MD, None
-    x_DM = plgpu.load(x_MD.T, layout=WGMMA, optimized=False).astype(jnp.float32)
+        return None
+    x_ref = block.smem.x.at[stage].T
+    x_DM = plgpu.load(x_ref, layout=WGMMA, optimized=False).astype(jnp.float32)
     scale_D = plgpu.load(block.smem.scale.at[stage], layout=BY_COLUMN, optimized=False).astype(jnp.float32)
-    scaled_DM = x_DM * lax.broadcast_in_dim(scale_D, x_DM.shape, (0,))
-    block.smem.scaled_x.T[...] = scaled_DM.astype(x_MD.dtype)
+    x_ref[...] = (x_DM * lax.broadcast_in_dim(scale_D, x_DM.shape, (0,))).astype(block.shape.dtype)
     plgpu.commit_smem()
-    return block.smem.scaled_x, squares_DM + x_DM * x_DM
+    return squares_DM + x_DM * x_DM
 
 
-def _load_extras(block: Block) -> None:
-    """Starts the copies that the epilogue waits for, in the blocks that run it."""
-    gmem, smem = block.gmem, block.smem
-    tokens, columns = block.result
+def _combine(block: Block, work: Work, product_NM: jax.Array, squares_DM: jax.Array | None) -> None:
+    if block.config.split == 1:
+        _finish(block, work, product_NM, squares_DM)
+        return
+    _send(block, product_NM, squares_DM)
 
     @pl.when(block.part < block.config.owners(block.shape))
     def _():
-        if gmem.bias is not None:
-            plgpu.copy_gmem_to_smem(gmem.bias.at[:, columns], smem.bias, smem.extras_loaded)
-        if gmem.residual is not None:
-            plgpu.copy_gmem_to_smem(gmem.residual.at[tokens, columns], smem.residual, smem.extras_loaded)
+        _finish(block, work, *_receive(block))
 
 
 def _send(block: Block, product_NM: jax.Array, squares_DM: jax.Array | None) -> None:
@@ -207,7 +280,7 @@ def _send(block: Block, product_NM: jax.Array, squares_DM: jax.Array | None) -> 
         for name, array in sums.items():
             piece = array[:, owner * owned : (owner + 1) * owned]
             if config.exchange == "gmem":
-                getattr(gmem, name)[lax.axis_index("tile"), owner, block.part] = piece
+                getattr(gmem, name)[lax.axis_index("cluster"), owner, block.part] = piece
                 continue
             plgpu.async_store_smem(
                 piece,
@@ -218,6 +291,7 @@ def _send(block: Block, product_NM: jax.Array, squares_DM: jax.Array | None) -> 
                 optimized=False,
             )
     if config.exchange == "gmem":
+        plgpu.commit_smem()  # every warp has stored
         plgpu.barrier_arrive(smem.received)
         plgpu.barrier_wait(smem.received)  # every block stays until no other arrives at its barrier
 
@@ -229,7 +303,7 @@ def _receive(block: Block) -> tuple[jax.Array, jax.Array | None]:
 
     def total(name: str) -> jax.Array:
         if block.config.exchange == "gmem":
-            inbox = getattr(block.gmem, name).at[lax.axis_index("tile"), block.part]
+            inbox = getattr(block.gmem, name).at[lax.axis_index("cluster"), block.part]
         else:
             inbox = getattr(block.smem, name)
         pieces = [plgpu.load(inbox.at[i], layout=WGMMA, optimized=False) for i in range(block.config.split)]
@@ -238,7 +312,7 @@ def _receive(block: Block) -> tuple[jax.Array, jax.Array | None]:
     return total("products"), None if block.gmem.scale is None else total("squares")
 
 
-def _finish(block: Block, product_NM: jax.Array, squares_DM: jax.Array | None) -> None:
+def _finish(block: Block, work: Work, product_NM: jax.Array, squares_DM: jax.Array | None) -> None:
     """The rest of the norm, the bias, the gate and the residual, in float32; then the one rounding."""
     gmem, smem, shape = block.gmem, block.smem, block.shape
     if gmem.bias is not None or gmem.residual is not None:
@@ -256,10 +330,11 @@ def _finish(block: Block, product_NM: jax.Array, squares_DM: jax.Array | None) -
     if shape.residual_dtype is not None:
         residual_NM = plgpu.load(smem.residual.T, layout=_transposing(shape.residual_dtype), optimized=False)
         out_NM += plgpu.layout_cast(residual_NM.astype(jnp.float32), WGMMA)
+    if block.config.rounds > 1:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     smem.out.T[...] = plgpu.layout_cast(out_NM.astype(shape.out_dtype), _transposing(shape.out_dtype))
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(smem.out, gmem.out.at[block.result])  # rows beyond the last token are dropped
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.copy_smem_to_gmem(smem.out, gmem.out.at[block.result(work)])  # rows beyond the last token are dropped
 
 
 def _transposing(dtype: jnp.dtype) -> plgpu.Layout:
@@ -270,20 +345,45 @@ def _transposing(dtype: jnp.dtype) -> plgpu.Layout:
     return WGMMA if jnp.dtype(dtype).itemsize == 2 else plgpu.Layout.WGMMA_TRANSPOSED
 
 
+def _operands(arguments: Arguments) -> dict[str, jax.Array | None]:
+    """The kernel's inputs by name, with an axis of one group or one expert where there are none."""
+
+    def leading(array: jax.Array | None) -> jax.Array | None:
+        return array if array is None or arguments.of_experts else array[None]
+
+    bias, next_w = arguments.bias, arguments.next_w
+    if bias is not None and not arguments.gated:
+        bias = bias[..., None, :]
+    if next_w is not None:
+        next_w = next_w.reshape(next_w.shape[0], -1)
+        following = Shape.of(arguments)
+        following = replace(following, hidden=next_w.shape[0], outputs=next_w.shape[1], w_axes="DN", groups=1)
+        next_w = next_w.reshape(config_for(following).split, -1, next_w.shape[1])
+    return {
+        "x": leading(arguments.x),
+        "w": arguments.w,
+        "expert": arguments.expert_A,
+        "scale": arguments.norm_scale_D,
+        "bias": leading(bias),
+        "residual": leading(arguments.residual_MN),
+        "next_w": next_w,
+    }
+
+
 def _padded(arguments: Arguments, tokens: int) -> Arguments:
-    x_MD, residual_MN = arguments.x_MD, arguments.residual_MN
-    x_MD = jnp.pad(x_MD, ((0, tokens), (0, 0)))
-    if residual_MN is not None:
-        residual_MN = jnp.pad(residual_MN, ((0, tokens), (0, 0)))
-    return replace(arguments, x_MD=x_MD, residual_MN=residual_MN)
+    def padded(array: jax.Array) -> jax.Array:
+        return jnp.pad(array, ((0, 0),) * (array.ndim - 2) + ((0, tokens), (0, 0)))
+
+    residual_MN = None if arguments.residual_MN is None else padded(arguments.residual_MN)
+    return replace(arguments, x=padded(arguments.x), residual_MN=residual_MN)
 
 
 def _exchanged(config: Config, shape: Shape) -> dict[str, jax.ShapeDtypeStruct]:
-    """Partial sums that meet in device memory, by tile, owner and part."""
+    """Partial sums that meet in device memory, by cluster, owner and part."""
     if config.split == 1 or config.exchange == "smem":
         return {}
     owners = config.owners(shape)
-    leading, owned = (config.tiles(shape), owners, config.split), shape.padded_tokens // owners
+    leading, owned = (config.clusters(shape), owners, config.split), shape.padded_tokens // owners
     rows = {"products": config.tile_n} | ({} if shape.norm_dtype is None else {"squares": config.tile_d})
     return {name: jax.ShapeDtypeStruct((*leading, n, owned), jnp.float32) for name, n in rows.items()}
 
@@ -305,6 +405,11 @@ def _scratch(config: Config, shape: Shape) -> dict[str, Any]:
             else plgpu.ClusterBarrier(collective_axes=("part",))
         )
     return scratch
+
+
+def _if(condition: jax.Array | bool) -> Any:
+    """`pl.when`, but nothing of it where the condition is known to hold."""
+    return (lambda body: body()) if condition is True else pl.when(condition)
 
 
 def _zeros(rows: int, columns: int) -> jax.Array:

@@ -26,17 +26,20 @@ class Tiles:
         """Arrivals on the barrier for one tile."""
         return 2 if "c" in self.w_axes else 1
 
-    def load(self, w_ref: Ref, tile_ref: Ref, barrier: Ref, n: jax.Array | int, d: jax.Array | int) -> None:
-        """Starts the copy of the tile at column n and row d; past the end of an axis it is filled with zeros."""
-        columns, rows = pl.ds(n, self.tile_n // self.copies), pl.ds(d, self.tile_d)
-        match self.w_axes:
-            case "DN":
-                sources = [w_ref.at[rows, columns]]
-            case "ND":
-                sources = [w_ref.at[columns, rows]]
-            case _:
-                sources = [w_ref.at[rows, half, columns] for half in range(2)]
-        for half, source in enumerate(sources):
+    def load(
+        self,
+        w_ref: Ref,
+        tile_ref: Ref,
+        barrier: Ref,
+        *,
+        expert: jax.Array | None,
+        column: jax.Array | int,
+        row: jax.Array | int,
+    ) -> None:
+        """Starts the copy of the tile at this column of N and row of D; past the end of an axis it is zeros."""
+        place = {"D": pl.ds(row, self.tile_d), "N": pl.ds(column, self.tile_n // self.copies), "E": expert}
+        for half in range(self.copies):
+            source = w_ref.at[tuple((place | {"c": half})[axis] for axis in self.w_axes)]
             plgpu.copy_gmem_to_smem(source, tile_ref.at[half], barrier)
 
     def multiply(self, product_NM: Ref, tile_ref: Ref, x_MD: Ref) -> None:
@@ -44,5 +47,5 @@ class Tiles:
         columns = self.tile_n // self.copies
         for half in range(self.copies):
             tile = tile_ref.at[half]
-            w_ND = tile if self.w_axes == "ND" else tile.T
+            w_ND = tile if self.w_axes.endswith("ND") else tile.T
             plgpu.wgmma(product_NM.at[half * columns : (half + 1) * columns], w_ND, x_MD.T)
