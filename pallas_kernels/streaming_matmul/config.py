@@ -12,6 +12,7 @@ from pallas_kernels.checks import require
 from pallas_kernels.streaming_matmul.arguments import Arguments
 
 MAX_TOKENS = 64
+ROWS = 64  # of D, the least that a tile has; the norm works on so many at once
 # One H100 or H200 (SXM): streaming multiprocessors, and the shared memory of one and of one block of it.
 SMS = 132
 SMEM_OF_SM = 228 * 1024
@@ -154,7 +155,7 @@ def buffers(config: Config, shape: Shape) -> dict[str, Buffer]:
         "out": Buffer((owned, tile_out), shape.out_dtype),
     }
     if shape.norm_dtype is not None:
-        found["scale"] = Buffer((stages, tile_d), shape.norm_dtype)
+        found["scale"] = Buffer((config.steps(shape) * tile_d // ROWS, ROWS), shape.norm_dtype)
     if shape.bias_dtype is not None:
         found["bias"] = Buffer((shape.halves, tile_out), shape.bias_dtype)
     if shape.residual_dtype is not None:
@@ -162,7 +163,7 @@ def buffers(config: Config, shape: Shape) -> dict[str, Buffer]:
     if config.split > 1 and config.exchange == "smem":
         found["products"] = Buffer((config.split, tile_n, owned), f32)
         if shape.norm_dtype is not None:
-            found["squares"] = Buffer((config.split, tile_d, owned), f32)
+            found["squares"] = Buffer((config.split, ROWS, owned), f32)
     return found
 
 
@@ -181,14 +182,15 @@ def heuristic(shape: Shape) -> Config:
     """All blocks do the same work and are in flight together, one on a multiprocessor.
 
     The memory then divides its rate among them evenly, and two thirds of the multiprocessors are enough to take all
-    of it: equal work is worth more than work for each of them. The widest tiles that allow that read x least often;
-    splitting D costs an exchange, and comes last.
+    of it: equal work is worth more than work for each of them. Splitting D costs an exchange, but it allows wider
+    tiles, which read x less often: with many tokens x is as much to read as the weight.
     """
-    widths = [width for width in (256, 128, 64) if width >= 64 * shape.halves]
-    for split, tile_n in itertools.product((1, 2, 4), widths):
-        if config := _even(shape, tile_n, split):
+    few = [(1, 256), (1, 128), (1, 64), (2, 128), (2, 64), (4, 64)]
+    many = [(1, 256), (1, 128), (2, 128), (3, 128), (1, 64), (2, 64), (4, 64)]
+    for split, tile_n in many if shape.padded_tokens >= 32 else few:
+        if tile_n % (64 * shape.halves) == 0 and (config := _even(shape, tile_n, split)):
             return config
-    return deepest(Config(widths[-1], 64, 2), shape)
+    return deepest(Config(64 * shape.halves, 64, 2), shape)
 
 
 def _even(shape: Shape, tile_n: int, split: int) -> Config | None:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.streaming_matmul.arguments import Arguments
-from pallas_kernels.streaming_matmul.config import MAX_TOKENS, Buffer, Config, Shape, buffers, config_for
+from pallas_kernels.streaming_matmul.config import MAX_TOKENS, ROWS, Buffer, Config, Shape, buffers, config_for
 from pallas_kernels.streaming_matmul.weights import Ref, Tiles
 
 WGMMA = plgpu.Layout.WGMMA
@@ -127,9 +127,13 @@ class Block:
 
 
 def _run(block: Block) -> None:
-    first = block.work(0)
+    first, rows = block.work(0), block.config.steps(block.shape) * block.config.tile_d // ROWS
     for step in range(block.config.stages):
         _load(block, first, step, step)
+    if block.gmem.scale is not None:
+        source = block.gmem.scale.at[pl.ds(block.part * rows, rows)]
+        plgpu.copy_gmem_to_smem(source, block.smem.scale, block.smem.scale_loaded)
+        plgpu.barrier_wait(block.smem.scale_loaded)
 
     def round_(i: jax.Array | int, work: Work) -> Work:
         following = block.work(i + 1)._replace(exists=False) if block.config.rounds == 1 else block.work(i + 1)
@@ -156,8 +160,6 @@ def _load(block: Block, work: Work, step: jax.Array | int, stage: jax.Array | in
     loaded, rows = smem.loaded.at[stage], pl.ds(row, config.tile_d)
     block.tiles.load(gmem.w, smem.w.at[stage], loaded, expert=work.expert, column=column, row=row)
     plgpu.copy_gmem_to_smem(gmem.x.at[work.group, pl.ds(0, shape.padded_tokens), rows], smem.x.at[stage], loaded)
-    if gmem.scale is not None:
-        plgpu.copy_gmem_to_smem(gmem.scale.at[rows], smem.scale.at[stage], loaded)
 
 
 def _load_extras(block: Block, work: Work) -> None:
@@ -175,7 +177,7 @@ def _load_extras(block: Block, work: Work) -> None:
 
 
 def _stream(block: Block, round_: jax.Array | int, work: Work, following: Work) -> tuple[jax.Array, jax.Array | None]:
-    """Multiplies the block's part of D: its product_NM, and the squares of x_DM if there is a norm, summed by step."""
+    """Multiplies the block's part of D: its product_NM, and for a norm the squares of x_DM, in sums of D / 64."""
     config, shape, smem, tiles = block.config, block.shape, block.smem, block.tiles
     steps, stages = config.steps(shape), config.stages
 
@@ -183,7 +185,7 @@ def _stream(block: Block, round_: jax.Array | int, work: Work, following: Work) 
         position = round_ * steps + i
         stage = lax.rem(position, stages)
         plgpu.barrier_wait(smem.loaded.at[stage])
-        squares = _scale_x(block, stage, squares)
+        squares = _scale_x(block, i, stage, squares)
         tiles.multiply(product, smem.w.at[stage], smem.x.at[stage])
         plgpu.wgmma_wait(tiles.copies)  # this step runs on while the stage of the one before it, now read, is refilled
         plgpu.commit_smem()  # every warp has waited
@@ -191,7 +193,7 @@ def _stream(block: Block, round_: jax.Array | int, work: Work, following: Work) 
         return squares
 
     def multiply_all(product: Ref) -> tuple[jax.Array, jax.Array | None]:
-        squares = None if block.gmem.scale is None else _zeros(config.tile_d, shape.padded_tokens)
+        squares = None if block.gmem.scale is None else _zeros(ROWS, shape.padded_tokens)
         squares = lax.fori_loop(0, steps, partial(step, product=product), squares)
         return product[...], squares
 
@@ -221,31 +223,33 @@ def _refill(block: Block, position: jax.Array, step: jax.Array, work: Work, foll
 
 
 def _prefetch_next(block: Block) -> None:
-    """Asks for this block's share of the first rows of the next weight, of each part of its D, into the L2 cache.
+    """Asks for this block's share of what the next kernel reads first, the first rows of each part of its weight's D.
 
-    Nothing waits for them: they come while the last tiles are multiplied and the next kernels start.
+    Nothing waits for it: it comes into the L2 cache while the last tiles are multiplied and the next kernel starts.
     """
     config, next_w = block.config, block.gmem.next_w
-    bands = next_w.shape[0] if len(next_w.shape) == 3 else 1
-    _, rows, columns = next_w.shape
+    rows, columns = next_w.shape
+    next_shape = replace(block.shape, hidden=rows, outputs=columns, w_axes="DN", groups=1)
+    following = config_for(next_shape)
+    part_rows = following.steps(next_shape) * following.tile_d
     box_rows, box_columns = PREFETCHED_BOX
     across = pl.cdiv(columns, box_columns)
-    wanted = config.prefetch_bytes // (columns * next_w.dtype.itemsize * bands * box_rows)
-    down = max(1, min(wanted, rows // (box_rows * config.prefetch_every)))
-    boxes, blocks = bands * down * across, config.blocks(block.shape)
+    wanted = config.prefetch_bytes // (columns * next_w.dtype.itemsize * following.split * box_rows)
+    down = max(1, min(wanted, part_rows // (box_rows * config.prefetch_every)))
+    boxes, blocks = following.split * down * across, config.blocks(block.shape)
     first = lax.axis_index("cluster") * config.split + block.part
 
     def prefetch(i: jax.Array, _: None) -> None:
         box = first + i * blocks
-        band, place = lax.div(box, down * across), lax.rem(box, down * across)
-        row = lax.div(place, across) * (box_rows * config.prefetch_every)
+        part, place = lax.div(box, down * across), lax.rem(box, down * across)
+        row = part * part_rows + lax.div(place, across) * (box_rows * config.prefetch_every)
         column = lax.rem(place, across) * box_columns
-        plgpu.async_prefetch(next_w.at[band, pl.ds(row, box_rows), pl.ds(column, box_columns)], predicate=box < boxes)
+        plgpu.async_prefetch(next_w.at[pl.ds(row, box_rows), pl.ds(column, box_columns)], predicate=box < boxes)
 
     lax.fori_loop(0, pl.cdiv(boxes, blocks), prefetch, None)
 
 
-def _scale_x(block: Block, stage: jax.Array, squares_DM: jax.Array | None) -> jax.Array | None:
+def _scale_x(block: Block, step: jax.Array, stage: jax.Array, squares_DM: jax.Array | None) -> jax.Array | None:
     """Multiplies the stage's x_MD by the norm's scale if there is a norm, and adds up its squares.
 
     The norm's factor of a token multiplies the finished product instead: it is the same for all of D, and known only
@@ -253,12 +257,16 @@ def _scale_x(block: Block, stage: jax.Array, squares_DM: jax.Array | None) -> ja
     """
     if squares_DM is None:
         return None
-    x_ref = block.smem.x.at[stage].T
-    x_DM = plgpu.load(x_ref, layout=WGMMA, optimized=False).astype(jnp.float32)
-    scale_D = plgpu.load(block.smem.scale.at[stage], layout=BY_COLUMN, optimized=False).astype(jnp.float32)
-    x_ref[...] = (x_DM * lax.broadcast_in_dim(scale_D, x_DM.shape, (0,))).astype(block.shape.dtype)
+    pieces = block.config.tile_d // ROWS
+    for piece in range(pieces):
+        x_ref = block.smem.x.at[stage, :, pl.ds(piece * ROWS, ROWS)].T
+        x_DM = plgpu.load(x_ref, layout=WGMMA, optimized=False).astype(jnp.float32)
+        scale_ref = block.smem.scale.at[step * pieces + piece]
+        scale_D = plgpu.load(scale_ref, layout=BY_COLUMN, optimized=False).astype(jnp.float32)
+        x_ref[...] = (x_DM * lax.broadcast_in_dim(scale_D, x_DM.shape, (0,))).astype(block.shape.dtype)
+        squares_DM += x_DM * x_DM
     plgpu.commit_smem()
-    return squares_DM + x_DM * x_DM
+    return squares_DM
 
 
 def _combine(block: Block, work: Work, product_NM: jax.Array, squares_DM: jax.Array | None) -> None:
@@ -354,19 +362,14 @@ def _operands(arguments: Arguments) -> dict[str, jax.Array | None]:
     bias, next_w = arguments.bias, arguments.next_w
     if bias is not None and not arguments.gated:
         bias = bias[..., None, :]
-    if next_w is not None:
-        next_w = next_w.reshape(next_w.shape[0], -1)
-        following = Shape.of(arguments)
-        following = replace(following, hidden=next_w.shape[0], outputs=next_w.shape[1], w_axes="DN", groups=1)
-        next_w = next_w.reshape(config_for(following).split, -1, next_w.shape[1])
     return {
         "x": leading(arguments.x),
         "w": arguments.w,
         "expert": arguments.expert_A,
-        "scale": arguments.norm_scale_D,
+        "scale": None if arguments.norm_scale_D is None else arguments.norm_scale_D.reshape(-1, ROWS),
         "bias": leading(bias),
         "residual": leading(arguments.residual_MN),
-        "next_w": next_w,
+        "next_w": None if next_w is None else next_w.reshape(next_w.shape[0], -1),
     }
 
 
@@ -384,7 +387,7 @@ def _exchanged(config: Config, shape: Shape) -> dict[str, jax.ShapeDtypeStruct]:
         return {}
     owners = config.owners(shape)
     leading, owned = (config.clusters(shape), owners, config.split), shape.padded_tokens // owners
-    rows = {"products": config.tile_n} | ({} if shape.norm_dtype is None else {"squares": config.tile_d})
+    rows = {"products": config.tile_n} | ({} if shape.norm_dtype is None else {"squares": ROWS})
     return {name: jax.ShapeDtypeStruct((*leading, n, owned), jnp.float32) for name, n in rows.items()}
 
 
@@ -393,8 +396,10 @@ def _scratch(config: Config, shape: Shape) -> dict[str, Any]:
         return plgpu.SMEM(buffer.shape, buffer.dtype, transforms=OPERAND if buffer.operand else ())
 
     scratch: dict[str, Any] = {name: allocate(buffer) for name, buffer in buffers(config, shape).items()}
-    copies = Tiles(shape.w_axes, config.tile_n, config.tile_d).copies + 1 + (shape.norm_dtype is not None)
+    copies = Tiles(shape.w_axes, config.tile_n, config.tile_d).copies + 1
     scratch["loaded"] = plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages)
+    if shape.norm_dtype is not None:
+        scratch["scale_loaded"] = plgpu.Barrier()
     if extras := (shape.bias_dtype is not None) + (shape.residual_dtype is not None):
         scratch["extras_loaded"] = plgpu.Barrier(num_arrivals=extras)
     if config.split > 1:
