@@ -1,0 +1,91 @@
+"""A few tokens times a large weight: bound by the bytes of the weight, which are read once."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.checks import require
+from pallas_kernels.streaming_matmul import mosaic_gpu, reference, xla
+from pallas_kernels.streaming_matmul.arguments import Arguments, check
+from pallas_kernels.streaming_matmul.config import Shape, crossover
+
+IMPLEMENTATIONS = {
+    "mosaic_gpu": mosaic_gpu.streaming_matmul,
+    "xla": xla.streaming_matmul,
+    "reference": reference.streaming_matmul,
+}
+
+
+def streaming_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    w_axes: str = "DN",
+    expert_A: jax.Array | None = None,
+    norm_scale_D: jax.Array | None = None,
+    norm_eps: float = 1e-6,
+    bias: jax.Array | None = None,
+    residual_MN: jax.Array | None = None,
+    next_w: jax.Array | None = None,
+    out_dtype: jnp.dtype | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Multiplies M tokens by a weight, with the norm before it and what follows it.
+
+        y = norm(x) @ w + bias, for a gated weight SiLU(y_gate) * y_up; plus the residual.
+
+    Args:
+      x: x_MD, float32, bfloat16 or float16; for a weight of experts x_AMD, A groups of M tokens.
+      w: in the dtype of x and in the order `w_axes`: "DN"; "ND", multiplied along its last axis (an output head stored
+        by vocabulary); "DcN", c = 2, the gate first: the result is then gated. "EDN", "END", "EDcN" hold one such
+        weight for each expert.
+      expert_A: int32, the expert of each group. Only the weights of these are read.
+      norm_scale_D: RMSNorm of x over D with this scale (Gemma's is one plus its parameter) and `norm_eps`.
+      bias: bias_N, or bias_cN of a gated weight, with E in front for experts; added to the product.
+      residual_MN: added last, not for experts. Scale, bias and residual are float32, bfloat16 or float16 each.
+      next_w: the weight that the next kernel streams, D first. The kernel asks for its first rows as it ends, so that
+        the memory works while no kernel runs. It changes no result.
+      out_dtype: of the result, by default that of x.
+      implementation: "mosaic_gpu" (Hopper; bfloat16, or float16 without a norm; M up to 64, D and N multiples of 64),
+        "xla", "reference", or "auto": the kernel on what it takes, up to the M from which XLA is faster, else XLA.
+
+    Returns:
+      y_MN, or y_AMN. The kernel accumulates and finishes in float32 and rounds once; norm and scale multiply x in
+      float32, and the tensor cores take x times the scale in the dtype of x. XLA rounds the product to it before the
+      epilogue.
+
+    Raises:
+      ValueError: names the argument, what it is and what is allowed; before any device work.
+
+    Source: split of the contraction over blocks as in Stream-K (Osama et al. 2023), of equal parts.
+    """
+    dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    arguments = Arguments(x, w, expert_A, norm_scale_D, bias, residual_MN, next_w, w_axes, norm_eps, dtype)
+    check(arguments)
+    if implementation == "auto":
+        implementation, reason = _automatic(arguments)
+        _log_once(implementation, reason)
+    run = dispatch.choose("streaming_matmul", implementation, IMPLEMENTATIONS)
+    if implementation == "mosaic_gpu" and (reason := mosaic_gpu.unsupported(arguments)):
+        require(False, "implementation", "'mosaic_gpu'", f"xla, reference, since {reason}")
+    return run(arguments)
+
+
+def _automatic(arguments: Arguments) -> tuple[str, str]:
+    backend = jax.default_backend()
+    if backend != "gpu" or jax.devices()[0].compute_capability != "9.0":
+        return "xla", f"the kernel needs Hopper, and the backend is {backend!r}"
+    if reason := mosaic_gpu.unsupported(arguments):
+        return "xla", reason
+    shape = Shape.of(arguments)
+    if shape.tokens > crossover(shape):
+        return "xla", f"more than {crossover(shape)} tokens"
+    return "mosaic_gpu", "few tokens on Hopper"
+
+
+@functools.cache
+def _log_once(name: str, reason: str) -> None:
+    logging.getLogger("pallas_kernels").info("streaming_matmul runs as %s: %s", name, reason)

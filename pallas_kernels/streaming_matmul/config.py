@@ -1,0 +1,263 @@
+"""How the kernel cuts a problem: its config, the shared memory that takes, and which config a problem gets."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.checks import require
+from pallas_kernels.streaming_matmul.arguments import Arguments
+
+MAX_TOKENS = 64
+ROWS = 64  # of D, the least that a tile has; the norm works on so many at once
+# One H100 or H200 (SXM): streaming multiprocessors, and the shared memory of one and of one block of it.
+SMS = 132
+SMEM_OF_SM = 228 * 1024
+SMEM_OF_BLOCK = 227 * 1024
+# What a block takes besides its buffers: the system's 1 KB, barriers, and the scratch of a sum across warps.
+SMEM_OVERHEAD = 1024 + 1024 + 2048
+ALIGNMENT = 1024  # of every buffer, as Mosaic GPU places them
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that a config depends on, known when the program is traced."""
+
+    tokens: int
+    hidden: int
+    outputs: int
+    w_axes: str
+    dtype: jnp.dtype
+    out_dtype: jnp.dtype
+    groups: int = 1  # of tokens, each of which has an expert
+    norm_dtype: jnp.dtype | None = None
+    bias_dtype: jnp.dtype | None = None
+    residual_dtype: jnp.dtype | None = None
+
+    @classmethod
+    def of(cls, arguments: Arguments) -> "Shape":
+        def dtype(array: jax.Array | None) -> jnp.dtype | None:
+            return None if array is None else jnp.dtype(array.dtype)
+
+        return cls(
+            tokens=arguments.x.shape[-2],
+            hidden=arguments.hidden,
+            outputs=arguments.outputs,
+            w_axes=arguments.w_axes,
+            dtype=jnp.dtype(arguments.x.dtype),
+            out_dtype=jnp.dtype(arguments.out_dtype),
+            groups=arguments.x.shape[0] if arguments.of_experts else 1,
+            norm_dtype=dtype(arguments.norm_scale_D),
+            bias_dtype=dtype(arguments.bias),
+            residual_dtype=dtype(arguments.residual_MN),
+        )
+
+    @property
+    def halves(self) -> int:
+        """Columns of the weight for one of the result: a gated result has two."""
+        return 2 if "c" in self.w_axes else 1
+
+    @property
+    def columns(self) -> int:
+        return self.halves * self.outputs
+
+    @property
+    def padded_tokens(self) -> int:
+        """The tokens that the tensor cores see: 8 or a power of two above."""
+        return max(8, 1 << (self.tokens - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Config:
+    """A block of threads multiplies `tile_n` columns of the weight, gate and up together, `tile_d` rows at a time.
+
+    `stages` such tiles are on their way at once. A block takes up to `rounds` tiles of columns one after another,
+    and the tiles of the next are on their way before it has finished with one. `split` blocks, one cluster, share
+    the columns: each takes a part of D, and their partial sums meet in shared memory, or in device memory with
+    `exchange="gmem"` (the interpreter knows no shared memory of another block).
+
+    Where the next product's weight is given, a block ends by asking for its share of `prefetch_bytes` of it.
+    """
+
+    tile_n: int
+    tile_d: int
+    stages: int
+    split: int = 1
+    rounds: int = 1
+    exchange: str = "smem"
+    prefetch_bytes: int = 16 << 20
+    prefetch_every: int = 1  # of so many boxes of rows, one is asked for
+
+    def __post_init__(self):
+        require(self.tile_n in range(64, 257, 64), "tile_n", self.tile_n, "64, 128, 192, 256")
+        require(self.tile_d in range(64, 257, 64), "tile_d", self.tile_d, "64, 128, 192, 256")
+        require(self.stages >= 2, "stages", self.stages, "at least 2")
+        require(1 <= self.split <= 8, "split", self.split, "1 to 8, the blocks of a portable cluster")
+        require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
+        require(self.split == 1 or self.rounds == 1, "rounds", self.rounds, "1 where blocks share columns")
+        require(self.exchange in ("smem", "gmem"), "exchange", repr(self.exchange), "'smem', 'gmem'")
+
+    def tiles(self, shape: Shape) -> int:
+        """Tiles of columns, of one group."""
+        return math.ceil(shape.columns / self.tile_n)
+
+    def clusters(self, shape: Shape) -> int:
+        return math.ceil(shape.groups * self.tiles(shape) / self.rounds)
+
+    def blocks(self, shape: Shape) -> int:
+        return self.clusters(shape) * self.split
+
+    def steps(self, shape: Shape) -> int:
+        """Tiles of the weight that a block multiplies; past the end of D they are zeros that nobody reads."""
+        return math.ceil(shape.hidden / (self.tile_d * self.split))
+
+    def busy(self, shape: Shape) -> float:
+        """The part of all blocks' time that they work, if each took the same time for a tile."""
+        return shape.groups * self.tiles(shape) / (self.clusters(shape) * self.rounds)
+
+    def owners(self, shape: Shape) -> int:
+        """Blocks of a cluster that add up partial sums: each those of its own 8, 16, 32 or 64 tokens."""
+        return min(1 << (self.split.bit_length() - 1), shape.padded_tokens // 8)
+
+    def check(self, shape: Shape) -> None:
+        """Raises ValueError where the kernel cannot run so."""
+        unit = 64 * shape.halves
+        require(self.tile_n % unit == 0, "tile_n", self.tile_n, f"a multiple of {unit} for a weight {shape.w_axes}")
+        steps = self.steps(shape)
+        require(self.stages <= steps, "stages", self.stages, f"at most the {steps} tiles that a block multiplies")
+        used = smem_bytes(self, shape)
+        require(used <= SMEM_OF_BLOCK, "shared memory of the config", used, f"at most {SMEM_OF_BLOCK} bytes")
+
+
+@dataclass(frozen=True)
+class Buffer:
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    operand: bool = False  # of the tensor cores: tiled and swizzled
+
+    @property
+    def bytes(self) -> int:
+        return math.ceil(math.prod(self.shape) * jnp.dtype(self.dtype).itemsize / ALIGNMENT) * ALIGNMENT
+
+
+def buffers(config: Config, shape: Shape) -> dict[str, Buffer]:
+    """The shared memory of a block by name: the launch allocates it, the search counts it."""
+    tokens, owners, f32 = shape.padded_tokens, config.owners(shape), jnp.dtype(jnp.float32)
+    stages, tile_n, tile_d = config.stages, config.tile_n, config.tile_d
+    tile_out, owned = tile_n // shape.halves, tokens // owners
+    tile = (tile_n, tile_d) if shape.w_axes.endswith("ND") else (tile_d, tile_out)
+    found = {
+        "w": Buffer((stages, shape.halves, *tile), shape.dtype, operand=True),
+        "x": Buffer((stages, tokens, tile_d), shape.dtype, operand=True),
+        "out": Buffer((owned, tile_out), shape.out_dtype),
+    }
+    if shape.norm_dtype is not None:
+        found["scale"] = Buffer((config.steps(shape) * tile_d // ROWS, ROWS), shape.norm_dtype)
+    if shape.bias_dtype is not None:
+        found["bias"] = Buffer((shape.halves, tile_out), shape.bias_dtype)
+    if shape.residual_dtype is not None:
+        found["residual"] = Buffer((owned, tile_out), shape.residual_dtype)
+    if config.split > 1 and config.exchange == "smem":
+        found["products"] = Buffer((config.split, tile_n, owned), f32)
+        if shape.norm_dtype is not None:
+            found["squares"] = Buffer((config.split, ROWS, owned), f32)
+    return found
+
+
+def smem_bytes(config: Config, shape: Shape) -> int:
+    return SMEM_OVERHEAD + sum(buffer.bytes for buffer in buffers(config, shape).values())
+
+
+# Blocks that keep the memory busy, and how far the tiles may fall short of dividing among them evenly.
+FEWEST_BLOCKS = 88
+LEAST_BUSY = 0.97
+# Bytes of the weight on their way to one multiprocessor: more than the memory's latency times its rate asks for.
+STREAMED_BYTES = 128 * 1024
+
+
+def heuristic(shape: Shape) -> Config:
+    """All blocks do the same work and are in flight together, one on a multiprocessor.
+
+    The memory then divides its rate among them evenly, and two thirds of the multiprocessors are enough to take all
+    of it: equal work is worth more than work for each of them. Splitting D costs an exchange, but it allows wider
+    tiles, which read x less often: with many tokens x is as much to read as the weight.
+    """
+    few = [(1, 256), (1, 128), (1, 64), (2, 128), (2, 64), (4, 64)]
+    many = [(1, 256), (1, 128), (2, 128), (3, 128), (1, 64), (2, 64), (4, 64)]
+    for split, tile_n in many if shape.padded_tokens >= 32 else few:
+        if tile_n % (64 * shape.halves) == 0 and (config := _even(shape, tile_n, split)):
+            return config
+    return deepest(Config(64 * shape.halves, 64, 2), shape)
+
+
+def _even(shape: Shape, tile_n: int, split: int) -> Config | None:
+    """The config of such tiles, where they divide evenly among enough blocks."""
+    tile_d = 128 if tile_n == 64 else 64
+    rounds = math.ceil(shape.groups * math.ceil(shape.columns / tile_n) * split / SMS)
+    if (split > 1 and rounds > 1) or shape.hidden < 2 * split * tile_d:
+        return None
+    config = Config(tile_n, tile_d, 2, split, rounds)
+    if config.blocks(shape) < FEWEST_BLOCKS or config.busy(shape) < LEAST_BUSY:
+        return None
+    config = deepest(config, shape)
+    return config if smem_bytes(config, shape) <= SMEM_OF_BLOCK else None
+
+
+def deepest(config: Config, shape: Shape, *, blocks_of_sm: int = 1, streamed: int = STREAMED_BYTES) -> Config:
+    """The config with as many stages as the shared memory takes and as are worth it, at least two."""
+    budget = min(SMEM_OF_BLOCK, SMEM_OF_SM // blocks_of_sm)
+    tile_bytes = config.tile_n * config.tile_d * shape.dtype.itemsize
+    for stages in range(min(config.steps(shape), streamed // tile_bytes), 2, -1):
+        deeper = replace(config, stages=stages)
+        if smem_bytes(deeper, shape) <= budget:
+            return deeper
+    return replace(config, stages=2)
+
+
+def candidates(shape: Shape) -> list[Config]:
+    """What a search should time: all that fit, save what leaves much of the card idle."""
+    return list(dict.fromkeys(_candidates(shape)))
+
+
+def _candidates(shape: Shape) -> Iterator[Config]:
+    for tile_n, tile_d, split in itertools.product((64, 128, 192, 256), (64, 128, 256), (1, 2, 3, 4)):
+        if tile_n % (64 * shape.halves) or shape.hidden < 2 * split * tile_d:
+            continue
+        tiles = shape.groups * math.ceil(shape.columns / tile_n)
+        for blocks_of_sm, streamed in itertools.product((1, 2), (64 * 1024, STREAMED_BYTES, 192 * 1024)):
+            rounds = math.ceil(tiles * split / (SMS * blocks_of_sm))
+            if split > 1 and rounds > 1:
+                continue
+            config = Config(tile_n, tile_d, 2, split, rounds)
+            config = deepest(config, shape, blocks_of_sm=blocks_of_sm, streamed=streamed)
+            if smem_bytes(config, shape) <= SMEM_OF_SM // blocks_of_sm - 1024 and config.blocks(shape) >= SMS // 2:
+                yield config
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was measured of a shape: the largest M at which the kernel beats XLA, and configs by padded tokens."""
+
+    crossover: int
+    configs: dict[int, Config]
+
+
+# (order of the weight's axes, D, N) -> what was measured on an H200; nothing yet.
+TUNED: dict[tuple[str, int, int], Tuned] = {}
+UNTUNED = Tuned(crossover=MAX_TOKENS, configs={})  # a guess
+
+
+def config_for(shape: Shape) -> Config:
+    """The fastest config where the shape has been measured, else the heuristic one."""
+    return _tuned(shape).configs.get(shape.padded_tokens) or heuristic(shape)
+
+
+def crossover(shape: Shape) -> int:
+    return _tuned(shape).crossover
+
+
+def _tuned(shape: Shape) -> Tuned:
+    return TUNED.get((shape.w_axes, shape.hidden, shape.outputs), UNTUNED)

@@ -1,0 +1,45 @@
+"""Named shapes: the products of a decode step of real models, at several numbers of tokens."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class Problem:
+    tokens: int
+    hidden: int
+    outputs: int
+    w_axes: str = "DN"
+
+    @property
+    def w_shape(self) -> tuple[int, ...]:
+        sizes = {"D": self.hidden, "c": 2, "N": self.outputs}
+        return tuple(sizes[axis] for axis in self.w_axes)
+
+    @property
+    def w_elements(self) -> int:
+        return self.hidden * self.outputs * (2 if "c" in self.w_axes else 1)
+
+    def inputs(self, key: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """Random x_MD and w; the product has unit variance."""
+        x_key, w_key = jax.random.split(key)
+        w = jax.random.normal(w_key, self.w_shape, dtype) * jnp.asarray(self.hidden**-0.5, dtype)
+        return jax.random.normal(x_key, (self.tokens, self.hidden), dtype), w
+
+
+# D, N and the order of the weight's axes, as the model stores them.
+LLAMA_3_8B = {
+    "qkv": (4096, 6144, "DN"),
+    "o": (4096, 4096, "DN"),
+    "up": (4096, 14336, "DcN"),
+    "down": (14336, 4096, "DN"),
+    "head": (4096, 128256, "ND"),
+}
+
+PROBLEMS = {
+    f"llama-3-8b {name} M={tokens}": Problem(tokens, D, N, w_axes)
+    for name, (D, N, w_axes) in LLAMA_3_8B.items()
+    for tokens in (1, 2, 4, 8, 16, 32, 64)
+}

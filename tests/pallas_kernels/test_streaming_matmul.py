@@ -1,0 +1,328 @@
+"""The weight-streaming matmul: interpreted on the CPU against float64, lowered at real shapes, and run on a GPU."""
+
+import re
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.streaming_matmul import config as configs
+from pallas_kernels.streaming_matmul import mosaic_gpu, streaming_matmul
+from pallas_kernels.streaming_matmul.arguments import Arguments
+from pallas_kernels.streaming_matmul.config import Config, Shape
+from pallas_kernels.streaming_matmul.problems import LLAMA_3_8B, PROBLEMS, Problem
+from tests.pallas_kernels.gpu_program import interpreted, lower
+
+BF16, F16, F32, INT32 = (jnp.dtype(dtype) for dtype in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int32))
+
+
+@dataclass(frozen=True)
+class Case:
+    tokens: int
+    w_axes: str
+    config: Config
+    extras: str = ""  # of norm, bias, residual, next
+    hidden: int = 256
+    outputs: int = 128
+    experts_of_groups: tuple[int, ...] = ()  # of EXPERTS
+    dtype: jnp.dtype = BF16
+    out_dtype: jnp.dtype = BF16
+
+
+def arguments(case: Case, seed: int = 0) -> Arguments:
+    """Random arguments; where a scale or a bias is float32 and where it is not alternates with the dtype."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    sizes = {"E": EXPERTS, "D": case.hidden, "c": 2, "N": case.outputs}
+    groups = (len(case.experts_of_groups),) if case.experts_of_groups else ()
+    x = jax.random.normal(keys[0], (*groups, case.tokens, case.hidden), case.dtype)
+    w = jax.random.normal(keys[1], tuple(sizes[axis] for axis in case.w_axes), case.dtype)
+    w *= jnp.asarray(case.hidden**-0.5, case.dtype)
+    bias_shape = tuple(sizes[axis] for axis in case.w_axes if axis != "D")
+    scale = 1 + jax.random.normal(keys[2], (case.hidden,), F32) / 4
+    return Arguments(
+        x,
+        w,
+        jnp.asarray(case.experts_of_groups, jnp.int32) if groups else None,
+        scale if "norm" in case.extras else None,
+        jax.random.normal(keys[2], bias_shape, case.dtype) if "bias" in case.extras else None,
+        jax.random.normal(keys[3], (case.tokens, case.outputs), case.dtype) if "residual" in case.extras else None,
+        jnp.zeros((512, 2, 192), case.dtype) if "next" in case.extras else None,
+        case.w_axes,
+        1e-5,
+        case.out_dtype,
+    )
+
+
+def call(given: Arguments, implementation: str) -> jax.Array:
+    return streaming_matmul(
+        given.x,
+        given.w,
+        w_axes=given.w_axes,
+        expert_A=given.expert_A,
+        norm_scale_D=given.norm_scale_D,
+        norm_eps=given.norm_eps,
+        bias=given.bias,
+        residual_MN=given.residual_MN,
+        next_w=given.next_w,
+        out_dtype=given.out_dtype,
+        implementation=implementation,
+    )
+
+
+def oracle(given: Arguments) -> tuple[np.ndarray, np.ndarray]:
+    """The result in float64, and how far from it rounding may lead.
+
+    What the tensor cores take of a normed x is rounded to u = 2^-8 or 2^-11 of it at most, half of that on the mean;
+    D sums in float32 add D * 2^-24 of the magnitudes; the result is rounded once.
+    """
+    x, w = (np.asarray(array, np.float64) for array in (given.x, given.w))
+    bias = None if given.bias is None else np.asarray(given.bias, np.float64)
+    if given.expert_A is not None:
+        w = w[np.asarray(given.expert_A)]
+        bias = None if bias is None else bias[np.asarray(given.expert_A)][:, None]
+    unit = float(jnp.finfo(given.x.dtype).eps) / 2 if given.norm_scale_D is not None else 0.0
+    if given.norm_scale_D is not None:
+        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + given.norm_eps) * np.asarray(given.norm_scale_D, np.float64)
+    y = np.einsum(given.product, x, w, optimize=True)
+    bound = (unit + x.shape[-1] * 2.0**-24) * np.einsum(given.product, abs(x), abs(w), optimize=True)
+    if bias is not None:
+        y = y + bias
+    if given.gated:
+        (gate, up), (gate_bound, up_bound) = (np.moveaxis(array, -2, 0) for array in (y, bound))
+        silu = gate / (1 + np.exp(-gate))
+        bound = 1.1 * gate_bound * (abs(up) + up_bound) + abs(silu) * up_bound  # |silu'| < 1.1
+        y = silu * up
+    if given.residual_MN is not None:
+        y = y + np.asarray(given.residual_MN, np.float64)
+    return y, bound + (abs(y) + bound) * max(float(jnp.finfo(given.out_dtype).eps) / 2, 2.0**-20)
+
+
+def assert_close(found: jax.Array, given: Arguments) -> None:
+    exact, bound = oracle(given)
+    assert found.dtype == given.out_dtype
+    excess = abs(np.asarray(found, np.float64) - exact) - bound
+    assert excess.max() <= 0, f"{excess.max()} beyond the bound at {np.unravel_index(excess.argmax(), excess.shape)}"
+
+
+SMALL = Config(tile_n=128, tile_d=64, stages=2)
+# The interpreter knows no shared memory of another block: there the partial sums meet in device memory.
+PARTS = Config(tile_n=128, tile_d=64, stages=2, split=2, exchange="gmem")
+EXPERTS = 3
+
+INTERPRETED = {
+    "one token, what comes next": Case(1, "DN", replace(SMALL, stages=3), "norm next"),
+    "tiles in rounds, a ragged one": Case(3, "DN", replace(SMALL, tile_n=64, rounds=2), "bias residual", 320, 192),
+    "output head": Case(3, "ND", replace(SMALL, tile_d=128), "norm", out_dtype=F32),
+    "gated, in rounds": Case(8, "DcN", replace(SMALL, rounds=2), "norm bias residual", outputs=192),
+    "groups of two experts": Case(1, "EDcN", replace(SMALL, rounds=2), "norm", 128, 64, experts_of_groups=(2, 0)),
+    "groups of one expert": Case(8, "EDN", SMALL, "bias", 128, experts_of_groups=(1, 1)),
+    "parts of a normed head, past the end of D": Case(8, "ND", PARTS, "norm bias", 320),
+    "parts, tokens of several owners": Case(20, "DcN", PARTS, "norm residual next", outputs=64),
+    "three parts, two owners": Case(64, "DN", replace(PARTS, split=3), "norm bias residual", 384, 64),
+    "float16": Case(64, "ND", replace(SMALL, tile_n=64), "bias residual", 128, dtype=F16, out_dtype=F16),
+}
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted_equals_float64(name):
+    case = INTERPRETED[name]
+    given = arguments(case)
+    with interpreted():
+        found = jax.block_until_ready(mosaic_gpu.streaming_matmul(given, config=case.config))
+    assert_close(found, given)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("name", ["gated, in rounds", "groups of two experts", "three parts, two owners"])
+def test_other_implementations_equal_float64(name, implementation):
+    given = arguments(replace(INTERPRETED[name], dtype=F32, out_dtype=F32))
+    assert_close(call(given, implementation), given)
+
+
+def shapes_of(problem: Problem, extras: str, out_dtype: jnp.dtype = BF16) -> Arguments:
+    case = Case(problem.tokens, problem.w_axes, SMALL, extras, problem.hidden, problem.outputs, out_dtype=out_dtype)
+    return jax.eval_shape(lambda: arguments(case))
+
+
+# What a step of the model asks of each weight.
+IN_THE_MODEL = {"qkv": "norm bias", "o": "residual next", "up": "norm", "down": "residual", "head": "norm"}
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16, 64])
+@pytest.mark.parametrize("name", LLAMA_3_8B)
+def test_real_shapes_lower(name, tokens):
+    given = shapes_of(PROBLEMS[f"llama-3-8b {name} M={tokens}"], IN_THE_MODEL[name], F32 if name == "head" else BF16)
+    assert "mosaic_gpu" in lower(call, given, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize(("hidden", "outputs", "w_axes"), [(4096, 14336, "EDcN"), (14336, 4096, "EDN")])
+def test_experts_lower_without_a_copy_of_their_weights(hidden, outputs, w_axes):
+    case = Case(1, w_axes, SMALL, "bias", hidden, outputs, experts_of_groups=(2, 0))
+    text = lower(call, jax.eval_shape(lambda: arguments(case)), implementation="mosaic_gpu")
+    assert not re.search("stablehlo.(gather|dynamic_slice|transpose)", text)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64])
+@pytest.mark.parametrize("name", LLAMA_3_8B)
+def test_configs_fit(name, tokens):
+    """Every candidate is valid, as is the one that a shape gets; its blocks fill the card once, with equal work."""
+    shape = Shape.of(shapes_of(PROBLEMS[f"llama-3-8b {name} M={tokens}"], IN_THE_MODEL[name]))
+    found = configs.candidates(shape)
+    assert len(found) >= 4
+    chosen = configs.config_for(shape)
+    for config in [*found, chosen]:
+        config.check(shape)
+    assert configs.FEWEST_BLOCKS <= chosen.blocks(shape) <= configs.SMS
+    assert chosen.busy(shape) >= configs.LEAST_BUSY
+
+
+@pytest.mark.parametrize("case", [Case(1, "DN", SMALL), *list(INTERPRETED.values())[::2]])
+def test_shared_memory_is_what_the_launch_takes(case, monkeypatch):
+    """The compiler tells what it would take when that is too much."""
+    given = jax.eval_shape(lambda: arguments(replace(case, hidden=32768)))
+    config = replace(case.config, stages=32, exchange="smem")
+    monkeypatch.setattr(configs, "SMEM_OF_BLOCK", 1 << 30)
+    with pytest.raises(ValueError, match="exceeds available shared memory") as error:
+        lower(lambda given: mosaic_gpu.streaming_matmul(given, config=config), given)
+    (taken,) = re.findall(r"\bsmem_bytes=(\d+)", str(error.value))
+    counted = configs.smem_bytes(config, Shape.of(given))
+    assert counted - configs.SMEM_OVERHEAD <= int(taken) <= counted
+
+
+def test_no_weight_sized_array_beside_the_weight():
+    """Both orders of the weight's axes go to the kernel as they are."""
+    for name in ("down", "head"):
+        text = lower(call, shapes_of(PROBLEMS[f"llama-3-8b {name} M=16"], "norm"), implementation="mosaic_gpu")
+        assert "stablehlo.transpose" not in text
+
+
+def floats(*shape: int, dtype: jnp.dtype = BF16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+OF_EXPERTS = {"w": floats(EXPERTS, 128, 64), "w_axes": "EDN", "x": floats(2, 3, 128)}
+GATED = {"w": floats(128, 2, 64), "w_axes": "DcN"}
+WRONG = {
+    "order of the axes": ({"w_axes": "NcD"}, "w_axes is 'NcD'; allowed: DN, ND, DcN"),
+    "rank of x": ({"x": floats(3, 4, 128)}, "x.shape .*the axes MD"),
+    "experts without groups": (OF_EXPERTS | {"x": floats(3, 128)}, "x.shape .*the axes AMD"),
+    "no expert": (OF_EXPERTS, "expert is None; allowed: an array for a weight EDN"),
+    "expert of nothing": ({"expert_A": floats(2, dtype=INT32)}, "expert is an array; allowed: None for a weight DN"),
+    "groups": (OF_EXPERTS | {"expert_A": floats(3, dtype=INT32)}, r"expert.shape .*\(2,\)"),
+    "dtype of the experts": (OF_EXPERTS | {"expert_A": floats(2)}, "expert.dtype is bfloat16"),
+    "residual of experts": (
+        OF_EXPERTS | {"expert_A": floats(2, dtype=INT32), "residual_MN": floats(3, 64)},
+        "residual is an array; allowed: None",
+    ),
+    "rank of w": ({"w": floats(128, 2, 64)}, "w.shape .*the axes DN"),
+    "no tokens": ({"x": floats(0, 128)}, "x.shape .*at least 1"),
+    "D": ({"x": floats(3, 256)}, "x.shape .*D = 128"),
+    "D of the other order": ({"w": floats(256, 64), "x": floats(3, 256), "w_axes": "ND"}, "x.shape .*D = 64"),
+    "halves": ({"w": floats(128, 3, 64), "w_axes": "DcN"}, "w.shape .*c = 2"),
+    "dtype of x": ({"x": floats(3, 128, dtype=jnp.dtype(jnp.int8))}, "x.dtype is int8"),
+    "dtype of w": ({"w": floats(128, 128, dtype=F16)}, "w.dtype is float16; allowed: bfloat16"),
+    "scale": ({"norm_scale_D": floats(64)}, r"norm_scale.shape .*\(128,\)"),
+    "eps": ({"norm_eps": -1.0}, "norm_eps is -1.0"),
+    "bias": ({"bias": floats(2, 128)}, r"bias.shape .*\(128,\)"),
+    "bias of two halves": (GATED | {"bias": floats(64)}, r"bias.shape .*\(2, 64\)"),
+    "dtype of the bias": ({"bias": floats(128, dtype=INT32)}, "bias.dtype is int32"),
+    "residual": ({"residual_MN": floats(128, 3)}, r"residual.shape .*\(3, 128\)"),
+    "next weight": ({"next_w": floats(128)}, "next_w.shape .*at least two axes"),
+    "dtype of the result": ({"out_dtype": INT32}, "out.dtype is int32"),
+    "implementation": ({"implementation": "cuda"}, "implementation='cuda' of streaming_matmul does not exist"),
+}
+BEYOND_THE_KERNEL = {
+    "float32": ({"x": floats(3, 128, dtype=F32), "w": floats(128, 128, dtype=F32)}, "x is float32"),
+    "tokens": ({"x": floats(65, 128)}, "x has 65 tokens; at most 64"),
+    "D": ({"x": floats(3, 136), "w": floats(136, 128)}, "D is 136"),
+    "small D": ({"x": floats(3, 64), "w": floats(64, 128)}, "D is 64; a multiple of 64, from 128"),
+    "N": ({"w": floats(128, 100)}, "N is 100"),
+    "normed float16": (
+        {"x": floats(3, 128, dtype=F16), "w": floats(128, 128, dtype=F16), "norm_scale_D": floats(128)},
+        "x is float16 and normed",
+    ),
+}
+
+
+def evaluate(change: dict) -> jax.ShapeDtypeStruct:
+    given = {"x": floats(3, 128), "w": floats(128, 128)} | change
+    arrays = {name: value for name, value in given.items() if isinstance(value, jax.ShapeDtypeStruct)}
+    static = {name: value for name, value in given.items() if name not in arrays}
+    return jax.eval_shape(lambda arrays: streaming_matmul(**arrays, **static), arrays)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_argument_is_named(name):
+    change, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        evaluate(change)
+
+
+@pytest.mark.parametrize("name", BEYOND_THE_KERNEL)
+def test_the_kernel_says_what_it_does_not_take(name):
+    change, message = BEYOND_THE_KERNEL[name]
+    with pytest.raises(ValueError, match=message):
+        evaluate(change | {"implementation": "mosaic_gpu"})
+    assert evaluate(change).dtype == change.get("x", floats(1)).dtype  # auto: XLA
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tile_n": 96}, "tile_n is 96"),
+        ({"tile_d": 32}, "tile_d is 32"),
+        ({"stages": 1}, "stages is 1; allowed: at least 2"),
+        ({"rounds": 0}, "rounds is 0"),
+        ({"rounds": 2, "split": 2}, "rounds is 2; allowed: 1 where blocks share columns"),
+        ({"split": 9}, "split is 9"),
+        ({"exchange": "l2"}, "exchange is 'l2'"),
+    ],
+)
+def test_a_config_is_valid(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **change)
+
+
+@pytest.mark.parametrize(
+    ("w_axes", "change", "message"),
+    [
+        ("DcN", {"tile_n": 64}, "tile_n is 64; allowed: a multiple of 128"),
+        ("DN", {"stages": 5}, "stages is 5; allowed: at most the 4 tiles"),
+        ("DN", {"tile_n": 256, "tile_d": 256, "stages": 2}, "shared memory of the config"),
+    ],
+)
+def test_a_config_fits_its_shape(w_axes, change, message):
+    given = jax.eval_shape(lambda: arguments(Case(1, w_axes, SMALL, hidden=512 if "tile_d" in change else 256)))
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **change).check(Shape.of(given))
+
+
+def root_mean_square(error: np.ndarray) -> float:
+    return float(np.sqrt((error**2).mean()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 3, 8, 12, 16, 64])
+@pytest.mark.parametrize("name", LLAMA_3_8B)
+def test_on_a_gpu_as_exact_as_xla_and_the_same_every_time(name, tokens):
+    D, N, w_axes = LLAMA_3_8B[name]
+    out_dtype = F32 if name == "head" else BF16
+    given = arguments(Case(tokens, w_axes, SMALL, IN_THE_MODEL[name], D, min(N, 32768), out_dtype=out_dtype))
+    run = jax.jit(lambda given: [mosaic_gpu.streaming_matmul(given) for _ in range(3)])
+    first, second, third = (np.asarray(y, np.float64) for y in run(given))
+    exact, _ = oracle(given)
+    by_xla = np.asarray(call(given, "xla"), np.float64)
+    assert root_mean_square(first - exact) <= 1.1 * root_mean_square(by_xla - exact)
+    np.testing.assert_array_equal(second, first)
+    np.testing.assert_array_equal(third, first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_on_a_gpu_equals_float64(name):
+    case = INTERPRETED[name]
+    given = arguments(case)
+    for exchange in ("smem", "gmem"):
+        assert_close(mosaic_gpu.streaming_matmul(given, config=replace(case.config, exchange=exchange)), given)
