@@ -7,6 +7,7 @@ import jax
 from pallas_kernels import checks, dispatch
 from pallas_kernels.blockwise import Options, PagedKV
 from pallas_kernels.flash_attention import mosaic_gpu, reference, xla
+from pallas_kernels.flash_attention.config import unsupported
 
 IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu.flash_attention,
@@ -74,6 +75,7 @@ def flash_attention(
     checks.check_options(options)
     checks.check_attention(q_TNH, kv, page_table_RJ, lengths_R, sinks_N)
     checks.check_ragged(cu_q_R1, lengths_R, len(q_TNH))
-    run = dispatch.choose("flash_attention", implementation, IMPLEMENTATIONS)
+    refusal = unsupported(q_TNH, kv, options)
+    run = dispatch.choose("flash_attention", implementation, IMPLEMENTATIONS, refusal)
     out_TNH, lse_TN = run(q_TNH, kv, page_table_RJ, cu_q_R1, lengths_R, sinks_N, options)
     return (out_TNH, lse_TN) if return_lse else out_TNH

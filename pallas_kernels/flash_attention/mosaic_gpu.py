@@ -16,9 +16,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import dispatch
 from pallas_kernels.blockwise import Options, PagedKV
 from pallas_kernels.flash_attention import consumer, producer, schedule
-from pallas_kernels.flash_attention.config import CONSUMERS, Config, choose, scratch, unsupported
+from pallas_kernels.flash_attention.config import CONSUMERS, Config, choose, scratch
 from pallas_kernels.flash_attention.schedule import ROW_ALIGNMENT, Tile
 from pallas_kernels.flash_attention.shared import LOG2E, Problem, Refs, Signals
 
@@ -38,9 +39,7 @@ def flash_attention(
     *,
     config: Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See the public op; raises ValueError for what `unsupported` names. `config` is chosen unless given."""
-    if reason := unsupported(q_TNH, kv, options):
-        raise ValueError(f"implementation='mosaic_gpu' of flash_attention: {reason}")
+    """See the public op; `config.unsupported` says what this one does not take. `config` is chosen unless given."""
     T, N, H = q_TNH.shape
     config = config or choose(q_TNH, kv)
     tiles_I5, count_1 = schedule.schedule(
@@ -57,7 +56,7 @@ def _launch(q_TM, kv: PagedKV, table_RJ, tiles_I5, count_1, sinks_N, options, co
     T, M = q_TM.shape
     P, S, K, H = kv.k_PSKH.shape
     problem = Problem(N, K, H, S, kv.k_scales_PSK is not None, options, config)
-    blocks = config.blocks or _multiprocessors()
+    blocks = config.blocks or dispatch.multiprocessors()
     run = plgpu.kernel(
         partial(_kernel, problem, blocks),
         out_type=(jax.ShapeDtypeStruct((T, M), q_TM.dtype), jax.ShapeDtypeStruct((N, T), jnp.float32)),
@@ -86,12 +85,6 @@ def _by_position(scales_PSK: jax.Array | None, table_RJ: jax.Array) -> jax.Array
     scales_RJSK = jnp.take(scales_PSK, table_RJ, axis=0, mode="clip")
     R, J, S, K = scales_RJSK.shape
     return scales_RJSK.transpose(0, 3, 1, 2).reshape(R, K, J * S)
-
-
-def _multiprocessors() -> int:
-    """Of the GPU at hand; of an H100 or H200 where a program is lowered without one."""
-    device = jax.devices()[0]
-    return device.core_count if device.platform == "gpu" else 132
 
 
 def _kernel(problem: Problem, blocks: int, *refs, **smem):

@@ -6,9 +6,13 @@ import jax
 
 from pallas_kernels import checks, dispatch
 from pallas_kernels.blockwise import Options, PagedKV
-from pallas_kernels.flash_decoding import reference, xla
+from pallas_kernels.flash_decoding import mosaic_gpu, reference, xla
 
-IMPLEMENTATIONS = {"xla": xla.flash_decoding, "reference": reference.flash_decoding}
+IMPLEMENTATIONS = {
+    "mosaic_gpu": mosaic_gpu.flash_decoding,
+    "xla": xla.flash_decoding,
+    "reference": reference.flash_decoding,
+}
 
 
 def flash_decoding(
@@ -42,9 +46,11 @@ def flash_decoding(
       out_BQNH in q's dtype and, if asked for, lse_BQN in float32 (-inf where a query sees nothing).
 
     Raises:
-      ValueError: names the argument, what it is and what is allowed; before any device work.
+      ValueError: names the argument, what it is and what is allowed; before any device work. An implementation
+        asked for by name says what it cannot take.
 
-    Memory beyond the result is independent of the pool (xla: a copy of the keys and values in sight, of
+    The kernel ("mosaic_gpu", Hopper) reads every page once, spread evenly over the multiprocessors whatever the
+    lengths. Memory beyond the result is independent of the pool (xla: a copy of the keys and values in sight, of
     8192 keys per slot at most). Source: FlashDecoding (Dao et al. 2023); pages as in PagedAttention (Kwon
     et al. 2023).
     """
@@ -59,6 +65,7 @@ def flash_decoding(
         q_BQNH.shape,
         f"one row for each of the {len(lengths_B)} slots",
     )
-    run = dispatch.choose("flash_decoding", implementation, IMPLEMENTATIONS)
+    refusal = mosaic_gpu.unsupported(q_BQNH, kv)
+    run = dispatch.choose("flash_decoding", implementation, IMPLEMENTATIONS, refusal)
     out_BQNH, lse_BQN = run(q_BQNH, kv, page_table_BJ, lengths_B, sinks_N, options)
     return (out_BQNH, lse_BQN) if return_lse else out_BQNH

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 TILE_KEYS = 64  # keys of a tile
 ROWS = 64  # query rows of a CTA: the least that a warpgroup's matrix product takes
 SHARED_MEMORY = 227 * 1024  # bytes that one CTA can have on Hopper
-SHARED_MEMORY_OF_SM = 228 * 1024  # what the CTAs of a multiprocessor share; each costs 1 KB more than it asks for
 REST = 2048  # bytes set aside for barriers, alignment and the rows under way when parts are joined
-MULTIPROCESSORS = 132  # of an H100 or H200
+HEAD_SIZES = (64, 128, 256)
+DTYPES = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,23 @@ def shared_memory(config: Config, head_size: int) -> int:
     return tiles + queries + results + weights + REST
 
 
-def fits(config: Config, head_size: int) -> bool:
-    """Whether the CTAs of the launch can all run at once, one or more on every multiprocessor."""
-    per_multiprocessor = -(-config.ctas // MULTIPROCESSORS)
-    room = min(SHARED_MEMORY, SHARED_MEMORY_OF_SM // per_multiprocessor - 1024)
-    return shared_memory(config, head_size) <= room
+def choose(head_size: int, multiprocessors: int) -> Config:
+    """One CTA on every multiprocessor, with the queries of the next unit and as many stages as fit.
+
+    There may be no more CTAs than can run at once: some wait for others.
+    """
+    wanted = (Config(multiprocessors, stages, buffers) for buffers in (2, 1) for stages in (6, 4, 2))
+    return next(config for config in wanted if shared_memory(config, head_size) <= SHARED_MEMORY)
 
 
-def choose(head_size: int) -> Config:
-    """One CTA on every multiprocessor, with the queries of the next unit and as many stages as fit."""
-    wanted = (Config(MULTIPROCESSORS, stages, buffers) for buffers in (2, 1) for stages in (6, 4, 2))
-    return next(config for config in wanted if fits(config, head_size))
+def unsupported(dtype: str, kv_dtype: str, head_size: int, page_size: int) -> str | None:
+    """Why the kernel cannot take an input that the public op allows; None if it can."""
+    if dtype not in DTYPES:
+        return f"q.dtype is {dtype}; allowed: {', '.join(DTYPES)}"
+    if kv_dtype != dtype:
+        return f"k_pages.dtype is {kv_dtype}; allowed: {dtype}, as q"
+    if head_size not in HEAD_SIZES:
+        return f"the head size is {head_size}; allowed: {', '.join(map(str, HEAD_SIZES))}"
+    if page_size % TILE_KEYS and (TILE_KEYS % page_size or page_size % 8):
+        return f"pages hold {page_size} tokens; allowed: 8, 16, 32 and multiples of {TILE_KEYS}"
+    return None

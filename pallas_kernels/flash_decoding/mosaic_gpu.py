@@ -19,7 +19,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import dispatch
 from pallas_kernels.blockwise import LOWEST, Options, PagedKV
+from pallas_kernels.flash_decoding import config as configs
 from pallas_kernels.flash_decoding.config import ROWS, TILE_KEYS, Config, choose
 from pallas_kernels.flash_decoding.merge import join, merge, padded, rows_scratch, signal, wait_for, with_sink
 from pallas_kernels.flash_decoding.schedule import (
@@ -111,12 +113,17 @@ def flash_decoding(
 ) -> tuple[jax.Array, jax.Array]:
     """See the public op; the schedule is made here where the caller has none."""
     shape = Shape.of(q_BQNH, kv, table_BJ)
-    config = config or choose(shape.head_size)
+    config = config or choose(shape.head_size, dispatch.multiprocessors())
     if schedule is None:
         schedule = make_schedule(
             lengths_B, queries=shape.queries, window=options.window, units=shape.units, ctas=config.ctas
         )
     return _launch(q_BQNH, kv, table_BJ, lengths_B, sinks_N, schedule, shape=shape, options=options, config=config)
+
+
+def unsupported(q_BQNH: jax.Array, kv: PagedKV) -> str | None:
+    """Why the kernel cannot take an input that the public op allows; None if it can."""
+    return configs.unsupported(q_BQNH.dtype.name, kv.k_PSKH.dtype.name, q_BQNH.shape[-1], kv.page_size)
 
 
 # Jitted, so that the layers of a model share one trace.
@@ -137,9 +144,9 @@ def _launch(q_BQNH, kv, table_BJ, lengths_B, sinks_N, schedule, *, shape: Shape,
         sinks,
     )
     outputs = Outputs(
-        out=jax.ShapeDtypeStruct((units, shape.rows, H), shape.dtype),
+        out=jax.ShapeDtypeStruct((units, shape.stored_rows, H), shape.dtype),
         lse=jax.ShapeDtypeStruct((units, ROWS), jnp.float32),
-        part=jax.ShapeDtypeStruct((2 * config.ctas, shape.rows, padded(H)), jnp.float32),
+        part=jax.ShapeDtypeStruct((2 * config.ctas, shape.stored_rows, padded(H)), jnp.float32),
         part_lse=jax.ShapeDtypeStruct((2 * config.ctas, ROWS), jnp.float32),
     )
     run = plgpu.kernel(
@@ -155,7 +162,7 @@ def _launch(q_BQNH, kv, table_BJ, lengths_B, sinks_N, schedule, *, shape: Shape,
     )
     results = Outputs(*run(inputs))
     out, lse = merge(results, schedule.merge_C4, sinks) if config.interpretable else results[:2]
-    return from_units(out, shape), from_units(lse[:, : shape.rows, None], shape)[..., 0]
+    return from_units(out, shape), from_units(lse[..., None], shape)[..., 0]
 
 
 def _scratch(shape: Shape, config: Config) -> Scratch:
@@ -442,7 +449,7 @@ def _store(
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the unit before
     out_smem, part_smem, _ = scratch.results
     lse_smem = scratch.statistics.at[0]
-    rows = pl.ds(0, shape.rows)
+    rows = pl.ds(0, shape.stored_rows)
     out, lse = _normalized(*softmax)
 
     @pl.when(part.whole)

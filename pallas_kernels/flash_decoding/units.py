@@ -54,6 +54,12 @@ class Shape:
         return ceil_div(self.rows, 8) * 8
 
     @property
+    def stored_rows(self) -> int:
+        """Rows of a block of results in memory: on odd numbers of 256 columns Mosaic GPU's inference of layouts does
+        not come to an end (JAX 0.11.2)."""
+        return self.rows + (self.rows % 2 if self.head_size > 128 else 0)
+
+    @property
     def units(self) -> int:
         """Units of a slot."""
         return self.kv_heads * self.blocks
@@ -69,9 +75,9 @@ def to_units(q_BQNH: jax.Array, shape: Shape) -> jax.Array:
 
 
 def from_units(x_URH: jax.Array, shape: Shape) -> jax.Array:
-    """Results by unit, [units of all slots, rows, H], as [B, Q, N, H]."""
+    """Results by unit, [units of all slots, at least `rows`, H], as [B, Q, N, H]."""
     B, Q, K, g, H = shape.slots, shape.queries, shape.kv_heads, shape.group, x_URH.shape[-1]
-    x_BKRH = x_URH.reshape(B, K, shape.blocks * shape.rows, H)[:, :, : Q * g]
+    x_BKRH = x_URH[:, : shape.rows].reshape(B, K, shape.blocks * shape.rows, H)[:, :, : Q * g]
     return x_BKRH.reshape(B, K, Q, g, H).transpose(0, 2, 1, 3, 4).reshape(B, Q, K * g, H)
 
 

@@ -1,13 +1,9 @@
 """A few tokens times a large weight: bound by the bytes of the weight, which are read once."""
 
-import functools
-import logging
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.checks import require
 from pallas_kernels.streaming_matmul import mosaic_gpu, reference, xla
 from pallas_kernels.streaming_matmul.arguments import Arguments, check
 from pallas_kernels.streaming_matmul.config import Shape, crossover
@@ -65,27 +61,14 @@ def streaming_matmul(
     dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     arguments = Arguments(x, w, expert_A, norm_scale_D, bias, residual_MN, next_w, w_axes, norm_eps, dtype)
     check(arguments)
+    refusal = mosaic_gpu.unsupported(arguments)
     if implementation == "auto":
-        implementation, reason = _automatic(arguments)
-        _log_once(implementation, reason)
-    run = dispatch.choose("streaming_matmul", implementation, IMPLEMENTATIONS)
-    if implementation == "mosaic_gpu" and (reason := mosaic_gpu.unsupported(arguments)):
-        require(False, "implementation", "'mosaic_gpu'", f"xla, reference, since {reason}")
+        refusal = refusal or _too_many_tokens(arguments)
+    run = dispatch.choose("streaming_matmul", implementation, IMPLEMENTATIONS, refusal)
     return run(arguments)
 
 
-def _automatic(arguments: Arguments) -> tuple[str, str]:
-    backend = jax.default_backend()
-    if backend != "gpu" or jax.devices()[0].compute_capability != "9.0":
-        return "xla", f"the kernel needs Hopper, and the backend is {backend!r}"
-    if reason := mosaic_gpu.unsupported(arguments):
-        return "xla", reason
+def _too_many_tokens(arguments: Arguments) -> str | None:
     shape = Shape.of(arguments)
-    if shape.tokens > crossover(shape):
-        return "xla", f"more than {crossover(shape)} tokens"
-    return "mosaic_gpu", "few tokens on Hopper"
-
-
-@functools.cache
-def _log_once(name: str, reason: str) -> None:
-    logging.getLogger("pallas_kernels").info("streaming_matmul runs as %s: %s", name, reason)
+    most = crossover(shape)
+    return f"XLA is faster with more than {most} tokens" if shape.tokens > most else None

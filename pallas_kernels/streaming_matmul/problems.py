@@ -22,6 +22,16 @@ class Problem:
     def w_elements(self) -> int:
         return self.hidden * self.outputs * (2 if "c" in self.w_axes else 1)
 
+    @property
+    def flops(self) -> float:
+        """Of the product; of what follows it there is little."""
+        return 2 * self.tokens * self.w_elements
+
+    @property
+    def bytes(self) -> float:
+        """Of the weight, in 16 bits, read once."""
+        return 2 * self.w_elements
+
     def inputs(self, key: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """Random x_MD and w; the product has unit variance."""
         x_key, w_key = jax.random.split(key)

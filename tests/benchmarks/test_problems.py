@@ -24,6 +24,9 @@ PROMISED = {
         "llama-3-8b 64x4096 int8",
         "llama-3-8b 64x4096 fp8",
     ],
+    "streaming_matmul": [
+        f"llama-3-8b {w} M={M}" for w in ("qkv", "o", "up", "down", "head") for M in (1, 2, 4, 8, 16, 32, 64)
+    ],
 }  # fmt: skip
 CASES = [(op, name) for op in OPS for name in OPS[op].problems]
 

@@ -1,0 +1,43 @@
+"""A few tokens times a weight: `streaming_matmul` beside XLA's own matmul."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.kernels.op import OURS, SPECIFICATION, Arguments, Op, Run
+from pallas_kernels.streaming_matmul import streaming_matmul
+from pallas_kernels.streaming_matmul.problems import PROBLEMS, Problem
+
+
+def arguments(problem: Problem, key: jax.Array) -> Arguments:
+    x_MD, w = problem.inputs(key, jnp.dtype(jnp.bfloat16))
+    return {"x_MD": x_MD, "w": w}
+
+
+def ours(name: str, problem: Problem) -> Run:
+    return Run(partial(_call, w_axes=problem.w_axes, implementation=name))
+
+
+def _call(arguments: Arguments, **options: Any) -> jax.Array:
+    return streaming_matmul(**arguments, **options)
+
+
+_IMPLEMENTATIONS: dict[str, Callable[[Problem], Run]] = {
+    name: partial(ours, name) for name in (SPECIFICATION, "xla", OURS)
+}
+OP = Op(
+    name="streaming_matmul",
+    problems=PROBLEMS,
+    arguments=arguments,
+    implementations=_IMPLEMENTATIONS,
+    peers=lambda problem: ("xla",),
+    unit="TB/s",
+    quick=("llama-3-8b qkv M=1", "llama-3-8b up M=16"),
+    curve={tokens: f"llama-3-8b up M={tokens}" for tokens in (1, 2, 4, 8, 16, 32, 64)},
+    curve_label="tokens, times the gate and up projection of Llama-3-8B",
+)

@@ -1,0 +1,190 @@
+"""The Mosaic GPU kernel of flash_decoding: interpreted on a CPU, lowered for a GPU, and run on one.
+
+The interpreter has no register operand for wgmma and no signals between CTAs, so interpreted programs set
+`Config.interpretable`: weights go through shared memory, and a kernel of its own joins the parts of a unit. Loads,
+schedule, masks, hand-overs and stores are those of the GPU.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.blockwise import Options, PagedKV
+from pallas_kernels.flash_decoding import flash_decoding, mosaic_gpu, xla
+from pallas_kernels.flash_decoding.config import HEAD_SIZES, SHARED_MEMORY, Config, choose, shared_memory
+from tests.pallas_kernels.cases import ATOL, Case, Inputs, assert_close, oracle
+from tests.pallas_kernels.gpu_program import interpreted, lower
+
+
+def run(implementation, inputs: Inputs, dtype, **config):
+    """The case's queries, as many in every slot, through an implementation; as flat rows again."""
+    q, k, v, table, _, lengths = inputs.arguments(dtype)
+    B, (T, N, H) = len(lengths), q.shape
+    q_BQNH, options = q.reshape(B, T // B, N, H), Options(**inputs.case.options)
+    out, lse = implementation(q_BQNH, PagedKV(k, v), table, lengths, inputs.options["sinks_N"], options, **config)
+    return out.reshape(T, N, H), lse.reshape(T, N)
+
+
+def check(inputs: Inputs, dtype, **config):
+    """Products of 16-bit numbers are exact in float32; the weights and the output are rounded once each."""
+    inputs.round_to(dtype)
+    (out, lse), (exact_out, exact_lse) = run(mosaic_gpu.flash_decoding, inputs, dtype, **config), oracle(inputs)
+    largest_value = max(np.abs(kv[1]).max(initial=0) for kv in inputs.kv)
+    assert out.dtype == dtype
+    assert_close([out], [exact_out], atol=float(jnp.finfo(dtype).eps) * largest_value + ATOL)
+    assert_close([lse], [exact_lse])
+
+
+def slots(lengths: tuple[int, ...], queries: int = 1, **sizes) -> Case:
+    return Case(lengths, (queries,) * len(lengths), padding=0, **{"head_size": 64, "page_size": 64} | sizes)
+
+
+# With the number of CTAs: one has all units, some have parts of several, one unit is spread over many.
+CASES = {
+    "lengths around a page, one CTA": (slots((200, 0, 64, 1, 129)), 1),
+    "units cut between CTAs": (slots((200, 0, 64, 1, 129)), 3),
+    "one unit over many CTAs": (slots((700,), kv_heads=1, g=1), 5),
+    "more CTAs than tiles": (slots((30, 70), kv_heads=1, g=3, page_size=16), 7),
+    "drafted tokens, soft cap, sinks": (slots((200, 2, 65), 3, page_size=16, soft_cap=2.0, sinks=True), 5),
+    "a window over pages": (slots((300, 40, 131), 2, page_size=16, window=70, sinks=True), 4),
+    "a window of one key": (slots((300, 64), page_size=32, window=1, g=5, kv_heads=1), 2),
+    "pages of two tiles": (slots((150, 260), g=3, kv_heads=1, page_size=128), 2),
+    "more rows than a block": (slots((90,), 20, g=4, kv_heads=1), 2),
+    "71 heads on one": (slots((90, 7), g=71, kv_heads=1), 2),
+    "more queries than keys": (slots((3, 0, 12), 5, page_size=16, sinks=True), 2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NaN of unused slots in the interpreter's numpy
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_kernel_is_the_float64_loop(name):
+    case, ctas = CASES[name]
+    with interpreted():
+        check(Inputs(case), jnp.bfloat16, config=Config(ctas, stages=2, interpretable=True))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("config", [Config(2, 4, 2, 2, True), Config(2, 3, 1, 1, True)])
+def test_interpreted_kernel_with_other_layouts(config):
+    with interpreted():
+        check(Inputs(slots((300, 70, 450), g=1, kv_heads=1, head_size=128)), jnp.float16, config=config)
+
+
+def program(q_BQNH, pages, table_BJ, lengths_B, sinks_N, **options):
+    return flash_decoding(
+        q_BQNH, pages, pages, table_BJ, lengths_B, sinks_N=sinks_N, return_lse=True, implementation="mosaic_gpu",
+        **options,
+    )  # fmt: skip
+
+
+def shapes(queries=1, g=4, kv_heads=2, head_size=128, page_size=64, dtype=jnp.bfloat16, sinks=False, kv_dtype=None):
+    """Arguments of `program` that exist only as shapes."""
+    heads = g * kv_heads
+    return (
+        jax.ShapeDtypeStruct((3, queries, heads, head_size), dtype),
+        jax.ShapeDtypeStruct((9, page_size, kv_heads, head_size), kv_dtype or dtype),
+        jax.ShapeDtypeStruct((3, 4), jnp.int32),
+        jax.ShapeDtypeStruct((3,), jnp.int32),
+        jax.ShapeDtypeStruct((heads,), jnp.float32) if sinks else None,
+    )
+
+
+LOWERED = {
+    "Llama-3-8B": {},
+    "Llama-3-8B, 8 drafted tokens": {"queries": 8, "kv_heads": 8},
+    "Gemma-2": {"head_size": 256, "g": 2, "window": 100, "soft_cap": 50.0},
+    "gpt-oss": {"head_size": 64, "g": 8, "window": 128, "sinks": True, "page_size": 16},
+    "Falcon": {"head_size": 64, "g": 71, "kv_heads": 1, "page_size": 32},
+    "lookahead": {"queries": 120, "page_size": 128, "dtype": jnp.float16},
+    "everything": {
+        "queries": 3,
+        "g": 3,
+        "head_size": 256,
+        "page_size": 16,
+        "sinks": True,
+        "window": 9,
+        "soft_cap": 2.0,
+    },
+}
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_lowers_for_a_gpu_as_one_kernel(name):
+    options = {key: LOWERED[name][key] for key in ("window", "soft_cap") if key in LOWERED[name]}
+    sizes = {key: value for key, value in LOWERED[name].items() if key not in options}
+    text = lower(partial(program, scale=0.1, **options), *shapes(**sizes))
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": jnp.float32}, "q.dtype is float32; allowed: bfloat16, float16"),
+        ({"head_size": 80}, "head size is 80; allowed: 64, 128, 256"),
+        ({"page_size": 24}, "pages hold 24 tokens; allowed: 8, 16, 32 and multiples of 64"),
+        ({"kv_dtype": jnp.float16}, "k_pages.dtype is float16; allowed: bfloat16, as q"),
+    ],
+)
+def test_what_the_kernel_cannot_take_it_says_by_name(change, reason):
+    with pytest.raises(ValueError, match=f"implementation='mosaic_gpu' of flash_decoding cannot run: .*{reason}"):
+        jax.eval_shape(partial(program, scale=0.1), *shapes(**change))
+
+
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_the_chosen_config_fits(head_size):
+    assert shared_memory(choose(head_size, 132), head_size) <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"ctas": 0}, "ctas is 0; allowed: at least 1"),
+        ({"stages": 1}, "stages is 1; allowed: at least 2"),
+        ({"consumers": 3}, "consumers is 3; allowed: 1 or 2"),
+        ({"stages": 5}, "stages is 5; allowed: multiples of the 2 consumers"),
+    ],
+)
+def test_a_config_that_cannot_be_names_what_is_wrong(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**{"ctas": 4, "stages": 4} | sizes)
+
+
+# Every page size, group, head size, dtype and option; lengths around pages, primes, and one of 131,072.
+ON_A_GPU = {
+    "edges of pages of 16": slots((0, 1, 15, 16, 17, 257), g=1, page_size=16),
+    "edges of pages of 64": slots((63, 64, 65, 1009, 0, 2), 4, g=2, head_size=128, sinks=True),
+    "edges of pages of 128": slots((127, 128, 129), 2, g=3, head_size=256, page_size=128, window=31, soft_cap=9.0),
+    "primes": slots((1009, 499, 2, 8191), g=4, head_size=128, page_size=32, soft_cap=30.0),
+    "a window of one key": slots((300, 77), g=5, head_size=128, page_size=32, window=1, sinks=True),
+    "a window over tiles": slots((1500, 333, 8000), 3, g=7, head_size=128, page_size=16, window=301),
+    "eight heads a group": slots((700, 300), 8, g=8, window=128, sinks=True),
+    "twelve heads a group": slots((611, 0, 5), g=12, head_size=256, page_size=128, kv_heads=1, soft_cap=5.0),
+    "lookahead": slots((401, 1500), 120, g=4, head_size=128, kv_heads=1),
+    "many heads": slots((401, 3), 2, g=32, page_size=32, kv_heads=1, window=200),
+    "71 heads": slots((401, 1009), g=71, page_size=16, kv_heads=1),
+    "a long context": slots((131_072,), g=4, head_size=128, kv_heads=1),
+    "very different lengths": slots((1, 32_768, 128, 7000, 64, 0, 513, 2048), g=4, head_size=128, kv_heads=1),
+}  # fmt: skip
+
+
+def rms(x, exact) -> float:
+    return float(np.sqrt(np.mean((np.asarray(x, np.float64) - exact) ** 2)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_on_a_gpu_as_exact_as_xla_and_the_same_twice(name):
+    dtype = (jnp.bfloat16, jnp.float16)[list(ON_A_GPU).index(name) % 2]
+    inputs = Inputs(replace(ON_A_GPU[name]))
+    inputs.round_to(dtype)
+    out, lse = run(mosaic_gpu.flash_decoding, inputs, dtype)
+    exact_out, exact_lse = oracle(inputs)
+    assert rms(out, exact_out) <= 1.1 * rms(run(xla.flash_decoding, inputs, dtype)[0], exact_out)
+    assert_close([lse], [exact_lse], atol=1e-3)  # tanh.approx and ex2.approx: 2^-11 and 2^-22 of scores up to soft_cap
+    again = run(mosaic_gpu.flash_decoding, inputs, dtype)
+    np.testing.assert_array_equal(out, again[0])
+    np.testing.assert_array_equal(lse, again[1])
