@@ -38,6 +38,7 @@ from jaxinfer.roofline import (
     weight_memory,
 )
 from jaxinfer.roofline.precision import BF16
+from pallas_kernels import dispatch
 
 MODELS = Path(__file__).parents[1] / "configs" / "models"
 PROMPT, NEW, REPEATS = 128, 256, 3
@@ -51,6 +52,7 @@ class Subject:
     Attributes:
         name: of the model in the records.
         steps: decode steps of one dispatch.
+        attention: the implementation that runs here, as `pallas_kernels` chooses it.
         machine: as timed at the start of this run; predictions are made with it.
         ceilings: those that all figures of such a machine are set against; fractions are of them.
     """
@@ -60,6 +62,7 @@ class Subject:
     params: Params
     page_size: int
     steps: int
+    attention: str
     machine: Hardware
     ceilings: Hardware
 
@@ -132,12 +135,14 @@ def run_decode(subject: Subject, batch: int) -> list[Record]:
         seconds.append(bench.decode())
     step = statistics.median(seconds[1:]) / NEW
     fraction = decode_step(subject.model.config, batch, PROMPT + NEW // 2).fraction(subject.ceilings, step)
-    # XLA gathers each slot's whole row of pages, so that row is the context of the prediction.
-    predicted = decode_step(subject.model.config, batch, PROMPT + NEW, attention="materialized")
+    if subject.attention == "xla":  # gathers each slot's whole row of pages: that row is the context
+        predicted = decode_step(subject.model.config, batch, PROMPT + NEW, attention="materialized")
+    else:
+        predicted = decode_step(subject.model.config, batch, PROMPT + NEW // 2)
     case = f"{subject.name} B{batch}"
     return [
-        Record(case, "xla", "decode", batch / step, "tok/s", fraction),
-        Record(case, "xla", "decode step", step * 1e3, "ms", fraction),
+        Record(case, subject.attention, "decode", batch / step, "tok/s", fraction),
+        Record(case, subject.attention, "decode step", step * 1e3, "ms", fraction),
         Record(case, "plan", "decode step", predicted.predict(subject.machine) * 1e3, "ms"),
         *memory_records(case, bench),
     ]
@@ -157,10 +162,11 @@ def run_first_token(subject: Subject, tokens: int) -> list[Record]:
     bench = Bench(subject, 1, tokens + 1)
     seconds = statistics.median([bench.prefill(tokens) for _ in range(REPEATS + 1)][1:])
     fraction = prefill(subject.model.config, tokens).fraction(subject.ceilings, seconds)
-    predicted = prefill(subject.model.config, tokens, attention="materialized")
+    attention = "materialized" if subject.attention == "xla" else "flash"
+    predicted = prefill(subject.model.config, tokens, attention=attention)
     case = f"{subject.name} prompt {tokens}"
     return [
-        Record(case, "xla", "first token", seconds * 1e3, "ms", fraction),
+        Record(case, subject.attention, "first token", seconds * 1e3, "ms", fraction),
         Record(case, "plan", "first token", predicted.predict(subject.machine) * 1e3, "ms"),
     ]
 
@@ -170,15 +176,15 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3-8b", help="a folder of configs/models")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64, 256])
     parser.add_argument("--prompts", type=int, nargs="*", default=[512, 2048, 8192])
-    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--steps-per-dispatch", type=int, default=16)
     parser.add_argument("--output", type=Path, help="folder of the JSON file")
     arguments = parser.parse_args()
     machine = measure_machine()
     model = Model(read_config(MODELS / arguments.model), make_mesh(devices=jax.devices()[:1]))
     subject = Subject(
-        arguments.model, model, model.random_params(), arguments.page_size, arguments.steps_per_dispatch, machine,
-        find_by_device(machine.device_kind, MEASURED) or machine,
+        arguments.model, model, model.random_params(), arguments.page_size, arguments.steps_per_dispatch,
+        dispatch.automatic()[0], machine, find_by_device(machine.device_kind, MEASURED) or machine,
     )  # fmt: skip
     records = report(measure(subject, arguments.batches, arguments.prompts))
     print("written to", write("decode", records, arguments.output))

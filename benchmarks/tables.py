@@ -19,7 +19,11 @@ from benchmarks.record import RESULTS, Record, parts
 
 README = Path(__file__).parents[1] / "README.md"
 FILES = (("decode.json", "anchors.json"), ("kernels.json", "kernel_anchors.json"))  # rows come in this order
-NAMES = {"xla": "**jaxinfer**, XLA attention", "plan": "*predicted by `jaxinfer plan`*"}
+NAMES = {
+    "mosaic_gpu": "**jaxinfer**",
+    "xla": "**jaxinfer**, XLA attention",
+    "plan": "*predicted by `jaxinfer plan`*",
+}
 KERNEL_NAMES = {
     "mosaic_gpu": "**jaxinfer**",
     "xla": "plain XLA",

@@ -4,6 +4,8 @@ Named barriers: a CUDA block has 16, in which warpgroups meet by one instruction
 thread's arrival in shared memory (PTX ISA, `bar`).
 """
 
+from typing import Any
+
 import jax
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -31,7 +33,7 @@ def _at_barrier(operation: str, barrier: int | jax.Array, threads: int) -> None:
     plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))(instruction)(barrier)
 
 
-def complete(x: jax.Array, layout: plgpu.Layout = plgpu.Layout.WG_SPLAT) -> None:
+def complete(x: jax.Array, layout: Any = plgpu.Layout.WG_SPLAT) -> None:
     """What stands before this in the program, what makes `x` above all, stays before what stands after it.
 
     The assembler moves a wait for wgmma up past arithmetic that does not need its results, and the two no longer

@@ -35,7 +35,8 @@ def merge(results: Any, merge_C4: jax.Array, sinks_UR: jax.Array | None) -> tupl
 
     def kernel(inputs, outputs, rows_smem):
         merge_ref, part_ref, part_lse_ref, sinks_ref = inputs
-        join(merge_ref, part_ref, part_lse_ref, sinks_ref, *outputs, rows_smem)
+        out_ref, lse_ref = outputs
+        join(merge_ref, part_ref, part_lse_ref, sinks_ref, out_ref, lse_ref, rows_smem)
 
     run = plgpu.kernel(
         kernel,
@@ -134,20 +135,18 @@ def with_sink(lse, sink):
 def signal(ticket_ref) -> None:
     """Tells another CTA that what this warpgroup wrote is in device memory."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def add_one(_, ticket):
         mgpu.utils.warpgroup_barrier()
         mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(ticket)).signal(1, memory_scope="gpu")
 
-    add_one(ticket_ref)
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(add_one)(ticket_ref)
 
 
 def wait_for(ticket_ref, count_ref) -> None:
     """Waits for `count` signals, and leaves the ticket at 0, as it was."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
     def take(_, ticket, count):
         semaphore = mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(ticket))
         semaphore.wait(memref.load(count, []), memory_scope="gpu")
 
-    take(ticket_ref, count_ref)
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))(take)(ticket_ref, count_ref)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,8 @@ from pallas_kernels.flash_decoding.units import Shape, from_units, sinks_of_rows
 LOG2_E = math.log2(math.e)
 SCORES = plgpu.Layout.WGMMA
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)
+# How wgmma reads its operands from shared memory.
+OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
 LOADER_REGISTERS, CONSUMER_REGISTERS = 40, 232
 
 
@@ -167,8 +169,7 @@ def _launch(q_BQNH, kv, table_BJ, lengths_B, sinks_N, schedule, *, shape: Shape,
 
 def _scratch(shape: Shape, config: Config) -> Scratch:
     H, stages = shape.head_size, config.stages
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    matrix = partial(plgpu.SMEM, dtype=shape.dtype, transforms=transforms)
+    matrix = partial(plgpu.SMEM, dtype=shape.dtype, transforms=OPERAND)
     copies = max(1, TILE_KEYS // shape.page_size)
     return Scratch(
         q=matrix((config.q_buffers, ROWS, H)),
@@ -399,7 +400,7 @@ def _product(a, b, columns: int) -> jax.Array:
         plgpu.wgmma(accumulator, a, b)
         return accumulator[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((ROWS, columns), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((ROWS, columns), jnp.float32))
 
 
 def _scaled(scores: jax.Array, options: Options) -> jax.Array:
@@ -435,7 +436,8 @@ def _clear_unseen(v_smem, first_key, part: Part, shape: Shape, options: Options)
 
 def _add_product(values: jax.Array, weights: jax.Array, scratch: Scratch, v_smem, config: Config) -> jax.Array:
     if not config.interpretable:
-        return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, weights, v_smem))(plgpu.ACC.init(values))
+        add = pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, weights, v_smem))
+        return cast(jax.Array, add(plgpu.WGMMAAccumulatorRef.init(values)))
     weights_smem = scratch.weights.at[lax.axis_index("role") - 1]
     weights_smem[...] = weights
     plgpu.commit_smem()

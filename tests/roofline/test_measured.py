@@ -19,18 +19,28 @@ def value(case: str, implementation: str, metric: str) -> float:
     return found
 
 
+def ours(case: str, metric: str) -> float:
+    """The measured figure, whichever attention ran."""
+    (found,) = (
+        r["implementation"]
+        for r in RECORDS
+        if (r["case"], r["metric"]) == (case, metric) and r["implementation"] != "plan"
+    )
+    return value(case, found, metric)
+
+
 def cases(metric: str) -> list[str]:
     return [r["case"] for r in RECORDS if r["metric"] == metric and r["implementation"] == "plan"]
 
 
 @pytest.mark.parametrize("case", cases("decode step"))
 def test_predicted_decode_steps(case):
-    assert value(case, "plan", "decode step") == pytest.approx(value(case, "xla", "decode step"), rel=0.2)
+    assert value(case, "plan", "decode step") == pytest.approx(ours(case, "decode step"), rel=0.2)
 
 
 @pytest.mark.parametrize("case", cases("first token"))
 def test_predicted_first_tokens(case):
-    assert value(case, "plan", "first token") == pytest.approx(value(case, "xla", "first token"), rel=0.2)
+    assert value(case, "plan", "first token") == pytest.approx(ours(case, "first token"), rel=0.2)
 
 
 @pytest.mark.parametrize("case", cases("memory in use"))

@@ -16,7 +16,7 @@ from pallas_kernels.streaming_matmul.problems import PROBLEMS, Problem
 
 def arguments(problem: Problem, key: jax.Array) -> Arguments:
     x_MD, w = problem.inputs(key, jnp.dtype(jnp.bfloat16))
-    return {"x_MD": x_MD, "w": w}
+    return {"x": x_MD, "w": w}
 
 
 def ours(name: str, problem: Problem) -> Run:
