@@ -29,13 +29,15 @@ if find_spec("jaxinfer") is None:
 # ## Text in, text out
 #
 # `LLM()` loads the model that ships with the package: 11 million parameters, trained on the Python standard library.
-# A folder or a Hugging Face id works the same way. Sampling parameters have the names that vLLM gives them.
+# A folder or a Hugging Face id works the same way. Sampling parameters have the names that vLLM gives them. Two
+# sequences of 64 tokens are all that this page needs; the defaults make room for eight of the model's whole context.
 
 # %%
 from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.engine import Options
 from jaxinfer.llm import LLM
 
-llm = LLM(max_model_len=256)
+llm = LLM(max_model_len=64, options=Options(max_num_seqs=2, page_size=8))
 prompt = "def fibonacci(n):"
 greedy = SamplingParams(temperature=0.0, max_tokens=48)
 print(prompt, end="")
@@ -46,9 +48,9 @@ print()
 # %% [markdown]
 # ## Inside one step
 #
-# The engine's programs work on a *slot* for each sequence and on *pages* of keys and values. Here are two slots, pages
-# of 8 tokens, and room for 32 tokens a sequence. The prompt is given slot 0 and the pages 5, 2, 7 and 4: any pages do,
-# save page 0, where padding is written.
+# The engine's programs work on a *slot* for each sequence and on *pages* of keys and values, here of 8 tokens each. We
+# start from an empty state, as an engine does, and give the prompt slot 0 and eight pages: any do, save page 0, where
+# padding is written.
 
 # %%
 import jax
@@ -57,12 +59,10 @@ import numpy as np
 from jaxinfer.decode import sampling
 from jaxinfer.decode.batch import Prefill, make_batch
 from jaxinfer.decode.slots import Admission
-from jaxinfer.decode.step import Layout, Programs
 
-layout = Layout(slots=2, page_size=8, num_pages=(9,), max_tokens=32, cache_dtype="float32")
-programs = Programs(llm.model, layout)
+programs, layout = llm.engine.programs, llm.engine.layout
 state, cache = programs.new_state()
-page_table = np.array([5, 2, 7, 4], np.int32)
+page_table = np.array([5, 2, 7, 4, 12, 1, 9, 3], np.int32)
 admission = Admission((page_table,), np.int32(16), sampling.pack(greedy, (), 0), np.full(1, -1, np.int32))
 state = programs.admit(state, 0, admission)
 print("keys of one layer, [page, slot in page, KV head, head size]:", cache[0].k_PSKH.shape)
@@ -70,22 +70,26 @@ print("keys of one layer, [page, slot in page, KV head, head size]:", cache[0].k
 # %% [markdown]
 # A step takes a `Batch`: first one token for each slot that decodes, none yet, then the prompts that are read, one
 # after the other without padding between them. Each token knows its position, and where in the pages its key and value
-# go: `page x page size + slot in the page`.
+# go: `page x page size + slot in the page`. Programs are compiled for a few sizes only, so 64 rows stand here for one
+# prompt, and the chunk of a second one is empty.
 
 # %%
 tokens = np.array(llm.tokenizer.encode(prompt), np.int32)
+length = len(tokens)
 prefill = Prefill(
-    tokens_T=tokens,
-    starts_R1=np.array([0, len(tokens)], np.int32),
-    slots_R=np.array([0], np.int32),
-    lengths_R=np.array([len(tokens)], np.int32),
-    last_R=np.array([1], np.int32),
+    tokens_T=np.pad(tokens, (0, 64 - length)),
+    starts_R1=np.array([0, length, length], np.int32),
+    slots_R=np.array([0, layout.slots], np.int32),  # no slot for the second chunk
+    lengths_R=np.array([length, 0], np.int32),
+    last_R=np.array([1, 0], np.int32),
 )
 with jax.set_mesh(llm.model.mesh):
     batch, rows = make_batch(state, decode=0, prefill=prefill, page_size=layout.page_size)
-for token, position, write in zip(batch.tokens_T, batch.positions_T, batch.views[0].write_T, strict=True):
-    page, slot = divmod(int(write), layout.page_size)
-    print(f"position {position:2}: {llm.tokenizer.decode([int(token)])!r:16} -> page {page}, slot {slot}")
+placed = (batch.tokens_T.tolist(), batch.positions_T.tolist(), batch.views[0].write_T.tolist())
+for token, position, write in zip(*placed, strict=True):
+    page, slot = divmod(write, layout.page_size)
+    if page:
+        print(f"position {position:2}: {llm.tokenizer.decode([token])!r:16} -> page {page}, slot {slot}")
 print("page table of the sequence:", batch.views[0].prefill_tables_RJ[0])
 
 # %% [markdown]

@@ -1,7 +1,10 @@
 """Every test runs strictly: dtypes and ranks are explicit, warnings are errors, and there are 8 virtual devices."""
 
+import gc
 import os
 from importlib.util import find_spec
+
+import pytest
 
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
 if find_spec("jax_cuda13_plugin") is None:
@@ -10,18 +13,49 @@ if find_spec("jax_cuda13_plugin") is None:
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two test processes share a GPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import jax
-import pytest
+# These modules ask one engine, whose programs take long to compile (`tests.engine.tiny.warm_llm`).
+WARM_ENGINE = (
+    "tests/engine/test_warm_up.py", "tests/engine/test_batch_invariance.py", "tests/engine/test_failure.py",
+    "tests/test_llm.py", "tests/test_bad_input.py",
+)  # fmt: skip
+# What runs longest comes first, so that no process is left alone with it at the end.
+FIRST = (*WARM_ENGINE, "tests/model/test_parity.py")
 
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_default_matmul_precision", "highest")
+
+def pytest_configure(config):
+    if config.getoption("dist") != "no" and not hasattr(config, "workerinput"):
+        return  # this process hands the tests out and runs none
+    import jax
+
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_collection_modifyitems(items):
-    if jax.default_backend() == "gpu":
-        return
-    skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
+    import jax
+
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+    order = {module: place for place, module in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(_module(item.nodeid), len(order)))
+    # What the imports made lives as long as the process: the collector need not look at it again and again.
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """A module runs in one process, and so do those that share an engine: what they compile is compiled once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByModule(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            module = _module(nodeid)
+            return WARM_ENGINE[0] if module in WARM_ENGINE else module
+
+    return ByModule(config, log)
+
+
+def _module(nodeid):
+    return nodeid.split("::")[0]

@@ -9,7 +9,7 @@ import pytest
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Options
 from jaxinfer.llm import LLM
-from tests.engine.tiny import CONFIG, CONTEXT, assert_clean, tiny_folder, tiny_llm
+from tests.engine.tiny import CONFIG, CONTEXT, assert_warm, tiny_folder, warm_llm
 
 VOCABULARY = CONFIG["vocab_size"]
 PROMPTS = {
@@ -55,11 +55,9 @@ REQUESTS = {  # each refused for this model
 @pytest.fixture
 def llm(tmp_path_factory):
     """An engine in which nothing may be traced or left."""
-    shared = tiny_llm(tmp_path_factory.getbasetemp())
-    traces = dict(shared.engine.programs.traces)
+    shared = warm_llm(tmp_path_factory.getbasetemp())
     yield shared
-    assert dict(shared.engine.programs.traces) == traces
-    assert_clean(shared)
+    assert_warm(shared)
 
 
 def assert_names(error, words: list[str]):

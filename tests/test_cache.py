@@ -59,23 +59,29 @@ def test_tokens_are_written_behind_what_their_sequence_has():
         active_B=jnp.asarray([True, False, False]),
         tables=(table_BJ,),
     )
-    prefill = Prefill(*map(jnp.asarray, (
+    prefill = Prefill(
         np.arange(8, dtype=np.int32),
         np.array([0, 5, 5, 5], np.int32),
         np.array([1, 3, 3], np.int32),
         np.array([6, 0, 0], np.int32),  # the second chunk of five, of a prompt of six
         np.array([1, 0, 0], np.int32),
-    )))  # fmt: skip
-    batch, rows = make_batch(state, 3, prefill, PAGE)
+    )
+
+    @jax.jit
+    def laid_out(state, packed):
+        batch, rows = make_batch(state, 3, Prefill.unpacked(packed, 8), PAGE)
+        return batch, vars(rows)
+
+    batch, rows = laid_out(state, prefill.packed())
     (view,) = batch.views
     idle, padding = [NULL_PAGE] * 2, [NULL_PAGE] * 3
     written = [positions_of(0, 13)[12], *idle, *positions_of(1, 6)[1:], *padding]
     assert view.write_T.tolist() == written
     assert view.decode_lengths_B.tolist() == [13, 0, 0]
     assert batch.positions_T.tolist() == [12, 0, 0, 1, 2, 3, 4, 5, 0, 0, 0]
-    assert rows.emits_W.tolist() == [True, False, False, True, False, False]
-    assert rows.tokens_W.tolist()[:4] == [0, 1, 2, 3 + 4]
-    assert rows.lengths_W.tolist()[:1] + rows.lengths_W.tolist()[3:4] == [13, 6]
+    assert rows["emits_W"].tolist() == [True, False, False, True, False, False]
+    assert rows["tokens_W"].tolist()[:4] == [0, 1, 2, 3 + 4]
+    assert rows["lengths_W"].tolist()[:1] + rows["lengths_W"].tolist()[3:4] == [13, 6]
 
 
 def contiguous(q_TNH, k_UKH, v_UKH, window: int | None) -> np.ndarray:

@@ -17,7 +17,7 @@ from jaxinfer.engine import Request, TokenLogprobs, Update
 from jaxinfer.llm import LLM
 from jaxinfer.outputs import CompletionOutput
 from jaxinfer.text import IncrementalDecoder, StopChecker
-from tests.engine.tiny import BOS, CHARACTERS, CONFIG, CONTEXT, EOS, assert_clean, tiny_llm
+from tests.engine.tiny import BOS, CHARACTERS, CONFIG, CONTEXT, EOS, assert_clean, assert_warm, warm_llm
 from tests.model.dense import run
 
 PROMPT = "def f(x):"
@@ -31,10 +31,10 @@ def greedy(**options) -> SamplingParams:
 
 @pytest.fixture
 def llm(tmp_path_factory):
-    """The session's engine, clean before and after every test."""
-    shared = tiny_llm(tmp_path_factory.getbasetemp())
+    """The session's engine, clean and warm before and after every test."""
+    shared = warm_llm(tmp_path_factory.getbasetemp())
     yield shared
-    assert_clean(shared)
+    assert_warm(shared)
 
 
 @pytest.fixture

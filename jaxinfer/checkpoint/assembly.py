@@ -17,13 +17,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.checkpoint import forms, slots
-from jaxinfer.checkpoint.forms import Form
+from jaxinfer.checkpoint.forms import Array, Form, Sizes
 from jaxinfer.model import ModelConfig
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """How one parameter comes about. Equal assemblies share a compiled program, so `kind` names no layer.
+    """How one parameter comes about. Equal assemblies share a compiled program, so nothing here names a layer.
 
     Attributes:
         kind: the end of the parameter's path, such as `attention.qkv_DKgH`.
@@ -31,7 +31,7 @@ class Assembly:
         repeats: slots that hold the same KV head.
     """
 
-    config: ModelConfig
+    sizes: Sizes
     kind: str
     form: Form
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Assembly:
         kind = path.split(".", 2)[2] if path.startswith("layers.") else path
         assert isinstance(leaf.sharding, NamedSharding)
         repeats = slots.repeats(kind, leaf.shape, config.num_kv_heads)
-        return cls(config, kind, form, leaf.shape, np.dtype(leaf.dtype), leaf.sharding, repeats)
+        return cls(Sizes.of(config), kind, form, leaf.shape, np.dtype(leaf.dtype), leaf.sharding, repeats)
 
     @cached_property
     def sources(self) -> list[tuple[int, ...]]:
@@ -52,9 +52,9 @@ class Assembly:
         parameter = jax.ShapeDtypeStruct(self.shape, self.dtype)
         return [tensor.shape for tensor in jax.eval_shape(self.split, parameter)]
 
-    def split(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """The tensors that the parameter, whole on one device, is made of."""
-        return self.form.split(self.config, slots.gather(self.kind, x, self.repeats))
+    def split(self, x: Array) -> tuple[Array, ...]:
+        """The tensors that the parameter, whole on the host or on one device, is made of."""
+        return self.form.split(self.sizes, slots.gather(self.kind, x, self.repeats))
 
     @property
     def axis(self) -> int | None:
@@ -113,7 +113,7 @@ class Assembly:
     def local(self, *tensors: jax.Array) -> jax.Array:
         """One device's shard of the parameter."""
         parts = [tensor.astype(self.dtype) for tensor in tensors]
-        whole = slots.spread(self.kind, self.form.join(self.config, *parts), self.repeats)
+        whole = slots.spread(self.kind, self.form.join(self.sizes, *parts), self.repeats)
         if self.axis is None or self.read_axis is not None:
             return whole
         size = self.sharding.shard_shape(self.shape)[self.axis]

@@ -12,9 +12,26 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 from jaxinfer.model import ModelConfig
+
+Array = jax.Array | np.ndarray
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a form must know of a model. Two models of the same sizes share their compiled joins."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    gated_mlp: bool
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Sizes:
+        return cls(config.num_heads, config.num_kv_heads, config.head_size, config.gated_mlp)
 
 
 @dataclass(frozen=True)
@@ -22,36 +39,36 @@ class Form:
     """A bijection between some published tensors and one parameter, in the layout of a single device.
 
     Attributes:
-        join: (config, published tensors...) to the parameter. Given the same share of every tensor, it gives that
+        join: (sizes, published tensors...) to the parameter. Given the same share of every tensor, it gives that
             share of the parameter, unless `shard_axis` is None.
-        split: (config, parameter) to the published tensors, in the same order.
+        split: (sizes, parameter) to the published tensors, in the same order.
         shard_axis: the axis of every published tensor that a shard of the parameter is a range of; None where a
             shard is scattered over a tensor.
         per_expert: the tensors are those of expert 0, then those of expert 1, and so on.
     """
 
     join: Callable[..., jax.Array]
-    split: Callable[[ModelConfig, jax.Array], tuple[jax.Array, ...]]
+    split: Callable[[Sizes, Array], tuple[Array, ...]]
     shard_axis: int | None
     per_expert: bool = False
 
 
-def _same(config: ModelConfig, x: jax.Array) -> jax.Array:
+def _same(sizes: Sizes, x: jax.Array) -> jax.Array:
     return x
 
 
-def _one(config: ModelConfig, x: jax.Array) -> tuple[jax.Array]:
+def _one(sizes: Sizes, x: Array) -> tuple[Array]:
     return (x,)
 
 
 SAME = Form(_same, _one, shard_axis=0)
 
 
-def _transpose(config: ModelConfig, w: jax.Array) -> jax.Array:
+def _transpose(sizes: Sizes, w: jax.Array) -> jax.Array:
     return w.T
 
 
-def _transpose_one(config: ModelConfig, w: jax.Array) -> tuple[jax.Array]:
+def _transpose_one(sizes: Sizes, w: Array) -> tuple[Array]:
     return (w.T,)
 
 
@@ -61,38 +78,38 @@ TRANSPOSED = Form(_transpose, _transpose_one, shard_axis=1)
 # Queries, keys and values: rows of heads, [heads x head size, in] for a weight and [heads x head size] for a bias.
 
 
-def _join_rows(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _join_rows(sizes: Sizes, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """KgH... of the rows of queries, keys and values: g = the queries of a KV head, its key, its value."""
-    group = config.num_heads // config.num_kv_heads
+    group = sizes.num_heads // sizes.num_kv_heads
     parts = [
-        rearrange(x, "(K g H) ... -> K g H ...", g=heads, H=config.head_size)
+        rearrange(x, "(K g H) ... -> K g H ...", g=heads, H=sizes.head_size)
         for x, heads in ((q, group), (k, 1), (v, 1))
     ]
     return jnp.concatenate(parts, axis=1)
 
 
-def _split_rows(config: ModelConfig, qkv: jax.Array) -> tuple[jax.Array, ...]:
+def _split_rows(sizes: Sizes, qkv: Array) -> tuple[Array, ...]:
     parts = (qkv[:, :-2], qkv[:, -2:-1], qkv[:, -1:])
     return tuple(rearrange(x, "K g H ... -> (K g H) ...") for x in parts)
 
 
-def _join_qkv(config: ModelConfig, q_MD: jax.Array, k_OD: jax.Array, v_OD: jax.Array) -> jax.Array:
-    return rearrange(_join_rows(config, q_MD, k_OD, v_OD), "K g H D -> D K g H")
+def _join_qkv(sizes: Sizes, q_MD: jax.Array, k_OD: jax.Array, v_OD: jax.Array) -> jax.Array:
+    return rearrange(_join_rows(sizes, q_MD, k_OD, v_OD), "K g H D -> D K g H")
 
 
-def _split_qkv(config: ModelConfig, qkv_DKgH: jax.Array) -> tuple[jax.Array, ...]:
-    return _split_rows(config, rearrange(qkv_DKgH, "D K g H -> K g H D"))
+def _split_qkv(sizes: Sizes, qkv_DKgH: Array) -> tuple[Array, ...]:
+    return _split_rows(sizes, rearrange(qkv_DKgH, "D K g H -> K g H D"))
 
 
-def _join_fused_qkv(config: ModelConfig, rows_OD: jax.Array) -> jax.Array:
+def _join_fused_qkv(sizes: Sizes, rows_OD: jax.Array) -> jax.Array:
     """Phi-3, and Falcon with its single KV head: all queries, then all keys, then all values."""
-    keys = config.num_heads * config.head_size
-    values = keys + config.num_kv_heads * config.head_size
-    return _join_qkv(config, rows_OD[:keys], rows_OD[keys:values], rows_OD[values:])
+    keys = sizes.num_heads * sizes.head_size
+    values = keys + sizes.num_kv_heads * sizes.head_size
+    return _join_qkv(sizes, rows_OD[:keys], rows_OD[keys:values], rows_OD[values:])
 
 
-def _split_fused_qkv(config: ModelConfig, qkv_DKgH: jax.Array) -> tuple[jax.Array]:
-    return (jnp.concatenate(_split_qkv(config, qkv_DKgH)),)
+def _split_fused_qkv(sizes: Sizes, qkv_DKgH: Array) -> tuple[Array]:
+    return (jnp.concatenate(_split_qkv(sizes, qkv_DKgH)),)
 
 
 QKV = Form(_join_qkv, _split_qkv, shard_axis=0)
@@ -100,23 +117,23 @@ QKV_BIAS = Form(_join_rows, _split_rows, shard_axis=0)
 FUSED_QKV = Form(_join_fused_qkv, _split_fused_qkv, shard_axis=None)
 
 
-def _join_query_scale(config: ModelConfig, scale_M: jax.Array) -> jax.Array:
-    return rearrange(scale_M, "(K g H) -> K g H", g=config.num_heads // config.num_kv_heads, H=config.head_size)
+def _join_query_scale(sizes: Sizes, scale_M: jax.Array) -> jax.Array:
+    return rearrange(scale_M, "(K g H) -> K g H", g=sizes.num_heads // sizes.num_kv_heads, H=sizes.head_size)
 
 
-def _join_key_scale(config: ModelConfig, scale: jax.Array) -> jax.Array:
-    return rearrange(scale, "(K g H) -> K g H", g=1, H=config.head_size)
+def _join_key_scale(sizes: Sizes, scale: jax.Array) -> jax.Array:
+    return rearrange(scale, "(K g H) -> K g H", g=1, H=sizes.head_size)
 
 
-def _split_scale(config: ModelConfig, scale_KgH: jax.Array) -> tuple[jax.Array]:
+def _split_scale(sizes: Sizes, scale_KgH: Array) -> tuple[Array]:
     return (rearrange(scale_KgH, "K g H -> (K g H)"),)
 
 
-def _join_sinks(config: ModelConfig, sinks_N: jax.Array) -> jax.Array:
-    return rearrange(sinks_N, "(K g) -> K g", g=config.num_heads // config.num_kv_heads)
+def _join_sinks(sizes: Sizes, sinks_N: jax.Array) -> jax.Array:
+    return rearrange(sinks_N, "(K g) -> K g", g=sizes.num_heads // sizes.num_kv_heads)
 
 
-def _split_sinks(config: ModelConfig, sinks_Kg: jax.Array) -> tuple[jax.Array]:
+def _split_sinks(sizes: Sizes, sinks_Kg: Array) -> tuple[Array]:
     return (rearrange(sinks_Kg, "K g -> (K g)"),)
 
 
@@ -128,27 +145,27 @@ SINKS = Form(_join_sinks, _split_sinks, shard_axis=0)
 # The up projection of an MLP: gate and up, or up alone.
 
 
-def _join_up(config: ModelConfig, *halves_FD: jax.Array) -> jax.Array:
+def _join_up(sizes: Sizes, *halves_FD: jax.Array) -> jax.Array:
     return rearrange(list(halves_FD), "c F D -> D c F")
 
 
-def _split_up(config: ModelConfig, up_DcF: jax.Array) -> tuple[jax.Array, ...]:
+def _split_up(sizes: Sizes, up_DcF: Array) -> tuple[Array, ...]:
     return tuple(rearrange(up_DcF, "D c F -> c F D"))
 
 
-def _join_fused_up(config: ModelConfig, up_OD: jax.Array) -> jax.Array:
+def _join_fused_up(sizes: Sizes, up_OD: jax.Array) -> jax.Array:
     return rearrange(up_OD, "(c F) D -> D c F", c=2)
 
 
-def _split_fused_up(config: ModelConfig, up_DcF: jax.Array) -> tuple[jax.Array]:
+def _split_fused_up(sizes: Sizes, up_DcF: Array) -> tuple[Array]:
     return (rearrange(up_DcF, "D c F -> (c F) D"),)
 
 
-def _stack(config: ModelConfig, *halves_F: jax.Array) -> jax.Array:
+def _stack(sizes: Sizes, *halves_F: jax.Array) -> jax.Array:
     return jnp.stack(halves_F)
 
 
-def _unstack(config: ModelConfig, up_cF: jax.Array) -> tuple[jax.Array, ...]:
+def _unstack(sizes: Sizes, up_cF: Array) -> tuple[Array, ...]:
     return tuple(up_cF)
 
 
@@ -160,27 +177,27 @@ UP_BIAS = Form(_stack, _unstack, shard_axis=0)
 # Experts: a tensor for each expert, or, in gpt-oss, all experts in one, stored [in, out] with gate and up interleaved.
 
 
-def _join_experts_up(config: ModelConfig, *halves_FD: jax.Array) -> jax.Array:
-    return rearrange(list(halves_FD), "(E c) F D -> E D c F", c=2 if config.gated_mlp else 1)
+def _join_experts_up(sizes: Sizes, *halves_FD: jax.Array) -> jax.Array:
+    return rearrange(list(halves_FD), "(E c) F D -> E D c F", c=2 if sizes.gated_mlp else 1)
 
 
-def _split_experts_up(config: ModelConfig, up_EDcF: jax.Array) -> tuple[jax.Array, ...]:
+def _split_experts_up(sizes: Sizes, up_EDcF: Array) -> tuple[Array, ...]:
     return tuple(rearrange(up_EDcF, "E D c F -> (E c) F D"))
 
 
-def _join_experts_down(config: ModelConfig, *down_DF: jax.Array) -> jax.Array:
+def _join_experts_down(sizes: Sizes, *down_DF: jax.Array) -> jax.Array:
     return rearrange(list(down_DF), "E D F -> E F D")
 
 
-def _split_experts_down(config: ModelConfig, down_EFD: jax.Array) -> tuple[jax.Array, ...]:
+def _split_experts_down(sizes: Sizes, down_EFD: Array) -> tuple[Array, ...]:
     return tuple(rearrange(down_EFD, "E F D -> E D F"))
 
 
-def _join_interleaved(config: ModelConfig, up: jax.Array) -> jax.Array:
+def _join_interleaved(sizes: Sizes, up: jax.Array) -> jax.Array:
     return rearrange(up, "E ... (F c) -> E ... c F", c=2)
 
 
-def _split_interleaved(config: ModelConfig, up: jax.Array) -> tuple[jax.Array]:
+def _split_interleaved(sizes: Sizes, up: Array) -> tuple[Array]:
     return (rearrange(up, "E ... c F -> E ... (F c)"),)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
@@ -98,7 +97,7 @@ def _published(model: Model, arrays: Mapping[str, jax.Array]) -> Iterator[tuple[
     rules = names.rules(model.config, model.parameters)
     for path, leaf in model.parameters.items():
         assembly = Assembly.of(model.config, path, rules[path].form, leaf)
-        tensors = assembly.split(jnp.asarray(np.asarray(arrays[path])))
+        tensors = assembly.split(np.asarray(arrays[path]))
         yield from zip(rules[path].names, map(np.ascontiguousarray, tensors), strict=True)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # By the end of a parameter's path: the axis of the KV heads, and how many of the last entries of the axis after it
 # belong to the KV head itself (its key and its value) and not to its queries.
@@ -37,7 +38,7 @@ def spread(path: str, x: jax.Array, times: int) -> jax.Array:
     return _joined(queries, jnp.repeat(kept, times, axis=0), axis)
 
 
-def gather(path: str, x: jax.Array, times: int) -> jax.Array:
+def gather(path: str, x: jax.Array | np.ndarray, times: int) -> jax.Array | np.ndarray:
     """The inverse of `spread`."""
     heads = _heads(path)
     if heads is None or times == 1:
@@ -53,7 +54,7 @@ def _heads(path: str) -> tuple[int, int] | None:
     return next((heads for name, heads in _HEADS.items() if path.endswith(name)), None)
 
 
-def _parted(x: jax.Array, axis: int, own: int) -> tuple[jax.Array, jax.Array]:
+def _parted(x: jax.Array | np.ndarray, axis: int, own: int) -> tuple[jax.Array, jax.Array]:
     """Queries and the KV head's own entries, with slots and entries as the first two axes."""
     x = jnp.moveaxis(x, (axis, axis + 1), (0, 1))
     return x[:, : x.shape[1] - own], x[:, x.shape[1] - own :]

@@ -58,12 +58,12 @@ class SamplingState:
 
 
 def empty(slots: int, vocab: int) -> SamplingState:
-    """The state of `slots` slots without a request; each decodes greedily."""
+    """The state of `slots` slots without a request; each decodes greedily. Filled on the host: nothing compiles."""
     idle = pack(SamplingParams(temperature=0.0), eos_ids=(), seed=0)
     return SamplingState(
-        **{name: jnp.tile(row, (slots,) + (1,) * row.ndim) for name, row in idle.items()},
-        counts_BV=jnp.zeros((slots, vocab), jnp.int32),
-        prompt_BV=jnp.zeros((slots, vocab), jnp.bool_),
+        **{name: jnp.asarray(np.tile(row, (slots,) + (1,) * row.ndim)) for name, row in idle.items()},
+        counts_BV=jnp.asarray(np.zeros((slots, vocab), np.int32)),
+        prompt_BV=jnp.asarray(np.zeros((slots, vocab), np.bool_)),
     )
 
 

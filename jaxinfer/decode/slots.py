@@ -55,15 +55,15 @@ class Admission:
 
 
 def empty_slots(slots: int, groups: int, pages_per_row: int, vocab: int) -> SlotState:
-    """No request anywhere."""
-    zeros_B = jnp.zeros(slots, jnp.int32)
+    """No request anywhere. Filled on the host, so that nothing is compiled; no two arrays share memory."""
+    zeros = lambda *shape: jnp.asarray(np.zeros(shape, np.int32))  # noqa: E731
     return SlotState(
-        token_B=zeros_B,
-        length_B=zeros_B,
-        index_B=zeros_B,
-        max_tokens_B=zeros_B,
-        active_B=jnp.zeros(slots, jnp.bool_),
-        tables=(jnp.zeros((slots, pages_per_row), jnp.int32),) * groups,
+        token_B=zeros(slots),
+        length_B=zeros(slots),
+        index_B=zeros(slots),
+        max_tokens_B=zeros(slots),
+        active_B=jnp.asarray(np.zeros(slots, np.bool_)),
+        tables=tuple(zeros(slots, pages_per_row) for _ in range(groups)),
         sampling=sampling.empty(slots, vocab),
     )
 

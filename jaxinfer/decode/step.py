@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -74,9 +73,6 @@ class Programs:
 
     def __init__(self, model: Model, layout: Layout):
         self.model, self.layout, self.traces = model, layout, Counter[str]()
-        self._replicated = NamedSharding(model.mesh, P())
-        rows = (layout.slots, len(layout.num_pages), layout.pages_per_row, model.config.vocab_size)
-        self._empty = jax.jit(partial(slots.empty_slots, *rows), out_shardings=self._replicated)
         donated = ("state", "cache")
         self._step = jax.jit(self._traced_step, static_argnames=("decode", "tokens", "needs"), donate_argnames=donated)
         self._loop = jax.jit(self._traced_loop, static_argnames=("decode", "steps", "needs"), donate_argnames=donated)
@@ -86,13 +82,13 @@ class Programs:
     def new_state(self) -> tuple[SlotState, Cache]:
         """No request, and an empty cache."""
         model, layout = self.model, self.layout
-        with jax.set_mesh(model.mesh):
-            state = self._empty()
-            groups = tuple(model.config.group(layer) for layer in range(model.config.num_layers))
-            cache = make_cache(
-                model.mesh, groups, layout.num_pages, layout.page_size, model.kv_slots, model.config.head_size,
-                layout.cache_dtype,
-            )  # fmt: skip
+        empty = slots.empty_slots(layout.slots, len(layout.num_pages), layout.pages_per_row, model.config.vocab_size)
+        state = jax.device_put(empty, NamedSharding(model.mesh, P()))
+        groups = tuple(model.config.group(layer) for layer in range(model.config.num_layers))
+        cache = make_cache(
+            model.mesh, groups, layout.num_pages, layout.page_size, model.kv_slots, model.config.head_size,
+            layout.cache_dtype,
+        )  # fmt: skip
         return state, cache
 
     def step(

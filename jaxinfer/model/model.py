@@ -101,14 +101,22 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _draw(name: str, leaf: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
-    """Norms at one; biases and sinks small; matrices of unit output variance."""
+    if (deviation := random_deviation(name, leaf.shape)) is None:
+        return jnp.ones(leaf.shape, leaf.dtype, device=leaf.sharding)
+    return _normal(leaf.shape, leaf.dtype, leaf.sharding)(key, deviation)
+
+
+def random_deviation(name: str, shape: tuple[int, ...]) -> float | None:
+    """The standard deviation of a random parameter: None for norms, which stand at one; small for biases and sinks;
+    for matrices the one that gives their output unit variance."""
     last = name.rsplit(".", 1)[-1]
     if last.startswith("scale"):
-        return jnp.ones(leaf.shape, leaf.dtype, device=leaf.sharding)
-    small = "bias" in last or "sinks" in last
+        return None
+    if "bias" in last or "sinks" in last:
+        return 0.1
     # The contracted axis is the last one of [V, D], the second one of experts, the first one of all others.
     contracted = {"weight_VD": -1, "head_VD": -1, "up_EDcF": 1, "down_EFD": 1}.get(last, 0)
-    return _normal(leaf.shape, leaf.dtype, leaf.sharding)(key, 0.1 if small else leaf.shape[contracted] ** -0.5)
+    return shape[contracted] ** -0.5
 
 
 @functools.cache

@@ -1,6 +1,8 @@
 """Published checkpoints of every family, loaded on one device and on several, and written again."""
 
 import json
+from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +15,7 @@ from jaxinfer.model import Model, read_config
 from jaxinfer.model.families import FAMILIES
 from jaxinfer.parallel import make_mesh
 from tests.golden.load import cases, load
+from tests.golden.weights import write_checkpoint
 
 BY_ARCHITECTURE = {load(case).config["architectures"][0]: case for case in reversed(cases())}
 MULTIMODAL = "Gemma3ForConditionalGeneration"
@@ -22,36 +25,47 @@ def test_every_family_is_covered():
     assert BY_ARCHITECTURE.keys() | {MULTIMODAL} == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("case", BY_ARCHITECTURE.values())
-def test_a_checkpoint_loads_and_is_written_again_bit_for_bit(case, publish, tmp_path):
-    folder = publish(case)
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint as it would be published, and its parameters on one device."""
+
+    folder: Path
+    model: Model
+    arrays: dict[str, jax.Array]
+
+
+@pytest.fixture(scope="module", params=BY_ARCHITECTURE.values())
+def published(request, tmp_path_factory) -> Published:
+    folder = tmp_path_factory.mktemp(request.param)
+    write_checkpoint(folder, load(request.param))
     model = Model(read_config(folder), make_mesh())
-    arrays = checkpoint.load(folder, model)
+    return Published(folder, model, checkpoint.load(folder, model))
+
+
+def test_a_checkpoint_loads_and_is_written_again_bit_for_bit(published, tmp_path):
+    model, arrays = published.model, published.arrays
     checkpoint.export(tmp_path / "again", model, arrays, {}, shard_bytes=1 << 16)
     index = json.loads((tmp_path / "again/model.safetensors.index.json").read_text())["weight_map"]
-    published = load_file(folder / "model.safetensors")
-    assert index.keys() == published.keys()
+    stored = load_file(published.folder / "model.safetensors")
+    assert index.keys() == stored.keys()
     shards = {file: load_file(tmp_path / "again" / file) for file in set(index.values())}
     assert len(shards) > 1
-    for name, tensor in published.items():
+    for name, tensor in stored.items():
         np.testing.assert_array_equal(shards[index[name]][name], tensor, strict=True)
     again = checkpoint.load(tmp_path / "again", model)
     assert all(np.array_equal(again[path], array) for path, array in arrays.items())
 
 
 @pytest.mark.parametrize("tensor", [2, 4])  # as many devices as KV heads, and two for each
-@pytest.mark.parametrize("case", BY_ARCHITECTURE.values())
-def test_devices_hold_the_same_bits_as_one(case, tensor, publish):
-    folder = publish(case)
-    config = read_config(folder)
-    one, many = Model(config, make_mesh()), Model(config, make_mesh(tensor))
-    expected, arrays = checkpoint.load(folder, one), checkpoint.load(folder, many)
+def test_devices_hold_the_same_bits_as_one(published, tensor):
+    many = Model(published.model.config, make_mesh(tensor))
+    arrays = checkpoint.load(published.folder, many)
     for path, leaf in many.parameters.items():
         array = arrays[path]
         assert (array.shape, array.dtype, array.sharding) == (leaf.shape, leaf.dtype, leaf.sharding)
-        repeats = slots.repeats(path, array.shape, config.num_kv_heads)
-        whole = slots.gather(path, jax.numpy.asarray(np.asarray(array)), repeats)
-        np.testing.assert_array_equal(whole, expected[path], err_msg=path)
+        repeats = slots.repeats(path, array.shape, many.config.num_kv_heads)
+        whole = slots.gather(path, np.asarray(array), repeats)
+        np.testing.assert_array_equal(whole, published.arrays[path], err_msg=path)
 
 
 @pytest.mark.parametrize("tensor", [1, 4])

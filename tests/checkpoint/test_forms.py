@@ -1,7 +1,6 @@
 """Every form against its definition, element by element: the index of an entry in ours and in the published tensor."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,17 +9,17 @@ from jaxinfer.model import read_config
 from tests.golden.load import load
 
 D, F, E = 5, 7, 3
-CONFIG = read_config(load("llama3").config)
-N, K, H = CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.head_size
+SIZES = forms.Sizes.of(read_config(load("llama3").config))
+N, K, H = SIZES.num_heads, SIZES.num_kv_heads, SIZES.head_size
 G = N // K
 
 
 def tensors(*shapes):
-    """Arrays of distinct numbers."""
+    """Arrays of distinct numbers, on the host: nothing is compiled to look into them."""
     sizes = [int(np.prod(shape)) for shape in shapes]
     starts = np.cumsum([0, *sizes])
     return [
-        jnp.arange(start, start + size).reshape(shape)
+        np.arange(start, start + size, dtype=np.int32).reshape(shape)
         for start, size, shape in zip(starts, sizes, shapes, strict=False)
     ]
 
@@ -34,22 +33,22 @@ def head(q, k, v, slot, entry, component):
 
 def test_separate_and_fused_projections_hold_queries_then_key_then_value_of_each_kv_head():
     q, k, v = tensors((N * H, D), (K * H, D), (K * H, D))
-    qkv_DKgH = forms.QKV.join(CONFIG, q, k, v)
+    qkv_DKgH = forms.QKV.join(SIZES, q, k, v)
     expected = np.stack([[[head(q, k, v, s, g, h) for h in range(H)] for g in range(G + 2)] for s in range(K)])
     np.testing.assert_array_equal(qkv_DKgH, expected.transpose(3, 0, 1, 2))
-    np.testing.assert_array_equal(forms.FUSED_QKV.join(CONFIG, jnp.concatenate([q, k, v])), qkv_DKgH)
+    np.testing.assert_array_equal(forms.FUSED_QKV.join(SIZES, np.concatenate([q, k, v])), qkv_DKgH)
 
 
 def test_biases_follow_the_projections():
     q, k, v = tensors((N * H,), (K * H,), (K * H,))
     expected = [[[head(q, k, v, s, g, h) for h in range(H)] for g in range(G + 2)] for s in range(K)]
-    np.testing.assert_array_equal(forms.QKV_BIAS.join(CONFIG, q, k, v), expected)
+    np.testing.assert_array_equal(forms.QKV_BIAS.join(SIZES, q, k, v), expected)
 
 
 def test_norm_scales_and_sinks_follow_the_heads():
     scale_M, keys, sinks_N = tensors((N * H,), (K * H,), (N,))
-    scale_KgH, keys_KgH = forms.QUERY_SCALE.join(CONFIG, scale_M), forms.KEY_SCALE.join(CONFIG, keys)
-    sinks_Kg = forms.SINKS.join(CONFIG, sinks_N)
+    scale_KgH, keys_KgH = forms.QUERY_SCALE.join(SIZES, scale_M), forms.KEY_SCALE.join(SIZES, keys)
+    sinks_Kg = forms.SINKS.join(SIZES, sinks_N)
     for slot in range(K):
         np.testing.assert_array_equal(keys_KgH[slot, 0], keys[slot * H : (slot + 1) * H])
         for query in range(G):
@@ -60,17 +59,17 @@ def test_norm_scales_and_sinks_follow_the_heads():
 
 def test_up_projections_hold_gate_then_up():
     gate, up = tensors((F, D), (F, D))
-    up_DcF = forms.UP.join(CONFIG, gate, up)
+    up_DcF = forms.UP.join(SIZES, gate, up)
     np.testing.assert_array_equal(up_DcF[:, 0], gate.T)
     np.testing.assert_array_equal(up_DcF[:, 1], up.T)
-    np.testing.assert_array_equal(forms.FUSED_UP.join(CONFIG, jnp.concatenate([gate, up])), up_DcF)
-    np.testing.assert_array_equal(forms.UP_BIAS.join(CONFIG, gate[:, 0], up[:, 0]), up_DcF[0])
+    np.testing.assert_array_equal(forms.FUSED_UP.join(SIZES, np.concatenate([gate, up])), up_DcF)
+    np.testing.assert_array_equal(forms.UP_BIAS.join(SIZES, gate[:, 0], up[:, 0]), up_DcF[0])
 
 
 def test_experts_are_stacked_in_order():
     tables = tensors(*[(F, D)] * (2 * E))
-    up_EDcF = forms.EXPERTS_UP.join(CONFIG, *tables)
-    down_EFD = forms.EXPERTS_DOWN.join(CONFIG, *(table.T for table in tables[:E]))
+    up_EDcF = forms.EXPERTS_UP.join(SIZES, *tables)
+    down_EFD = forms.EXPERTS_DOWN.join(SIZES, *(table.T for table in tables[:E]))
     for expert in range(E):
         np.testing.assert_array_equal(up_EDcF[expert, :, 0], tables[2 * expert].T)
         np.testing.assert_array_equal(up_EDcF[expert, :, 1], tables[2 * expert + 1].T)
@@ -79,7 +78,7 @@ def test_experts_are_stacked_in_order():
 
 def test_interleaved_experts_alternate_gate_and_up():
     (up,) = tensors((E, D, 2 * F))
-    up_EDcF = forms.INTERLEAVED_UP.join(CONFIG, up)
+    up_EDcF = forms.INTERLEAVED_UP.join(SIZES, up)
     np.testing.assert_array_equal(up_EDcF[:, :, 0], up[..., ::2])
     np.testing.assert_array_equal(up_EDcF[:, :, 1], up[..., 1::2])
 
@@ -112,5 +111,5 @@ PARAMETERS = {
 def test_join_and_split_are_inverse(name):
     (parameter,) = tensors(PARAMETERS[name])
     form = FORMS[name]
-    published = jax.jit(lambda x: form.split(CONFIG, x))(parameter)
-    np.testing.assert_array_equal(form.join(CONFIG, *published), parameter)
+    published = jax.jit(lambda x: form.split(SIZES, x))(parameter)
+    np.testing.assert_array_equal(form.join(SIZES, *published), parameter)

@@ -15,6 +15,7 @@ from jaxinfer.decode.step import Layout, Programs, StepOutput
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from tests.engine.tiny import CONFIG, CONTEXT
+from tests.model.random_params import random_params
 
 SLOTS, PAGE, ROWS, STEPS = 4, 4, 64, 3
 PAGES = CONTEXT // PAGE
@@ -73,7 +74,7 @@ def start():
     model = Model(read_config(CONFIG), make_mesh(1))
     assert model.config.windows == (8, None)
     layout = Layout(SLOTS, PAGE, (SLOTS * PAGES + 1,) * 2, CONTEXT, "float32")
-    programs, params = Programs(model, layout), model.random_params(2)
+    programs, params = Programs(model, layout), random_params(model, 2)
     return lambda: Run(programs, params)
 
 

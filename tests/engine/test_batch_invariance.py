@@ -5,7 +5,7 @@ import pytest
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Options
 from jaxinfer.outputs import RequestOutput
-from tests.engine.tiny import EOS, OPTIONS, assert_clean, tiny_llm
+from tests.engine.tiny import EOS, assert_clean, assert_warm, tiny_llm, warm_llm
 
 # Every way to choose and to end, at once. All of them need the whole sampler, which keeps the programs few.
 REQUESTS = [
@@ -39,10 +39,12 @@ def test_the_requests_end_in_every_way(alone):
     assert len(alone[3].outputs[0].token_ids) > 5
 
 
-@pytest.mark.parametrize("options", [OPTIONS, FEW], ids=["four at a time", "two at a time"])
-def test_the_batch_does_not_matter(alone, options, tmp_path_factory):
-    llm = tiny_llm(tmp_path_factory.getbasetemp(), options)
-    assert llm.generate(*zip(*REQUESTS, strict=True)) == alone
-    assert_clean(llm)
-    assert llm.generate(*zip(*REQUESTS[::-1], strict=True)) == alone[::-1]
-    assert_clean(llm)
+def test_the_batch_does_not_matter(alone, tmp_path_factory):
+    root = tmp_path_factory.getbasetemp()
+    four_at_a_time, two_at_a_time = warm_llm(root), tiny_llm(root, FEW)
+    for llm in (four_at_a_time, two_at_a_time):
+        assert llm.generate(*zip(*REQUESTS, strict=True)) == alone
+        assert_clean(llm)
+        assert llm.generate(*zip(*REQUESTS[::-1], strict=True)) == alone[::-1]
+        assert_clean(llm)
+    assert_warm(four_at_a_time)

@@ -3,14 +3,14 @@
 import pytest
 
 from jaxinfer.decode.sampling_params import SamplingParams
-from tests.engine.tiny import assert_clean, tiny_llm
+from tests.engine.tiny import assert_warm, warm_llm
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
 
 
 @pytest.mark.parametrize("program", ["step", "loop", "admit"])
 def test_an_interrupt_after_the_cache_was_donated(tmp_path_factory, monkeypatch, program):
-    llm = tiny_llm(tmp_path_factory.getbasetemp())
+    llm = warm_llm(tmp_path_factory.getbasetemp())
     expected = llm.generate("hello", PARAMS)
     run = getattr(llm.engine.programs, program)
 
@@ -23,11 +23,11 @@ def test_an_interrupt_after_the_cache_was_donated(tmp_path_factory, monkeypatch,
         with pytest.raises(KeyboardInterrupt):
             llm.generate(["hello", "you"], PARAMS)
     assert llm.generate("hello", PARAMS) == expected
-    assert_clean(llm)
+    assert_warm(llm)
 
 
 def test_a_stream_beside_a_failed_step_ends_and_says_so(tmp_path_factory, monkeypatch):
-    llm = tiny_llm(tmp_path_factory.getbasetemp())
+    llm = warm_llm(tmp_path_factory.getbasetemp())
     stream = llm.stream("and so on", PARAMS)
     first = next(stream)
     assert first.finish_reason is None
@@ -36,4 +36,4 @@ def test_a_stream_beside_a_failed_step_ends_and_says_so(tmp_path_factory, monkey
         with pytest.raises(ZeroDivisionError):
             llm.generate("hello", PARAMS)
     assert [piece.finish_reason for piece in stream][-1] == "abort"
-    assert_clean(llm)
+    assert_warm(llm)

@@ -1,12 +1,14 @@
-"""After `warm_up` nothing is traced or compiled again, whatever requests arrive."""
+"""After `warm_up` nothing is traced or compiled again, whatever requests arrive.
+
+The engine is shared with many tests, and each of them asserts the same of the requests it made (`assert_warm`).
+"""
 
 from contextlib import contextmanager
 
 import jax
 
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.llm import LLM
-from tests.engine.tiny import CHARACTERS, assert_clean, tiny_llm
+from tests.engine.tiny import CHARACTERS, assert_warm, warm_llm
 
 VARIED = [
     ("a", SamplingParams(max_tokens=1)),
@@ -35,24 +37,17 @@ def counted(event: str):
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def assert_warm(llm: LLM, requests: list[tuple[str | list[int], SamplingParams]]):
-    """Runs the requests alone, together and in a stream that is left, and counts what is compiled meanwhile."""
-    traces = dict(llm.engine.programs.traces)
-    with counted("compile") as compilations:
-        for prompt, params in requests:
-            llm.generate([prompt], params)
-        llm.generate(*zip(*requests * 2, strict=True))
-        for _ in llm.stream(*requests[-1]):
-            break
-    assert dict(llm.engine.programs.traces) == traces
-    assert compilations == []
-    assert_clean(llm)
-
-
 def test_nothing_compiles_after_warm_up(tmp_path_factory):
-    llm = tiny_llm(tmp_path_factory.getbasetemp())
-    llm.engine.warm_up()
-    assert_warm(llm, VARIED)
+    """Requests run alone, together, and in a stream that is left."""
+    llm = warm_llm(tmp_path_factory.getbasetemp())
+    with counted("compile") as compilations:
+        for prompt, params in VARIED:
+            llm.generate([prompt], params)
+        llm.generate(*zip(*VARIED * 2, strict=True))
+        for _ in llm.stream(*VARIED[-1]):
+            break
+    assert compilations == []
+    assert_warm(llm)
 
 
 def test_the_count_would_see_a_compilation():

@@ -13,6 +13,7 @@ from jaxinfer.engine import Options
 from jaxinfer.llm import LLM
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
+from tests.model.random_params import random_params
 
 # Printable ASCII, a newline (which byte-level tokenizers write as Ċ) and the two bytes of é.
 CHARACTERS = [*(chr(code) for code in range(33, 127)), "Ġ", "Ċ", "Ã", "©"]
@@ -39,6 +40,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 OPTIONS = Options(max_num_seqs=4, max_num_batched_tokens=64, page_size=8, num_pages=33, steps_per_dispatch=4)
+# What `warm_up` compiles for them. Admissions: with and without a prompt for the sampler. Steps: alone and beside the
+# rectangle, each greedy, with the whole sampler, and scoring. Loops: of 1, 2 and 4 slots, greedy and with the whole.
+TRACES = {"admit": 2, "release": 1, "step": 2 * 3, "loop": 3 * 2}
 
 
 def write_checkpoint(folder: Path, config: dict = CONFIG) -> Path:
@@ -54,7 +58,7 @@ def write_checkpoint(folder: Path, config: dict = CONFIG) -> Path:
         "tokenizer_config.json": json.dumps(named),
     }
     model = Model(read_config(config), make_mesh(1))
-    arrays = dict(zip(model.parameters, model.random_params(1), strict=True))
+    arrays = dict(zip(model.parameters, random_params(model, 1), strict=True))
     checkpoint.export(folder, model, arrays, files, shard_bytes=1 << 20)
     return folder
 
@@ -65,10 +69,22 @@ def tiny_folder(root: Path) -> Path:
     return write_checkpoint(root / "tiny")
 
 
-@functools.cache
-def tiny_llm(root: Path, options: Options = OPTIONS) -> LLM:
-    """One engine per session and options, so that its programs compile once whatever tests use it."""
+def tiny_llm(root: Path, options: Options) -> LLM:
     return LLM(tiny_folder(root), options=options)
+
+
+@functools.cache
+def warm_llm(root: Path) -> LLM:
+    """The one engine of a session that most tests share, so that its programs compile once."""
+    llm = tiny_llm(root, OPTIONS)
+    llm.engine.warm_up()
+    return llm
+
+
+def assert_warm(llm: LLM) -> None:
+    """The shared engine is idle, and whatever it was asked so far, nothing was traced since it was warm."""
+    assert dict(llm.engine.programs.traces) == TRACES
+    assert_clean(llm)
 
 
 def assert_clean(llm: LLM) -> None:

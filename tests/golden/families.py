@@ -3,7 +3,8 @@
 The keys are those of the published checkpoints (`rope_theta` and `rope_scaling`); the cases named `*_v5` are written
 as transformers 5 saves them (`rope_parameters`, `dtype`). Values are chosen so that each feature changes the logits:
 windows and original context lengths are shorter than the sequences, caps and clips are near the size of what they cap.
-No end-of-sequence token is set, so that every greedy continuation has its full length.
+No end-of-sequence token is set, so that every greedy continuation has its full length. Layers are few, since a test
+compiles each: two, or as many as the pattern of a family takes.
 """
 
 VOCABULARY = 72  # unlike every other width, so that an axis taken for another one fails
@@ -23,7 +24,7 @@ _SHAPE = {
     "intermediate_size": 96,
     "max_position_embeddings": 256,
     "num_attention_heads": 4,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_key_value_heads": 2,
     "pad_token_id": None,
     "torch_dtype": "float32",
@@ -61,7 +62,7 @@ _QWEN2 = dict(
     architectures=["Qwen2ForCausalLM"],
     model_type="qwen2",
     hidden_act="silu",
-    max_window_layers=3,
+    max_window_layers=2,
     rms_norm_eps=1e-06,
     rope_theta=1000000.0,
     sliding_window=8,
@@ -78,7 +79,7 @@ _GEMMA3 = dict(
     final_logit_softcapping=None,
     head_dim=32,
     hidden_activation="gelu_pytorch_tanh",
-    num_hidden_layers=6,
+    num_hidden_layers=4,
     query_pre_attn_scalar=24,
     rms_norm_eps=1e-06,
     rope_local_base_freq=10000.0,
@@ -139,7 +140,7 @@ CASES: dict[str, dict] = {
         tie_word_embeddings=False,
     ),
     "qwen2": dict(_QWEN2, tie_word_embeddings=True),
-    "qwen2_window": dict(_QWEN2, max_window_layers=2, num_hidden_layers=4, use_sliding_window=True),
+    "qwen2_window": dict(_QWEN2, max_window_layers=1, num_hidden_layers=3, use_sliding_window=True),
     "qwen2_yarn": dict(_QWEN2, rope_scaling={"factor": 8.0, "original_max_position_embeddings": 32, "type": "yarn"}),
     "qwen3": dict(
         _SHAPE,
@@ -148,7 +149,7 @@ CASES: dict[str, dict] = {
         attention_bias=False,
         head_dim=32,
         hidden_act="silu",
-        max_window_layers=3,
+        max_window_layers=2,
         rms_norm_eps=1e-06,
         rope_scaling=None,
         rope_theta=1000000.0,
@@ -180,7 +181,7 @@ CASES: dict[str, dict] = {
         head_dim=32,
         hidden_act="gelu_pytorch_tanh",
         hidden_activation="gelu_pytorch_tanh",
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         query_pre_attn_scalar=24,
         rms_norm_eps=1e-06,
         rope_theta=10000.0,
@@ -266,13 +267,13 @@ CASES: dict[str, dict] = {
         decoder_sparse_step=2,
         head_dim=32,
         hidden_act="silu",
-        max_window_layers=6,
+        max_window_layers=4,
         mlp_only_layers=[3],
         moe_intermediate_size=32,
         norm_topk_prob=True,
         num_experts=8,
         num_experts_per_tok=3,
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         output_router_logits=False,
         rms_norm_eps=1e-06,
         rope_scaling=None,
@@ -310,10 +311,10 @@ CASES: dict[str, dict] = {
         hidden_act="silu",
         initial_context_length=32,
         intermediate_size=48,
-        layer_types=["sliding_attention", "full_attention"] * 2,
+        layer_types=["sliding_attention", "full_attention"],
         num_attention_heads=8,
         num_experts_per_tok=2,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_local_experts=4,
         output_router_logits=False,
         rms_norm_eps=1e-05,

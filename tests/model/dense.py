@@ -1,6 +1,7 @@
 """A model over one sequence without a cache: plain attention over all tokens, for tests of everything else."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -51,12 +52,12 @@ class Found:
 
 def run(model: Model, params: Params, tokens_T: np.ndarray, **options) -> Found:
     """Hidden states, logits and taps of all tokens; `options` are those of `Model.forward`."""
-
-    def whole(params, tokens_T):
-        cache = (jnp.zeros(3, jnp.float32),) * model.config.num_layers
-        hidden_TD, taps, _ = model.forward(params, Dense(tokens_T), cache, **options)
-        return hidden_TD, jax.sharding.reshard(model.logits(params, hidden_TD), P(None, None)), taps
-
     with jax.set_mesh(model.mesh):
-        hidden_TD, logits_TV, taps = jax.device_get(jax.jit(whole)(params, jnp.asarray(tokens_T)))
-    return Found(hidden_TD, logits_TV, taps)
+        return Found(*jax.device_get(_whole(model, params, jnp.asarray(tokens_T), **options)))
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("layers", "taps"))
+def _whole(model: Model, params: Params, tokens_T: jax.Array, **options):
+    cache = (jnp.zeros(3, jnp.float32),) * model.config.num_layers
+    hidden_TD, taps, _ = model.forward(params, Dense(tokens_T), cache, **options)
+    return hidden_TD, jax.sharding.reshard(model.logits(params, hidden_TD), P(None, None)), taps

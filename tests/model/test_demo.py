@@ -15,7 +15,7 @@ NEW = 256
 
 @pytest.fixture(scope="module")
 def llm():
-    return LLM(dtype="float32", max_model_len=384, options=Options(max_num_seqs=16, steps_per_dispatch=32))
+    return LLM(dtype="float32", max_model_len=288, options=Options(max_num_seqs=16, steps_per_dispatch=32))
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from tests.engine.tiny import CONFIG
 from tests.model.dense import Dense, run
+from tests.model.random_params import random_params
 
 DEPTH = 3
 LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -21,7 +22,7 @@ TOKENS = np.arange(12, dtype=np.int32) * 5
 @pytest.fixture(scope="module")
 def whole():
     model = Model(read_config(THREE_LAYERS), make_mesh(1))
-    return model, model.random_params(3)
+    return model, random_params(model, 3)
 
 
 def shallow(model: Model, params, depth: int):

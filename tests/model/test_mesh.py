@@ -13,10 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 from jaxinfer import checkpoint
 from jaxinfer.cache import make_cache
-from jaxinfer.decode.batch import Prefill, make_batch, no_prefill
+from jaxinfer.decode.batch import Prefill, make_batch
 from jaxinfer.decode.slots import empty_slots
 from jaxinfer.model import Model, ModelConfig, read_config
 from jaxinfer.parallel import make_mesh
+from tests.model.random_params import random_params
 
 PAGE, PAGES, CONTEXT = 4, 17, 32
 SHAPE = {
@@ -60,7 +61,7 @@ class Published:
 def published(request, tmp_path_factory) -> Published:
     fields, config = request.param()
     model = Model(config, make_mesh(1))
-    arrays = dict(zip(model.parameters, model.random_params(4), strict=True))
+    arrays = dict(zip(model.parameters, random_params(model, 4), strict=True))
     rng = np.random.default_rng(5)
     for name, array in arrays.items():  # norms at one would hide which head a scale belongs to
         if name.endswith("scale_KgH"):
@@ -71,34 +72,37 @@ def published(request, tmp_path_factory) -> Published:
 
 
 def logits_of_two_steps(published: Published, tensor: int) -> np.ndarray:
-    """Of a ragged prefill of two prompts, and of a decode step of both."""
+    """Of a ragged prefill of two prompts, and of a decode step of both: twice the program that can do either."""
     model = Model(published.config, make_mesh(tensor))
     params = model.params(checkpoint.load(published.folder, model))
     groups = tuple(model.config.group(layer) for layer in range(model.config.num_layers))
-    num_pages = (PAGES,) * len(model.config.windows)
+    windows = len(model.config.windows)
+    cache = make_cache(
+        model.mesh, groups, (PAGES,) * windows, PAGE, model.kv_slots, model.config.head_size, "float32"
+    )  # fmt: skip
+    cache = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), cache)
+    table_BJ = np.array([[7, 2, 9, 12, 0, 0, 0, 0], [3, 5, 0, 0, 0, 0, 0, 0]], np.int32)
+    idle = empty_slots(len(PROMPTS), windows, CONTEXT // PAGE, model.config.vocab_size)
+    idle = replace(idle, tables=(jnp.asarray(table_BJ),) * windows)
+    lengths = np.array([len(prompt) for prompt in PROMPTS], np.int32)
+    decoding = replace(idle, token_B=np.array([21, 22], np.int32), length_B=lengths, active_B=np.ones(2, np.bool_))
+
+    tokens = np.array([*PROMPTS[0], *PROMPTS[1], 0], np.int32)  # one of padding
+    starts, slots = np.cumsum([0, *lengths], dtype=np.int32), np.arange(2, dtype=np.int32)
+    prompts = Prefill(tokens, starts, slots, lengths, np.ones(2, np.int32))
+    nothing = Prefill(0 * tokens, 0 * starts, slots + 2, 0 * lengths, 0 * slots)
     with jax.set_mesh(model.mesh):
-        cache = make_cache(model.mesh, groups, num_pages, PAGE, model.kv_slots, model.config.head_size, "float32")
-        cache = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), cache)
-        return np.asarray(jax.jit(partial(_two_steps, model))(params, cache))
+        first_WV, cache = _step(model, params, cache, idle, prompts.packed())
+        second_WV, _ = _step(model, params, cache, decoding, nothing.packed())
+    return np.concatenate([np.asarray(first_WV)[2 : 2 + sum(lengths)], np.asarray(second_WV)[:2]])
 
 
-def _two_steps(model: Model, params, cache):
-    lengths = [len(prompt) for prompt in PROMPTS]
-    integers = partial(jnp.asarray, dtype=jnp.int32)
-    slots = empty_slots(len(PROMPTS), len(model.config.windows), CONTEXT // PAGE, model.config.vocab_size)
-    table_BJ = integers([[7, 2, 9, 12, 0, 0, 0, 0], [3, 5, 0, 0, 0, 0, 0, 0]])
-    slots = replace(slots, tables=(table_BJ,) * len(slots.tables))
-    tokens = [*PROMPTS[0], *PROMPTS[1], 0]  # one of padding
-    starts = integers([0, lengths[0], sum(lengths)])
-    prefill = Prefill(integers(tokens), starts, integers([0, 1]), integers(lengths), integers([1, 1]))
-    batch, _ = make_batch(slots, 0, prefill, PAGE)
-    first_TD, _, cache = model.forward(params, batch, cache)
-
-    decoding = replace(slots, token_B=integers([21, 22]), length_B=integers(lengths), active_B=jnp.ones(2, jnp.bool_))
-    batch, _ = make_batch(decoding, 2, no_prefill(), PAGE)
-    second_TD, _, _ = model.forward(params, batch, cache)
-    hidden_TD = jnp.concatenate([first_TD[: sum(lengths)], second_TD])
-    return jax.sharding.reshard(model.logits(params, hidden_TD), P(None, None))
+@partial(jax.jit, static_argnums=0)
+def _step(model: Model, params, cache, slots, packed):
+    rows = sum(map(len, PROMPTS)) + 1
+    batch, _ = make_batch(slots, len(PROMPTS), Prefill.unpacked(packed, rows), PAGE)
+    hidden_TD, _, cache = model.forward(params, batch, cache)
+    return jax.sharding.reshard(model.logits(params, hidden_TD), P(None, None)), cache
 
 
 @pytest.fixture(scope="module")

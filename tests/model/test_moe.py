@@ -13,6 +13,7 @@ from jaxinfer.model.moe import FEW_CHOICES, LARGEST_TILE, SMALLEST_TILE, MoE, ru
 from jaxinfer.parallel import make_mesh
 from jaxinfer.quantize import einsum
 from tests.model.dense import run
+from tests.model.random_params import random_params
 
 EXPERTS, CHOICES, HIDDEN, INNER, TOKENS = 8, 2, 12, 10, 5
 SHAPE = {
@@ -161,7 +162,7 @@ def test_sharded_experts_equal_whole_ones(tokens):
     """Few tokens and many: each way is one of them."""
     config, tokens_T = CONFIGS["gpt_oss"], np.arange(tokens, dtype=np.int32)
     alone, sharded = Model(config, make_mesh(1)), Model(config, make_mesh(4))
-    params = alone.random_params(2)
+    params = random_params(alone, 2)
     placed = [
         jax.device_put(array, leaf.sharding) for array, leaf in zip(params, sharded.parameters.values(), strict=True)
     ]
@@ -172,7 +173,7 @@ def test_sharded_experts_equal_whole_ones(tokens):
 def test_the_router_takes_the_likeliest_experts():
     """Softmax over all, the largest kept, and their weights brought to a sum of one where the config says so."""
     model = Model(CONFIGS["mixtral"], make_mesh(1))
-    params = dict(zip(model.parameters, model.random_params(1), strict=True))
+    params = dict(zip(model.parameters, random_params(model, 1), strict=True))
     x_TD = np.random.default_rng(0).standard_normal((TOKENS, HIDDEN)).astype(np.float32)
     probs_TE = softmax(x_TD @ np.asarray(params["layers.0.mlp.router_DE"]), axis=1)
     expected_TX = np.argsort(-probs_TE, axis=1)[:, :CHOICES]

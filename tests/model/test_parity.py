@@ -1,5 +1,6 @@
 """Every family against transformers: the same logits, in float32, however the tokens are cut into steps."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -8,11 +9,9 @@ import numpy as np
 import pytest
 
 from jaxinfer import checkpoint
+from jaxinfer.cache import make_cache
 from jaxinfer.decode.batch import Prefill, make_batch
-from jaxinfer.decode.sampling import pack
-from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.decode.slots import Admission
-from jaxinfer.decode.step import Layout, Programs
+from jaxinfer.decode.slots import empty_slots
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from tests.golden.load import Golden, cases, load
@@ -25,30 +24,26 @@ SLOTS, PAGE = 4, 16
 class Runner:
     """Runs a golden model step by step and keeps the logits of every token."""
 
-    def __init__(self, golden: Golden, folder, tensor: int = 1):
+    def __init__(self, golden: Golden, folder):
         write_checkpoint(folder, golden)
-        self.model = Model(read_config(folder), make_mesh(tensor), golden.context, "float32")
+        self.model = Model(read_config(folder), make_mesh(), golden.context, "float32")
         self.params = self.model.params(checkpoint.load(folder, self.model))
         self.golden = golden
-        groups = len(self.model.config.windows)
-        row = -(-golden.context // PAGE)
-        self.layout = Layout(SLOTS, PAGE, (SLOTS * row + 1,) * groups, golden.context, "float32")
-        self.programs = Programs(self.model, self.layout)
+        self.row = -(-golden.context // PAGE)
         self.reset()
 
     def reset(self):
         """Empty cache; every sequence in a slot of its own, on shuffled pages."""
-        row = self.layout.pages_per_row
-        self.state, self.cache = self.programs.new_state()
+        config, windows = self.model.config, len(self.model.config.windows)
+        pages = 1 + np.random.RandomState(0).permutation(SLOTS * self.row).astype(np.int32)
+        table_BJ = jnp.asarray(pages.reshape(SLOTS, self.row))
+        empty = empty_slots(SLOTS, windows, self.row, config.vocab_size)
+        self.state = replace(empty, tables=(table_BJ,) * windows)
+        groups = tuple(config.group(layer) for layer in range(config.num_layers))
+        num_pages = (SLOTS * self.row + 1,) * windows
+        cache = make_cache(self.model.mesh, groups, num_pages, PAGE, self.model.kv_slots, config.head_size, "float32")
         # What nobody wrote must not be read.
-        self.cache = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), self.cache)
-        pages = np.random.RandomState(0).permutation(np.arange(1, self.layout.num_pages[0]))
-        packed = pack(SamplingParams(temperature=0.0, max_tokens=1000), (), 0)
-        for slot in range(len(self.golden.sequences)):
-            table = pages[slot * row : (slot + 1) * row].astype(np.int32)
-            tables = (table,) * len(self.layout.num_pages)
-            admission = Admission(tables, np.asarray(1000, np.int32), packed, np.full(1, -1, np.int32))
-            self.state = self.programs.admit(self.state, slot, admission)
+        self.cache = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), cache)
 
     @partial(jax.jit, static_argnums=(0, 4, 5))
     def _logits(self, params, state, cache, decode, tokens, packed):
@@ -72,18 +67,20 @@ class Runner:
             logits, self.cache = self._logits(self.params, self.state, self.cache, 0, tokens, prefill.packed())
         return np.split(np.asarray(logits), prefill.starts_R1[1 : len(pieces) + 1])[:-1]
 
-    def decode(self, position: int, slots: list[int]) -> np.ndarray:
-        """Logits of one decode step that gives each slot its sequence's token at `position`."""
-        active = np.isin(np.arange(SLOTS), slots)
-        token = [self.golden.sequences[slot][position] if slot in slots else 0 for slot in range(SLOTS)]
-        state = jax.tree.map(lambda array: array, self.state)
-        object.__setattr__(state, "token_B", jnp.asarray(token, jnp.int32))
-        object.__setattr__(state, "length_B", jnp.full(SLOTS, position, jnp.int32))
-        object.__setattr__(state, "active_B", jnp.asarray(active))
+    def decode(self, positions: list[int]) -> np.ndarray:
+        """Logits of one decode step that gives each slot its sequence's token at its position; the rest are idle."""
+        rest = SLOTS - len(positions)
+        tokens = [self.golden.sequences[slot][position] for slot, position in enumerate(positions)]
+        state = replace(
+            self.state,
+            token_B=np.pad(np.asarray(tokens, np.int32), (0, rest)),
+            length_B=np.pad(np.asarray(positions, np.int32), (0, rest)),
+            active_B=np.arange(SLOTS) < len(positions),
+        )
         nothing = np.zeros(1, np.int32)
         with jax.set_mesh(self.model.mesh):
             logits, self.cache = self._logits(self.params, state, self.cache, SLOTS, 0, nothing)
-        return np.asarray(logits)
+        return np.asarray(logits)[: len(positions)]
 
 
 def assert_close(ours: np.ndarray, theirs: np.ndarray):
@@ -124,12 +121,9 @@ def test_decode_token_by_token(runner):
     runner.reset()
     start = [len(prompt) for prompt in golden.prompts]
     runner.prefill([(slot, 0, length) for slot, length in enumerate(start)], 320)
-    ours = [np.zeros((0, golden.logits[0].shape[1]), np.float32) for _ in start]
-    for position in range(min(start), max(len(s) for s in golden.sequences)):
-        slots = [slot for slot, s in enumerate(golden.sequences) if start[slot] <= position < len(s)]
-        logits = runner.decode(position, slots)
-        for slot in slots:
-            ours[slot] = np.concatenate([ours[slot], logits[slot : slot + 1]])
+    new = min(len(sequence) - length for sequence, length in zip(golden.sequences, start, strict=True))
+    ours = np.stack([runner.decode([length + step for length in start]) for step in range(new)], axis=1)
     for slot, length in enumerate(start):
+        assert len(golden.sequences[slot]) == length + new
         assert_close(ours[slot], golden.logits[slot][length:])
         assert ours[slot].argmax(axis=1)[:-1].tolist() == golden.sequences[slot][length + 1 :]

@@ -42,7 +42,7 @@ def library_root(tmp_path_factory):
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model(sizes):
     def make(layers=1, tensor=1):
         config = read_config(hf_config(sizes | {"num_hidden_layers": layers}, 0))
@@ -51,7 +51,7 @@ def make_model(sizes):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def random_params():
     """Drawn on the host, where nothing is compiled: norms around one, the rest of unit output variance."""
 

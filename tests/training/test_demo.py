@@ -112,9 +112,14 @@ def test_the_loader_reads_the_checkpoint_and_computes_that_llama(checkpoint):
     model = Model(read_config(checkpoint), make_mesh(), dtype="float32")
     params = model.params(load(checkpoint, model))
     tokens_BS = np.random.default_rng(1).integers(0, config["vocab_size"], (2, 16))
+
+    @jax.jit
+    def logits(params, tokens_BS):
+        cache = (None,) * model.config.num_layers
+        return model.logits(params, model.forward(params, DenseRows(tokens_BS), cache)[0])
+
     with jax.set_mesh(model.mesh):
-        batch, cache = DenseRows(jnp.asarray(tokens_BS, jnp.int32)), (None,) * model.config.num_layers
-        logits_TV = np.asarray(model.logits(params, model.forward(params, batch, cache)[0]))
+        logits_TV = np.asarray(logits(params, jnp.asarray(tokens_BS, jnp.int32)))
     expected = np.concatenate([llama(read_tensors(checkpoint), config, row) for row in tokens_BS])
     # float32 at highest precision; the bound that every family is held to, on logits of unit variance
     np.testing.assert_allclose(logits_TV, expected, atol=1e-4 * expected.std())

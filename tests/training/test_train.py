@@ -8,10 +8,12 @@ import pytest
 from jaxinfer.training.data import TokenData
 from jaxinfer.training.train import Recipe, token_losses, train
 
+token_losses_jit = jax.jit(token_losses, static_argnums=0)
+
 
 def losses(model, params, tokens_BS):
     with jax.set_mesh(model.mesh):
-        return np.asarray(jax.jit(lambda p, t: token_losses(model, p, t))(params, jnp.asarray(tokens_BS, jnp.int32)))
+        return np.asarray(token_losses_jit(model, params, np.asarray(tokens_BS, np.int32)))
 
 
 def test_losses_are_those_of_each_row_and_of_what_came_before(sizes, make_model, random_params):
@@ -56,13 +58,19 @@ def repeating(num_tokens):
 
 
 RECIPE = Recipe(steps=60, batch=4, row=12, learning_rate=1e-2, warmup=0.1, report=20)
+DATA = TokenData(repeating(400), repeating(60), held_out_bytes=30)
 
 
-def test_training_learns_what_repeats_and_reports_it(make_model, random_params):
-    data = TokenData(repeating(400), repeating(60), held_out_bytes=30)
-    watched = []
-    model = make_model()
-    params, reports = train(model, random_params(model), data, RECIPE, watched.append)
+@pytest.fixture(scope="module")
+def trained(make_model, random_params):
+    """The model, its weights after training, the reports that came back, and those that were watched."""
+    model, watched = make_model(), []
+    params, reports = train(model, random_params(model), DATA, RECIPE, watched.append)
+    return model, params, reports, watched
+
+
+def test_training_learns_what_repeats_and_reports_it(trained):
+    model, params, reports, watched = trained
     assert watched == reports
     assert [report.step for report in reports] == [20, 40, 60]
     assert [report.tokens for report in reports] == [20 * 48, 40 * 48, 60 * 48]
@@ -80,11 +88,11 @@ def test_training_learns_what_repeats_and_reports_it(make_model, random_params):
     np.testing.assert_allclose(rest / 59, reports[-1].held_out_loss, rtol=0.02)
 
 
-def test_training_repeats_with_its_seed(make_model, random_params):
-    data = TokenData(repeating(400), repeating(60), held_out_bytes=30)
-    model, recipe = make_model(), dataclasses.replace(RECIPE, steps=3, seed=1)
-    first, again = (train(model, random_params(model), data, recipe, lambda _: None)[0] for _ in range(2))
-    assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
+def test_training_repeats_with_its_seed(trained, random_params):
+    model, params, reports, _ = trained
+    again, reports_again = train(model, random_params(model), DATA, RECIPE, lambda _: None)
+    assert all(np.array_equal(one, other) for one, other in zip(params, again, strict=True))
+    assert [report.loss for report in reports_again] == [report.loss for report in reports]
 
 
 @pytest.mark.parametrize(
@@ -102,6 +110,5 @@ def test_a_recipe_out_of_range_names_its_field(changes, field):
 
 
 def test_a_row_longer_than_the_context_is_refused(make_model):
-    data = TokenData(repeating(400), repeating(60), held_out_bytes=30)
     with pytest.raises(ValueError, match=r"row is 17; .* context, 16"):
-        train(make_model(), [], data, dataclasses.replace(RECIPE, row=17), lambda _: None)
+        train(make_model(), [], DATA, dataclasses.replace(RECIPE, row=17), lambda _: None)
