@@ -7,6 +7,7 @@ tile of tokens of one expert (Gale et al. 2023, MegaBlocks).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -17,7 +18,7 @@ from jaxinfer.model.config import ModelConfig, MoEConfig
 from jaxinfer.model.mlp import activate
 from jaxinfer.model.parameter import Shapes
 from jaxinfer.parallel import TENSOR, expert_parallel
-from jaxinfer.quantize import einsum
+from jaxinfer.quantize import einsum, reduce_einsum
 
 Stacks = dict[str, jax.Array]  # "up", "down" and perhaps their biases, of every expert held or of one
 
@@ -76,19 +77,21 @@ def run_few(
         for choice in range(experts_TX.shape[1]):
             local = experts_TX[token, choice] - first
             here = (local >= 0) & (local < held)
-            y_D = _expert(config, x_TD[token : token + 1], stacks, jnp.clip(local, 0, held - 1))[0]
+            y_D = _expert(config, reduce_einsum, x_TD[token : token + 1], stacks, jnp.clip(local, 0, held - 1))[0]
             total_D = total_D + jnp.where(here, y_D.astype(jnp.float32) * weights_TX[token, choice], 0.0)
         rows.append(total_D)
     return jnp.stack(rows).astype(x_TD.dtype)
 
 
-def _expert(config: ModelConfig, x_TD: jax.Array, stacks: Stacks, index: jax.Array) -> jax.Array:
-    """[T, D] to [T, D]: one expert for all of the tokens."""
+def _expert(
+    config: ModelConfig, product: Callable[..., jax.Array], x_TD: jax.Array, stacks: Stacks, index: jax.Array
+) -> jax.Array:
+    """[T, D] to [T, D]: one expert for all of the tokens; `product` multiplies by a weight, as `einsum` does."""
     expert = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), stacks)
-    up_TcF = einsum("TD,DcF->TcF", x_TD, expert["up"])
+    up_TcF = product("TD,DcF->TcF", x_TD, expert["up"])
     if "up_bias" in expert:
         up_TcF = up_TcF + expert["up_bias"][None]
-    y_TD = einsum("TF,FD->TD", activate(config, up_TcF), expert["down"])
+    y_TD = product("TF,FD->TD", activate(config, up_TcF), expert["down"])
     return y_TD + expert["down_bias"][None] if "down_bias" in expert else y_TD
 
 
@@ -135,6 +138,6 @@ def _run_tiles(
         index = jnp.searchsorted(ends_E, i, side="right", method="compare_all")
         start = offset_E[index] + tile * i
         x = x_TD[jax.lax.dynamic_slice_in_dim(tokens, start, tile)]
-        return jax.lax.dynamic_update_slice_in_dim(y, _expert(config, x, stacks, index), start, axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(y, _expert(config, einsum, x, stacks, index), start, axis=0)
 
     return jax.lax.fori_loop(0, ends_E[-1], step, jnp.zeros((rows + tile, hidden), x_TD.dtype))

@@ -11,7 +11,7 @@ from scipy.special import expit, softmax
 from jaxinfer.model import Model, moe, read_config
 from jaxinfer.model.moe import FEW_CHOICES, LARGEST_TILE, SMALLEST_TILE, MoE, run_few, run_grouped
 from jaxinfer.parallel import make_mesh
-from jaxinfer.quantize import einsum
+from jaxinfer.quantize import einsum, reduce_einsum
 from tests.model.dense import run
 from tests.model.random_params import random_params
 
@@ -132,6 +132,20 @@ def test_grouped_rows_take_no_more_memory_with_more_experts():
 
     counters = 16 * np.dtype(np.int32).itemsize
     assert temporary(128) <= temporary(4) + 128 * counters
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_multiplying_and_adding_is_einsum(dtype):
+    """Both sum in float32; a 16-bit result may be rounded to either neighbour."""
+    keys = jax.random.split(jax.random.key(0))
+    x_TD, w_DcF = (jax.random.normal(k, shape, dtype) for k, shape in zip(keys, ((1, 24), (24, 2, 40)), strict=True))
+    found, expected = (f("TD,DcF->TcF", x_TD, w_DcF) for f in (reduce_einsum, einsum))
+    assert found.dtype == dtype
+    assert found.shape == (1, 2, 40)
+    rounding = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(
+        np.asarray(found, np.float32), np.asarray(expected, np.float32), rtol=rounding, atol=24 * 1e-6
+    )
 
 
 def test_few_tokens_read_their_own_experts_alone():
