@@ -1,5 +1,7 @@
 """A few tokens times a large weight: bound by the bytes of the weight, which are read once."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -66,8 +68,8 @@ def streaming_matmul(
 
 
 def takes(
-    x: jax.Array | jax.ShapeDtypeStruct,
-    w: jax.Array | jax.ShapeDtypeStruct,
+    x: Any,
+    w: Any,
     *,
     w_axes: str = "DN",
     norm_scale_D: jax.Array | None = None,
@@ -76,7 +78,8 @@ def takes(
 ) -> bool:
     """Whether `auto` is the kernel here: for a caller who has unfused operations of his own to run where it is not.
 
-    Args: as of `streaming_matmul`; only shapes and dtypes count.
+    The arguments are those of `streaming_matmul`. Only their shapes and dtypes count: x and w may be
+    `jax.ShapeDtypeStruct`.
     """
     arguments = Arguments(x, w, None, norm_scale_D, bias, residual_MN, w_axes, 0.0, jnp.dtype(x.dtype))
     check(arguments)

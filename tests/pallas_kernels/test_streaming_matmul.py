@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import dispatch
 from pallas_kernels.streaming_matmul import config as configs
-from pallas_kernels.streaming_matmul import mosaic_gpu, streaming_matmul
+from pallas_kernels.streaming_matmul import mosaic_gpu, streaming_matmul, takes
 from pallas_kernels.streaming_matmul.arguments import Arguments
 from pallas_kernels.streaming_matmul.config import Config, Shape
 from pallas_kernels.streaming_matmul.problems import LLAMA_3_8B, PROBLEMS, Problem
@@ -174,6 +175,32 @@ def test_configs_fit(name, tokens):
         config.check(shape)
     assert configs.FEWEST_BLOCKS <= chosen.blocks(shape) <= configs.SMS
     assert chosen.busy(shape) >= configs.LEAST_BUSY
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "kernel"),
+    [("o", 1, True), ("o", 2, False), ("o", 31, False), ("o", 32, True), ("qkv", 16, True), ("down", 65, False),
+     ("head", 1, False), ("head", 64, False)],
+)  # fmt: skip
+def test_the_kernel_is_chosen_where_it_was_faster(name, tokens, kernel, monkeypatch):
+    D, N, w_axes = LLAMA_3_8B[name]
+    x, w = floats(tokens, D), floats(*Problem(tokens, D, N, w_axes).w_shape)
+    assert not takes(x, w, w_axes=w_axes)  # not without a GPU
+    hopper = lambda refusal=None: (dispatch.FALLBACK, refusal) if refusal else (dispatch.KERNEL, "")  # noqa: E731
+    monkeypatch.setattr(dispatch, "automatic", hopper)
+    assert takes(x, w, w_axes=w_axes) == kernel
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "cut"),
+    [("qkv", 64, (64, 128, 1)), ("o", 32, (64, 128, 1)), ("down", 64, (64, 128, 2))],
+)
+def test_a_measured_shape_gets_its_cut(name, tokens, cut):
+    given = shapes_of(PROBLEMS[f"llama-3-8b {name} M={tokens}"], IN_THE_MODEL[name])
+    config = configs.config_for(Shape.of(given))
+    assert (config.tile_n, config.tile_d, config.split) == cut
+    assert config != configs.heuristic(Shape.of(given))
+    assert config.stages > 2
 
 
 @pytest.mark.parametrize("case", [Case(1, "DN", SMALL), *list(INTERPRETED.values())[::2]])
