@@ -22,14 +22,20 @@ def choose[Op: Callable](op: str, implementation: str, available: Mapping[str, O
       ValueError: there is no implementation of that name, or it is the kernel and refuses.
     """
     if implementation == "auto":
-        implementation, reason = automatic(refusal)
-        _log_once(op, implementation, reason)
+        implementation = KERNEL if prefers_kernel(op, refusal) else FALLBACK
     elif implementation == KERNEL and (reason := refusal or _wrong_gpu()):
         raise ValueError(f"implementation={implementation!r} of {op} cannot run: {reason}")
     if implementation not in available:
         names = ", ".join(["auto", *available])
         raise ValueError(f"implementation={implementation!r} of {op} does not exist; allowed: {names}")
     return available[implementation]
+
+
+def prefers_kernel(op: str, refusal: str | None = None) -> bool:
+    """Whether `auto` stands for the kernel on this input; says so once."""
+    implementation, reason = automatic(refusal)
+    _log_once(op, implementation, reason)
+    return implementation == KERNEL
 
 
 def automatic(refusal: str | None = None) -> tuple[str, str]:

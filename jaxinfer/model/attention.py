@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -12,11 +11,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxinfer.model.config import ModelConfig
-from jaxinfer.model.norm import head_norm
+from jaxinfer.model.norm import Norm, head_norm
 from jaxinfer.model.parameter import Shapes
 from jaxinfer.model.rope import rotate
-from jaxinfer.parallel import TENSOR, row_parallel
-from jaxinfer.quantize import einsum
+from jaxinfer.parallel import TENSOR
+from jaxinfer.quantize import contract, project
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Attends(Protocol):
 
 
 class Attention(nnx.Module):
-    """x_TD to attention's output, [T, D], on the residual stream's width; the keys and values go to the state."""
+    """[T, D] to [T, D]: residual + attention(norm(x)), either may be missing; keys and values go to the state."""
 
     def __init__(self, config: ModelConfig, index: int, shapes: Shapes):
         self.config, self.layer, self.group = config, config.layers[index], config.group(index)
@@ -58,19 +57,21 @@ class Attention(nnx.Module):
         self.sinks_Kg = shapes.param((slots, queries), (TENSOR,)) if config.sinks else None
         self.q_norm, self.k_norm = head_norm(config, shapes, queries), head_norm(config, shapes, 1)
 
-    def __call__(self, x_TD: jax.Array, batch: Attends, state: Any, rope) -> tuple[jax.Array, Any]:
-        q_TKgH, k_TKH, v_TKH = self._project(x_TD)
+    def __call__(
+        self, x_TD: jax.Array, batch: Attends, state: Any, rope,
+        norm: Norm | None = None, residual_TD: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:  # fmt: skip
+        q_TKgH, k_TKH, v_TKH = self._project(x_TD, norm)
         cos_Tr, sin_Tr = rope
         q_TKgH, k_TKH = rotate(q_TKgH, cos_Tr, sin_Tr), rotate(k_TKH, cos_Tr, sin_Tr)
         scores = Scores(self.config.scale, self.layer.window, self.config.attention_soft_cap)
         sinks_Kg = None if self.sinks_Kg is None else self.sinks_Kg[...]
         out_TKgH, state = batch.attend(q_TKgH, k_TKH, v_TKH, state, self.group, scores, sinks_Kg)
-        return self._output(out_TKgH), state
+        return self._output(out_TKgH, residual_TD), state
 
-    def _project(self, x_TD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        qkv_TKgH = einsum("TD,DKgH->TKgH", x_TD, self.qkv_DKgH[...])
-        if self.qkv_bias_KgH is not None:
-            qkv_TKgH = qkv_TKgH + self.qkv_bias_KgH[...][None]
+    def _project(self, x_TD: jax.Array, norm: Norm | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        bias_KgH = None if self.qkv_bias_KgH is None else self.qkv_bias_KgH[...]
+        qkv_TKgH = project("TD,DKgH->TKgH", x_TD, self.qkv_DKgH[...], bias_KgH, norm)
         q_TKgH, k_TKH, v_TKH = qkv_TKgH[:, :, :-2], qkv_TKgH[:, :, -2:-1], qkv_TKgH[:, :, -1]
         if self.q_norm is not None and self.k_norm is not None:
             q_TKgH, k_TKH = self.q_norm(q_TKgH), self.k_norm(k_TKH)
@@ -79,8 +80,8 @@ class Attention(nnx.Module):
             q_TKgH, k_TKH, v_TKH = (jnp.clip(y, -limit, limit) for y in (q_TKgH, k_TKH, v_TKH))
         return q_TKgH, k_TKH, v_TKH
 
-    def _output(self, out_TKgH: jax.Array) -> jax.Array:
+    def _output(self, out_TKgH: jax.Array, residual_TD: jax.Array | None) -> jax.Array:
         tokens = out_TKgH.shape[0]
         out_TM = jnp.reshape(out_TKgH, (tokens, -1), out_sharding=P(None, TENSOR))
-        y_TD = row_parallel(partial(einsum, "TM,MD->TD"), out_TM, self.o_MD[...])
-        return y_TD if self.o_bias_D is None else y_TD + self.o_bias_D[...][None, :]
+        bias_D = None if self.o_bias_D is None else self.o_bias_D[...]
+        return contract("TM,MD->TD", out_TM, self.o_MD[...], bias_D, residual_TD)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfer.model.config import ModelConfig
+from jaxinfer.model.norm import Norm
 from jaxinfer.model.parameter import Shapes
-from jaxinfer.parallel import TENSOR, row_parallel
-from jaxinfer.quantize import einsum
+from jaxinfer.parallel import TENSOR
+from jaxinfer.quantize import contract, gated_silu, project
 
 
 class MLP(nnx.Module):
-    """x_TD through the up projection, the activation and the down projection, [T, D]."""
+    """[T, D] to [T, D]: residual + down(activation(up(norm(x)))); the norm and the residual may be missing."""
 
     def __init__(self, config: ModelConfig, shapes: Shapes):
         self.config = config
@@ -25,13 +24,14 @@ class MLP(nnx.Module):
         self.up_bias_cF = shapes.param((halves, inner), (None, TENSOR)) if config.mlp_bias else None
         self.down_bias_D = shapes.param((hidden,)) if config.mlp_bias else None
 
-    def __call__(self, x_TD: jax.Array) -> jax.Array:
-        up_TcF = einsum("TD,DcF->TcF", x_TD, self.up_DcF[...])
-        if self.up_bias_cF is not None:
-            up_TcF = up_TcF + self.up_bias_cF[...][None]
-        inner_TF = activate(self.config, up_TcF)
-        y_TD = row_parallel(partial(einsum, "TF,FD->TD"), inner_TF, self.down_FD[...])
-        return y_TD if self.down_bias_D is None else y_TD + self.down_bias_D[...][None, :]
+    def __call__(self, x_TD: jax.Array, norm: Norm | None = None, residual_TD: jax.Array | None = None) -> jax.Array:
+        up_bias_cF = None if self.up_bias_cF is None else self.up_bias_cF[...]
+        down_bias_D = None if self.down_bias_D is None else self.down_bias_D[...]
+        if self.config.activation == "silu" and self.config.gated_mlp:
+            inner_TF = gated_silu(x_TD, self.up_DcF[...], up_bias_cF, norm)
+        else:
+            inner_TF = activate(self.config, project("TD,DcF->TcF", x_TD, self.up_DcF[...], up_bias_cF, norm))
+        return contract("TF,FD->TD", inner_TF, self.down_FD[...], down_bias_D, residual_TD)
 
 
 def activate(config: ModelConfig, up_TcF: jax.Array) -> jax.Array:

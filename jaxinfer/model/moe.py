@@ -16,6 +16,7 @@ from flax import nnx
 
 from jaxinfer.model.config import ModelConfig, MoEConfig
 from jaxinfer.model.mlp import activate
+from jaxinfer.model.norm import Norm
 from jaxinfer.model.parameter import Shapes
 from jaxinfer.parallel import TENSOR, expert_parallel
 from jaxinfer.quantize import einsum, reduce_einsum
@@ -42,13 +43,15 @@ class MoE(nnx.Module):
         self.up_bias_EcF = shapes.param((experts, halves, inner), (TENSOR,)) if moe.bias else None
         self.down_bias_ED = shapes.param((experts, hidden), (TENSOR,)) if moe.bias else None
 
-    def __call__(self, x_TD: jax.Array) -> jax.Array:
+    def __call__(self, x_TD: jax.Array, norm: Norm | None = None, residual_TD: jax.Array | None = None) -> jax.Array:
+        x_TD = x_TD if norm is None else norm(x_TD)
         weights_TX, experts_TX = self._route(x_TD)
         stacks = {"up": self.up_EDcF[...], "down": self.down_EFD[...]}
         if self.up_bias_EcF is not None and self.down_bias_ED is not None:
             stacks |= {"up_bias": self.up_bias_EcF[...], "down_bias": self.down_bias_ED[...]}
         compute = run_few if experts_TX.size <= FEW_CHOICES else run_grouped
-        return expert_parallel(partial(compute, self.config), stacks, x_TD, weights_TX, experts_TX)
+        y_TD = expert_parallel(partial(compute, self.config), stacks, x_TD, weights_TX, experts_TX)
+        return y_TD if residual_TD is None else residual_TD + y_TD
 
     def _route(self, x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Weights (float32) and indices of the experts of each token."""

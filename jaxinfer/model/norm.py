@@ -28,6 +28,13 @@ class Norm(nnx.Module):
             x = x + self.bias_D[...].astype(jnp.float32)[None, :]
         return x.astype(x_TD.dtype)
 
+    @property
+    def rms(self) -> tuple[jax.Array, float] | None:
+        """The scale, as it is held, and epsilon of an RMSNorm that is nothing more: a product can take that in."""
+        if self.config.norm != "rms" or self.config.norm_offset or self.bias_D is not None:
+            return None
+        return self.scale_D[...], self.config.norm_eps
+
 
 def head_norm(config: ModelConfig, shapes: Shapes, heads: int) -> HeadNorm | AllHeadsNorm | None:
     """The norm of queries or of keys, where the config has one; `heads` of them are in a slot."""

@@ -45,17 +45,26 @@ class Layer(nnx.Module):
         self.mlp_post_norm = Norm(config, shapes) if config.post_norm else None
 
     def __call__(self, x_TD: jax.Array, batch: Attends, state: Any, rope) -> tuple[jax.Array, Any]:
-        normed_TD = _apply(self.attention_norm, x_TD)
+        if self.config.parallel_block:
+            return self._parallel(x_TD, batch, state, rope)
+        residual_TD = self._residual(x_TD)
+        attended_TD, state = self.attention(x_TD, batch, state, rope, self.attention_norm, residual_TD)
+        x_TD = _added(x_TD, attended_TD, self.attention_post_norm)
+        return _added(x_TD, self.mlp(x_TD, self.mlp_norm, self._residual(x_TD)), self.mlp_post_norm), state
+
+    def _residual(self, x_TD: jax.Array) -> jax.Array | None:
+        """What a half adds to its result itself: nothing where a norm stands between the two."""
+        return None if self.config.post_norm else x_TD
+
+    def _parallel(self, x_TD: jax.Array, batch: Attends, state: Any, rope) -> tuple[jax.Array, Any]:
+        """Falcon: both halves read the same normed input."""
+        normed_TD = x_TD if self.attention_norm is None else self.attention_norm(x_TD)
         attended_TD, state = self.attention(normed_TD, batch, state, rope)
-        attended_TD = _apply(self.attention_post_norm, attended_TD)
-        if self.config.parallel_block:  # Falcon: both halves read the same normed input
-            return x_TD + attended_TD + self.mlp(normed_TD), state
-        x_TD = x_TD + attended_TD
-        return x_TD + _apply(self.mlp_post_norm, self.mlp(_apply(self.mlp_norm, x_TD))), state
+        return x_TD + attended_TD + self.mlp(normed_TD), state
 
 
-def _apply(norm: Norm | None, x_TD: jax.Array) -> jax.Array:
-    return x_TD if norm is None else norm(x_TD)
+def _added(x_TD: jax.Array, y_TD: jax.Array, post_norm: Norm | None) -> jax.Array:
+    return y_TD if post_norm is None else x_TD + post_norm(y_TD)
 
 
 class Transformer(nnx.Module):

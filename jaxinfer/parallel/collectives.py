@@ -29,16 +29,29 @@ def attend(local: Callable[..., Any], specs: tuple[Any, ...], out_specs: Any, *a
     return mapped(*arguments)
 
 
-def row_parallel(multiply: Callable[..., jax.Array], x_TF: jax.Array, w_FD: Any) -> jax.Array:
+def column_parallel(local: Callable[..., jax.Array], out_spec: P, columns: Any, *replicated: Any) -> jax.Array:
+    """`local(columns, *replicated)` on every device: a kernel's product with its own columns of a weight.
+
+    `columns` is a pytree of arrays, sharded as their types say, `out_spec` the sharding of the result. A product in
+    plain jax.numpy does not need this.
+    """
+    specs = jax.tree.map(lambda array: jax.typeof(array).sharding.spec, columns)
+    mapped = jax.shard_map(local, in_specs=(specs, *(P() for _ in replicated)), out_specs=out_spec, check_vma=False)
+    return mapped(columns, *replicated)
+
+
+def row_parallel(multiply: Callable[..., jax.Array], x_TF: jax.Array, w_FD: Any, *replicated: Any) -> jax.Array:
     """x @ w with both sharded over the contracted axis; the result is whole on every device.
 
-    `multiply` is the local product, `w_FD` a plain or a quantized array sharded on its first axis.
+    `multiply` is the local product, `w_FD` a plain or a quantized array sharded on its first axis. It is given
+    `replicated` too, which must not enter the sum over devices more than once.
     """
 
-    def local(x, w):
-        return jax.lax.psum(multiply(x, w), TENSOR)
+    def local(*operands):
+        return jax.lax.psum(multiply(*operands), TENSOR)
 
-    return jax.shard_map(local, in_specs=(P(None, TENSOR), P(TENSOR)), out_specs=P(None, None))(x_TF, w_FD)
+    specs = (P(None, TENSOR), P(TENSOR), *(P() for _ in replicated))
+    return jax.shard_map(local, in_specs=specs, out_specs=P(None, None))(x_TF, w_FD, *replicated)
 
 
 def expert_parallel(local: Callable[..., jax.Array], experts: Any, *replicated: jax.Array) -> jax.Array:

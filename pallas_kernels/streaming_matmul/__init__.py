@@ -1,13 +1,16 @@
 """A few tokens times a large weight: bound by the bytes of the weight, which are read once."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.streaming_matmul import mosaic_gpu, reference, xla
 from pallas_kernels.streaming_matmul.arguments import Arguments, check
-from pallas_kernels.streaming_matmul.config import Shape, crossover
+from pallas_kernels.streaming_matmul.config import Shape, slower
 
+NAME = "streaming_matmul"
 IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu.streaming_matmul,
     "xla": xla.streaming_matmul,
@@ -25,7 +28,6 @@ def streaming_matmul(
     norm_eps: float = 1e-6,
     bias: jax.Array | None = None,
     residual_MN: jax.Array | None = None,
-    next_w: jax.Array | None = None,
     out_dtype: jnp.dtype | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
@@ -42,11 +44,9 @@ def streaming_matmul(
       norm_scale_D: RMSNorm of x over D with this scale (Gemma's is one plus its parameter) and `norm_eps`.
       bias: bias_N, or bias_cN of a gated weight, with E in front for experts; added to the product.
       residual_MN: added last, not for experts. Scale, bias and residual are float32, bfloat16 or float16 each.
-      next_w: the weight that the next kernel streams, D first. The kernel asks for its first rows as it ends, so that
-        the memory works while no kernel runs. It changes no result.
       out_dtype: of the result, by default that of x.
       implementation: "mosaic_gpu" (Hopper; bfloat16, or float16 without a norm; M up to 64, D and N multiples of 64),
-        "xla", "reference", or "auto": the kernel on what it takes, up to the M from which XLA is faster, else XLA.
+        "xla", "reference", or "auto": the kernel on what it takes, save where XLA was measured to be faster.
 
     Returns:
       y_MN, or y_AMN. The kernel accumulates and finishes in float32 and rounds once; norm and scale multiply x in
@@ -59,16 +59,28 @@ def streaming_matmul(
     Source: split of the contraction over blocks as in Stream-K (Osama et al. 2023), of equal parts.
     """
     dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    arguments = Arguments(x, w, expert_A, norm_scale_D, bias, residual_MN, next_w, w_axes, norm_eps, dtype)
+    arguments = Arguments(x, w, expert_A, norm_scale_D, bias, residual_MN, w_axes, norm_eps, dtype)
     check(arguments)
     refusal = mosaic_gpu.unsupported(arguments)
     if implementation == "auto":
-        refusal = refusal or _too_many_tokens(arguments)
-    run = dispatch.choose("streaming_matmul", implementation, IMPLEMENTATIONS, refusal)
-    return run(arguments)
+        refusal = refusal or slower(Shape.of(arguments))
+    return dispatch.choose(NAME, implementation, IMPLEMENTATIONS, refusal)(arguments)
 
 
-def _too_many_tokens(arguments: Arguments) -> str | None:
-    shape = Shape.of(arguments)
-    most = crossover(shape)
-    return f"XLA is faster with more than {most} tokens" if shape.tokens > most else None
+def takes(
+    x: Any,
+    w: Any,
+    *,
+    w_axes: str = "DN",
+    norm_scale_D: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    residual_MN: jax.Array | None = None,
+) -> bool:
+    """Whether `auto` is the kernel here: for a caller who has unfused operations of his own to run where it is not.
+
+    The arguments are those of `streaming_matmul`. Only their shapes and dtypes count: x and w may be
+    `jax.ShapeDtypeStruct`.
+    """
+    arguments = Arguments(x, w, None, norm_scale_D, bias, residual_MN, w_axes, 0.0, jnp.dtype(x.dtype))
+    check(arguments)
+    return dispatch.prefers_kernel(NAME, mosaic_gpu.unsupported(arguments) or slower(Shape.of(arguments)))

@@ -25,7 +25,6 @@ class Arguments:
     norm_scale_D: jax.Array | None
     bias: jax.Array | None
     residual_MN: jax.Array | None
-    next_w: jax.Array | None
     w_axes: str = field(metadata={"static": True})
     norm_eps: float = field(metadata={"static": True})
     out_dtype: jnp.dtype = field(metadata={"static": True})
@@ -69,8 +68,6 @@ def check(arguments: Arguments) -> None:
         require(w.shape[-2] == 2, "w.shape", w.shape, "c = 2: the gate and the up projection")
     _check_experts(arguments)
     _check_extras(arguments)
-    if (next_w := arguments.next_w) is not None:
-        require(next_w.ndim >= 2, "next_w.shape", next_w.shape, "at least two axes")
     require(0 <= eps < math.inf, "norm_eps", eps, "a finite number, at least 0")
     _require_dtype("out", arguments.out_dtype, COMPUTE_DTYPES)
 

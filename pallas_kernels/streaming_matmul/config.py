@@ -78,8 +78,6 @@ class Config:
     and the tiles of the next are on their way before it has finished with one. `split` blocks, one cluster, share
     the columns: each takes a part of D, and their partial sums meet in shared memory, or in device memory with
     `exchange="gmem"` (the interpreter knows no shared memory of another block).
-
-    Where the next product's weight is given, a block ends by asking for its share of `prefetch_bytes` of it.
     """
 
     tile_n: int
@@ -88,8 +86,6 @@ class Config:
     split: int = 1
     rounds: int = 1
     exchange: str = "smem"
-    prefetch_bytes: int = 16 << 20
-    prefetch_every: int = 1  # of so many boxes of rows, one is asked for
 
     def __post_init__(self):
         require(self.tile_n in range(64, 257, 64), "tile_n", self.tile_n, "64, 128, 192, 256")
@@ -238,26 +234,55 @@ def _candidates(shape: Shape) -> Iterator[Config]:
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """What was measured of a shape: the largest M at which the kernel beats XLA, and configs by padded tokens."""
+class Measured:
+    """What the timings of one weight, with some numbers of tokens, told against the defaults.
 
-    crossover: int
-    configs: dict[int, Config]
+    The defaults are the kernel and its heuristic config; an entry stands where another cut was faster, or XLA was.
+    """
+
+    w_axes: str
+    hidden: int
+    outputs: int
+    tokens: range
+    cut: tuple[int, int, int] | None  # tile_n, tile_d and split; None where XLA is faster
+
+    def covers(self, shape: Shape) -> bool:
+        weight = (self.w_axes, self.hidden, self.outputs)
+        return weight == (shape.w_axes, shape.hidden, shape.outputs) and shape.tokens in self.tokens
 
 
-# (order of the weight's axes, D, N) -> what was measured on an H200; nothing yet.
-TUNED: dict[tuple[str, int, int], Tuned] = {}
-UNTUNED = Tuned(crossover=MAX_TOKENS, configs={})  # a guess
+# By the kind of device. The times, in us, are of a call in a chain of dependent ones at M = 1, 16 or 64; what lies
+# between two of them is interpolated.
+MEASURED = {
+    "NVIDIA H200": (
+        Measured("DN", 4096, 6144, range(32, 65), (64, 128, 1)),  # M = 64: 18.2, XLA 23.8
+        Measured("DN", 4096, 4096, range(2, 32), None),  # M = 16: 17.0, XLA 14.3
+        Measured("DN", 4096, 4096, range(32, 65), (64, 128, 1)),  # M = 64: 15.3, XLA 18.0
+        Measured("DN", 14336, 4096, range(33, 65), (64, 128, 2)),  # with a residual, M = 64: 36.4, XLA 42.0
+        Measured("ND", 4096, 128256, range(1, 65), None),  # M = 16: 277, XLA 269; M = 64: 291, XLA 281
+    ),
+}
+NEAREST = "NVIDIA H200"  # whose timings stand in for those of a device that has none
 
 
 def config_for(shape: Shape) -> Config:
     """The fastest config where the shape has been measured, else the heuristic one."""
-    return _tuned(shape).configs.get(shape.padded_tokens) or heuristic(shape)
+    found = _measured(shape)
+    if found is None or found.cut is None:
+        return heuristic(shape)
+    tile_n, tile_d, split = found.cut
+    return deepest(Config(tile_n, tile_d, 2, split), shape)
 
 
-def crossover(shape: Shape) -> int:
-    return _tuned(shape).crossover
+def slower(shape: Shape) -> str | None:
+    """Why XLA is the better choice, although the kernel could run; None if it is not."""
+    found = _measured(shape)
+    if found is None or found.cut is not None:
+        return None
+    weight = f"{shape.w_axes} of {shape.hidden} x {shape.outputs}"
+    return f"XLA is faster at {found.tokens.start} to {found.tokens[-1]} tokens times a weight {weight}"
 
 
-def _tuned(shape: Shape) -> Tuned:
-    return TUNED.get((shape.w_axes, shape.hidden, shape.outputs), UNTUNED)
+def _measured(shape: Shape) -> Measured | None:
+    entries = MEASURED.get(jax.devices()[0].device_kind, MEASURED[NEAREST])
+    return next((entry for entry in entries if entry.covers(shape)), None)

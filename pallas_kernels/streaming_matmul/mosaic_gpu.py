@@ -23,7 +23,6 @@ from pallas_kernels.streaming_matmul.weights import Ref, Tiles
 WGMMA = plgpu.Layout.WGMMA
 BY_COLUMN = WGMMA.reduce(1)
 OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
-PREFETCHED_BOX = (64, 256)  # rows and columns of the next weight that are asked for at once
 
 
 @partial(jax.jit, static_argnames=("config",))
@@ -215,39 +214,6 @@ def _refill(block: Block, position: jax.Array, step: jax.Array, work: Work, foll
         def _():
             _load(block, following, step - steps, stage)
 
-    if block.gmem.next_w is not None:
-
-        @pl.when((step == steps) & jnp.logical_not(following.exists))
-        def _():
-            _prefetch_next(block)
-
-
-def _prefetch_next(block: Block) -> None:
-    """Asks for this block's share of what the next kernel reads first, the first rows of each part of its weight's D.
-
-    Nothing waits for it: it comes into the L2 cache while the last tiles are multiplied and the next kernel starts.
-    """
-    config, next_w = block.config, block.gmem.next_w
-    rows, columns = next_w.shape
-    next_shape = replace(block.shape, hidden=rows, outputs=columns, w_axes="DN", groups=1)
-    following = config_for(next_shape)
-    part_rows = following.steps(next_shape) * following.tile_d
-    box_rows, box_columns = PREFETCHED_BOX
-    across = pl.cdiv(columns, box_columns)
-    wanted = config.prefetch_bytes // (columns * next_w.dtype.itemsize * following.split * box_rows)
-    down = max(1, min(wanted, part_rows // (box_rows * config.prefetch_every)))
-    boxes, blocks = following.split * down * across, config.blocks(block.shape)
-    first = lax.axis_index("cluster") * config.split + block.part
-
-    def prefetch(i: jax.Array, _: None) -> None:
-        box = first + i * blocks
-        part, place = lax.div(box, down * across), lax.rem(box, down * across)
-        row = part * part_rows + lax.div(place, across) * (box_rows * config.prefetch_every)
-        column = lax.rem(place, across) * box_columns
-        plgpu.async_prefetch(next_w.at[pl.ds(row, box_rows), pl.ds(column, box_columns)], predicate=box < boxes)
-
-    lax.fori_loop(0, pl.cdiv(boxes, blocks), prefetch, None)
-
 
 def _scale_x(block: Block, step: jax.Array, stage: jax.Array, squares_DM: jax.Array | None) -> jax.Array | None:
     """Multiplies the stage's x_MD by the norm's scale if there is a norm, and adds up its squares.
@@ -359,7 +325,7 @@ def _operands(arguments: Arguments) -> dict[str, jax.Array | None]:
     def leading(array: jax.Array | None) -> jax.Array | None:
         return array if array is None or arguments.of_experts else array[None]
 
-    bias, next_w = arguments.bias, arguments.next_w
+    bias = arguments.bias
     if bias is not None and not arguments.gated:
         bias = bias[..., None, :]
     return {
@@ -369,7 +335,6 @@ def _operands(arguments: Arguments) -> dict[str, jax.Array | None]:
         "scale": None if arguments.norm_scale_D is None else arguments.norm_scale_D.reshape(-1, ROWS),
         "bias": leading(bias),
         "residual": leading(arguments.residual_MN),
-        "next_w": None if next_w is None else next_w.reshape(next_w.shape[0], -1),
     }
 
 

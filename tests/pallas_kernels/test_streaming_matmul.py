@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import dispatch
 from pallas_kernels.streaming_matmul import config as configs
-from pallas_kernels.streaming_matmul import mosaic_gpu, streaming_matmul
+from pallas_kernels.streaming_matmul import mosaic_gpu, streaming_matmul, takes
 from pallas_kernels.streaming_matmul.arguments import Arguments
 from pallas_kernels.streaming_matmul.config import Config, Shape
 from pallas_kernels.streaming_matmul.problems import LLAMA_3_8B, PROBLEMS, Problem
@@ -23,7 +24,7 @@ class Case:
     tokens: int
     w_axes: str
     config: Config
-    extras: str = ""  # of norm, bias, residual, next
+    extras: str = ""  # of norm, bias, residual
     hidden: int = 256
     outputs: int = 128
     experts_of_groups: tuple[int, ...] = ()  # of EXPERTS
@@ -48,7 +49,6 @@ def arguments(case: Case, seed: int = 0) -> Arguments:
         scale if "norm" in case.extras else None,
         jax.random.normal(keys[2], bias_shape, case.dtype) if "bias" in case.extras else None,
         jax.random.normal(keys[3], (case.tokens, case.outputs), case.dtype) if "residual" in case.extras else None,
-        jnp.zeros((512, 2, 192), case.dtype) if "next" in case.extras else None,
         case.w_axes,
         1e-5,
         case.out_dtype,
@@ -65,7 +65,6 @@ def call(given: Arguments, implementation: str) -> jax.Array:
         norm_eps=given.norm_eps,
         bias=given.bias,
         residual_MN=given.residual_MN,
-        next_w=given.next_w,
         out_dtype=given.out_dtype,
         implementation=implementation,
     )
@@ -112,14 +111,14 @@ PARTS = Config(tile_n=128, tile_d=64, stages=2, split=2, exchange="gmem")
 EXPERTS = 3
 
 INTERPRETED = {
-    "one token, what comes next": Case(1, "DN", replace(SMALL, stages=3), "norm next"),
+    "one token, three stages": Case(1, "DN", replace(SMALL, stages=3), "norm"),
     "tiles in rounds, a ragged one": Case(3, "DN", replace(SMALL, tile_n=64, rounds=2), "bias residual", 320, 192),
     "output head": Case(3, "ND", replace(SMALL, tile_d=128), "norm", out_dtype=F32),
     "gated, in rounds": Case(8, "DcN", replace(SMALL, rounds=2), "norm bias residual", outputs=192),
     "groups of two experts": Case(1, "EDcN", replace(SMALL, rounds=2), "norm", 128, 64, experts_of_groups=(2, 0)),
     "groups of one expert": Case(8, "EDN", SMALL, "bias", 128, experts_of_groups=(1, 1)),
     "parts of a normed head, past the end of D": Case(8, "ND", PARTS, "norm bias", 320),
-    "parts, tokens of several owners": Case(20, "DcN", PARTS, "norm residual next", outputs=64),
+    "parts, tokens of several owners": Case(20, "DcN", PARTS, "norm residual", outputs=64),
     "three parts, two owners": Case(64, "DN", replace(PARTS, split=3), "norm bias residual", 384, 64),
     "float16": Case(64, "ND", replace(SMALL, tile_n=64), "bias residual", 128, dtype=F16, out_dtype=F16),
 }
@@ -147,7 +146,7 @@ def shapes_of(problem: Problem, extras: str, out_dtype: jnp.dtype = BF16) -> Arg
 
 
 # What a step of the model asks of each weight.
-IN_THE_MODEL = {"qkv": "norm bias", "o": "residual next", "up": "norm", "down": "residual", "head": "norm"}
+IN_THE_MODEL = {"qkv": "norm bias", "o": "residual", "up": "norm", "down": "residual", "head": "norm"}
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 16, 64])
@@ -167,15 +166,41 @@ def test_experts_lower_without_a_copy_of_their_weights(hidden, outputs, w_axes):
 @pytest.mark.parametrize("tokens", [1, 16, 64])
 @pytest.mark.parametrize("name", LLAMA_3_8B)
 def test_configs_fit(name, tokens):
-    """Every candidate is valid, as is the one that a shape gets; its blocks fill the card once, with equal work."""
+    """Every candidate is valid, as is the one that a shape gets; the heuristic's fill the card, with equal work."""
     shape = Shape.of(shapes_of(PROBLEMS[f"llama-3-8b {name} M={tokens}"], IN_THE_MODEL[name]))
     found = configs.candidates(shape)
     assert len(found) >= 4
-    chosen = configs.config_for(shape)
-    for config in [*found, chosen]:
+    chosen = configs.heuristic(shape)
+    for config in [*found, chosen, configs.config_for(shape)]:
         config.check(shape)
     assert configs.FEWEST_BLOCKS <= chosen.blocks(shape) <= configs.SMS
     assert chosen.busy(shape) >= configs.LEAST_BUSY
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "kernel"),
+    [("o", 1, True), ("o", 2, False), ("o", 31, False), ("o", 32, True), ("qkv", 16, True), ("down", 65, False),
+     ("head", 1, False), ("head", 64, False)],
+)  # fmt: skip
+def test_the_kernel_is_chosen_where_it_was_faster(name, tokens, kernel, monkeypatch):
+    D, N, w_axes = LLAMA_3_8B[name]
+    x, w = floats(tokens, D), floats(*Problem(tokens, D, N, w_axes).w_shape)
+    assert not takes(x, w, w_axes=w_axes)  # not without a GPU
+    hopper = lambda refusal=None: (dispatch.FALLBACK, refusal) if refusal else (dispatch.KERNEL, "")  # noqa: E731
+    monkeypatch.setattr(dispatch, "automatic", hopper)
+    assert takes(x, w, w_axes=w_axes) == kernel
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "cut"),
+    [("qkv", 64, (64, 128, 1)), ("o", 32, (64, 128, 1)), ("down", 64, (64, 128, 2))],
+)
+def test_a_measured_shape_gets_its_cut(name, tokens, cut):
+    given = shapes_of(PROBLEMS[f"llama-3-8b {name} M={tokens}"], IN_THE_MODEL[name])
+    config = configs.config_for(Shape.of(given))
+    assert (config.tile_n, config.tile_d, config.split) == cut
+    assert config != configs.heuristic(Shape.of(given))
+    assert config.stages > 2
 
 
 @pytest.mark.parametrize("case", [Case(1, "DN", SMALL), *list(INTERPRETED.values())[::2]])
@@ -229,7 +254,6 @@ WRONG = {
     "bias of two halves": (GATED | {"bias": floats(64)}, r"bias.shape .*\(2, 64\)"),
     "dtype of the bias": ({"bias": floats(128, dtype=INT32)}, "bias.dtype is int32"),
     "residual": ({"residual_MN": floats(128, 3)}, r"residual.shape .*\(3, 128\)"),
-    "next weight": ({"next_w": floats(128)}, "next_w.shape .*at least two axes"),
     "dtype of the result": ({"out_dtype": INT32}, "out.dtype is int32"),
     "implementation": ({"implementation": "cuda"}, "implementation='cuda' of streaming_matmul does not exist"),
 }

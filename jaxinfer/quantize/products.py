@@ -1,0 +1,138 @@
+"""Products of activations and weights, with the operations around them that a kernel can take in.
+
+A few tokens times a weight is one kernel, `streaming_matmul`, with its norm, bias, gate and residual, where the op
+says that it runs and is faster: this is known from shapes when the step is traced. Elsewhere each is its own
+operation, in plain jax.numpy.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxinfer.parallel import TENSOR, column_parallel, row_parallel
+from pallas_kernels.streaming_matmul import streaming_matmul, takes
+
+RMS = tuple[jax.Array, float]  # scale_D and epsilon
+
+
+class Norm(Protocol):
+    """What stands before a product."""
+
+    def __call__(self, x_TD: jax.Array) -> jax.Array: ...
+
+    @property
+    def rms(self) -> RMS | None:
+        """Scale and epsilon where the norm is an RMSNorm and nothing more."""
+        ...
+
+
+def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """`jnp.einsum(spec, x, w)` of activations and a weight; the result is in `dtype`, by default that of `x`."""
+    return jnp.einsum(spec, x, w, preferred_element_type=dtype or x.dtype)
+
+
+def reduce_einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`einsum` of one token, [1, D], and a weight whose first axis is contracted, by multiplying and adding.
+
+    XLA fuses the slice that picks an expert's weight into this. For a matmul it copies the slice first: the two
+    experts of one token of Mixtral take 0.57 ms with `einsum` and 0.28 ms so (one H200, bfloat16).
+    """
+    assert x.shape == (1, w.shape[0]), (spec, x.shape, w.shape)
+    x_D = x.astype(jnp.float32).reshape(-1, *(1,) * (w.ndim - 1))
+    return (x_D * w.astype(jnp.float32)).sum(axis=0, keepdims=True).astype(x.dtype)
+
+
+def project(
+    spec: str, x_TD: jax.Array, w: jax.Array, bias: jax.Array | None = None, norm: Norm | None = None
+) -> jax.Array:
+    """norm(x) @ w + bias, sharded as w is.
+
+    Args:
+        spec: such as "TD,DKgH->TKgH". The first axis of w is D; any other may be sharded.
+        bias: of the shape of w without D.
+    """
+    x_TD, rms = _before(norm, x_TD, w, "DN")
+    if _takes(x_TD, w, "DN", rms):
+        return _on_own_columns(x_TD, w, bias, rms, "DN", P(None, *jax.typeof(w).sharding.spec[1:]))
+    return _plain(spec, x_TD, w, bias)
+
+
+def gated_silu(
+    x_TD: jax.Array, w_DcF: jax.Array, bias_cF: jax.Array | None = None, norm: Norm | None = None
+) -> jax.Array:
+    """SiLU(y[:, 0]) * y[:, 1] of y_TcF = norm(x) @ w + bias: [T, F], sharded over F."""
+    x_TD, rms = _before(norm, x_TD, w_DcF, "DcN")
+    if _takes(x_TD, w_DcF, "DcN", rms):
+        return _on_own_columns(x_TD, w_DcF, bias_cF, rms, "DcN", P(None, TENSOR))
+    up_TcF = _plain("TD,DcF->TcF", x_TD, w_DcF, bias_cF)
+    return jax.nn.silu(up_TcF[:, 0]) * up_TcF[:, 1]
+
+
+def contract(
+    spec: str, x_TF: jax.Array, w_FD: jax.Array, bias_D: jax.Array | None = None, residual_TD: jax.Array | None = None
+) -> jax.Array:
+    """residual + (x @ w + bias), x and w sharded over F and the result whole on every device.
+
+    One device's kernel adds bias and residual itself; of several, each would.
+    """
+    if _local(w_FD).shape == w_FD.shape and takes(x_TF, w_FD, bias=bias_D, residual_MN=residual_TD):
+        return row_parallel(_finished, x_TF, w_FD, bias_D, residual_TD)
+    multiply = streaming_matmul if takes(_local(x_TF), _local(w_FD)) else partial(einsum, spec)
+    y_TD = row_parallel(multiply, x_TF, w_FD)
+    y_TD = y_TD if bias_D is None else y_TD + bias_D[None, :]
+    return y_TD if residual_TD is None else residual_TD + y_TD
+
+
+def _before(norm: Norm | None, x_TD: jax.Array, w: jax.Array, w_axes: str) -> tuple[jax.Array, RMS | None]:
+    """What the product takes: x and a norm to take in, or the normed x."""
+    if norm is None:
+        return x_TD, None
+    if (rms := norm.rms) is not None and _takes(x_TD, w, w_axes, rms):
+        return x_TD, rms
+    return norm(x_TD), None
+
+
+def _takes(x_TD: jax.Array, w: jax.Array, w_axes: str, rms: RMS | None) -> bool:
+    return takes(x_TD, _local(w, w_axes), w_axes=w_axes, norm_scale_D=None if rms is None else rms[0])
+
+
+def _on_own_columns(
+    x_TD: jax.Array, w: jax.Array, bias: jax.Array | None, rms: RMS | None, w_axes: str, out_spec: P
+) -> jax.Array:
+    scale_D, eps = rms or (None, 0.0)
+
+    def local(columns: tuple[jax.Array, jax.Array | None], x_TD: jax.Array, scale_D: jax.Array | None) -> jax.Array:
+        w, bias = columns
+        shape = _shape(w.shape, w_axes)
+        if bias is not None:
+            bias = bias.reshape(shape[1:])
+        y = streaming_matmul(x_TD, w.reshape(shape), w_axes=w_axes, norm_scale_D=scale_D, norm_eps=eps, bias=bias)
+        return y if w_axes == "DcN" else y.reshape(-1, *w.shape[1:])
+
+    return column_parallel(local, out_spec, (w, bias), x_TD, scale_D)
+
+
+def _finished(x_TF: jax.Array, w_FD: jax.Array, bias_D: jax.Array | None, residual_TD: jax.Array | None) -> jax.Array:
+    return streaming_matmul(x_TF, w_FD, bias=bias_D, residual_MN=residual_TD)
+
+
+def _plain(spec: str, x_TD: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
+    y = einsum(spec, x_TD, w)
+    return y if bias is None else y + bias[None]
+
+
+def _local(array: jax.Array, w_axes: str | None = None) -> jax.ShapeDtypeStruct:
+    """What one device holds of an array, as a kernel with such axes takes it."""
+    shape = jax.typeof(array).sharding.shard_shape(array.shape)
+    return jax.ShapeDtypeStruct(_shape(shape, w_axes) if w_axes else shape, array.dtype)
+
+
+def _shape(shape: tuple[int, ...], w_axes: str) -> tuple[int, ...]:
+    """All columns of a weight are one axis to a kernel, unless they are a gate's and an up projection's."""
+    return (shape[0], math.prod(shape[1:])) if w_axes == "DN" else shape

@@ -1,0 +1,153 @@
+"""Where a decode step of the model runs as kernels: lowered for a Hopper GPU at real shapes, and run on one."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfer.decode.sampling import Needs
+from jaxinfer.decode.step import Layout, Programs
+from jaxinfer.model import Model, ModelConfig, read_config
+from jaxinfer.parallel import make_mesh
+from pallas_kernels import dispatch
+from tests.model.dense import run
+
+MODELS = Path(__file__).parents[2] / "configs" / "models"
+LAYERS = 2
+# Llama-3-8B's weights as the kernel takes them, sharded over so many devices.
+QKV = {1: "4096x6144", 2: "4096x3072"}
+OUT = {1: "4096x4096", 2: "2048x4096"}
+GATED = {1: "4096x2x14336", 2: "4096x2x7168"}
+DOWN = {1: "14336x4096", 2: "7168x4096"}
+
+
+def two_layers(name: str = "llama-3-8b", **changes) -> ModelConfig:
+    config = read_config(MODELS / name)
+    return replace(config, layers=config.layers[:LAYERS], **changes)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """The choice of an implementation as it is on a Hopper GPU."""
+    choose = lambda refusal=None: (dispatch.FALLBACK, refusal) if refusal else (dispatch.KERNEL, "a test")  # noqa: E731
+    monkeypatch.setattr(dispatch, "automatic", choose)
+
+
+def lowered(config: ModelConfig, slots: int, tensor: int = 1) -> str:
+    """The loop over decode steps, for CUDA."""
+    model = Model(config, make_mesh(tensor), context=64)
+    programs = Programs(model, Layout(slots, 16, (slots + 1,) * len(model.config.windows), 64, "bfloat16"))
+    given = (list(model.parameters.values()), *programs.new_state())
+    with jax.set_mesh(model.mesh):
+        traced = programs._loop.trace(*given, decode=slots, steps=3, needs=Needs("greedy", 0))
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def streamed(text: str) -> dict[str, list[int]]:
+    """For each weight that a kernel streams, by its shape: the operands of every call."""
+    found = {}
+    for types in re.findall(r"call @streaming_matmul\w*\([^)]*\) : \(([^)]*)\)", text):
+        operands = re.findall(r"tensor<([\dx]+)x\w+>", types)
+        found.setdefault(operands[1], []).append(len(operands))
+    return found
+
+
+def norms(text: str) -> int:
+    return text.count("stablehlo.rsqrt")
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_a_layer_is_four_products_and_nothing_around_them(hopper, tokens):
+    """x, w, and the norm's scale or the residual; the only norm and product besides are those of the head."""
+    text = lowered(two_layers(), tokens)
+    assert streamed(text) == {shape[1]: [3] * LAYERS for shape in (QKV, OUT, GATED, DOWN)}
+    assert norms(text) == 1
+    assert text.count("stablehlo.dot_general") == 1
+
+
+def test_where_xla_was_faster_it_runs(hopper):
+    text = lowered(two_layers(), 16)
+    assert streamed(text) == {shape[1]: [3] * LAYERS for shape in (QKV, GATED, DOWN)}
+    assert text.count("stablehlo.dot_general") == 1 + LAYERS
+
+
+@pytest.mark.parametrize(("tokens", "changes"), [(256, {}), (1, {"dtype": "float32"})])
+def test_many_tokens_and_other_dtypes_are_left_to_xla(hopper, tokens, changes):
+    text = lowered(two_layers(**changes), tokens)
+    assert streamed(text) == {}
+    assert norms(text) == 1 + 2 * LAYERS
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"norm": "layer"}, {"norm_bias": True}, {"norm_offset": 1.0}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_norm_that_no_kernel_has_stands_before_the_product(hopper, changes):
+    text = lowered(two_layers(**changes), 1)
+    assert norms(text) == 1 + 2 * LAYERS
+    assert streamed(text) == {
+        QKV[1]: [2] * LAYERS, GATED[1]: [2] * LAYERS, OUT[1]: [3] * LAYERS, DOWN[1]: [3] * LAYERS
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swiglu_clamped"])
+def test_an_activation_that_no_kernel_has_follows_the_product(hopper, activation):
+    """Both halves are then columns of one product."""
+    found = streamed(lowered(two_layers(activation=activation), 1))
+    assert GATED[1] not in found
+    assert found["4096x28672"] == [3] * LAYERS
+
+
+def test_a_norm_after_a_half_keeps_the_residual_out_of_the_product(hopper):
+    found = streamed(lowered(two_layers(post_norm=True), 1))
+    assert found[OUT[1]] == found[DOWN[1]] == [2] * LAYERS
+
+
+def test_on_two_devices_the_residual_is_added_after_the_sum(hopper):
+    text = lowered(two_layers(), 1, tensor=2)
+    norms_taken_in, no_residual = [3] * LAYERS, [2] * LAYERS
+    assert streamed(text) == {
+        QKV[2]: norms_taken_in, GATED[2]: norms_taken_in, OUT[2]: no_residual, DOWN[2]: no_residual
+    }  # fmt: skip
+    assert norms(text) == 1
+    assert text.count('"stablehlo.all_reduce"') == 2 * LAYERS
+
+
+def test_experts_are_left_to_xla(hopper):
+    """They take the norm as it is; attention's two products do not."""
+    text = lowered(two_layers("mixtral-8x7b"), 1)
+    assert streamed(text) == {QKV[1]: [3] * LAYERS, OUT[1]: [3] * LAYERS}
+    assert norms(text) == 1 + LAYERS
+
+
+def logits_error(model: Model, params: list[jax.Array], tokens_T: np.ndarray, exact_TV: np.ndarray) -> float:
+    """Root mean square."""
+    logits_TV = run(model, params, tokens_T).logits_TV
+    return float(np.sqrt(np.mean((logits_TV.astype(np.float64) - exact_TV) ** 2)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 16, 64])
+def test_on_a_gpu_logits_are_as_exact_as_those_of_xla(monkeypatch, tokens):
+    """The error beside float32: the kernels round where XLA does, or less often; a tenth is left to chance."""
+    config, mesh = two_layers(), make_mesh()
+    model, exact_model = Model(config, mesh, context=64), Model(config, mesh, context=64, dtype="float32")
+    params = model.random_params(1)
+    tokens_T = np.random.default_rng(2).integers(0, config.vocab_size, tokens).astype(np.int32)
+    exact_TV = run(exact_model, [param.astype(jnp.float32) for param in params], tokens_T).logits_TV.astype(np.float64)
+
+    launched = []
+    automatic = dispatch.automatic
+    monkeypatch.setattr(
+        dispatch, "automatic", lambda refusal=None: launched.append(automatic(refusal)) or launched[-1]
+    )
+    by_kernels = logits_error(model, params, tokens_T, exact_TV)
+    assert dispatch.KERNEL in {name for name, _ in launched}
+    monkeypatch.setattr(dispatch, "automatic", lambda refusal=None: (dispatch.FALLBACK, "a test"))
+    by_xla = logits_error(model, params, tokens_T, exact_TV)
+    assert by_kernels <= 1.1 * by_xla
