@@ -95,7 +95,7 @@ class Bench:
         self.state, self.cache, output = self.programs.step(
             self.subject.params, self.state, self.cache, step, None, 0, needs([GREEDY])
         )
-        np.asarray(output.sampled.tokens_B)
+        np.asarray(output.sampled.tokens_W)
         return time.perf_counter() - start
 
     def decode(self) -> float:

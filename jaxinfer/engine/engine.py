@@ -245,7 +245,7 @@ class Engine:
         request, tokens, logprobs, reason = sequence.request, [], [], None
         first, stop_ids = sequence.outputs == 0, request.stop_ids
         for step in np.flatnonzero(output.emits_nW[:, row]).tolist():
-            tokens.append(int(output.sampled.tokens_B[step, row]))
+            tokens.append(int(output.sampled.tokens_W[step, row]))
             if request.params.logprobs is not None:
                 logprobs.append(_chosen(output.sampled, (step, row), request.params.logprobs))
             sequence.outputs += 1
@@ -303,8 +303,8 @@ def _send(output: StepOutput) -> StepOutput:
 
 
 def _chosen(sampled: Sampled, at: tuple[int, int], top: int) -> TokenLogprobs:
-    likeliest = zip(sampled.top_ids_BL[at][:top].tolist(), sampled.top_logprobs_BL[at][:top].tolist(), strict=True)
-    return TokenLogprobs(int(sampled.tokens_B[at]), float(sampled.logprobs_B[at]), tuple(likeliest))
+    likeliest = zip(sampled.top_ids_WL[at][:top].tolist(), sampled.top_logprobs_WL[at][:top].tolist(), strict=True)
+    return TokenLogprobs(int(sampled.tokens_W[at]), float(sampled.logprobs_W[at]), tuple(likeliest))
 
 
 def _keep_prompt_logprobs(chunks: list[Chunk], scored: PromptLogprobs) -> None:

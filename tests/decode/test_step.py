@@ -90,9 +90,9 @@ def assert_same(found: StepOutput, row: int, expected: StepOutput, expected_row:
         jax.tree.map(lambda array, at=at: array[at], output.sampled)
         for output, at in ((found, (step, row)), (expected, (0, expected_row)))
     )
-    assert ours.tokens_B == theirs.tokens_B
-    np.testing.assert_allclose(ours.logprobs_B, theirs.logprobs_B, **CLOSE)
-    np.testing.assert_allclose(ours.top_logprobs_BL, theirs.top_logprobs_BL, **CLOSE)
+    assert ours.tokens_W == theirs.tokens_W
+    np.testing.assert_allclose(ours.logprobs_W, theirs.logprobs_W, **CLOSE)
+    np.testing.assert_allclose(ours.top_logprobs_WL, theirs.top_logprobs_WL, **CLOSE)
 
 
 def test_prefill_in_chunks_equals_prefill_at_once(start):
@@ -126,7 +126,7 @@ def test_a_mixed_step_equals_separate_ones(start):
 def test_a_loop_equals_single_steps_and_ends_where_they_do(start):
     looped, stepped = start(), start()
     firsts = [run.step([whole(0), whole(1)]) for run in (looped, stepped)]
-    np.testing.assert_array_equal(firsts[0].sampled.tokens_B, firsts[1].sampled.tokens_B)
+    np.testing.assert_array_equal(firsts[0].sampled.tokens_W, firsts[1].sampled.tokens_W)
     emitted = np.ones(2, int)
     for _ in range(2):
         loop = looped.loop()

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.text import IncrementalDecoder, StopChecker
@@ -31,7 +31,6 @@ def test_pieces_are_whole_and_make_up_the_text(tokenizer, text):
         assert all("\ufffd" not in piece for piece in pieces)
 
 
-@settings(deadline=None)
 @given(kind=KINDS, text=UNICODE)
 def test_pieces_make_up_any_text(tokenizers_by_kind, kind, text):
     tokenizer = tokenizers_by_kind[kind]
@@ -39,7 +38,6 @@ def test_pieces_make_up_any_text(tokenizers_by_kind, kind, text):
     assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-@settings(deadline=None)
 @given(kind=KINDS, data=st.data())
 def test_any_tokens_stream_to_their_text_when_it_is_valid(tokenizers_by_kind, kind, data):
     tokenizer = tokenizers_by_kind[kind]
@@ -113,13 +111,11 @@ def check_pieces(pieces, stops):
 LETTERS = st.text("ab", max_size=5)
 
 
-@settings(deadline=None)
 @given(pieces=st.lists(LETTERS, max_size=8), stops=st.lists(LETTERS.filter(bool), max_size=3))
 def test_stops_do_not_depend_on_where_pieces_are_cut(pieces, stops):
     assert check_pieces(pieces, stops) == naive_stop("".join(pieces), stops)
 
 
-@settings(deadline=None)
 @given(pieces=st.lists(LETTERS, max_size=8), stops=st.lists(LETTERS.filter(bool), max_size=3))
 def test_only_the_possible_beginning_of_a_stop_is_held(pieces, stops):
     checker, shown, text = StopChecker(stops), "", ""
