@@ -39,7 +39,7 @@ class SlotState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Admission:
-    """A request's row of `SlotState`, made on the host.
+    """A request's row of `SlotState`, made on the host by `Programs.admission`.
 
     Attributes:
         tables: one row of page numbers for each cache group, filled with the null page.

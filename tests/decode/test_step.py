@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from jaxinfer.decode.batch import Prefill
-from jaxinfer.decode.sampling import Needs, pack
+from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.decode.slots import Admission
 from jaxinfer.decode.step import Layout, Programs, StepOutput
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
@@ -38,10 +37,9 @@ class Run:
         # What nobody wrote must not be read.
         self.cache = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), cache)
         pages = [np.random.default_rng(group).permutation(np.arange(1, SLOTS * PAGES + 1)) for group in (0, 1)]
-        sampling = pack(SamplingParams(temperature=0.0), (), 0)
         for slot in range(len(PROMPTS)):
-            tables = tuple(group[slot * PAGES : (slot + 1) * PAGES].astype(np.int32) for group in pages)
-            row = Admission(tables, np.asarray(MAX_TOKENS, np.int32), sampling, np.full(1, -1, np.int32))
+            own = [group[slot * PAGES : (slot + 1) * PAGES] for group in pages]
+            row = self.programs.admission(SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS), own)
             self.state = self.programs.admit(self.state, slot, row)
 
     def step(self, pieces: list[tuple[int, int, int]], decode: int = 0) -> StepOutput:

@@ -89,9 +89,9 @@ def test_cost_of_a_token_does_not_grow(tokenizer, text, monkeypatch):
     assert streamed == decode(tokenizer, ids) or set(streamed) == {"\ufffd"}
 
 
-def naive_stop(text, stops):
-    """The definition: read character by character, end at the first stop string that is complete."""
-    for end in range(1, len(text) + 1):
+def naive_stop(text, stops, early=0):
+    """The definition: read character by character, end at the first stop string that is complete past `early`."""
+    for end in range(early + 1, len(text) + 1):
         ended = [stop for stop in stops if text[:end].endswith(stop)]
         if ended:
             return text[: end - max(map(len, ended))], True
@@ -114,6 +114,27 @@ LETTERS = st.text("ab", max_size=5)
 @given(pieces=st.lists(LETTERS, max_size=8), stops=st.lists(LETTERS.filter(bool), max_size=3))
 def test_stops_do_not_depend_on_where_pieces_are_cut(pieces, stops):
     assert check_pieces(pieces, stops) == naive_stop("".join(pieces), stops)
+
+
+@given(
+    early=st.lists(LETTERS, max_size=4),
+    pieces=st.lists(LETTERS, max_size=4),
+    stops=st.lists(LETTERS.filter(bool), max_size=3),
+)
+def test_no_stop_ends_early_and_each_may_begin_there(early, pieces, stops):
+    checker, shown = StopChecker(stops), ""
+    for piece in early:
+        emitted, stopped = checker.push(piece, may_end=False)
+        assert not stopped
+        shown += emitted
+    for piece in pieces:
+        emitted, stopped = checker.push(piece)
+        shown += emitted
+        if stopped:
+            break
+    else:
+        shown, stopped = shown + checker.flush(), False
+    assert (shown, stopped) == naive_stop("".join(early + pieces), stops, len("".join(early)))
 
 
 @given(pieces=st.lists(LETTERS, max_size=8), stops=st.lists(LETTERS.filter(bool), max_size=3))
