@@ -19,13 +19,12 @@ import jax
 import numpy as np
 
 from benchmarks.record import Record, report, write
-from jaxinfer.cli.measure import measure_machine
-from jaxinfer.decode.sampling import needs, pack
+from jaxinfer.decode.sampling import needs
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.decode.slots import Admission
 from jaxinfer.decode.step import Layout, Programs
 from jaxinfer.engine.request import Request, Sequence
 from jaxinfer.engine.scheduler import Chunk, lay_out
+from jaxinfer.machine import measure_machine
 from jaxinfer.model import Model, Params, read_config
 from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import (
@@ -80,14 +79,10 @@ class Bench:
 
     def prefill(self, tokens: int) -> float:
         """Gives every slot a prompt of `tokens` tokens; seconds until the first tokens are on the host."""
-        row, packed = self.layout.pages_per_row, pack(GREEDY, (), 0)
-        chunks = []
+        row, chunks = self.layout.pages_per_row, []
         for slot in range(self.layout.slots):
-            pages = np.arange(1 + slot * row, 1 + (slot + 1) * row, dtype=np.int32)
-            admission = Admission(
-                (pages,) * len(self.layout.num_pages), np.asarray(GREEDY.max_tokens, np.int32), packed,
-                np.full(1, -1, np.int32),
-            )  # fmt: skip
+            pages = range(1 + slot * row, 1 + (slot + 1) * row)
+            admission = self.programs.admission(GREEDY, [pages] * len(self.layout.num_pages))
             self.state = self.programs.admit(self.state, slot, admission)
             prompt = tuple(self.random.integers(0, self.subject.model.config.vocab_size, tokens).tolist())
             sequence = Sequence(Request(slot, prompt, GREEDY, (), 0), slot, ())
@@ -98,7 +93,7 @@ class Bench:
         self.state, self.cache, output = self.programs.step(
             self.subject.params, self.state, self.cache, step, None, 0, needs([GREEDY])
         )
-        np.asarray(output.sampled.tokens_B)
+        np.asarray(output.sampled.tokens_W)
         return time.perf_counter() - start
 
     def decode(self) -> float:

@@ -58,13 +58,11 @@ import numpy as np
 
 from jaxinfer.decode import sampling
 from jaxinfer.decode.batch import Prefill, make_batch
-from jaxinfer.decode.slots import Admission
 
 programs, layout = llm.engine.programs, llm.engine.layout
 state, cache = programs.new_state()
-page_table = np.array([5, 2, 7, 4, 12, 1, 9, 3], np.int32)
-admission = Admission((page_table,), np.int32(16), sampling.pack(greedy, (), 0), np.full(1, -1, np.int32))
-state = programs.admit(state, 0, admission)
+pages = [5, 2, 7, 4, 12, 1, 9, 3]
+state = programs.admit(state, 0, programs.admission(greedy, [pages]))
 print("keys of one layer, [page, slot in page, KV head, head size]:", cache[0].k_PSKH.shape)
 
 # %% [markdown]
@@ -119,7 +117,7 @@ for token in np.argsort(-probabilities_V)[:5]:
 needs = sampling.needs([greedy])
 state, cache, first = programs.step(llm.engine.params, state, cache, prefill, None, decode=0, needs=needs)
 state, cache, loop = programs.loop(llm.engine.params, state, cache, decode=1, steps=8, needs=needs)
-drawn = [int(first.sampled.tokens_B[0, 0]), *np.asarray(loop.sampled.tokens_B[:, 0]).tolist()]
+drawn = [int(first.sampled.tokens_W[0, 0]), *np.asarray(loop.sampled.tokens_W[:, 0]).tolist()]
 print(repr(prompt + llm.tokenizer.decode(drawn)))
 print("tokens in the cache of each slot:", state.length_B)
 

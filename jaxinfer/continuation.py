@@ -47,25 +47,12 @@ class Continuation:
         return not self.request.params.ignore_eos and self.token_ids[-1] in self.request.eos_ids
 
     def _show(self, piece: str) -> bool:
-        """Appends text; true where a stop string ended it."""
-        if len(self.token_ids) <= self.request.params.min_tokens:
-            self._show_early(piece)
-            return False
-        shown, stopped = self.checker.push(piece)
+        """Appends text; true where a stop string ended it. None ends with the first `min_tokens` tokens."""
+        shown, stopped = self.checker.push(piece, may_end=len(self.token_ids) > self.request.params.min_tokens)
         self.text += shown
         if stopped:
             self.finish_reason, self.stop_reason = "stop", self.checker.matched
         return stopped
-
-    def _show_early(self, piece: str) -> None:
-        """Appends text of the first `min_tokens` tokens: no stop string ends there, but one may begin there."""
-        for character in piece:
-            shown, stopped = self.checker.push(character)
-            self.text += shown
-            if stopped and (matched := self.checker.matched):
-                # Let its first character go; what follows may be the beginning of another match.
-                self.text += matched[0]
-                self._show_early(matched[1:])
 
     def output(self, token: int = 0, character: int = 0) -> CompletionOutput:
         """What there is from a given token and character on; all of it by default."""

@@ -44,6 +44,7 @@ class LLM:
         max_model_len: int | None = None,
         tensor_parallel_size: int = 1,
         seed: int = 0,
+        warm_up: bool = False,
         options: Options | None = None,
     ):
         """Loads a checkpoint straight onto the devices.
@@ -55,13 +56,15 @@ class LLM:
                 at most that, unless its rotary embeddings adapt to longer ones (dynamic NTK, LongRoPE).
             tensor_parallel_size: devices that share the model.
             seed: of the requests that name none.
+            warm_up: compile now whatever requests can meet, about 20 programs, so that none waits for a compiler.
+                Without it each program is compiled when a request first needs it.
             options: of the engine.
 
         Raises:
             FileNotFoundError, ValueError: what is missing or wrong in the checkpoint, by file and tensor; or the
                 argument, its value and what is allowed.
         """
-        _check_arguments(dtype, max_model_len, tensor_parallel_size, seed, options)
+        _check_arguments(dtype, max_model_len, tensor_parallel_size, seed, warm_up, options)
         self.folder = checkpoint.resolve(model)
         config = read_config(self.folder)
         _check_context(max_model_len, config)
@@ -70,6 +73,8 @@ class LLM:
         self.model = Model(config, make_mesh(tensor_parallel_size), max_model_len, dtype)
         params = self.model.params(checkpoint.load(self.folder, self.model))
         self.engine = Engine(self.model, params, options)
+        if warm_up:
+            self.engine.warm_up()
         self._seeds, self._ids = np.random.default_rng(seed), count()
         self._running: dict[int, Continuation] = {}
 
@@ -239,8 +244,9 @@ class LLM:
 
 
 def _check_arguments(
-    dtype: str | None, max_model_len: int | None, tensor_parallel_size: int, seed: int, options: Options | None
-) -> None:
+    dtype: str | None, max_model_len: int | None, tensor_parallel_size: int, seed: int, warm_up: bool,
+    options: Options | None,
+) -> None:  # fmt: skip
     if dtype is not None and (not isinstance(dtype, str) or dtype not in ("bfloat16", "float16", "float32")):
         raise ValueError(f"dtype = {dtype!r} must be bfloat16, float16 or float32")
     if max_model_len is not None and not _is_integer(max_model_len, 2):
@@ -250,6 +256,8 @@ def _check_arguments(
     for name, value, least in (("tensor_parallel_size", tensor_parallel_size, 1), ("seed", seed, 0)):
         if not _is_integer(value, least):
             raise ValueError(f"{name} = {value!r} must be an integer, at least {least}")
+    if not isinstance(warm_up, bool):
+        raise ValueError(f"warm_up = {warm_up!r} must be True or False")
     if not isinstance(options, Options | None):
         raise ValueError(f"options = {reprlib.repr(options)} must be an Options")
 

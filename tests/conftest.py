@@ -6,12 +6,16 @@ from importlib.util import find_spec
 
 import pytest
 
+from tests import shape_checks
+
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
 if find_spec("jax_cuda13_plugin") is None:
     # Small problems take longer to compile than to run. These flags leave XLA's own passes, and so its HLO, alone.
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two test processes share a GPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+shape_checks.install()
 
 # These modules ask one engine, whose programs take long to compile (`tests.engine.tiny.warm_llm`).
 WARM_ENGINE = (
@@ -26,7 +30,10 @@ def pytest_configure(config):
     if config.getoption("dist") != "no" and not hasattr(config, "workerinput"):
         return  # this process hands the tests out and runs none
     import jax
+    from hypothesis import settings
 
+    settings.register_profile("tests", deadline=None)  # a busy machine is no failure
+    settings.load_profile("tests")
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_default_matmul_precision", "highest")

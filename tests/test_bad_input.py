@@ -197,6 +197,7 @@ def test_options(options, words):
     ({"tensor_parallel_size": 1.0}, ["tensor_parallel_size = 1.0", "integer"]),
     ({"seed": -1}, ["seed = -1", "at least 0"]),
     ({"seed": "1"}, ["seed = '1'", "integer"]),
+    ({"warm_up": 1}, ["warm_up = 1", "True or False"]),
     ({"options": {"max_num_seqs": 2}}, ["options = {'max_num_seqs': 2}", "Options"]),
     ({"tensor_parallel_size": 0}, ["tensor", "0", "at least 1"]),
     ({"tensor_parallel_size": 16}, ["16 devices", "8"]),

@@ -128,6 +128,8 @@ def test_end_of_sequence(llm):
     ("xaby", ["ab", "a"], 3, "xaby", None),
     ("xabya", ["ab", "a"], 3, "xaby", "a"),
     ("abab", ["abc"], 2, "abab", None),
+    ("abc", ["b", "abc"], 2, "", "abc"),  # one that ends too early, inside of one that ends late
+    ("xabcab", ["ab", "cab"], 4, "xab", "cab"),
     ("aé", ["é"], 2, "a", "é"),  # the character is whole with the third token only
 ])  # fmt: skip
 def test_stop_strings_wait_for_min_tokens(llm, text, stop, min_tokens, expected, reason):
@@ -304,7 +306,8 @@ def test_the_package_gives_its_names_without_jax_until_it_is_needed():
 def test_the_cache_is_what_its_pages_say(llm):
     layout, config = llm.engine.layout, llm.model.config
     per_token = 2 * config.num_kv_heads * config.head_size * 4
-    assert llm.engine.cache_bytes == config.num_layers * layout.num_pages[0] * layout.page_size * per_token
+    held = sum(array.nbytes for array in jax.tree.leaves(llm.engine._cache))
+    assert held == config.num_layers * layout.num_pages[0] * layout.page_size * per_token
 
 
 def test_weights_take_the_dtype_that_is_asked_for(llm):

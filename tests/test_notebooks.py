@@ -27,6 +27,7 @@ def test_the_notebook_is_what_its_text_says_and_holds_no_outputs(text):
 @notebooks
 def test_the_notebook_runs(text, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("PYTHONPATH", str(COLAB.parent))  # this tree, whatever is installed
     notebook = nbformat.read(text.with_suffix(".ipynb"), as_version=4)
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": COLAB}}).execute()
     printed, pictures = shown(notebook)

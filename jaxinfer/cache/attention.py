@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int32
 
 from jaxinfer.cache.pages import Pages, View
 from jaxinfer.parallel import TENSOR, attend
@@ -17,9 +17,10 @@ from pallas_kernels.flash_decoding import flash_decoding
 
 
 def attend_pages(
-    q_TKgH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, pages: Pages, view: View, *, scale: float,
-    window: int | None = None, soft_cap: float | None = None, sinks_Kg: jax.Array | None = None,
-) -> tuple[jax.Array, Pages]:  # fmt: skip
+    q_TKgH: Float[Array, "T K g H"], k_TKH: Float[Array, "T K H"], v_TKH: Float[Array, "T K H"], pages: Pages,
+    view: View, *, scale: float, window: int | None = None, soft_cap: float | None = None,
+    sinks_Kg: Float[Array, "K g"] | None = None,
+) -> tuple[Float[Array, "T K g H"], Pages]:  # fmt: skip
     """Causal attention of a step's tokens over their sequences, on every device's own heads.
 
     Flash decoding serves the rectangle, flash attention the ragged prefill. Both read from the pages, also the
@@ -57,7 +58,9 @@ def _local(q_TKgH, k_TKH, v_TKH, pages, view, sinks_Kg, **scores):
     return jnp.concatenate(parts).reshape(q_TKgH.shape), pages
 
 
-def write(pages: Pages, write_T: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array) -> Pages:
+def write(
+    pages: Pages, write_T: Int32[Array, "T"], k_TKH: Float[Array, "T K H"], v_TKH: Float[Array, "T K H"]
+) -> Pages:
     """Stores keys and values of a step in place, each at its own slot."""
 
     def stored(pool_PSKH, new_TKH):

@@ -1,4 +1,7 @@
-"""The subcommands, and how an error reaches the terminal: as one sentence, without a traceback."""
+"""The subcommands, and how an error reaches the terminal: as one sentence, without a traceback.
+
+A command imports what it needs when it runs: JAX takes seconds, and `--help` needs none of it.
+"""
 
 from __future__ import annotations
 

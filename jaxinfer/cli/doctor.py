@@ -5,21 +5,19 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxinfer.cli.measure import device_memory, measure_machine
 from jaxinfer.cli.units import si
 from jaxinfer.roofline import Hardware, find_by_device
-from pallas_kernels import dispatch, flash_attention, flash_decoding
 
 _PACKAGES = ("jaxinfer", "jax", "jaxlib", "jax-cuda13-plugin", "flax", "orbax-checkpoint", "tokenizers")
-_OPS = {"flash_attention": flash_attention, "flash_decoding": flash_decoding}
 
 
 def doctor() -> None:
     """Print versions, devices, kernels and memory, and time this machine's memory and matmul."""
+    from jaxinfer.machine import measure_machine
+
     console = Console()
     for table in (versions(), devices(), kernels(), speed(measure_machine())):
         console.print(table)
@@ -34,6 +32,10 @@ def versions() -> Table:
 
 
 def devices() -> Table:
+    import jax
+
+    from jaxinfer.machine import device_memory
+
     table = Table("device", "kind", "memory", "in use", title=f"Devices: {jax.default_backend()}")
     for device in jax.devices():
         stats = device.memory_stats()
@@ -44,9 +46,12 @@ def devices() -> Table:
 
 def kernels() -> Table:
     """What `auto` runs for each op here, and why not something else."""
+    from pallas_kernels import dispatch, flash_attention, flash_decoding
+
+    ops = {"flash_attention": flash_attention, "flash_decoding": flash_decoding}
     table = Table("op", "runs", "by name only", "why", title="Kernels")
     runs, why = dispatch.automatic()
-    for name, op in _OPS.items():
+    for name, op in ops.items():
         others = [label for label in op.IMPLEMENTATIONS if label != runs]
         table.add_row(name, runs, ", ".join(others), why)
     return table

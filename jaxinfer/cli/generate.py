@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from jaxinfer.cli.measure import measure_machine
 from jaxinfer.cli.units import si
-from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.engine import Options
-from jaxinfer.llm import DEMO, LLM
 from jaxinfer.roofline import Precision, decode_step
+
+if TYPE_CHECKING:
+    from jaxinfer.llm import LLM
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     model: Annotated[
-        str, typer.Option(help="Folder of a checkpoint or Hugging Face id; the demo model by default.")
-    ] = str(DEMO),
+        str | None, typer.Option(help="Folder of a checkpoint or Hugging Face id; the demo model by default.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of the continuation, at most.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that hold this probability.")] = 0.9,
@@ -35,11 +34,18 @@ def generate(
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share the model.")] = 1,
 ) -> None:
     """Continue PROMPT and stream the text; then print tokens/s, the bandwidth that is, and the machine's limit."""
+    from jaxinfer.decode.sampling_params import SamplingParams
+    from jaxinfer.engine import Options
+    from jaxinfer.llm import DEMO, LLM
+
     try:
         llm = LLM(
-            model, dtype=dtype, max_model_len=max_model_len, tensor_parallel_size=tensor_parallel,
+            DEMO if model is None else model,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            tensor_parallel_size=tensor_parallel,
             options=Options(max_num_seqs=1),
-        )  # fmt: skip
+        )
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
         stream = llm.stream(prompt, params)
         llm.generate(prompt, replace(params, max_tokens=min(2, max_tokens)))  # compiles, so that the stream is timed
@@ -78,6 +84,8 @@ class Clock:
 
 def summary(llm: LLM, prompt_tokens: int, clock: Clock) -> str:
     """One line: speed, the memory traffic that it takes, and what part of the machine's limit that is."""
+    from jaxinfer.machine import measure_machine
+
     if not clock.per_token:
         return f"{clock.before} tokens, no decode step to time"
     config, devices = llm.model.config, llm.model.mesh.size

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from huggingface_hub import hf_hub_download
 from rich.console import Console
 from rich.table import Table
 
-from jaxinfer.cli.measure import measure_machine
 from jaxinfer.cli.units import si
-from jaxinfer.model.config import ModelConfig
-from jaxinfer.model.families import read_config
 from jaxinfer.roofline import (
     Cost,
     Hardware,
@@ -28,6 +24,9 @@ from jaxinfer.roofline import (
     prefill,
 )
 from jaxinfer.roofline.plot import plot_roofline
+
+if TYPE_CHECKING:
+    from jaxinfer.model import ModelConfig
 
 _PACKAGE = Path(__file__).parents[1]
 # A wheel carries the configs inside the package.
@@ -52,6 +51,8 @@ def plan(
     plot: Annotated[Path | None, typer.Option(help="Save the roofline as an image.")] = None,
 ) -> None:
     """Print memory, limits and bounds of MODEL on a machine; exit with 1 if it does not fit."""
+    from jaxinfer.machine import measure_machine
+
     try:
         machine = measure_machine() if hardware == "here" else find_hardware(hardware)
         precision = Precision(weights, cache, activations or _operands(weights))
@@ -90,6 +91,10 @@ def find_model(model: str) -> ModelConfig:
     Raises:
         ValueError: nothing of that name is found, or its config.json cannot be read; the message says why.
     """
+    from huggingface_hub import hf_hub_download
+
+    from jaxinfer.model import read_config
+
     if Path(model).exists():
         return read_config(Path(model))
     if (MODELS / model / "config.json").is_file():

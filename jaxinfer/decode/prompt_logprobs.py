@@ -13,6 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int32
 
 
 @jax.tree_util.register_dataclass
@@ -31,9 +32,9 @@ class PromptLogprobs:
 
 
 def prompt_logprobs(
-    hidden_TD: jax.Array,
-    head_VD: jax.Array,
-    targets_T: jax.Array,
+    hidden_TD: Float[Array, "T D"],
+    head_VD: Float[Array, "V D"],
+    targets_T: Int32[Array, "T"],
     top: int,
     *,
     chunk: int,
@@ -47,7 +48,7 @@ def prompt_logprobs(
     Args:
       hidden_TD: final hidden states, replicated; row t predicts `targets_T[t]`.
       head_VD: output embedding, sharded over "tensor" on the vocabulary (resharded to that if it is not).
-      targets_T: int32, replicated. A target outside the vocabulary has log-probability -inf.
+      targets_T: replicated. A target outside the vocabulary has log-probability -inf.
       top: how many of the likeliest tokens to return, at least 1; the whole vocabulary if that is less.
       chunk: tokens of vocabulary whose logits exist at a time, on each device.
       transform: maps float32 logits elementwise, as a soft cap or a scale does.
@@ -69,9 +70,9 @@ def prompt_logprobs(
 
 
 def _scan_shard(
-    hidden_TD: jax.Array,
-    head_VD: jax.Array,
-    targets_T: jax.Array,
+    hidden_TD: Float[Array, "T D"],
+    head_VD: Float[Array, "V D"],
+    targets_T: Int32[Array, "T"],
     *,
     top: int,
     chunk: int,

@@ -1,17 +1,18 @@
-"""From logits to tokens: penalties, filters and a random draw for each slot of the batch.
+"""From logits to tokens: penalties, filters and a random draw for each row of a step that needs logits.
 
 Everything is a pure function of arrays. Besides the letters of `jaxinfer.dims`: I logit-bias entries of a
 slot, Z stop tokens of a slot, and L, here, the likeliest tokens that are reported.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from jaxinfer.decode.sampling_params import (
     GREEDY_BELOW,
@@ -105,7 +106,10 @@ def _padded(values: Sequence[float], size: int, pad: int, dtype: type[np.generic
 
 
 def install(
-    state: SamplingState, slot: jax.Array | int, packed: dict[str, np.ndarray], prompt_ids_T: jax.Array
+    state: SamplingState,
+    slot: jax.Array | int,
+    packed: Mapping[str, jax.Array | np.ndarray],
+    prompt_ids_T: Int32[Array, "T"],
 ) -> SamplingState:
     """The state with a new request in one slot, its output counts at zero.
 
@@ -170,125 +174,132 @@ def _filters(p: SamplingParams) -> bool:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampled:
-    """The sampler's choice for each slot.
+    """The sampler's choice for each row.
 
     Attributes:
-      tokens_B: int32.
-      logprobs_B: float32, the chosen token's log-probability under the model's own logits; NaN where
+      tokens_W: int32.
+      logprobs_W: float32, the chosen token's log-probability under the model's own logits; NaN where
         `Needs.logprobs` is 0.
-      top_ids_BL, top_logprobs_BL: int32 and float32, the likeliest tokens in falling order, ties by id. L is
+      top_ids_WL, top_logprobs_WL: int32 and float32, the likeliest tokens in falling order, ties by id. L is
         `Needs.logprobs`, or the vocabulary's size if that is less.
     """
 
-    tokens_B: jax.Array
-    logprobs_B: jax.Array
-    top_ids_BL: jax.Array
-    top_logprobs_BL: jax.Array
+    tokens_W: jax.Array
+    logprobs_W: jax.Array
+    top_ids_WL: jax.Array
+    top_logprobs_WL: jax.Array
 
 
-def sample(logits_BV: jax.Array, state: SamplingState, token_index_B: jax.Array, needs: Needs) -> Sampled:
-    """Chooses the next token of every slot.
+def sample(
+    logits_WV: Float32[Array, "W V"], state: SamplingState, token_index_W: Int32[Array, "W"], needs: Needs
+) -> Sampled:
+    """Chooses the next token of every row.
 
-    A slot's token depends on its own logits, parameters, seed and token index only: not on its neighbours, on
+    A row's token depends on its own logits, parameters, seed and token index only: not on its neighbours, on
     its place in the batch, or on what else the batch needs.
 
     Args:
-      logits_BV: float32, not sharded over the vocabulary; -inf bars a token.
-      token_index_B: int32, how many tokens the slot's output has already.
+      logits_WV: not sharded over the vocabulary; -inf bars a token.
+      state: that of each row's slot, row for row; its fields keep the names that they have for all slots.
+      token_index_W: how many tokens the row's output has already.
       needs: what the requests in the batch ask for; `needs(params)` of this module.
     """
-    adjusted_BV = adjust(logits_BV, state, token_index_B) if needs.level == "full" else logits_BV
-    tokens_B = jax.lax.argmax(adjusted_BV, 1, jnp.int32)
+    adjusted_WV = adjust(logits_WV, state, token_index_W) if needs.level == "full" else logits_WV
+    tokens_W = jax.lax.argmax(adjusted_WV, 1, jnp.int32)
     if needs.level != "greedy":
-        scaled_BV = _scale(adjusted_BV, state.temperature_B)
-        kept_BV = truncate(scaled_BV, state) if needs.level == "full" else scaled_BV
+        scaled_WV = _scale(adjusted_WV, state.temperature_B)
+        kept_WV = truncate(scaled_WV, state) if needs.level == "full" else scaled_WV
         # Gumbel-max: argmax(log p + Gumbel noise) is a draw from p (Maddison et al. 2014, section 2).
-        noise_BV = _gumbel(state.seed_B, token_index_B, logits_BV.shape[1])
-        drawn_B = jax.lax.argmax(kept_BV + noise_BV, 1, jnp.int32)
-        tokens_B = jnp.where(state.temperature_B < GREEDY_BELOW, tokens_B, drawn_B)
-    return _report(logits_BV, tokens_B, needs.logprobs)
+        noise_WV = _gumbel(state.seed_B, token_index_W, logits_WV.shape[1])
+        drawn_W = jax.lax.argmax(kept_WV + noise_WV, 1, jnp.int32)
+        tokens_W = jnp.where(state.temperature_B < GREEDY_BELOW, tokens_W, drawn_W)
+    return _report(logits_WV, tokens_W, needs.logprobs)
 
 
-def adjust(logits_BV: jax.Array, state: SamplingState, token_index_B: jax.Array) -> jax.Array:
+def adjust(
+    logits_WV: Float32[Array, "W V"], state: SamplingState, token_index_W: Int32[Array, "W"]
+) -> Float32[Array, "W V"]:
     """Logits after minimum length, logit bias and penalties, in the order of vLLM's sampler.
 
-    A slot that asks for none of them gets its logits back bit for bit: x - 0 and x / 1 are exact.
+    A row that asks for none of them gets its logits back bit for bit: x - 0 and x / 1 are exact.
     """
-    early_B1 = (token_index_B < state.min_tokens_B)[:, None]
-    banned_BZ = jnp.where(early_B1, state.stop_ids_BZ, _PAD)
-    logits_BV = jax.vmap(_ban)(logits_BV, banned_BZ)
-    logits_BV = jax.vmap(_add_at)(logits_BV, state.bias_ids_BI, state.bias_values_BI)
+    early_W1 = (token_index_W < state.min_tokens_B)[:, None]
+    banned_WZ = jnp.where(early_W1, state.stop_ids_BZ, _PAD)
+    logits_WV = jax.vmap(_ban)(logits_WV, banned_WZ)
+    logits_WV = jax.vmap(_add_at)(logits_WV, state.bias_ids_BI, state.bias_values_BI)
 
-    used_BV = state.counts_BV > 0
-    repetition_B1 = state.repetition_B[:, None]
-    repeated_BV = jnp.where(logits_BV > 0, logits_BV / repetition_B1, logits_BV * repetition_B1)
-    logits_BV = jnp.where(used_BV | state.prompt_BV, repeated_BV, logits_BV)
-    logits_BV -= state.frequency_B[:, None] * state.counts_BV.astype(jnp.float32)
-    return logits_BV - state.presence_B[:, None] * used_BV.astype(jnp.float32)
+    used_WV = state.counts_BV > 0
+    repetition_W1 = state.repetition_B[:, None]
+    repeated_WV = jnp.where(logits_WV > 0, logits_WV / repetition_W1, logits_WV * repetition_W1)
+    logits_WV = jnp.where(used_WV | state.prompt_BV, repeated_WV, logits_WV)
+    logits_WV -= state.frequency_B[:, None] * state.counts_BV.astype(jnp.float32)
+    return logits_WV - state.presence_B[:, None] * used_WV.astype(jnp.float32)
 
 
-def _ban(logits_V: jax.Array, ids_Z: jax.Array) -> jax.Array:
+def _ban(logits_V: Float32[Array, "V"], ids_Z: Int32[Array, "Z"]) -> Float32[Array, "V"]:
     return logits_V.at[ids_Z].set(-jnp.inf, mode="drop", wrap_negative_indices=False)
 
 
-def _add_at(logits_V: jax.Array, ids_I: jax.Array, values_I: jax.Array) -> jax.Array:
+def _add_at(
+    logits_V: Float32[Array, "V"], ids_I: Int32[Array, "I"], values_I: Float32[Array, "I"]
+) -> Float32[Array, "V"]:
     return logits_V.at[ids_I].add(values_I, mode="drop", wrap_negative_indices=False)
 
 
-def _scale(logits_BV: jax.Array, temperature_B: jax.Array) -> jax.Array:
-    divisor_B = jnp.where(temperature_B < GREEDY_BELOW, 1.0, temperature_B)
-    return logits_BV / divisor_B[:, None]
+def _scale(logits_WV: Float32[Array, "W V"], temperature_W: Float32[Array, "W"]) -> Float32[Array, "W V"]:
+    divisor_W = jnp.where(temperature_W < GREEDY_BELOW, 1.0, temperature_W)
+    return logits_WV / divisor_W[:, None]
 
 
-def truncate(scaled_BV: jax.Array, state: SamplingState) -> jax.Array:
+def truncate(scaled_WV: Float32[Array, "W V"], state: SamplingState) -> Float32[Array, "W V"]:
     """Logits with -inf wherever min-p, top-k and then top-p of what is left filter a token out.
 
     Each filter keeps the tokens above a threshold, so one sort serves all of them, equal logits are kept or
     filtered together, and the likeliest token always stays. A filter that is off has a threshold that every
-    token meets, so such a slot gets its logits back bit for bit.
+    token meets, so such a row gets its logits back bit for bit.
     """
-    vocab = scaled_BV.shape[1]
-    sorted_BV = jnp.sort(scaled_BV, axis=1, descending=True)
-    min_p_B = sorted_BV[:, 0] + jnp.log(state.min_p_B)
-    k_B = jnp.where(state.top_k_B < 1, vocab, jnp.minimum(state.top_k_B, vocab))
-    floor_B = jnp.maximum(min_p_B, _at_rank(sorted_BV, k_B))
+    vocab = scaled_WV.shape[1]
+    sorted_WV = jnp.sort(scaled_WV, axis=1, descending=True)
+    min_p_W = sorted_WV[:, 0] + jnp.log(state.min_p_B)
+    k_W = jnp.where(state.top_k_B < 1, vocab, jnp.minimum(state.top_k_B, vocab))
+    floor_W = jnp.maximum(min_p_W, _at_rank(sorted_WV, k_W))
 
-    left_BV = jnp.where(sorted_BV >= floor_B[:, None], sorted_BV, -jnp.inf)
-    probs_BV = jax.nn.softmax(left_BV, axis=1)
-    before_BV = jnp.cumsum(probs_BV, axis=1) - probs_BV
-    nucleus_B = (before_BV < state.top_p_B[:, None]).sum(axis=1, dtype=jnp.int32)
-    # Rounding may take the sum past 1 early, so 1 is no bound for a slot that wants no bound.
-    nucleus_B = jnp.where(state.top_p_B < 1, jnp.maximum(nucleus_B, 1), vocab)
-    floor_B = jnp.maximum(floor_B, _at_rank(sorted_BV, nucleus_B))
-    return jnp.where(scaled_BV >= floor_B[:, None], scaled_BV, -jnp.inf)
-
-
-def _at_rank(sorted_BV: jax.Array, rank_B: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(sorted_BV, rank_B[:, None] - 1, axis=1)[:, 0]
+    left_WV = jnp.where(sorted_WV >= floor_W[:, None], sorted_WV, -jnp.inf)
+    probs_WV = jax.nn.softmax(left_WV, axis=1)
+    before_WV = jnp.cumsum(probs_WV, axis=1) - probs_WV
+    nucleus_W = (before_WV < state.top_p_B[:, None]).sum(axis=1, dtype=jnp.int32)
+    # Rounding may take the sum past 1 early, so 1 is no bound for a row that wants no bound.
+    nucleus_W = jnp.where(state.top_p_B < 1, jnp.maximum(nucleus_W, 1), vocab)
+    floor_W = jnp.maximum(floor_W, _at_rank(sorted_WV, nucleus_W))
+    return jnp.where(scaled_WV >= floor_W[:, None], scaled_WV, -jnp.inf)
 
 
-def _gumbel(seed_B: jax.Array, token_index_B: jax.Array, vocab: int) -> jax.Array:
+def _at_rank(sorted_WV: Float32[Array, "W V"], rank_W: Int32[Array, "W"]) -> Float32[Array, "W"]:
+    return jnp.take_along_axis(sorted_WV, rank_W[:, None] - 1, axis=1)[:, 0]
+
+
+def _gumbel(seed_W: UInt32[Array, "W"], token_index_W: Int32[Array, "W"], vocab: int) -> Float32[Array, "W V"]:
     def one(seed: jax.Array, token_index: jax.Array) -> jax.Array:
         # Threefry whatever the process's default: under vmap the rbg generators depend on the batch.
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), token_index)
         # The default's 23 bits would tie the best of 100,000 tokens and never draw one rarer than 1e-7.
         return jax.random.gumbel(key, (vocab,), jnp.float32, mode="high")
 
-    return jax.vmap(one)(seed_B, token_index_B)
+    return jax.vmap(one)(seed_W, token_index_W)
 
 
-def _report(logits_BV: jax.Array, tokens_B: jax.Array, top: int) -> Sampled:
+def _report(logits_WV: Float32[Array, "W V"], tokens_W: Int32[Array, "W"], top: int) -> Sampled:
     if top == 0:
-        slots = tokens_B.shape[0]
-        no_ids_BL, no_logprobs_BL = jnp.zeros((slots, 0), jnp.int32), jnp.zeros((slots, 0), jnp.float32)
-        return Sampled(tokens_B, jnp.full(slots, jnp.nan, jnp.float32), no_ids_BL, no_logprobs_BL)
-    logprobs_BV = jax.nn.log_softmax(logits_BV, axis=1)
-    chosen_B = jnp.take_along_axis(logprobs_BV, tokens_B[:, None], axis=1)[:, 0]
-    top_logprobs_BL, top_ids_BL = jax.lax.top_k(logprobs_BV, min(top, logits_BV.shape[1]))
-    return Sampled(tokens_B, chosen_B, top_ids_BL, top_logprobs_BL)
+        rows = tokens_W.shape[0]
+        no_ids_WL, no_logprobs_WL = jnp.zeros((rows, 0), jnp.int32), jnp.zeros((rows, 0), jnp.float32)
+        return Sampled(tokens_W, jnp.full(rows, jnp.nan, jnp.float32), no_ids_WL, no_logprobs_WL)
+    logprobs_WV = jax.nn.log_softmax(logits_WV, axis=1)
+    chosen_W = jnp.take_along_axis(logprobs_WV, tokens_W[:, None], axis=1)[:, 0]
+    top_logprobs_WL, top_ids_WL = jax.lax.top_k(logprobs_WV, min(top, logits_WV.shape[1]))
+    return Sampled(tokens_W, chosen_W, top_ids_WL, top_logprobs_WL)
 
 
-def count(state: SamplingState, tokens_B: jax.Array, active_B: jax.Array) -> SamplingState:
+def count(state: SamplingState, tokens_B: Int32[Array, "B"], active_B: Bool[Array, "B"]) -> SamplingState:
     """The state after `tokens_B` joined the outputs of the slots where the bool `active_B` holds."""
     slots_B = jnp.arange(tokens_B.shape[0], dtype=jnp.int32)
     counts_BV = state.counts_BV.at[slots_B, tokens_B].add(active_B.astype(jnp.int32))

@@ -39,7 +39,7 @@ class SlotState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Admission:
-    """A request's row of `SlotState`, made on the host.
+    """A request's row of `SlotState`, made on the host by `Programs.admission`.
 
     Attributes:
         tables: one row of page numbers for each cache group, filled with the null page.
@@ -101,10 +101,10 @@ def advance(
     target_W = jnp.where(emits_W, slots_W, slots)  # one past the last: dropped
     rows_W = jnp.minimum(slots_W, slots - 1)
     index_W = state.index_B[rows_W] + 1
-    stops_W = (state.sampling.stop_ids_BZ[rows_W] == sampled.tokens_B[:, None]).any(axis=1)
+    stops_W = (state.sampling.stop_ids_BZ[rows_W] == sampled.tokens_W[:, None]).any(axis=1)
     ended_W = stops_W | (index_W >= state.max_tokens_B[rows_W])
     put = lambda array_B, new_W: array_B.at[target_W].set(new_W, mode="drop")  # noqa: E731
-    token_B = put(state.token_B, sampled.tokens_B)
+    token_B = put(state.token_B, sampled.tokens_W)
     emitted_B = put(jnp.zeros(slots, jnp.bool_), emits_W)
     return replace(
         state,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -16,7 +17,7 @@ from jaxinfer.decode import sampling, slots
 from jaxinfer.decode.batch import Prefill, Rows, make_batch, no_prefill
 from jaxinfer.decode.prompt_logprobs import PromptLogprobs, prompt_logprobs
 from jaxinfer.decode.sampling import Needs, Sampled
-from jaxinfer.decode.sampling_params import MAX_LOGPROBS
+from jaxinfer.decode.sampling_params import MAX_LOGPROBS, SamplingParams
 from jaxinfer.decode.slots import Admission, SlotState
 from jaxinfer.model import Model, Params
 
@@ -114,6 +115,30 @@ class Programs:
         """`steps` decode steps of the first `decode` slots in one program."""
         with jax.set_mesh(self.model.mesh):
             return self._loop(params, state, cache, decode=decode, steps=steps, needs=needs)
+
+    def admission(
+        self, params: SamplingParams, pages: Sequence[Sequence[int]], prompt_ids: Sequence[int] = (),
+        eos_ids: Sequence[int] = (), seed: int = 0,
+    ) -> Admission:  # fmt: skip
+        """A request's row, on the host.
+
+        Args:
+            params: the request's parameters, valid for the model.
+            pages: the request's pages in each cache group, in order.
+            prompt_ids: the prompt, which only the repetition penalty reads.
+            eos_ids, seed: see `sampling.pack`.
+        """
+        width = self.layout.pages_per_row
+        # With a prompt and without are two widths, and two programs.
+        read = prompt_ids if params.repetition_penalty != 1 else ()
+        prompt_T = np.full(self.layout.max_tokens if read else 1, -1, np.int32)
+        prompt_T[: len(read)] = read
+        return Admission(
+            tables=tuple(np.pad(np.asarray(group, np.int32), (0, width - len(group))) for group in pages),
+            max_tokens=np.asarray(params.max_tokens, np.int32),
+            sampling=sampling.pack(params, eos_ids, seed),
+            prompt_T=prompt_T,
+        )
 
     def admit(self, state: SlotState, slot: int, row: Admission) -> SlotState:
         with jax.set_mesh(self.model.mesh):

@@ -85,11 +85,6 @@ class Engine:
         self._lost: list[Request] = []  # by a failed step, to be told
         self._warm: tuple[Needs, ...] = ()  # what `warm_up` compiled, the cheapest first
 
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of the cache over all devices."""
-        return sum(array.nbytes for array in jax.tree.leaves(self._cache))
-
     def problems(self, request: Request) -> list[str]:
         """Why the engine could never run a request, in words; empty when it can."""
         needed, usable = self.scheduler.pages_needed(request), min(pool.usable for pool in self.scheduler.pools)
@@ -149,9 +144,9 @@ class Engine:
         """
         assert not self.scheduler.running
         for penalty in (1.0, 2.0):  # whether the sampler reads the prompt makes two programs of an admission
-            idle = Request(-1, (0,), SamplingParams(max_tokens=1, repetition_penalty=penalty), (), 0)
-            empty = Sequence(idle, 0, tuple([] for _ in self.layout.num_pages))
-            self._state = self.programs.admit(self._state, 0, self._admission(empty))
+            idle = SamplingParams(max_tokens=1, repetition_penalty=penalty)
+            row = self.programs.admission(idle, [()] * len(self.layout.num_pages), prompt_ids=(0,))
+            self._state = self.programs.admit(self._state, 0, row)
         self._state = self.programs.release(self._state, 0)
         for tokens in _powers(SMALLEST_BUCKET, self.options.max_num_batched_tokens):
             prefill, targets_T = lay_out([], tokens, self.layout.slots), next_tokens([], tokens)
@@ -172,16 +167,9 @@ class Engine:
             self._state = self.programs.admit(self._state, sequence.slot, self._admission(sequence))
 
     def _admission(self, sequence: Sequence) -> Admission:
-        request, width = sequence.request, self.layout.pages_per_row
-        # Only the repetition penalty reads the prompt; two widths make two programs.
-        prompt = request.prompt_ids if request.params.repetition_penalty != 1 else ()
-        prompt_T = np.full(self.model.context if prompt else 1, -1, np.int32)
-        prompt_T[: len(prompt)] = prompt
-        return Admission(
-            tables=tuple(np.pad(np.asarray(pages, np.int32), (0, width - len(pages))) for pages in sequence.pages),
-            max_tokens=np.asarray(request.params.max_tokens, np.int32),
-            sampling=sampling.pack(request.params, request.eos_ids, request.seed),
-            prompt_T=prompt_T,
+        request = sequence.request
+        return self.programs.admission(
+            request.params, sequence.pages, request.prompt_ids, request.eos_ids, request.seed
         )
 
     # --- run
@@ -245,7 +233,7 @@ class Engine:
         request, tokens, logprobs, reason = sequence.request, [], [], None
         first, stop_ids = sequence.outputs == 0, request.stop_ids
         for step in np.flatnonzero(output.emits_nW[:, row]).tolist():
-            tokens.append(int(output.sampled.tokens_B[step, row]))
+            tokens.append(int(output.sampled.tokens_W[step, row]))
             if request.params.logprobs is not None:
                 logprobs.append(_chosen(output.sampled, (step, row), request.params.logprobs))
             sequence.outputs += 1
@@ -303,8 +291,8 @@ def _send(output: StepOutput) -> StepOutput:
 
 
 def _chosen(sampled: Sampled, at: tuple[int, int], top: int) -> TokenLogprobs:
-    likeliest = zip(sampled.top_ids_BL[at][:top].tolist(), sampled.top_logprobs_BL[at][:top].tolist(), strict=True)
-    return TokenLogprobs(int(sampled.tokens_B[at]), float(sampled.logprobs_B[at]), tuple(likeliest))
+    likeliest = zip(sampled.top_ids_WL[at][:top].tolist(), sampled.top_logprobs_WL[at][:top].tolist(), strict=True)
+    return TokenLogprobs(int(sampled.tokens_W[at]), float(sampled.logprobs_W[at]), tuple(likeliest))
 
 
 def _keep_prompt_logprobs(chunks: list[Chunk], scored: PromptLogprobs) -> None:

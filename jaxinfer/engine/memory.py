@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 from jaxinfer.cache import page_bytes
+from jaxinfer.machine import host_memory
 from jaxinfer.model import Model
 
 DEVICE_FRACTION = 0.9  # of a device's memory that weights and cache may take; steps need the rest
@@ -33,5 +32,5 @@ def fitting_pages(model: Model, page_size: int, dtype: str) -> int:
 def _room(device) -> float:
     stats = device.memory_stats()
     if stats is None:  # the CPU backend counts nothing
-        return HOST_FRACTION * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / device.client.device_count()
+        return HOST_FRACTION * host_memory() / device.client.device_count()
     return DEVICE_FRACTION * stats["bytes_limit"] - stats["bytes_in_use"]

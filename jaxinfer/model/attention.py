@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ class Scores:
     soft_cap: float | None
 
 
+@runtime_checkable
 class Attends(Protocol):
     """What the model needs of a step: the tokens, their positions, and attention over what came before them."""
 

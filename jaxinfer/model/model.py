@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float32
 
 from jaxinfer.model.attention import Attends
 from jaxinfer.model.config import ModelConfig
@@ -62,7 +63,7 @@ class Model:
     def forward(
         self, params: Sequence[jax.Array], batch: Attends, cache: tuple[Any, ...], layers: int | None = None,
         taps: tuple[int, ...] = (),
-    ) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[Any, ...]]:  # fmt: skip
+    ) -> tuple[Float[Array, "T D"], tuple[Float[Array, "T D"], ...], tuple[Any, ...]]:  # fmt: skip
         """Hidden states of a step's tokens, before the final norm.
 
         Args:
@@ -77,11 +78,13 @@ class Model:
         """
         return self._module(params).forward(batch, cache, self.config.num_layers if layers is None else layers, taps)
 
-    def logits(self, params: Sequence[jax.Array], hidden_WD: jax.Array) -> jax.Array:
-        """float32 logits_WV of hidden states from `forward`, whatever layer they left."""
+    def logits(self, params: Sequence[jax.Array], hidden_WD: Float[Array, "W D"]) -> Float32[Array, "W V"]:
+        """Logits of hidden states from `forward`, whatever layer they left."""
         return self._module(params).logits(hidden_WD)
 
-    def head(self, params: Sequence[jax.Array], hidden_WD: jax.Array):
+    def head(
+        self, params: Sequence[jax.Array], hidden_WD: Float[Array, "W D"]
+    ) -> tuple[Float[Array, "W D"], Float[Array, "V D"], Callable[[jax.Array], jax.Array]]:
         """The pieces of `logits` for callers that go over the vocabulary in chunks.
 
         Returns:

@@ -75,24 +75,29 @@ class StopChecker:
             raise ValueError(f"stop must hold strings that are not empty, got {list(stops)}")
         self._stops = tuple(stops)
         self._held = ""
+        self._early = 0  # characters of what is held in which no stop string may end
         self.matched: str | None = None  # the stop string that ended the text
 
-    def push(self, piece: str) -> tuple[str, bool]:
-        """(text that may be shown now, whether a stop string was reached)."""
+    def push(self, piece: str, may_end: bool = True) -> tuple[str, bool]:
+        """(text that may be shown now, whether a stop string was reached).
+
+        Where `may_end` is false no stop string ends in the piece, but one that ends later may begin there.
+        """
         text = self._held + piece
-        starts = [(text.find(stop), len(stop)) for stop in self._stops]
+        early = self._early if may_end else len(text)
+        starts = [(text.find(stop, max(0, early + 1 - len(stop))), len(stop)) for stop in self._stops]
         matches = [(start + length, start) for start, length in starts if start >= 0]
         if matches:
             end, start = min(matches)
-            self._held, self.matched = "", text[start:end]
+            self._held, self._early, self.matched = "", 0, text[start:end]
             return text[:start], True
         cut = len(text) - self._open_length(text)
-        self._held = text[cut:]
+        self._held, self._early = text[cut:], max(0, early - cut)
         return text[:cut], False
 
     def flush(self) -> str:
         """What was held back, when the generation ends without a stop string."""
-        rest, self._held = self._held, ""
+        rest, self._held, self._early = self._held, "", 0
         return rest
 
     def _open_length(self, text: str) -> int:

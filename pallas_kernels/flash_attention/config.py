@@ -15,7 +15,7 @@ from pallas_kernels.blockwise import Options, PagedKV
 MAX_SHARED_BYTES = 227 * 1024  # of a block on Hopper
 ALIGNMENT = 1024  # of every buffer
 CONSUMERS = 2  # warpgroups that compute
-HEAD_SIZES = (64, 96, 128, 256)
+HEAD_SIZES = (64, 128, 256)
 DTYPES = ("bfloat16", "float16")
 QUANTIZED_DTYPES = ("int8", "float8_e4m3fn")
 

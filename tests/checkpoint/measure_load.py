@@ -1,6 +1,6 @@
 """Loads a checkpoint and prints by how many bytes the process's resident memory grew at its peak.
 
-    python measure_load.py FOLDER DEVICES ...
+    python -m tests.checkpoint.measure_load FOLDER DEVICES ...
 
 One line for each number of devices: that growth, and the bytes of the parameters. Resident memory is the kernel's own
 high-water mark (VmHWM): the arrays themselves, which live in host memory on CPU devices, buffers, and mapped pages of

@@ -15,6 +15,7 @@ from jaxinfer.checkpoint.assembly import Assembly
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 
+ROOT = Path(__file__).parents[2]
 BEYOND = 250 * 10**6  # bytes that the host may need besides the model
 CONFIG = {
     "vocab_size": 64000, "num_hidden_layers": 8,
@@ -44,9 +45,8 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of resident memory")
 def test_resident_memory_grows_by_the_model_and_little_more(folder):
     devices = [1, 8]
-    script = Path(__file__).with_name("measure_load.py")
-    command = [sys.executable, str(script), str(folder), *map(str, devices)]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    command = [sys.executable, "-m", "tests.checkpoint.measure_load", str(folder), *map(str, devices)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.splitlines()
     for count, line in zip(devices, said, strict=True):
         growth, size = map(int, line.split())
         assert size == pytest.approx(500e6, rel=0.05)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import jax
@@ -111,3 +112,20 @@ def test_help_lists_the_commands():
     assert result.exit_code == 0
     for command in ("generate", "plan", "doctor", "convert", "train"):
         assert re.search(rf"\b{command}\b", result.output), command
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"]])
+def test_help_is_there_before_jax(arguments):
+    """In a process of its own: a command imports what it needs when it runs."""
+    program = """
+        import sys
+        from jaxinfer.cli import app
+        try:
+            app(sys.argv[1:])
+        finally:
+            assert not {"jax", "numpy", "huggingface_hub"} & set(sys.modules)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout

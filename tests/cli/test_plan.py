@@ -65,7 +65,7 @@ def test_weights_that_are_too_large_are_named():
 
 
 def test_here_is_the_measured_machine(monkeypatch):
-    monkeypatch.setattr("jaxinfer.cli.plan.measure_machine", lambda: find_hardware("h200-measured"))
+    monkeypatch.setattr("jaxinfer.machine.measure_machine", lambda: find_hardware("h200-measured"))
     result = run("llama-3.2-1b", "--hardware", "here")
     assert result.exit_code == 0, result.output
     assert "LlamaForCausalLM on h200-measured" in result.output

@@ -37,7 +37,7 @@ truncate_jit = jax.jit(truncate)
 def states(batch: list[SamplingParams], vocab: int, seeds=None) -> SamplingState:
     """A state with one request in each slot, none of them with a prompt or an output."""
     seeds = range(len(batch)) if seeds is None else seeds
-    rows = [pack(params, EOS, seed) for params, seed in zip(batch, seeds, strict=True)]
+    rows = [pack(params, EOS, int(seed)) for params, seed in zip(batch, seeds, strict=True)]
     stacked = {name: jnp.asarray(np.stack([row[name] for row in rows])) for name in rows[0]}
     return dataclasses.replace(empty(len(batch), vocab), **stacked)
 
@@ -117,7 +117,7 @@ def test_penalties_biases_and_minimum_length_follow_their_definition():
     for slot, params in enumerate(batch):
         state = install_jit(state, slot, pack(params, EOS, slot), prompts_BT[slot])
     for tokens_B in outputs_BT.T:
-        state = count(state, tokens_B, jnp.ones(len(batch), jnp.bool_))
+        state = count(state, jnp.asarray(tokens_B), jnp.ones(len(batch), jnp.bool_))
 
     expected_BV = logits_BV.astype(np.float64)
     for x_V, params, prompt_T, output_T in zip(expected_BV, batch, prompts_BT, outputs_BT, strict=True):
@@ -152,7 +152,7 @@ def test_stop_tokens_are_barred_exactly_until_min_tokens():
     logits_V = np.zeros(VOCAB, np.float32)
     logits_V[[EOS[0], 6]] = 50, 49
     state, index_B = copies(SamplingParams(min_tokens=3, stop_token_ids=[6]), vary="token index")
-    tokens_B = np.asarray(sample_jit(np.tile(logits_V, (SLOTS, 1)), state, index_B, FULL).tokens_B)
+    tokens_B = np.asarray(sample_jit(np.tile(logits_V, (SLOTS, 1)), state, index_B, FULL).tokens_W)
     assert not set(tokens_B[:3].tolist()) & {EOS[0], 6}
     assert set(tokens_B[3:].tolist()) == {EOS[0], 6}
 
@@ -161,7 +161,7 @@ def test_masked_tokens_are_never_drawn():
     logits_V = np.full(VOCAB, -np.inf, np.float32)
     logits_V[[4, 11]] = 0.0
     for params in (SamplingParams(temperature=100.0), SamplingParams(top_p=0.99, min_p=0.1, presence_penalty=1.0)):
-        tokens_B = sample_jit(np.tile(logits_V, (SLOTS, 1)), *copies(params), FULL).tokens_B
+        tokens_B = sample_jit(np.tile(logits_V, (SLOTS, 1)), *copies(params), FULL).tokens_W
         assert set(np.asarray(tokens_B).tolist()) == {4, 11}
 
 
@@ -187,7 +187,7 @@ def test_draws_have_the_distribution(params, vary):
     kept_V = filtered(target_V, params.top_k, params.top_p, params.min_p)
     p_V = scipy.special.softmax(np.where(kept_V, target_V, -np.inf))
 
-    tokens_B = sample_jit(np.tile(logits_V, (SLOTS, 1)), *copies(params, vary), needs([params])).tokens_B
+    tokens_B = sample_jit(np.tile(logits_V, (SLOTS, 1)), *copies(params, vary), needs([params])).tokens_W
     observed_V = np.bincount(tokens_B, minlength=VOCAB)
     assert observed_V[~kept_V].sum() == 0
     expected_V = SLOTS * p_V[kept_V]
@@ -209,7 +209,7 @@ def test_neighbours_place_and_level_do_not_change_a_token():
 
     def tokens(order: list[int], level: Needs) -> dict[int, int]:
         state = states([(plain + rich)[i] for i in order], vocab, seeds[order])
-        tokens_B = sample_jit(logits_BV[order], state, index_B[order], level).tokens_B
+        tokens_B = sample_jit(logits_BV[order], state, index_B[order], level).tokens_W
         return dict(zip(order, np.asarray(tokens_B).tolist(), strict=True))
 
     together = tokens(list(range(2 * slots)), FULL)
@@ -243,18 +243,18 @@ def test_logprobs_are_those_of_the_models_own_logits(vocab, level):
     order_BL = np.argsort(-expected_BV, axis=1, kind="stable")[:, :20]
     # Sums of up to 100 float32 terms, and a subtraction of numbers below 16.
     close = {"rtol": 0, "atol": 32 * np.finfo(np.float32).eps}
-    chosen_B1 = np.asarray(sampled.tokens_B)[:, None]
+    chosen_B1 = np.asarray(sampled.tokens_W)[:, None]
     np.testing.assert_allclose(
-        sampled.logprobs_B[:, None], np.take_along_axis(expected_BV, chosen_B1, axis=1), **close
+        sampled.logprobs_W[:, None], np.take_along_axis(expected_BV, chosen_B1, axis=1), **close
     )
-    np.testing.assert_array_equal(sampled.top_ids_BL, order_BL)
-    np.testing.assert_allclose(sampled.top_logprobs_BL, np.take_along_axis(expected_BV, order_BL, axis=1), **close)
+    np.testing.assert_array_equal(sampled.top_ids_WL, order_BL)
+    np.testing.assert_allclose(sampled.top_logprobs_WL, np.take_along_axis(expected_BV, order_BL, axis=1), **close)
 
 
 def test_logprobs_that_nobody_asked_for_are_absent():
     sampled = sample_jit(random_logits(3, 20, seed=10), empty(3, 20), indices(3), GREEDY)
-    assert sampled.top_ids_BL.shape == sampled.top_logprobs_BL.shape == (3, 0)
-    assert np.isnan(sampled.logprobs_B).all()
+    assert sampled.top_ids_WL.shape == sampled.top_logprobs_WL.shape == (3, 0)
+    assert np.isnan(sampled.logprobs_W).all()
 
 
 def test_the_sampler_runs_the_same_on_a_mesh_of_explicit_axes():
@@ -267,7 +267,7 @@ def test_the_sampler_runs_the_same_on_a_mesh_of_explicit_axes():
         for slot, params in enumerate(batch):
             state = install(state, slot, pack(params, EOS, slot), prompt_T)
         sampled = sample(logits_BV, state, jnp.zeros(2, jnp.int32), needs(batch))
-        return sampled, count(state, sampled.tokens_B, jnp.ones(2, jnp.bool_))
+        return sampled, count(state, sampled.tokens_W, jnp.ones(2, jnp.bool_))
 
     expected = jax.jit(step)(empty(2, vocab), logits_BV, prompt_T)
     mesh = jax.make_mesh((1, 8), ("pipe", "tensor"), axis_types=(AxisType.Explicit,) * 2)

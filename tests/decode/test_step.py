@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from jaxinfer.decode.batch import Prefill
-from jaxinfer.decode.sampling import Needs, pack
+from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.decode.slots import Admission
 from jaxinfer.decode.step import Layout, Programs, StepOutput
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
@@ -38,10 +37,9 @@ class Run:
         # What nobody wrote must not be read.
         self.cache = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), cache)
         pages = [np.random.default_rng(group).permutation(np.arange(1, SLOTS * PAGES + 1)) for group in (0, 1)]
-        sampling = pack(SamplingParams(temperature=0.0), (), 0)
         for slot in range(len(PROMPTS)):
-            tables = tuple(group[slot * PAGES : (slot + 1) * PAGES].astype(np.int32) for group in pages)
-            row = Admission(tables, np.asarray(MAX_TOKENS, np.int32), sampling, np.full(1, -1, np.int32))
+            own = [group[slot * PAGES : (slot + 1) * PAGES] for group in pages]
+            row = self.programs.admission(SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS), own)
             self.state = self.programs.admit(self.state, slot, row)
 
     def step(self, pieces: list[tuple[int, int, int]], decode: int = 0) -> StepOutput:
@@ -90,9 +88,9 @@ def assert_same(found: StepOutput, row: int, expected: StepOutput, expected_row:
         jax.tree.map(lambda array, at=at: array[at], output.sampled)
         for output, at in ((found, (step, row)), (expected, (0, expected_row)))
     )
-    assert ours.tokens_B == theirs.tokens_B
-    np.testing.assert_allclose(ours.logprobs_B, theirs.logprobs_B, **CLOSE)
-    np.testing.assert_allclose(ours.top_logprobs_BL, theirs.top_logprobs_BL, **CLOSE)
+    assert ours.tokens_W == theirs.tokens_W
+    np.testing.assert_allclose(ours.logprobs_W, theirs.logprobs_W, **CLOSE)
+    np.testing.assert_allclose(ours.top_logprobs_WL, theirs.top_logprobs_WL, **CLOSE)
 
 
 def test_prefill_in_chunks_equals_prefill_at_once(start):
@@ -126,7 +124,7 @@ def test_a_mixed_step_equals_separate_ones(start):
 def test_a_loop_equals_single_steps_and_ends_where_they_do(start):
     looped, stepped = start(), start()
     firsts = [run.step([whole(0), whole(1)]) for run in (looped, stepped)]
-    np.testing.assert_array_equal(firsts[0].sampled.tokens_B, firsts[1].sampled.tokens_B)
+    np.testing.assert_array_equal(firsts[0].sampled.tokens_W, firsts[1].sampled.tokens_W)
     emitted = np.ones(2, int)
     for _ in range(2):
         loop = looped.loop()

@@ -4,8 +4,9 @@ import pytest
 
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Options
+from jaxinfer.llm import LLM
 from jaxinfer.outputs import RequestOutput
-from tests.engine.tiny import EOS, assert_clean, assert_warm, tiny_llm, warm_llm
+from tests.engine.tiny import EOS, assert_clean, assert_warm, tiny_folder, warm_llm
 
 # Every way to choose and to end, at once. All of them need the whole sampler, which keeps the programs few.
 REQUESTS = [
@@ -26,7 +27,7 @@ FEW = Options(max_num_seqs=2, max_num_batched_tokens=64, page_size=16, num_pages
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> list[RequestOutput]:
     """What every request gives with an engine to itself."""
-    llm = tiny_llm(tmp_path_factory.getbasetemp(), ALONE)
+    llm = LLM(tiny_folder(tmp_path_factory.getbasetemp()), options=ALONE)
     return [llm.generate([prompt], params)[0] for prompt, params in REQUESTS]
 
 
@@ -41,7 +42,7 @@ def test_the_requests_end_in_every_way(alone):
 
 def test_the_batch_does_not_matter(alone, tmp_path_factory):
     root = tmp_path_factory.getbasetemp()
-    four_at_a_time, two_at_a_time = warm_llm(root), tiny_llm(root, FEW)
+    four_at_a_time, two_at_a_time = warm_llm(root), LLM(tiny_folder(root), options=FEW)
     for llm in (four_at_a_time, two_at_a_time):
         assert llm.generate(*zip(*REQUESTS, strict=True)) == alone
         assert_clean(llm)

@@ -13,7 +13,7 @@ from jaxinfer.engine import Request
 from jaxinfer.engine.pages import PagePool
 from jaxinfer.engine.scheduler import Chunk, Scheduler, lay_out, next_tokens
 
-FEW = settings(max_examples=30, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FEW = settings(max_examples=30, stateful_step_count=30, suppress_health_check=[HealthCheck.too_slow])
 LAYOUT = Layout(slots=4, page_size=4, num_pages=(9, 13), max_tokens=32, cache_dtype="float32")
 
 

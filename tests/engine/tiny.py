@@ -69,16 +69,10 @@ def tiny_folder(root: Path) -> Path:
     return write_checkpoint(root / "tiny")
 
 
-def tiny_llm(root: Path, options: Options) -> LLM:
-    return LLM(tiny_folder(root), options=options)
-
-
 @functools.cache
 def warm_llm(root: Path) -> LLM:
     """The one engine of a session that most tests share, so that its programs compile once."""
-    llm = tiny_llm(root, OPTIONS)
-    llm.engine.warm_up()
-    return llm
+    return LLM(tiny_folder(root), options=OPTIONS, warm_up=True)
 
 
 def assert_warm(llm: LLM) -> None:

@@ -82,7 +82,7 @@ def check_quantized(inputs: Inputs, dtype, kv_dtype, **config):
         q, PagedKV(k, v, k_scales, v_scales), table, cu_q, lengths, sinks, options, **config
     )
     exact_out, exact_lse = oracle(inputs)
-    largest_value = max(np.abs(kv[1]).max(initial=0) for kv in inputs.kv)
+    largest_value = max(np.nanmax(np.abs(kv[1]), initial=0) for kv in inputs.kv)  # what is never seen is NaN
     assert_close([out], [exact_out], atol=float(jnp.finfo(dtype).eps) * largest_value + ATOL)
     assert_close([lse], [exact_lse])
 
@@ -90,7 +90,7 @@ def check_quantized(inputs: Inputs, dtype, kv_dtype, **config):
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize(
     ("kv_dtype", "dtype", "head_size"),
-    [("int8", jnp.bfloat16, 64), ("float8_e4m3fn", jnp.float16, 96), ("float8_e4m3fn", jnp.bfloat16, 256)],
+    [("int8", jnp.bfloat16, 64), ("float8_e4m3fn", jnp.float16, 128), ("float8_e4m3fn", jnp.bfloat16, 256)],
 )
 def test_interpreted_quantized_pages(kv_dtype, dtype, head_size):
     case = Case((150, 30), (70, 30), g=1, page_size=32, kv_heads=1, head_size=head_size, window=60, soft_cap=3.0)
@@ -150,7 +150,7 @@ def test_a_contiguous_cache_lowers_as_one_page_per_sequence():
     ("change", "reason"),
     [
         ({"dtype": jnp.float32}, "q.dtype is float32; allowed: bfloat16, float16"),
-        ({"head_size": 80}, "head size is 80; allowed: 64, 96, 128, 256"),
+        ({"head_size": 80}, "head size is 80; allowed: 64, 128, 256"),
         ({"page_size": 24}, "pages hold 24 tokens"),
         ({"kv_dtype": jnp.float8_e5m2}, "k_pages.dtype is float8_e5m2; allowed: bfloat16, int8, float8_e4m3fn"),
         ({"scale": -1.0}, "scale is -1.0; allowed: above 0"),
@@ -188,11 +188,11 @@ ON_A_GPU = {
     "edges of pages of 16": (Case((0, 1, 15, 16, 17, 257), (0, 1, 15, 16, 17, 257), g=1, page_size=16), 64),
     "edges of pages of 64": (Case((63, 64, 65, 1009), (63, 64, 65, 499), g=2, page_size=64, sinks=True), 128),
     "edges of pages of 128": (Case((127, 128, 129), (127, 1, 129), g=3, page_size=128, window=31, soft_cap=9.0), 256),
-    "primes": (Case((1009, 499, 2), (1009, 7, 2), g=4, page_size=32, soft_cap=30.0), 96),
+    "primes": (Case((1009, 499, 2), (1009, 7, 2), g=4, page_size=32, soft_cap=30.0), 64),
     "window of one key": (Case((300, 77), (300, 77), g=5, page_size=32, window=1, sinks=True), 128),
     "window over blocks": (Case((1500, 333), (700, 20), g=7, page_size=16, window=301), 128),
     "eight heads a group": (Case((700, 300), (300, 300), g=8, page_size=64, window=128, sinks=True), 64),
-    "twelve heads a group": (Case((611,), (611,), g=12, page_size=128, kv_heads=1, sinks=True, soft_cap=5.0), 96),
+    "twelve heads a group": (Case((611,), (611,), g=12, page_size=128, kv_heads=1, sinks=True, soft_cap=5.0), 256),
     "many heads": (Case((401,), (150,), g=32, page_size=32, kv_heads=1, window=200), 256),
     "71 heads": (Case((401,), (150,), g=71, page_size=16, kv_heads=1), 64),
     "a long context": (Case((131_072,), (64,), g=4, page_size=64, kv_heads=1), 128),

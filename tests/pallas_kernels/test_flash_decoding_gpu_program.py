@@ -5,7 +5,6 @@ The interpreter has no register operand for wgmma and no signals between CTAs, s
 schedule, masks, hand-overs and stores are those of the GPU.
 """
 
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.blockwise import Options, PagedKV
-from pallas_kernels.flash_decoding import flash_decoding, mosaic_gpu, xla
+from pallas_kernels.flash_decoding import flash_decoding, mosaic_gpu
 from pallas_kernels.flash_decoding.config import HEAD_SIZES, SHARED_MEMORY, Config, choose, shared_memory
 from tests.pallas_kernels.cases import ATOL, Case, Inputs, assert_close, oracle
 from tests.pallas_kernels.gpu_program import interpreted, lower
@@ -177,13 +176,14 @@ def rms(x, exact) -> float:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ON_A_GPU)
-def test_on_a_gpu_as_exact_as_xla_and_the_same_twice(name):
+def test_on_a_gpu_as_exact_as_16_bits_allow_and_the_same_twice(name):
+    """XLA is no measure for one query: it fuses the second product and leaves out the rounding of the weights."""
     dtype = (jnp.bfloat16, jnp.float16)[list(ON_A_GPU).index(name) % 2]
-    inputs = Inputs(replace(ON_A_GPU[name]))
+    inputs = Inputs(ON_A_GPU[name])
     inputs.round_to(dtype)
     out, lse = run(mosaic_gpu.flash_decoding, inputs, dtype)
     exact_out, exact_lse = oracle(inputs)
-    assert rms(out, exact_out) <= 1.1 * rms(run(xla.flash_decoding, inputs, dtype)[0], exact_out)
+    assert rms(out, exact_out) <= 1.1 * rms(oracle(inputs, dtype)[0], exact_out)
     assert_close([lse], [exact_lse], atol=1e-3)  # tanh.approx and ex2.approx: 2^-11 and 2^-22 of scores up to soft_cap
     again = run(mosaic_gpu.flash_decoding, inputs, dtype)
     np.testing.assert_array_equal(out, again[0])

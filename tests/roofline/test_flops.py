@@ -8,38 +8,20 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxinfer.model.config import LayerConfig, ModelConfig
+from jaxinfer.model.config import ModelConfig
 from jaxinfer.model.model import Model
-from jaxinfer.model.rope import Rope
 from jaxinfer.parallel import TENSOR, make_mesh
 from jaxinfer.roofline.step import decode_step, prefill
-
-
-def dense(**changes) -> ModelConfig:
-    """Two layers whose work is nearly all matmuls, as in a real model, and a third of it attention's."""
-    layers = (LayerConfig(Rope(10_000.0, 64)),) * 2
-    fields = {
-        "architecture": "LlamaForCausalLM",
-        "vocab_size": 512,
-        "hidden_size": 96,
-        "intermediate_size": 192,
-        "num_heads": 8,
-        "num_kv_heads": 2,
-        "head_size": 64,
-        "layers": layers,
-        "context": 1024,
-        "norm_eps": 1e-5,
-        "dtype": "float32",
-    }
-    return ModelConfig(**(fields | changes))
-
+from tests.roofline.small import small
 
 MODELS = {
-    "grouped heads": dense(),
-    "one head per query": dense(num_kv_heads=8, tied_embeddings=True),
-    "plain MLP, biases": dense(gated_mlp=False, activation="gelu", norm="layer", norm_bias=True, qkv_bias=True),
-    "four norms": dense(post_norm=True, qk_norm="head"),
-    "parallel block": dense(num_kv_heads=1, parallel_block=True, gated_mlp=False, activation="gelu"),
+    "grouped heads": small(dtype="float32"),
+    "one head per query": small(dtype="float32", num_kv_heads=8, tied_embeddings=True),
+    "plain MLP, biases": small(
+        dtype="float32", gated_mlp=False, activation="gelu", norm="layer", norm_bias=True, qkv_bias=True
+    ),
+    "four norms": small(dtype="float32", post_norm=True, qk_norm="head"),
+    "parallel block": small(dtype="float32", num_kv_heads=1, parallel_block=True, gated_mlp=False, activation="gelu"),
 }
 
 

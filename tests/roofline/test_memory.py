@@ -11,29 +11,17 @@ from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import Layout
 from jaxinfer.engine import Options, Request
 from jaxinfer.engine.scheduler import Scheduler
-from jaxinfer.model.config import LayerConfig, ModelConfig, MoEConfig
+from jaxinfer.model.config import MoEConfig
 from jaxinfer.model.model import Model
-from jaxinfer.model.rope import Rope
 from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline.hardware import DATASHEETS
 from jaxinfer.roofline.memory import page_bytes, plan_memory, sequence_bytes, weight_memory
 from jaxinfer.roofline.precision import BF16, Precision
 from jaxinfer.roofline.shapes import parameters
+from tests.roofline.small import small, sparse, windowed
 
-ROPE = Rope(10_000.0, 16)
-WINDOWED = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=96,
-    num_heads=8,
-    num_kv_heads=2,
-    head_size=16,
-    layers=(LayerConfig(ROPE), LayerConfig(ROPE, window=20), LayerConfig(ROPE, window=20)),
-    context=512,
-    norm_eps=1e-5,
-)
-SPARSE = (LayerConfig(ROPE), LayerConfig(ROPE, moe=MoEConfig(8, 2, 32, bias=True)))
+WINDOWED = small(layers=windowed(None, 20, 20))
+SPARSE = sparse(MoEConfig(8, 2, 32, bias=True))
 VARIANTS = {
     "windows": WINDOWED,
     "experts with biases": dataclasses.replace(WINDOWED, layers=SPARSE, sinks=True, qkv_bias=True, o_bias=True),
@@ -87,7 +75,7 @@ def test_page_bytes_are_those_of_the_cache(devices, dtype):
 
 
 def test_a_narrow_page_has_a_scale_for_every_key_and_value():
-    page_SKH, scales_SK = jnp.zeros((8, 2, 16), jnp.int8), jnp.zeros((8, 2), jnp.float32)
+    page_SKH, scales_SK = jnp.zeros((8, 2, 64), jnp.int8), jnp.zeros((8, 2), jnp.float32)
     layers = 2
     expected = layers * 2 * (page_SKH.nbytes + scales_SK.nbytes)
     assert page_bytes(WINDOWED, 20, 8, Precision(cache="int8")) == expected

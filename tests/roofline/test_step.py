@@ -5,28 +5,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxinfer.model.config import LayerConfig, ModelConfig, MoEConfig
-from jaxinfer.model.rope import Rope
+from jaxinfer.model.config import MoEConfig
 from jaxinfer.roofline.cost import Cost, Work
 from jaxinfer.roofline.hardware import DATASHEETS, MEASURED
 from jaxinfer.roofline.precision import Precision
 from jaxinfer.roofline.step import compute_bound_batch, decode_step, experts_touched, prefill, query_key_pairs
+from tests.roofline.small import small, sparse, windowed
 
 H200 = MEASURED["h200-measured"]
-ROPE = Rope(10_000.0, 64)
-DENSE = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=1024,
-    hidden_size=512,
-    intermediate_size=2048,
-    num_heads=8,
-    num_kv_heads=4,
-    head_size=64,
-    layers=(LayerConfig(ROPE), LayerConfig(ROPE, window=100)),
-    context=8192,
-    norm_eps=1e-5,
-)
-SPARSE = dataclasses.replace(DENSE, layers=(LayerConfig(ROPE), LayerConfig(ROPE, moe=MoEConfig(16, 2, 256))))
+DENSE = small(
+    hidden_size=512, intermediate_size=2048, num_kv_heads=4, layers=windowed(None, 100), context=8192
+)  # fmt: skip
+SPARSE = dataclasses.replace(DENSE, layers=sparse(MoEConfig(16, 2, 256)))
 counts = st.integers(1, 300)
 
 

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.text import IncrementalDecoder, StopChecker
@@ -31,7 +31,6 @@ def test_pieces_are_whole_and_make_up_the_text(tokenizer, text):
         assert all("\ufffd" not in piece for piece in pieces)
 
 
-@settings(deadline=None)
 @given(kind=KINDS, text=UNICODE)
 def test_pieces_make_up_any_text(tokenizers_by_kind, kind, text):
     tokenizer = tokenizers_by_kind[kind]
@@ -39,7 +38,6 @@ def test_pieces_make_up_any_text(tokenizers_by_kind, kind, text):
     assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-@settings(deadline=None)
 @given(kind=KINDS, data=st.data())
 def test_any_tokens_stream_to_their_text_when_it_is_valid(tokenizers_by_kind, kind, data):
     tokenizer = tokenizers_by_kind[kind]
@@ -91,9 +89,9 @@ def test_cost_of_a_token_does_not_grow(tokenizer, text, monkeypatch):
     assert streamed == decode(tokenizer, ids) or set(streamed) == {"\ufffd"}
 
 
-def naive_stop(text, stops):
-    """The definition: read character by character, end at the first stop string that is complete."""
-    for end in range(1, len(text) + 1):
+def naive_stop(text, stops, early=0):
+    """The definition: read character by character, end at the first stop string that is complete past `early`."""
+    for end in range(early + 1, len(text) + 1):
         ended = [stop for stop in stops if text[:end].endswith(stop)]
         if ended:
             return text[: end - max(map(len, ended))], True
@@ -113,13 +111,32 @@ def check_pieces(pieces, stops):
 LETTERS = st.text("ab", max_size=5)
 
 
-@settings(deadline=None)
 @given(pieces=st.lists(LETTERS, max_size=8), stops=st.lists(LETTERS.filter(bool), max_size=3))
 def test_stops_do_not_depend_on_where_pieces_are_cut(pieces, stops):
     assert check_pieces(pieces, stops) == naive_stop("".join(pieces), stops)
 
 
-@settings(deadline=None)
+@given(
+    early=st.lists(LETTERS, max_size=4),
+    pieces=st.lists(LETTERS, max_size=4),
+    stops=st.lists(LETTERS.filter(bool), max_size=3),
+)
+def test_no_stop_ends_early_and_each_may_begin_there(early, pieces, stops):
+    checker, shown = StopChecker(stops), ""
+    for piece in early:
+        emitted, stopped = checker.push(piece, may_end=False)
+        assert not stopped
+        shown += emitted
+    for piece in pieces:
+        emitted, stopped = checker.push(piece)
+        shown += emitted
+        if stopped:
+            break
+    else:
+        shown, stopped = shown + checker.flush(), False
+    assert (shown, stopped) == naive_stop("".join(early + pieces), stops, len("".join(early)))
+
+
 @given(pieces=st.lists(LETTERS, max_size=8), stops=st.lists(LETTERS.filter(bool), max_size=3))
 def test_only_the_possible_beginning_of_a_stop_is_held(pieces, stops):
     checker, shown, text = StopChecker(stops), "", ""

@@ -1,13 +1,12 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.text import Tokenizer
 
 
-@settings(deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_every_unicode_text_survives_the_byte_level_round_trip(tokenizers_by_kind, text):
     tokenizer = tokenizers_by_kind["byte_level"]

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.training.data import HELD_OUT, end_of_text, epochs, held_out_rows, read_library, tokenize_library
@@ -45,7 +45,6 @@ def test_a_tokenizer_without_the_end_token_is_refused():
         end_of_text(tokenizers.Tokenizer(tokenizers.models.BPE()))
 
 
-@settings(deadline=None)
 @given(
     row=st.integers(1, 9),
     batch=st.integers(1, 4),
@@ -77,7 +76,6 @@ def test_a_stream_shorter_than_a_batch_is_refused():
         next(epochs(51, 10, 5, np.random.default_rng(0)))
 
 
-@settings(deadline=None)
 @given(length=st.integers(2, 60), row=st.integers(1, 9), batch=st.integers(1, 4))
 def test_held_out_rows_predict_each_token_once(length, row, batch):
     tokens_T = np.arange(1, length + 1, dtype=np.uint16)

@@ -1,4 +1,4 @@
-"""The ceilings of this machine: what its memory and its matmuls reach when nothing else is asked of them."""
+"""This machine: its memory, and its ceilings, what memory and matmuls reach when nothing else is asked of them."""
 
 from __future__ import annotations
 
@@ -35,8 +35,12 @@ def measure_machine() -> Hardware:
 
 def device_memory(stats: dict[str, int] | None) -> int:
     """Bytes that a program can have: the limit in a device's `memory_stats()`, or the host's memory without one."""
-    limit = (stats or {}).get("bytes_limit")
-    return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return (stats or {}).get("bytes_limit") or host_memory()
+
+
+def host_memory() -> int:
+    """Bytes of the host's memory, in use or not."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _bandwidth(platform: str) -> float:
