@@ -18,11 +18,16 @@ from typing import Any
 from benchmarks.record import RESULTS, Record, parts
 
 README = Path(__file__).parents[1] / "README.md"
-FILES = (("decode.json", "anchors.json"), ("kernels.json", "kernel_anchors.json"))  # rows come in this order
+FILES = (
+    ("decode_kernels.json",),
+    ("decode.json", "anchors.json"),
+    ("kernels.json", "kernel_anchors.json"),
+)  # rows come in this order
 NAMES = {
     "mosaic_gpu": "**jaxinfer**",
     "xla": "**jaxinfer**, XLA attention",
-    "plan": "*predicted by `jaxinfer plan`*",
+    "plan with the kernels": "*predicted by `jaxinfer plan`*",
+    "plan": "*predicted by `jaxinfer plan`, XLA attention*",
 }
 KERNEL_NAMES = {
     "mosaic_gpu": "**jaxinfer**",
@@ -99,9 +104,9 @@ def render(text: str, folder: Path) -> str:
     return _MARKED.sub(lambda match: match[1] + sections[match[2]] + match[3], text)
 
 
-def read(folder: Path, ours: str, others: str) -> list[dict[str, Any]]:
+def read(folder: Path, ours: str, *others: str) -> list[dict[str, Any]]:
     """The parts of our own file and of that of other systems; none without our own."""
-    paths = [folder / name for name in (ours, others) if (folder / ours).exists()]
+    paths = [folder / name for name in (ours, *others) if (folder / ours).exists()]
     return [part for path in paths if path.exists() for part in parts(json.loads(path.read_text()))]
 
 
