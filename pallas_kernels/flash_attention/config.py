@@ -58,7 +58,8 @@ class Config:
         return max(1, self.block_kv // page_size)
 
 
-# Measured for heads of 128 in 16 bits, against blocks of 64 keys; guesses for the others. By head size, and whether the pages are quantized.
+# By head size, and whether the pages are quantized. Measured for heads of 128 in 16 bits, against blocks of 64 keys;
+# the others are guesses.
 TUNED_H200 = {
     (64, False): Config(block_kv=128, stages=3),
     (128, False): Config(block_kv=128, stages=2),
