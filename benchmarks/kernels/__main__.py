@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxinfer.cli.measure import measure_machine
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.kernels.measure import DEFAULT_L2, Bench, measure_case
@@ -25,6 +24,7 @@ from benchmarks.kernels.plot import lines, plot_speeds
 from benchmarks.kernels.timing import Effort
 from benchmarks.kernels.tune import tune
 from benchmarks.record import RESULTS, Failure, Record, device_folder, environment, parts, update
+from jaxinfer.machine import measure_machine
 from jaxinfer.roofline import MEASURED, Hardware, find_by_device
 
 QUICK = Effort(seconds=0.005)
