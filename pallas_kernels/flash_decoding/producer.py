@@ -1,0 +1,82 @@
+"""The warpgroup of the decode kernel that loads: it copies queries and tiles as buffers become free."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.blockwise import Options
+from pallas_kernels.flash_decoding.config import TILE_KEYS, Config
+from pallas_kernels.flash_decoding.shared import Inputs, Part, Scratch
+from pallas_kernels.flash_decoding.units import Shape
+
+
+def load(inputs: Inputs, scratch: Scratch, part: Part, *, shape: Shape, options: Options, config: Config) -> None:
+    """Issues the copies of a unit's queries and of its tiles, as buffers become free."""
+    _load_queries(inputs, scratch, part, shape, config)
+    head = part.unit // shape.blocks
+    columns = pl.ds(pl.multiple_of(head * shape.head_size, shape.head_size), shape.head_size)
+
+    def step(i, pages):
+        tile, nth = part.tile + i, part.done + i
+        stage = lax.rem(nth, config.stages)
+        following = _pages(inputs, part.slot, tile + 1, shape)  # asked for before it is needed
+
+        @pl.when(nth >= config.stages)
+        def _():
+            plgpu.barrier_wait(scratch.tile_free.at[stage])
+
+        for pool, ring, ready in ((inputs.k, scratch.k, scratch.k_ready), (inputs.v, scratch.v, scratch.v_ready)):
+            for piece, page in enumerate(pages):
+                _copy_piece(pool, ring.at[stage], ready.at[stage], part, tile, piece, page, columns, shape, options)
+        return following
+
+    lax.fori_loop(0, part.count, step, _pages(inputs, part.slot, part.tile, shape))
+
+
+def _load_queries(inputs: Inputs, scratch: Scratch, part: Part, shape: Shape, config: Config) -> None:
+    buffer = lax.rem(part.nth, config.q_buffers)
+
+    @pl.when(part.nth >= config.q_buffers)
+    def _():
+        plgpu.barrier_wait(scratch.q_free.at[buffer])
+
+    rows = shape.padded_rows
+    first = pl.multiple_of((part.slot * shape.units + part.unit) * rows, 8)
+    plgpu.copy_gmem_to_smem(
+        inputs.q.at[pl.ds(first, rows)], scratch.q.at[buffer, pl.ds(0, rows)], scratch.q_ready.at[buffer]
+    )
+
+
+def _pages(inputs: Inputs, slot, tile, shape: Shape) -> tuple[jax.Array, ...]:
+    """The pages that a tile lies in; past the end of the table the last one stands in."""
+    size = min(shape.page_size, TILE_KEYS)
+    firsts = [tile * TILE_KEYS + piece * size for piece in range(TILE_KEYS // size)]
+    return tuple(inputs.table[slot, jnp.minimum(key // shape.page_size, shape.columns - 1)] for key in firsts)
+
+
+def _copy_piece(pool, buffer, ready, part: Part, tile, piece: int, page, columns, shape: Shape, options: Options):
+    """Copies the part of a tile that lies in one page, if any of its keys is seen."""
+    size = min(shape.page_size, TILE_KEYS)
+    key = tile * TILE_KEYS + piece * size
+    seen = key < part.length
+    if options.window is not None:
+        seen &= key + size > part.length - shape.queries - options.window + 1
+
+    @pl.when(seen)
+    def _():
+        row = pl.multiple_of(page * shape.page_size + lax.rem(key, shape.page_size), size)
+        plgpu.copy_gmem_to_smem(pool.at[pl.ds(row, size), columns], buffer.at[pl.ds(piece * size, size)], ready)
+
+    @pl.when(jnp.logical_not(seen))
+    def _():
+        plgpu.barrier_arrive(ready)
+
+
+def drain(free, used, buffers: int) -> None:
+    """Waits until the last uses of all buffers are over, so that every phase of their barriers was seen."""
+
+    @pl.loop(jnp.maximum(used - buffers, 0), used)
+    def _(nth):
+        plgpu.barrier_wait(free.at[lax.rem(nth, buffers)])
