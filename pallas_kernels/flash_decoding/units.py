@@ -55,9 +55,9 @@ class Shape:
 
     @property
     def stored_rows(self) -> int:
-        """Rows of a block of results in memory: on odd numbers of 256 columns Mosaic GPU's inference of layouts does
-        not come to an end (JAX 0.11.2)."""
-        return self.rows + (self.rows % 2 if self.head_size > 128 else 0)
+        """Rows of a block of results in memory: on 256 columns and a number of rows that 4 does not divide, Mosaic
+        GPU's inference of layouts does not come to an end (JAX 0.11.2 and 0.12.0)."""
+        return ceil_div(self.rows, 4) * 4 if self.head_size > 128 else self.rows
 
     @property
     def units(self) -> int:

@@ -158,7 +158,9 @@ def _load(block: Block, work: Work, step: jax.Array | int, stage: jax.Array | in
     column = work.tile * (config.tile_n // shape.halves)
     loaded, rows = smem.loaded.at[stage], pl.ds(row, config.tile_d)
     block.tiles.load(gmem.w, smem.w.at[stage], loaded, expert=work.expert, column=column, row=row)
-    plgpu.copy_gmem_to_smem(gmem.x.at[work.group, pl.ds(0, shape.padded_tokens), rows], smem.x.at[stage], loaded)
+    # Rows past the last token are filled with zeros. JAX 0.12 refuses a slice that is known to reach past the end.
+    tokens = pl.ds(row * 0, shape.padded_tokens)
+    plgpu.copy_gmem_to_smem(gmem.x.at[work.group, tokens, rows], smem.x.at[stage], loaded)
 
 
 def _load_extras(block: Block, work: Work) -> None:
