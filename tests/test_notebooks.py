@@ -1,11 +1,11 @@
-"""The notebooks are built from their text, and run from top to bottom on a CPU."""
+"""The notebooks are built from their text, and run from top to bottom on a CPU.
+
+The tools are imported by the tests: they take long, and other processes collect this module too.
+"""
 
 from pathlib import Path
 
-import jupytext
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
 COLAB = Path(__file__).parents[1] / "colab"
 TEXTS = sorted(COLAB.glob("*.py"))
@@ -19,6 +19,9 @@ def test_every_notebook_has_its_text():
 
 @notebooks
 def test_the_notebook_is_what_its_text_says_and_holds_no_outputs(text):
+    import jupytext
+    import nbformat
+
     built, written = nbformat.read(text.with_suffix(".ipynb"), as_version=4), jupytext.read(text)
     assert [(c.cell_type, c.source) for c in built.cells] == [(c.cell_type, c.source) for c in written.cells]
     assert not any(cell.get("outputs") for cell in built.cells)
@@ -26,6 +29,9 @@ def test_the_notebook_is_what_its_text_says_and_holds_no_outputs(text):
 
 @notebooks
 def test_the_notebook_runs(text, monkeypatch):
+    import nbformat
+    from nbclient import NotebookClient
+
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("PYTHONPATH", str(COLAB.parent))  # this tree, whatever is installed
     notebook = nbformat.read(text.with_suffix(".ipynb"), as_version=4)
@@ -37,7 +43,7 @@ def test_the_notebook_runs(text, monkeypatch):
     assert pictures == 1
 
 
-def shown(notebook: nbformat.NotebookNode) -> tuple[str, int]:
+def shown(notebook) -> tuple[str, int]:
     """What the cells printed, and how many pictures they drew."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     data = [output.get("data", {}) for output in outputs]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 _UNWANTED = ["*/*", "consolidated*"]  # the same weights once more, in their authors' own layout
 
@@ -22,9 +19,17 @@ def resolve(model: str | Path) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
+    return _download(str(model))
+
+
+def _download(model: str) -> Path:
+    # A third of a second to import, which a folder need not wait for.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
-        return Path(snapshot_download(str(model), allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        return Path(snapshot_download(model, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
-        message = f"model {str(model)!r} is no folder, and not available from Hugging Face: {reason}"
+        message = f"model {model!r} is no folder, and not available from Hugging Face: {reason}"
         raise ValueError(message) from error

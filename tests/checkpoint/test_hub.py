@@ -24,7 +24,9 @@ def test_what_is_no_name_at_all(model):
 
 def test_only_weights_and_their_descriptions_are_downloaded(tmp_path, monkeypatch):
     asked = {}
-    monkeypatch.setattr(hub, "snapshot_download", lambda name, **patterns: asked.update(patterns) or str(tmp_path))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **patterns: asked.update(patterns) or str(tmp_path)
+    )
     assert hub.resolve("org/name") == tmp_path
 
     def wanted(file):

@@ -3,6 +3,7 @@
 import errno
 import json
 import resource
+import shutil
 from collections import namedtuple
 from contextlib import contextmanager
 
@@ -13,6 +14,8 @@ from jaxinfer import checkpoint
 from jaxinfer.checkpoint import huggingface, loading, native, staging
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
+from tests.golden.load import load
+from tests.golden.weights import write_checkpoint
 
 
 def same(arrays, expected):
@@ -26,15 +29,24 @@ def left_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.fixture
-def converted(publish, tmp_path):
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
     """A published checkpoint whose config asks for another dtype than its weights have, and ours of it."""
-    source = publish("qwen2")
+    root = tmp_path_factory.mktemp("pair")
+    source = root / "qwen2"
+    source.mkdir()
+    write_checkpoint(source, load("qwen2"))
     (source / "tokenizer.json").write_text("{}")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
-    checkpoint.convert(source, tmp_path / "ours", make_mesh())
-    return source, tmp_path / "ours"
+    checkpoint.convert(source, root / "ours", make_mesh())
+    return root
+
+
+@pytest.fixture
+def converted(pair, tmp_path):
+    """A copy of the pair, which a test may damage."""
+    return shutil.copytree(pair / "qwen2", tmp_path / "qwen2"), shutil.copytree(pair / "ours", tmp_path / "ours")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,5 +1,8 @@
 """The embedded demo model: transformers and jaxinfer agree on it, as logits and as text."""
 
+from functools import partial
+
+import jax
 import numpy as np
 import pytest
 from scipy.special import logsumexp
@@ -15,7 +18,10 @@ NEW = 256
 
 @pytest.fixture(scope="module")
 def llm():
-    return LLM(dtype="float32", max_model_len=288, options=Options(max_num_seqs=16, steps_per_dispatch=32))
+    """Optimized as outside of tests: its hundreds of steps take longer than their compilation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3}))
+        return LLM(dtype="float32", max_model_len=288, options=Options(max_num_seqs=16, steps_per_dispatch=32))
 
 
 @pytest.fixture(scope="module")
