@@ -29,12 +29,15 @@ class Options:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PagedKV:
-    """The pool of pages; the scales (float32, one per slot and head) exist when the pages are quantized."""
+    """The pool of pages; the scales (float32, one per slot and head) exist when the pages are quantized.
+
+    A page's scales lie head by head, so that those of one head are read without those of the others.
+    """
 
     k_PSKH: jax.Array
     v_PSKH: jax.Array
-    k_scales_PSK: jax.Array | None = None
-    v_scales_PSK: jax.Array | None = None
+    k_scales_PKS: jax.Array | None = None
+    v_scales_PKS: jax.Array | None = None
 
     @property
     def page_size(self) -> int:
@@ -43,8 +46,8 @@ class PagedKV:
     def load(self, pages_BJ: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """Gathers K and V of the given pages, dequantized, as k_BKCH and v_BKCH with C = J * S."""
         return (
-            _gather(self.k_PSKH, self.k_scales_PSK, pages_BJ, dtype),
-            _gather(self.v_PSKH, self.v_scales_PSK, pages_BJ, dtype),
+            _gather(self.k_PSKH, self.k_scales_PKS, pages_BJ, dtype),
+            _gather(self.v_PSKH, self.v_scales_PKS, pages_BJ, dtype),
         )
 
 
@@ -122,12 +125,12 @@ def _pages_in_sight(
     return jnp.take_along_axis(table_BJ, column_BJ, axis=1), first_column_B * page_size
 
 
-def _gather(pages_PSKH: jax.Array, scales_PSK: jax.Array | None, pages_BJ: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _gather(pages_PSKH: jax.Array, scales_PKS: jax.Array | None, pages_BJ: jax.Array, dtype: jnp.dtype) -> jax.Array:
     # The order of the batched products, [B, K] outermost, in the same pass that gathers: no transposed
     # second copy.
     x_BKJSH = jnp.take(pages_PSKH, pages_BJ, axis=0, mode="clip").transpose(0, 3, 1, 2, 4)
-    if scales_PSK is not None:
-        scales_BKJS = jnp.take(scales_PSK, pages_BJ, axis=0, mode="clip").transpose(0, 3, 1, 2)
+    if scales_PKS is not None:
+        scales_BKJS = jnp.take(scales_PKS, pages_BJ, axis=0, mode="clip").transpose(0, 2, 1, 3)
         x_BKJSH = x_BKJSH.astype(jnp.float32) * scales_BKJS[..., None]
     B, K, J, S, H = x_BKJSH.shape
     return x_BKJSH.astype(dtype).reshape(B, K, J * S, H)

@@ -80,7 +80,7 @@ def _check_pages(kv: PagedKV, heads: int, head_size: int) -> None:
     )
     require(v.shape == k.shape, "v_pages.shape", v.shape, f"{k.shape}, as k_pages")
     require(v.dtype == k.dtype, "v_pages.dtype", v.dtype, f"{k.dtype}, as k_pages")
-    scales = {"k_scales": kv.k_scales_PSK, "v_scales": kv.v_scales_PSK}
+    scales = {"k_scales": kv.k_scales_PKS, "v_scales": kv.v_scales_PKS}
     quantized = k.dtype.name in QUANTIZED_DTYPES
     if not quantized:
         _require_dtype("k_pages", k, (*COMPUTE_DTYPES, *QUANTIZED_DTYPES))
@@ -89,7 +89,8 @@ def _check_pages(kv: PagedKV, heads: int, head_size: int) -> None:
         require((scale is not None) == quantized, name, "None" if scale is None else "an array", need)
         if scale is not None:
             _require_dtype(name, scale, ("float32",))
-            require(scale.shape == k.shape[:3], f"{name}.shape", scale.shape, f"{k.shape[:3]}, as k_pages")
+            P, S, K, _ = k.shape
+            require(scale.shape == (P, K, S), f"{name}.shape", scale.shape, f"{(P, K, S)}, the axes PKS of k_pages")
 
 
 def _require_rank(name: str, array: jax.Array, rank: int) -> None:

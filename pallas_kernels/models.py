@@ -71,6 +71,7 @@ def _random_pages(key: jax.Array, shape_PSKH: tuple[int, ...], dtype: jnp.dtype)
 
 
 def random_scales(key: jax.Array, pages_PSKH: jax.Array) -> jax.Array:
-    """scales_PSK with which quantized pages of `random_cache` have values of order 1."""
+    """scales_PKS with which quantized pages of `random_cache` have values of order 1."""
     unit = 1 / 64 if pages_PSKH.dtype == jnp.int8 else 1.0
-    return jax.random.uniform(key, pages_PSKH.shape[:3], jnp.float32, 0.5 * unit, 1.5 * unit)
+    P, S, K, _ = pages_PSKH.shape
+    return jax.random.uniform(key, (P, K, S), jnp.float32, 0.5 * unit, 1.5 * unit)

@@ -29,7 +29,8 @@ def attend_pages(
     Returns:
         the output, of the shape of `q_TKgH`, and the pages with the step's keys and values.
     """
-    heads, pool = P(None, TENSOR), P(None, None, TENSOR)
+    heads = P(None, TENSOR)
+    pool = Pages(P(None, None, TENSOR), P(None, None, TENSOR), P(None, TENSOR), P(None, TENSOR))
     local = partial(_local, scale=scale, window=window, soft_cap=soft_cap)
     specs = (heads, heads, heads, pool, P(), P(TENSOR))
     return attend(local, specs, (heads, pool), q_TKgH, k_TKH, v_TKH, pages, view, sinks_Kg)
@@ -40,7 +41,7 @@ def _local(q_TKgH, k_TKH, v_TKH, pages, view, sinks_Kg, **scores):
     sinks_N = None if sinks_Kg is None else sinks_Kg.reshape(-1)
     q_TNH = rearrange(q_TKgH, "T K g H -> T (K g) H")
     rectangle = view.decode_lengths_B.shape[0] * view.queries
-    options = {"k_scales_PSK": pages.k_scales_PSK, "v_scales_PSK": pages.v_scales_PSK, "sinks_N": sinks_N, **scores}
+    options = {"k_scales_PKS": pages.k_scales_PKS, "v_scales_PKS": pages.v_scales_PKS, "sinks_N": sinks_N, **scores}
     parts = []
     if rectangle:
         q_BQNH = q_TNH[:rectangle].reshape(-1, view.queries, *q_TNH.shape[1:])

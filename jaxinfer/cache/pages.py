@@ -21,13 +21,14 @@ class Pages:
 
     Attributes:
         k_PSKH, v_PSKH: keys and values, by page, slot in the page, KV head and head size.
-        k_scales_PSK, v_scales_PSK: float32 factors of a quantized cache; None for a plain one.
+        k_scales_PKS, v_scales_PKS: float32 factors of a quantized cache, by page, KV head and slot, so that those of
+            one head lie together; None for a plain one.
     """
 
     k_PSKH: jax.Array
     v_PSKH: jax.Array
-    k_scales_PSK: jax.Array | None = None
-    v_scales_PSK: jax.Array | None = None
+    k_scales_PKS: jax.Array | None = None
+    v_scales_PKS: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass

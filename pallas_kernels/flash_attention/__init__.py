@@ -28,8 +28,8 @@ def flash_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks_N: jax.Array | None = None,
-    k_scales_PSK: jax.Array | None = None,
-    v_scales_PSK: jax.Array | None = None,
+    k_scales_PKS: jax.Array | None = None,
+    v_scales_PKS: jax.Array | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
 ) -> Any:  # depends on return_lse
@@ -53,8 +53,8 @@ def flash_attention(
       scale: factor of the scores, usually H ** -0.5.
       soft_cap: c in c * tanh(scores / c), applied to the scaled scores (Gemma 2).
       sinks_N: a logit per query head that joins the softmax's denominator only (gpt-oss).
-      k_scales_PSK: float32; a quantized key is value * scale.
-      v_scales_PSK: float32, likewise.
+      k_scales_PKS: float32; a quantized key is value * scale. Those of a page lie head by head.
+      v_scales_PKS: float32, likewise.
       return_lse: also return the logarithm of the softmax's denominator; -inf where a query sees nothing.
       implementation: "auto", "mosaic_gpu" (Hopper), "xla" or "reference".
 
@@ -69,7 +69,7 @@ def flash_attention(
     result is independent of the pool and of the lengths (xla). Source: FlashAttention-2 (Dao 2023); pages
     as in PagedAttention (Kwon et al. 2023).
     """
-    kv = PagedKV(k_pages_PSKH, v_pages_PSKH, k_scales_PSK, v_scales_PSK)
+    kv = PagedKV(k_pages_PSKH, v_pages_PSKH, k_scales_PKS, v_scales_PKS)
     options = Options(scale, window, soft_cap)
     checks.check_queries(q_TNH, "TNH")
     checks.check_options(options)

@@ -72,7 +72,7 @@ TUNED_H200 = {
 
 def choose(q_TNH: jax.Array, kv: PagedKV) -> Config:
     """The config for a problem that `unsupported` has nothing against."""
-    return TUNED_H200[q_TNH.shape[-1], kv.k_scales_PSK is not None]
+    return TUNED_H200[q_TNH.shape[-1], kv.k_scales_PKS is not None]
 
 
 def candidates(q_TNH: jax.Array, kv: PagedKV) -> list[Config]:

@@ -26,8 +26,8 @@ def flash_decoding(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks_N: jax.Array | None = None,
-    k_scales_PSK: jax.Array | None = None,
-    v_scales_PSK: jax.Array | None = None,
+    k_scales_PKS: jax.Array | None = None,
+    v_scales_PKS: jax.Array | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
 ) -> Any:  # depends on return_lse
@@ -54,7 +54,7 @@ def flash_decoding(
     8192 keys per slot at most). Source: FlashDecoding (Dao et al. 2023); pages as in PagedAttention (Kwon
     et al. 2023).
     """
-    kv = PagedKV(k_pages_PSKH, v_pages_PSKH, k_scales_PSK, v_scales_PSK)
+    kv = PagedKV(k_pages_PSKH, v_pages_PSKH, k_scales_PKS, v_scales_PKS)
     options = Options(scale, window, soft_cap)
     checks.check_queries(q_BQNH, "BQNH")
     checks.check_options(options)

@@ -50,8 +50,8 @@ class Problem:
         if self.heads.sinks:
             arguments["sinks_N"] = jax.random.normal(sinks_key, (self.heads.query_heads,), dtype)
         if self.cache is not None:
-            arguments["k_scales_PSK"] = random_scales(k_key, arguments["k_pages_PSKH"])
-            arguments["v_scales_PSK"] = random_scales(v_key, arguments["v_pages_PSKH"])
+            arguments["k_scales_PKS"] = random_scales(k_key, arguments["k_pages_PSKH"])
+            arguments["v_scales_PKS"] = random_scales(v_key, arguments["v_pages_PSKH"])
         return arguments
 
     @property

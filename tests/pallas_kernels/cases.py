@@ -69,7 +69,7 @@ class Inputs:
         self.q, *self.kv = (np.asarray(jnp.asarray(x, dtype), np.float32) for x in (self.q, *self.kv))
 
     def quantize(self, dtype, seed: int = 0) -> tuple[jax.Array, jax.Array]:
-        """The pool [2, P, S, K, H] as `dtype` and its scales [2, P, S, K]; the oracle's keys become what they mean.
+        """The pool [2, P, S, K, H] as `dtype` and its scales [2, P, K, S]; the oracle's keys become what they mean.
 
         A NaN becomes an arbitrary integer; the scales of what is never seen are NaN.
         """
@@ -80,7 +80,7 @@ class Inputs:
         exact = np.asarray(values, np.float32) * scales[..., None]
         for r, length in enumerate(self.case.lengths):
             self.kv[r] = exact[:, self.table[r]].reshape(2, -1, *exact.shape[-2:])[:, :length]
-        return values, jnp.asarray(scales)
+        return values, jnp.asarray(scales.swapaxes(2, 3))
 
     @property
     def options(self) -> dict:

@@ -116,7 +116,7 @@ def test_quantized_pages_are_value_times_scale(dtype, implementation):
     q, _, _, *rest = inputs.arguments()
     found = flash_attention(
         q, k, v, *rest, **inputs.options, return_lse=True, implementation=implementation,
-        k_scales_PSK=k_scales, v_scales_PSK=v_scales,
+        k_scales_PKS=k_scales, v_scales_PKS=v_scales,
     )  # fmt: skip
     assert_close(found, oracle(inputs))
 

@@ -10,7 +10,8 @@ from pallas_kernels import dispatch
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_decoding import flash_decoding
 
-SCALES = jnp.ones((5, 4, 2), jnp.float32)
+SCALES = jnp.ones((5, 2, 4), jnp.float32)
+BYTES = jnp.ones((5, 4, 2, 8), jnp.int8)
 
 
 def prefill_arguments() -> dict:
@@ -38,10 +39,11 @@ WRONG = {
     "rank of the pages": ({"k_pages_PSKH": jnp.ones((5, 4, 16), jnp.float32)}, "k_pages.shape"),
     "v unlike k": ({"v_pages_PSKH": jnp.ones((6, 4, 2, 8), jnp.float32)}, "v_pages.shape"),
     "dtype of v": ({"v_pages_PSKH": jnp.ones((5, 4, 2, 8), jnp.bfloat16)}, "v_pages.dtype"),
-    "scales of plain pages": ({"v_scales_PSK": SCALES}, "v_scales"),
-    "no scales": (
-        {"k_pages_PSKH": jnp.ones((5, 4, 2, 8), jnp.int8), "v_pages_PSKH": jnp.ones((5, 4, 2, 8), jnp.int8)},
-        "k_scales",
+    "scales of plain pages": ({"v_scales_PKS": SCALES}, "v_scales"),
+    "no scales": ({"k_pages_PSKH": BYTES, "v_pages_PSKH": BYTES}, "k_scales"),
+    "scales by slot, not by head": (
+        {"k_pages_PSKH": BYTES, "v_pages_PSKH": BYTES, "k_scales_PKS": SCALES, "v_scales_PKS": SCALES.swapaxes(1, 2)},
+        r"v_scales.shape is \(5, 4, 2\); allowed: \(5, 2, 4\)",
     ),
     "dtype of the table": ({"page_table_RJ": jnp.zeros((2, 3), jnp.int16)}, "page_table.dtype"),
     "page below the pool": ({"page_table_RJ": ints([0, 1, 2], [0, -1, 0])}, "page_table"),

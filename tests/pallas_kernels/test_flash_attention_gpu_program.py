@@ -105,7 +105,7 @@ EVERYTHING = {"scale": 0.1, "window": 100, "soft_cap": 30.0}
 def shapes(head_size: int, page_size: int, dtype, g: int, kv_dtype=None) -> dict:
     """Arguments of the op that exist only as shapes."""
     pages = jax.ShapeDtypeStruct((9, page_size, 2, head_size), kv_dtype or dtype)
-    scales = jax.ShapeDtypeStruct(pages.shape[:3], jnp.float32) if kv_dtype else None
+    scales = jax.ShapeDtypeStruct((9, 2, page_size), jnp.float32) if kv_dtype else None
     return {
         "q_TNH": jax.ShapeDtypeStruct((300, 2 * g, head_size), dtype),
         "k_pages_PSKH": pages,
@@ -113,8 +113,8 @@ def shapes(head_size: int, page_size: int, dtype, g: int, kv_dtype=None) -> dict
         "page_table_RJ": jax.ShapeDtypeStruct((2, 4), jnp.int32),
         "cu_q_R1": jax.ShapeDtypeStruct((3,), jnp.int32),
         "lengths_R": jax.ShapeDtypeStruct((2,), jnp.int32),
-        "k_scales_PSK": scales,
-        "v_scales_PSK": scales,
+        "k_scales_PKS": scales,
+        "v_scales_PKS": scales,
         "sinks_N": None,
     }
 
@@ -169,7 +169,7 @@ def test_what_the_kernel_cannot_take_it_says_by_name(change, reason):
 @pytest.mark.parametrize("page_size", [16, 128])
 def test_every_config_that_may_be_used_fits(head_size, kv_dtype, page_size):
     arguments = shapes(head_size, page_size, jnp.bfloat16, 1, kv_dtype)
-    q, k, scales = arguments["q_TNH"], arguments["k_pages_PSKH"], arguments["k_scales_PSK"]
+    q, k, scales = arguments["q_TNH"], arguments["k_pages_PSKH"], arguments["k_scales_PKS"]
     possible = candidates(q, PagedKV(k, k, scales, scales))
     assert choose(q, PagedKV(k, k, scales, scales)) in possible
     for config in possible:
