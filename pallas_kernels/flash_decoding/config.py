@@ -5,9 +5,10 @@ from dataclasses import dataclass
 TILE_KEYS = 64  # keys of a tile
 ROWS = 64  # query rows of a CTA: the least that a warpgroup's matrix product takes
 SHARED_MEMORY = 227 * 1024  # bytes that one CTA can have on Hopper
-REST = 2048  # bytes set aside for barriers, alignment and the rows under way when parts are joined
-HEAD_SIZES = (64, 128, 256)
+ALIGNMENT = 1024  # of every buffer in shared memory
+HEAD_SIZES = (64, 96, 128, 256)
 DTYPES = ("bfloat16", "float16")
+QUANTIZED_DTYPES = ("int8", "float8_e4m3fn")
 
 
 @dataclass(frozen=True)
@@ -40,30 +41,12 @@ class Config:
             raise ValueError(f"stages is {self.stages}; allowed: multiples of the {self.consumers} consumers")
 
 
-def shared_memory(config: Config, head_size: int) -> int:
-    """Bytes of shared memory of one CTA, for 16-bit keys and values."""
-    tiles = config.stages * 2 * TILE_KEYS * head_size * 2
-    queries = config.q_buffers * ROWS * head_size * 2
-    results = ROWS * head_size * 4 + 2 * ROWS * 4
-    weights = config.consumers * ROWS * TILE_KEYS * 2 if config.interpretable else 0
-    return tiles + queries + results + weights + REST
-
-
-def choose(head_size: int, multiprocessors: int) -> Config:
-    """One CTA on every multiprocessor, with the queries of the next unit and as many stages as fit.
-
-    There may be no more CTAs than can run at once: some wait for others.
-    """
-    wanted = (Config(multiprocessors, stages, buffers) for buffers in (2, 1) for stages in (6, 4, 2))
-    return next(config for config in wanted if shared_memory(config, head_size) <= SHARED_MEMORY)
-
-
 def unsupported(dtype: str, kv_dtype: str, head_size: int, page_size: int) -> str | None:
     """Why the kernel cannot take an input that the public op allows; None if it can."""
     if dtype not in DTYPES:
         return f"q.dtype is {dtype}; allowed: {', '.join(DTYPES)}"
-    if kv_dtype != dtype:
-        return f"k_pages.dtype is {kv_dtype}; allowed: {dtype}, as q"
+    if kv_dtype not in (dtype, *QUANTIZED_DTYPES):
+        return f"k_pages.dtype is {kv_dtype}; allowed: {', '.join((dtype, *QUANTIZED_DTYPES))}"
     if head_size not in HEAD_SIZES:
         return f"the head size is {head_size}; allowed: {', '.join(map(str, HEAD_SIZES))}"
     if page_size % TILE_KEYS and (TILE_KEYS % page_size or page_size % 8):

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blockwise import LOWEST, Options
 from pallas_kernels.flash_decoding.config import ROWS, TILE_KEYS, Config
+from pallas_kernels.flash_decoding import quantized
 from pallas_kernels.flash_decoding.merge import join, signal, wait_for, with_sink
 from pallas_kernels.flash_decoding.schedule import partial_index
 from pallas_kernels.flash_decoding.shared import Inputs, Outputs, Part, Scratch
@@ -30,28 +31,66 @@ def compute(
     buffer = lax.rem(part.nth, config.q_buffers)
     position = _positions(part, shape)
     plgpu.barrier_wait(scratch.q_ready.at[buffer])
-    tile = partial(_tile, scratch, part, position, buffer, shape=shape, options=options, config=config)
-    zeros = plgpu.layout_cast(jnp.zeros((ROWS, shape.head_size), jnp.float32), SCORES)
-    row = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW)
+    attend = _quantized_tile if shape.quantized else _tile
+    tile = partial(attend, scratch, part, position, buffer, shape=shape, options=options, config=config)
     # Tiles go around among the consumers; which one is first depends on the tiles that came before.
     first = lax.rem(consumer + config.consumers - lax.rem(part.done, config.consumers), config.consumers)
     turns = (part.count - first + config.consumers - 1) // config.consumers
     own = lambda turn, carry: tile(first + turn * config.consumers, carry)  # noqa: E731
-    softmax = lax.fori_loop(0, turns, own, (zeros, row + LOWEST, row))
+    softmax = lax.fori_loop(0, turns, own, _nothing_seen(shape))
     plgpu.barrier_arrive(scratch.q_free.at[buffer])
     store = partial(_store, inputs, outputs, scratch, part, shape=shape, config=config)
+    put = partial(_put, scratch, softmax, shape, config)
     if config.consumers == 1:
-        store(softmax)
+        store(_by_row(scratch, softmax, put, shape))
     else:
-        pl.when(consumer == 1)(lambda: _hand_over(scratch, softmax))
-        pl.when(consumer == 0)(lambda: store(_taken_over(scratch, softmax)))
+        pl.when(consumer == 1)(lambda: _hand_over(scratch, put))
+        pl.when(consumer == 0)(lambda: store(_taken_over(scratch, _by_row(scratch, softmax, put, shape))))
 
 
-def _hand_over(scratch: Scratch, softmax) -> None:
-    values_smem = scratch.results[1]
-    plgpu.barrier_wait(scratch.room)
-    values_smem[...], scratch.statistics[0], scratch.statistics[1] = softmax
+def _nothing_seen(shape: Shape) -> tuple[jax.Array, ...]:
+    """Values, maximum in units of log 2, and total of a softmax without keys; quantized, the total is still by key."""
+    if shape.quantized:
+        rows, by_row = shape.padded_rows, quantized.BY_ROW
+        values, total = (quantized.value_rows(shape.head_size), rows), (TILE_KEYS, rows)
+    else:
+        rows, by_row = ROWS, BY_ROW
+        values, total = (ROWS, shape.head_size), (ROWS,)
+    zeros = lambda shape, layout: plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)  # noqa: E731
+    return zeros(values, SCORES), zeros((rows,), by_row) + LOWEST, zeros(total, SCORES if len(total) > 1 else by_row)
+
+
+def _put(scratch: Scratch, softmax, shape: Shape, config: Config) -> None:
+    """Writes a softmax to shared memory, row by row."""
+    values, maximum, total = softmax
+    rows = pl.ds(0, len(maximum))
+    if shape.quantized:
+        total = quantized.over_keys("add", total, _own(scratch.meeting), config.interpretable)
+        values = quantized.by_row(values, shape.head_size, config.interpretable)
+    scratch.results[1][rows], scratch.statistics[0, rows], scratch.statistics[1, rows] = values, maximum, total
     plgpu.commit_smem()
+
+
+def _read(scratch: Scratch) -> tuple[jax.Array, ...]:
+    values = plgpu.load(scratch.results[1], layout=SCORES)
+    statistics = (plgpu.load(scratch.statistics.at[i], layout=BY_ROW) for i in range(2))
+    softmax = (values, *statistics)
+    plgpu.commit_smem()  # all have read before anyone writes
+    return softmax
+
+
+def _by_row(scratch: Scratch, softmax, put, shape: Shape):
+    """The softmax with one row for every query row, however its products came."""
+    if not shape.quantized:
+        return softmax
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # results of the unit before
+    put()
+    return _read(scratch)
+
+
+def _hand_over(scratch: Scratch, put) -> None:
+    plgpu.barrier_wait(scratch.room)
+    put()
     plgpu.barrier_arrive(scratch.handed_over)
 
 
@@ -61,10 +100,7 @@ def _taken_over(scratch: Scratch, softmax):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # results of the unit before
     plgpu.barrier_arrive(scratch.room)
     plgpu.barrier_wait(scratch.handed_over)
-    others = plgpu.load(scratch.results[1], layout=SCORES)
-    others_maximum = plgpu.load(scratch.statistics.at[0], layout=BY_ROW)
-    others_total = plgpu.load(scratch.statistics.at[1], layout=BY_ROW)
-    plgpu.commit_smem()  # all have read before anyone writes
+    others, others_maximum, others_total = _read(scratch)
     joint = jnp.maximum(maximum, others_maximum)
     own, other = jnp.exp2(maximum - joint), jnp.exp2(others_maximum - joint)
     values = values * lax.broadcast_in_dim(own, values.shape, [0])
@@ -74,7 +110,8 @@ def _taken_over(scratch: Scratch, softmax):
 
 def _positions(part: Part, shape: Shape) -> jax.Array:
     """The position of every row's query."""
-    row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=BY_ROW)
+    rows, layout = (shape.padded_rows, quantized.BY_ROW) if shape.quantized else (ROWS, BY_ROW)
+    row = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=layout)
     block = lax.rem(part.unit, shape.blocks)
     return part.length - shape.queries + (block * shape.rows + row) // shape.group
 
@@ -94,10 +131,58 @@ def _tile(
     total = total * decay + weights.sum(axis=1)
     values = values * lax.broadcast_in_dim(decay, values.shape, [0])
     plgpu.barrier_wait(scratch.v_ready.at[stage])
-    _clear_unseen(scratch.v.at[stage], first_key, part, shape, options)
+    _clear_unseen(scratch.v.at[stage], *_seen(first_key, part, shape, options))
     values = _add_product(values, weights.astype(shape.dtype), scratch, scratch.v.at[stage], config)
     plgpu.barrier_arrive(scratch.tile_free.at[stage])
     return values, new_maximum, total
+
+
+def _quantized_tile(
+    scratch: Scratch, part: Part, position, buffer, i, carry, *, shape: Shape, options: Options, config: Config
+):  # fmt: skip
+    """The same with the keys as rows of the scores, and the components of the values as rows of theirs.
+
+    A weight is multiplied by the scale of its value before it is rounded. That no product exceeds 1, the softmax is
+    taken relative to the largest of them, not of the weights.
+    """
+    values, maximum, total = carry
+    first_key = (part.tile + i) * TILE_KEYS
+    stage = lax.rem(part.done + i, config.stages)
+    low, high = _seen(first_key, part, shape, options)
+    k_smem, v_smem = (None, None) if scratch.operands is None else map(_own, scratch.operands)
+    weights_smem = _own(scratch.weights)
+
+    def load_values():
+        plgpu.barrier_wait(scratch.v_ready.at[stage])
+        return quantized.values_operand(scratch.v.at[stage], low, high, v_smem)
+
+    plgpu.barrier_wait(scratch.k_ready.at[stage])
+    k = quantized.keys_operand(scratch.k.at[stage], k_smem)
+    scores, v = _product_meanwhile(k, scratch.q.at[buffer].T, shape.padded_rows, load_values, config)
+    k_scale = plgpu.load(scratch.k_scales.at[stage], layout=quantized.BY_KEY) * quantized.query_unit(shape.dtype)
+    scores = _scaled(scores * lax.broadcast_in_dim(k_scale, scores.shape, [0]), options)
+    scores = _masked(scores, first_key, position, options, key_axis=0)
+    v_scale = quantized.seen_scales(plgpu.load(scratch.v_scales.at[stage], layout=quantized.BY_KEY), low, high)
+    products = scores + lax.broadcast_in_dim(quantized.log2_size(v_scale), scores.shape, [0])
+    largest = quantized.over_keys("max", products, _own(scratch.meeting), config.interpretable)
+    new_maximum = jnp.maximum(maximum, largest)
+    decay = jnp.exp2(maximum - new_maximum)
+    weights = jnp.exp2(scores - lax.broadcast_in_dim(new_maximum, scores.shape, [1]))
+    total = total * lax.broadcast_in_dim(decay, total.shape, [1]) + weights
+    weights = (weights * lax.broadcast_in_dim(v_scale, weights.shape, [0])).astype(quantized.OPERAND)
+    if config.interpretable:
+        weights_smem[...] = weights.T
+    else:
+        weights_smem.T[...] = plgpu.layout_cast(weights, plgpu.Layout.WGMMA_TRANSPOSED)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(scratch.tile_free.at[stage])  # the tile is in registers
+    values = values * lax.broadcast_in_dim(decay, values.shape, [1])
+    return _add(values, v, weights_smem.T, config), new_maximum, total
+
+
+def _own(memory):
+    """A consumer's own part of what all consumers have."""
+    return memory.at[lax.axis_index("role") - 1]
 
 
 def _product(a, b, columns: int) -> jax.Array:
@@ -105,7 +190,20 @@ def _product(a, b, columns: int) -> jax.Array:
         plgpu.wgmma(accumulator, a, b)
         return accumulator[...]
 
-    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((ROWS, columns), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], columns), jnp.float32))
+
+
+def _product_meanwhile(a, b, columns: int, work, config: Config) -> tuple[jax.Array, Any]:
+    """A product, and the result of `work`, which is done while the tensor cores multiply."""
+    if config.interpretable:
+        return _product(a, b, columns), work()
+
+    def multiply(accumulator):
+        plgpu.wgmma(accumulator, a, b)
+        result = work()
+        return accumulator[...], result
+
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], columns), jnp.float32))
 
 
 def _scaled(scores: jax.Array, options: Options) -> jax.Array:
@@ -115,21 +213,25 @@ def _scaled(scores: jax.Array, options: Options) -> jax.Array:
     return jnp.tanh(scores * (options.scale / options.soft_cap)) * (options.soft_cap * LOG2_E)
 
 
-def _masked(scores: jax.Array, first_key, position: jax.Array, options: Options) -> jax.Array:
-    key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=SCORES)
-    last = lax.broadcast_in_dim(position - first_key, scores.shape, [0])
+def _masked(scores: jax.Array, first_key, position: jax.Array, options: Options, key_axis: int = 1) -> jax.Array:
+    key = plgpu.broadcasted_iota(jnp.int32, scores.shape, key_axis, layout=SCORES)
+    last = lax.broadcast_in_dim(position - first_key, scores.shape, [1 - key_axis])
     visible = key <= last
     if options.window is not None:
         visible &= key > last - options.window
     return jnp.where(visible, scores, -jnp.inf)
 
 
-def _clear_unseen(v_smem, first_key, part: Part, shape: Shape, options: Options) -> None:
-    """Zeroes the values of keys that no query sees: their weight is 0, but they may be NaN."""
+def _seen(first_key, part: Part, shape: Shape, options: Options) -> tuple[jax.Array, jax.Array]:
+    """The keys [low, high) that any query sees, counted from the first one of a tile."""
     low = jnp.int32(0)
     if options.window is not None:
         low = part.length - shape.queries - options.window + 1 - first_key
-    high = part.length - first_key
+    return low, part.length - first_key
+
+
+def _clear_unseen(v_smem, low: jax.Array, high: jax.Array) -> None:
+    """Zeroes the values of keys that no query sees: their weight is 0, but they may be NaN."""
 
     @pl.when((high < TILE_KEYS) | (low > 0))
     def _():
@@ -140,13 +242,20 @@ def _clear_unseen(v_smem, first_key, part: Part, shape: Shape, options: Options)
 
 
 def _add_product(values: jax.Array, weights: jax.Array, scratch: Scratch, v_smem, config: Config) -> jax.Array:
-    if not config.interpretable:
-        add = pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, weights, v_smem))
-        return cast(jax.Array, add(plgpu.WGMMAAccumulatorRef.init(values)))
-    weights_smem = scratch.weights.at[lax.axis_index("role") - 1]
-    weights_smem[...] = weights
-    plgpu.commit_smem()
-    return values + _product(weights_smem, v_smem, values.shape[1])
+    if config.interpretable:
+        weights_smem = _own(scratch.weights)
+        weights_smem[...] = weights
+        plgpu.commit_smem()
+        weights = weights_smem
+    return _add(values, weights, v_smem, config)
+
+
+def _add(values: jax.Array, a, b, config: Config) -> jax.Array:
+    """values + a b."""
+    if config.interpretable:
+        return values + _product(a, b, values.shape[1])
+    add = pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))
+    return cast(jax.Array, add(plgpu.WGMMAAccumulatorRef.init(values)))
 
 
 def _store(

@@ -20,12 +20,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import dispatch
 from pallas_kernels.blockwise import Options, PagedKV
 from pallas_kernels.flash_decoding import config as configs
-from pallas_kernels.flash_decoding.config import ROWS, Config, choose
+from pallas_kernels.flash_decoding.config import ROWS, Config
 from pallas_kernels.flash_decoding.consumer import compute, join_own
 from pallas_kernels.flash_decoding.merge import merge, padded
 from pallas_kernels.flash_decoding.producer import drain, load
 from pallas_kernels.flash_decoding.schedule import Schedule, make_schedule, tiles_in_sight
-from pallas_kernels.flash_decoding.shared import Inputs, Outputs, Part, scratch_memory
+from pallas_kernels.flash_decoding.shared import Inputs, Outputs, Part, choose, scratch_memory
 from pallas_kernels.flash_decoding.units import Shape, from_units, sinks_of_rows, to_units
 
 LOADER_REGISTERS, CONSUMER_REGISTERS = 40, 232
@@ -43,7 +43,7 @@ def flash_decoding(
 ) -> tuple[jax.Array, jax.Array]:
     """See the public op; the schedule is made here where the caller has none."""
     shape = Shape.of(q_BQNH, kv, table_BJ)
-    config = config or choose(shape.head_size, dispatch.multiprocessors())
+    config = config or choose(shape, dispatch.multiprocessors())
     if schedule is None:
         schedule = make_schedule(
             lengths_B, queries=shape.queries, window=options.window, units=shape.units, ctas=config.ctas
@@ -72,6 +72,7 @@ def _launch(q_BQNH, kv, table_BJ, lengths_B, sinks_N, schedule, *, shape: Shape,
         schedule.merge_C4,
         schedule.tickets_C1,
         sinks,
+        *(None if scales is None else scales.reshape(-1) for scales in (kv.k_scales_PKS, kv.v_scales_PKS)),
     )
     outputs = Outputs(
         out=jax.ShapeDtypeStruct((units, shape.stored_rows, H), shape.dtype),

@@ -16,7 +16,6 @@ def load(inputs: Inputs, scratch: Scratch, part: Part, *, shape: Shape, options:
     """Issues the copies of a unit's queries and of its tiles, as buffers become free."""
     _load_queries(inputs, scratch, part, shape, config)
     head = part.unit // shape.blocks
-    columns = pl.ds(pl.multiple_of(head * shape.head_size, shape.head_size), shape.head_size)
 
     def step(i, pages):
         tile, nth = part.tile + i, part.done + i
@@ -27,9 +26,9 @@ def load(inputs: Inputs, scratch: Scratch, part: Part, *, shape: Shape, options:
         def _():
             plgpu.barrier_wait(scratch.tile_free.at[stage])
 
-        for pool, ring, ready in ((inputs.k, scratch.k, scratch.k_ready), (inputs.v, scratch.v, scratch.v_ready)):
+        for of in ("k", "v"):
             for piece, page in enumerate(pages):
-                _copy_piece(pool, ring.at[stage], ready.at[stage], part, tile, piece, page, columns, shape, options)
+                _copy_piece(inputs, scratch, of, stage, part, tile, piece, page, head, shape, options)
         return following
 
     lax.fori_loop(0, part.count, step, _pages(inputs, part.slot, part.tile, shape))
@@ -56,22 +55,38 @@ def _pages(inputs: Inputs, slot, tile, shape: Shape) -> tuple[jax.Array, ...]:
     return tuple(inputs.table[slot, jnp.minimum(key // shape.page_size, shape.columns - 1)] for key in firsts)
 
 
-def _copy_piece(pool, buffer, ready, part: Part, tile, piece: int, page, columns, shape: Shape, options: Options):
-    """Copies the part of a tile that lies in one page, if any of its keys is seen."""
+def _copy_piece(
+    inputs: Inputs, scratch: Scratch, of: str, stage, part: Part, tile, piece: int, page, head, shape: Shape,
+    options: Options,
+) -> None:  # fmt: skip
+    """Copies the part of a tile of keys ("k") or values ("v") that lies in one page, if any of its keys is seen."""
     size = min(shape.page_size, TILE_KEYS)
+    ready = getattr(scratch, f"{of}_ready").at[stage]
+    target = pl.ds(piece * size, size)
     key = tile * TILE_KEYS + piece * size
+    slot = lax.rem(key, shape.page_size)
     seen = key < part.length
     if options.window is not None:
         seen &= key + size > part.length - shape.queries - options.window + 1
 
     @pl.when(seen)
     def _():
-        row = pl.multiple_of(page * shape.page_size + lax.rem(key, shape.page_size), size)
-        plgpu.copy_gmem_to_smem(pool.at[pl.ds(row, size), columns], buffer.at[pl.ds(piece * size, size)], ready)
+        rows = pl.ds(pl.multiple_of(page * shape.page_size + slot, size), size)
+        columns = pl.ds(pl.multiple_of(head * shape.head_size, shape.head_size), shape.head_size)
+        ring = getattr(scratch, of).at[stage, target]
+        plgpu.copy_gmem_to_smem(getattr(inputs, of).at[rows, columns], ring, ready)
+        if shape.quantized:
+            first = pl.multiple_of((page * shape.kv_heads + head) * shape.page_size + slot, size)
+            scales = getattr(inputs, f"{of}_scales").at[pl.ds(first, size)]
+            # In bounds, it is a copy of bytes in a row, which need no more than 16 of them for alignment.
+            in_bounds = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+            ring = getattr(scratch, f"{of}_scales").at[stage, target]
+            plgpu.copy_gmem_to_smem(scales, ring, ready, oob_mode=in_bounds)
 
     @pl.when(jnp.logical_not(seen))
     def _():
-        plgpu.barrier_arrive(ready)
+        for _ in range(2 if shape.quantized else 1):
+            plgpu.barrier_arrive(ready)
 
 
 def drain(free, used, buffers: int) -> None:

@@ -1,18 +1,18 @@
 """What the warpgroups of the decode kernel share: arrays, shared memory, and the part of a unit that is at hand."""
 
+import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.flash_decoding.config import ROWS, TILE_KEYS, Config
+from pallas_kernels.blockwise import ceil_div
+from pallas_kernels.flash_decoding.config import ALIGNMENT, ROWS, SHARED_MEMORY, TILE_KEYS, Config
 from pallas_kernels.flash_decoding.merge import rows_scratch
+from pallas_kernels.flash_decoding.quantized import OPERAND, WARPS, value_rows
 from pallas_kernels.flash_decoding.units import Shape
-
-# How wgmma reads its operands from shared memory.
-OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
 
 
 class Inputs(NamedTuple):
@@ -27,6 +27,8 @@ class Inputs(NamedTuple):
     merge: Any
     tickets: Any
     sinks: Any
+    k_scales: Any
+    v_scales: Any
 
 
 class Outputs(NamedTuple):
@@ -39,12 +41,20 @@ class Outputs(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """In shared memory: rings of buffers, their barriers, and room for what is stored."""
+    """In shared memory: rings of buffers, their barriers, and room for what is stored.
+
+    Of each consumer: the softmax's `weights` where they are an operand in memory, the tile's as `operands` for the
+    interpreter, and where its warps meet (`quantized.over_keys`).
+    """
 
     q: Any
     k: Any
     v: Any
+    k_scales: Any
+    v_scales: Any
     weights: Any
+    operands: Any
+    meeting: Any
     results: Any
     statistics: Any
     q_ready: Any
@@ -79,23 +89,76 @@ class Part:
 
 
 def scratch_memory(shape: Shape, config: Config) -> Scratch:
-    H, stages = shape.head_size, config.stages
-    matrix = partial(plgpu.SMEM, dtype=shape.dtype, transforms=OPERAND)
+    H, stages, consumers = shape.head_size, config.stages, config.consumers
     copies = max(1, TILE_KEYS // shape.page_size)
+    scales = plgpu.SMEM((stages, TILE_KEYS), jnp.float32) if shape.quantized else None
+    weights = operands = meeting = None
+    if shape.quantized:
+        rows, dtype = shape.padded_rows, OPERAND
+        weights = _matrix((consumers, rows, TILE_KEYS), dtype)
+        meeting = plgpu.SMEM((consumers, WARPS, rows), jnp.float32)
+        if config.interpretable:
+            sizes = ((TILE_KEYS, H), (value_rows(H), TILE_KEYS))
+            operands = tuple(_matrix((consumers, *size), dtype) for size in sizes)
+    else:
+        rows, dtype = ROWS, shape.dtype
+        if config.interpretable:
+            weights = _matrix((consumers, rows, TILE_KEYS), dtype)
+    arrivals = 2 * copies if shape.quantized else copies
     return Scratch(
-        q=matrix((config.q_buffers, ROWS, H)),
-        k=matrix((stages, TILE_KEYS, H)),
-        v=matrix((stages, TILE_KEYS, H)),
-        weights=matrix((config.consumers, ROWS, TILE_KEYS)) if config.interpretable else None,
+        q=_matrix((config.q_buffers, rows, H), dtype),
+        k=_matrix((stages, TILE_KEYS, H), shape.kv_dtype),
+        v=_matrix((stages, TILE_KEYS, H), shape.kv_dtype),
+        k_scales=scales,
+        v_scales=scales,
+        weights=weights,
+        operands=operands,
+        meeting=meeting,
         results=plgpu.RefUnion(
             plgpu.SMEM((ROWS, H), shape.dtype), plgpu.SMEM((ROWS, H), jnp.float32), rows_scratch(H, shape.dtype)
         ),
         statistics=plgpu.SMEM((2, ROWS), jnp.float32),
         q_ready=plgpu.Barrier(num_barriers=config.q_buffers),
-        k_ready=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        v_ready=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        q_free=plgpu.Barrier(num_arrivals=config.consumers, num_barriers=config.q_buffers),
+        k_ready=plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+        v_ready=plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+        q_free=plgpu.Barrier(num_arrivals=consumers, num_barriers=config.q_buffers),
         tile_free=plgpu.Barrier(num_barriers=stages),
         room=plgpu.Barrier(),
         handed_over=plgpu.Barrier(),
     )
+
+
+def _matrix(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
+    """Memory in tiles of 8 rows, as wgmma reads them, swizzled against bank conflicts over their whole width.
+
+    The width is what 128 bytes hold, or of the widths 64 and 32 the largest that divides a row.
+    """
+    columns = next(n for n in (128, 64, 32) if shape[-1] % n == 0 and n * dtype.itemsize <= 128)
+    tiles = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(columns * dtype.itemsize)  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(shape, dtype, transforms=(tiles, swizzle))
+
+
+def shared_memory(shape: Shape, config: Config) -> int:
+    """Bytes of shared memory of one CTA; barriers have ALIGNMENT in all, and so has what reductions need."""
+
+    def size(buffer) -> int:
+        if isinstance(buffer, plgpu.Barrier):
+            return 0
+        if isinstance(buffer, plgpu.RefUnion):
+            return max(map(size, buffer.refs))
+        return ceil_div(math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize, ALIGNMENT) * ALIGNMENT
+
+    kinds = (plgpu.Barrier, plgpu.RefUnion)
+    buffers = jax.tree.leaves(scratch_memory(shape, config), is_leaf=lambda x: isinstance(x, kinds))
+    return 2 * ALIGNMENT + sum(map(size, buffers))
+
+
+def choose(shape: Shape, multiprocessors: int) -> Config:
+    """One CTA on every multiprocessor, with the queries of the next unit and as many stages as fit.
+
+    There may be no more CTAs than can run at once: some wait for others.
+    """
+    most = 8 if shape.quantized else 6
+    wanted = (Config(multiprocessors, stages, buffers) for buffers in (2, 1) for stages in range(most, 0, -2))
+    return next(config for config in wanted if shared_memory(shape, config) <= SHARED_MEMORY)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.blockwise import PagedKV, ceil_div
 from pallas_kernels.flash_decoding.config import ROWS
+from pallas_kernels.flash_decoding.quantized import OPERAND, in_key_order, query_unit
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Shape:
         slots, queries, heads, kv_heads, head_size: as in q_BQNH and the pages.
         page_size, columns: slots of a page, and pages in a row of the table.
         dtype: of q and of the result.
+        kv_dtype: of the pages.
     """
 
     slots: int
@@ -27,11 +29,17 @@ class Shape:
     page_size: int
     columns: int
     dtype: jnp.dtype
+    kv_dtype: jnp.dtype
 
     @staticmethod
     def of(q_BQNH: jax.Array, kv: PagedKV, table_BJ: jax.Array) -> "Shape":
         B, Q, N, H = q_BQNH.shape
-        return Shape(B, Q, N, kv.k_PSKH.shape[2], H, kv.page_size, table_BJ.shape[1], q_BQNH.dtype)
+        kv_heads, kv_dtype = kv.k_PSKH.shape[2], kv.k_PSKH.dtype
+        return Shape(B, Q, N, kv_heads, H, kv.page_size, table_BJ.shape[1], q_BQNH.dtype, kv_dtype)
+
+    @property
+    def quantized(self) -> bool:
+        return self.kv_dtype != self.dtype
 
     @property
     def group(self) -> int:
@@ -66,7 +74,9 @@ class Shape:
 
 
 def to_units(q_BQNH: jax.Array, shape: Shape) -> jax.Array:
-    """The queries by unit, [units of all slots, padded rows, H]."""
+    """The queries by unit, [units of all slots, padded rows, H]; for quantized keys as those are multiplied."""
+    if shape.quantized:
+        q_BQNH = in_key_order((q_BQNH * (1 / query_unit(shape.dtype))).astype(OPERAND))
     B, Q, K, g, H = shape.slots, shape.queries, shape.kv_heads, shape.group, shape.head_size
     q_BKRH = q_BQNH.reshape(B, Q, K, g, H).transpose(0, 2, 1, 3, 4).reshape(B, K, Q * g, H)
     padding = shape.blocks * shape.rows - Q * g

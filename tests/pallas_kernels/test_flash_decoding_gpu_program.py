@@ -14,7 +14,10 @@ import pytest
 
 from pallas_kernels.blockwise import Options, PagedKV
 from pallas_kernels.flash_decoding import flash_decoding, mosaic_gpu
-from pallas_kernels.flash_decoding.config import HEAD_SIZES, SHARED_MEMORY, Config, choose, shared_memory
+from pallas_kernels.flash_decoding import quantized
+from pallas_kernels.flash_decoding.config import HEAD_SIZES, SHARED_MEMORY, TILE_KEYS, Config
+from pallas_kernels.flash_decoding.shared import choose, shared_memory
+from pallas_kernels.flash_decoding.units import Shape
 from tests.pallas_kernels.cases import ATOL, Case, Inputs, assert_close, oracle
 from tests.pallas_kernels.gpu_program import interpreted, lower
 
