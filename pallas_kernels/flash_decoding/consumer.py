@@ -45,7 +45,7 @@ def compute(
         store(_by_row(scratch, softmax, put, shape))
     else:
         pl.when(consumer == 1)(lambda: _hand_over(scratch, put))
-        pl.when(consumer == 0)(lambda: store(_taken_over(scratch, _by_row(scratch, softmax, put, shape))))
+        pl.when(consumer == 0)(lambda: store(_taken_over(scratch, _by_row(scratch, softmax, put, shape), shape)))
 
 
 def _nothing_seen(shape: Shape) -> tuple[jax.Array, ...]:
@@ -64,15 +64,18 @@ def _put(scratch: Scratch, softmax, shape: Shape, config: Config) -> None:
     """Writes a softmax to shared memory, row by row."""
     values, maximum, total = softmax
     rows = pl.ds(0, len(maximum))
+    values_smem = scratch.results[1].at[rows]
     if shape.quantized:
         total = quantized.over_keys("add", total, _own(scratch.meeting), config.interpretable)
-        values = quantized.by_row(values, shape.head_size, config.interpretable)
-    scratch.results[1][rows], scratch.statistics[0, rows], scratch.statistics[1, rows] = values, maximum, total
+        quantized.store_by_row(values, values_smem, config.interpretable)
+    else:
+        values_smem[...] = values
+    scratch.statistics[0, rows], scratch.statistics[1, rows] = maximum, total
     plgpu.commit_smem()
 
 
-def _read(scratch: Scratch) -> tuple[jax.Array, ...]:
-    values = plgpu.load(scratch.results[1], layout=SCORES)
+def _read(scratch: Scratch, shape: Shape) -> tuple[jax.Array, ...]:
+    values = plgpu.load(scratch.results[1], layout=SCORES, optimized=not shape.quantized)
     statistics = (plgpu.load(scratch.statistics.at[i], layout=BY_ROW) for i in range(2))
     softmax = (values, *statistics)
     plgpu.commit_smem()  # all have read before anyone writes
@@ -85,7 +88,7 @@ def _by_row(scratch: Scratch, softmax, put, shape: Shape):
         return softmax
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # results of the unit before
     put()
-    return _read(scratch)
+    return _read(scratch, shape)
 
 
 def _hand_over(scratch: Scratch, put) -> None:
@@ -94,13 +97,13 @@ def _hand_over(scratch: Scratch, put) -> None:
     plgpu.barrier_arrive(scratch.handed_over)
 
 
-def _taken_over(scratch: Scratch, softmax):
+def _taken_over(scratch: Scratch, softmax, shape: Shape):
     """One softmax of what two consumers saw."""
     values, maximum, total = softmax
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # results of the unit before
     plgpu.barrier_arrive(scratch.room)
     plgpu.barrier_wait(scratch.handed_over)
-    others, others_maximum, others_total = _read(scratch)
+    others, others_maximum, others_total = _read(scratch, shape)
     joint = jnp.maximum(maximum, others_maximum)
     own, other = jnp.exp2(maximum - joint), jnp.exp2(others_maximum - joint)
     values = values * lax.broadcast_in_dim(own, values.shape, [0])

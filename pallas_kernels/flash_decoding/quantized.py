@@ -120,7 +120,7 @@ def key_registers(loaded: np.ndarray, head_size: int, dtype: ir.Type) -> np.ndar
 def values_operand(v_smem, low, high, operand_smem) -> Any:
     """A tile of values [64, H] as float16, transposed: [value_rows, 64].
 
-    In registers with the rows in an order that `by_row` undoes, or in `operand_smem`. Values of keys outside
+    In registers with the rows in an order that `store_by_row` undoes, or in `operand_smem`. Values of keys outside
     [low, high) are zero: their weights are 0, but they may be NaN.
     """
     H = v_smem.shape[-1]
@@ -174,19 +174,20 @@ def log2_size(scales: jax.Array) -> jax.Array:
     return jnp.log(jnp.maximum(jnp.abs(scales), 2.0**-64)) * math.log2(math.e)
 
 
-def by_row(values: jax.Array, head_size: int, interpretable: bool) -> jax.Array:
-    """Sums of `values_operand`, [value_rows, N], as [N, H] with the components in order."""
+def store_by_row(values: jax.Array, memory, interpretable: bool) -> None:
+    """Writes sums of `values_operand`, [value_rows, N], to memory as [N, H] with the components in order."""
+    N, H = memory.shape
     if interpretable:
-        return values[:head_size].T
-    N = values.shape[1]
-    layout = value_layout(head_size)
+        memory[...] = values[:H].T
+        return
 
-    def convert(_, x: FragmentedArray) -> FragmentedArray:
-        registers = row_registers(x.registers, N, head_size)
-        return FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+    def store(_, x: FragmentedArray, memory: ir.Value) -> None:
+        registers = row_registers(x.registers, N, H)
+        rows = FragmentedArray(_registers=registers, _layout=value_layout(H), _is_signed=None)
+        rows.store_untiled(memory, optimized=False)
 
-    result = plgpu.ShapeDtypeStruct((N, head_size), jnp.float32, layout=_of(layout))
-    return plgpu.inline_mgpu(arg_types=(WGMMA,), return_type=result)(convert)(values)
+    # The type says that the memory is in no tiles: left open, layout inference finds no solution for an odd N.
+    plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType()))(store)(values, memory)
 
 
 def row_registers(sums: np.ndarray, rows: int, head_size: int) -> np.ndarray:
@@ -255,7 +256,9 @@ def _convert(word: ir.Value, dtype: ir.Type) -> list[ir.Value]:
         # As the last 8 bits of a float16, x + 128 makes it 1024 + 128 + x, from which 1152 is taken.
         shift = "xor.b32 x, $2, 0x80808080; mov.b32 bias, 0x64806480;"
         pairs = "prmt.b32 low, x, 0x64646464, 0x4140; prmt.b32 high, x, 0x64646464, 0x4342;"
-        code = f"{{ .reg .b32 x, bias, low, high; {shift} {pairs} sub.f16x2 $0, low, bias; sub.f16x2 $1, high, bias; }}"
+        code = (
+            f"{{ .reg .b32 x, bias, low, high; {shift} {pairs} sub.f16x2 $0, low, bias; sub.f16x2 $1, high, bias; }}"
+        )
     pair = ir.VectorType.get((2,), ir.F16Type.get())
     return [utils.bitcast(half, pair) for half in utils.inline_ptx(code, word, result_types=(i32, i32))]
 
@@ -267,7 +270,7 @@ def _transposed(words: list[list[ir.Value]], rows: list[tuple[int, int]]) -> ir.
         return _permuted(*words[block], (first, 4 + first, second, 4 + second))
     lower = _permuted(*words[block], (first, 4 + first, first, first))
     if next_block == len(words):
-        return arith.andi(lower, _c(0xFFFF))
+        return _lower_half(lower)
     upper = _permuted(*words[next_block], (second, 4 + second, second, second))
     return _permuted(lower, upper, (0, 1, 4, 5))
 
@@ -275,6 +278,10 @@ def _transposed(words: list[list[ir.Value]], rows: list[tuple[int, int]]) -> ir.
 def _permuted(low: ir.Value, high: ir.Value, order: tuple[int, ...]) -> ir.Value:
     """Four bytes of the eight of two words."""
     return utils.prmt(low, high, _c(sum(byte << 4 * i for i, byte in enumerate(order))))
+
+
+def _lower_half(word: ir.Value) -> ir.Value:
+    return arith.andi(word, _c(0xFFFF))
 
 
 def _words(x: ir.Value) -> list[ir.Value]:
