@@ -7,6 +7,9 @@ import jax
 from pallas_kernels import checks, dispatch
 from pallas_kernels.blockwise import Options, PagedKV
 from pallas_kernels.flash_decoding import mosaic_gpu, reference, xla
+from pallas_kernels.flash_decoding.tree import check_tree_mask, pack_tree_mask
+
+__all__ = ["IMPLEMENTATIONS", "flash_decoding", "pack_tree_mask"]
 
 IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu.flash_decoding,
@@ -28,18 +31,27 @@ def flash_decoding(
     sinks_N: jax.Array | None = None,
     k_scales_PSK: jax.Array | None = None,
     v_scales_PSK: jax.Array | None = None,
+    tree_mask_BQW: jax.Array | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
 ) -> Any:  # depends on return_lse
     """Attends the last Q queries of every slot to the slot's paged keys.
 
     The queries of slot b are the last Q positions of its lengths[b] keys, which are in the pages already:
-    query i has position p = lengths[b] - Q + i. Q is 1, or more when drafted tokens are verified.
+    query i has position p = lengths[b] - Q + i. Q is 1, or more when drafted tokens are verified. Query i sees the
+    keys up to its own, or with a tree mask those on its own path.
 
     Args:
       q_BQNH: float32, bfloat16 or float16.
       page_table_BJ: int32, pages within the pool; what unused columns name is never seen.
       lengths_B: int32, keys per slot; 0 marks an empty slot. A query before position 0 gets output 0.
+      tree_mask_BQW: uint32 or int32, with W = ceil(Q / 32) and Q at most 128: drafted tokens that form a tree. Bit j
+        of word w says whether a query sees the slot's new key 32 w + j, the one at lengths[b] - Q + 32 w + j in the
+        pages; bits past Q are ignored. All keys before the new ones are seen. `pack_tree_mask` makes the words of
+        booleans. A query need not see its own key. `window` goes by position in the text, which for a drafted token
+        is its depth in the tree: a query with n bits is taken for the n-th on its path, at position
+        lengths[b] - Q + max(n, 1) - 1, and so is the key of the same index. None is the causal mask, whose bits
+        give the same result.
       The others: as for `pallas_kernels.flash_attention.flash_attention`.
 
     Returns:
@@ -65,7 +77,9 @@ def flash_decoding(
         q_BQNH.shape,
         f"one row for each of the {len(lengths_B)} slots",
     )
+    if tree_mask_BQW is not None:
+        check_tree_mask(tree_mask_BQW, *q_BQNH.shape[:2])
     refusal = mosaic_gpu.unsupported(q_BQNH, kv)
     run = dispatch.choose("flash_decoding", implementation, IMPLEMENTATIONS, refusal)
-    out_BQNH, lse_BQN = run(q_BQNH, kv, page_table_BJ, lengths_B, sinks_N, options)
+    out_BQNH, lse_BQN = run(q_BQNH, kv, page_table_BJ, lengths_B, sinks_N, options, tree_mask_BQW)
     return (out_BQNH, lse_BQN) if return_lse else out_BQNH

@@ -26,6 +26,7 @@ from pallas_kernels.flash_decoding.merge import merge, padded
 from pallas_kernels.flash_decoding.producer import drain, load
 from pallas_kernels.flash_decoding.schedule import Schedule, make_schedule, tiles_in_sight
 from pallas_kernels.flash_decoding.shared import Inputs, Outputs, Part, scratch_memory
+from pallas_kernels.flash_decoding.tree import tree_rows
 from pallas_kernels.flash_decoding.units import Shape, from_units, sinks_of_rows, to_units
 
 LOADER_REGISTERS, CONSUMER_REGISTERS = 40, 232
@@ -38,6 +39,7 @@ def flash_decoding(
     lengths_B: jax.Array,
     sinks_N: jax.Array | None,
     options: Options,
+    tree_mask_BQW: jax.Array | None = None,
     schedule: Schedule | None = None,
     config: Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -48,7 +50,10 @@ def flash_decoding(
         schedule = make_schedule(
             lengths_B, queries=shape.queries, window=options.window, units=shape.units, ctas=config.ctas
         )
-    return _launch(q_BQNH, kv, table_BJ, lengths_B, sinks_N, schedule, shape=shape, options=options, config=config)
+    return _launch(
+        q_BQNH, kv, table_BJ, lengths_B, sinks_N, tree_mask_BQW, schedule,
+        shape=shape, options=options, config=config,
+    )  # fmt: skip
 
 
 def unsupported(q_BQNH: jax.Array, kv: PagedKV) -> str | None:
@@ -58,10 +63,14 @@ def unsupported(q_BQNH: jax.Array, kv: PagedKV) -> str | None:
 
 # Jitted, so that the layers of a model share one trace.
 @partial(jax.jit, static_argnames=("shape", "options", "config"))
-def _launch(q_BQNH, kv, table_BJ, lengths_B, sinks_N, schedule, *, shape: Shape, options: Options, config: Config):
+def _launch(
+    q_BQNH, kv, table_BJ, lengths_B, sinks_N, tree_mask_BQW, schedule, *,
+    shape: Shape, options: Options, config: Config,
+):  # fmt: skip
     H, units = shape.head_size, shape.slots * shape.units
     k, v = (pages.reshape(-1, shape.kv_heads * H) for pages in (kv.k_PSKH, kv.v_PSKH))
     sinks = None if sinks_N is None else sinks_of_rows(sinks_N, shape)
+    tree = None if tree_mask_BQW is None else tree_rows(tree_mask_BQW, lengths_B, shape, options.window)
     inputs = Inputs(
         to_units(q_BQNH, shape).reshape(-1, H),
         k,
@@ -72,6 +81,7 @@ def _launch(q_BQNH, kv, table_BJ, lengths_B, sinks_N, schedule, *, shape: Shape,
         schedule.merge_C4,
         schedule.tickets_C1,
         sinks,
+        tree,
     )
     outputs = Outputs(
         out=jax.ShapeDtypeStruct((units, shape.stored_rows, H), shape.dtype),
