@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.blockwise import Options, PagedKV
+from pallas_kernels.checks import require
 from pallas_kernels.flash_decoding import config as configs
 from pallas_kernels.flash_decoding.config import ROWS, Config, choose
 from pallas_kernels.flash_decoding.consumer import compute, join_own
@@ -46,14 +47,19 @@ def flash_decoding(
     """See the public op; the schedule is made here where the caller has none."""
     shape = Shape.of(q_BQNH, kv, table_BJ)
     config = config or choose(shape.head_size, dispatch.multiprocessors())
-    if schedule is None:
-        schedule = make_schedule(
-            lengths_B, queries=shape.queries, window=options.window, units=shape.units, ctas=config.ctas
-        )
+    schedule = schedule or plan(lengths_B, shape, options.window, config)
+    ctas = len(schedule.work_C5)
+    require(ctas == config.ctas, "schedule", f"one for {ctas} CTAs", f"one for the {config.ctas} of this GPU")
     return _launch(
         q_BQNH, kv, table_BJ, lengths_B, sinks_N, tree_mask_BQW, schedule,
         shape=shape, options=options, config=config,
     )  # fmt: skip
+
+
+def plan(lengths_B: jax.Array, shape: Shape, window: int | None, config: Config | None = None) -> Schedule:
+    """The schedule of a problem; `config` is chosen unless given."""
+    config = config or choose(shape.head_size, dispatch.multiprocessors())
+    return make_schedule(lengths_B, queries=shape.queries, window=window, units=shape.units, ctas=config.ctas)
 
 
 def unsupported(q_BQNH: jax.Array, kv: PagedKV) -> str | None:

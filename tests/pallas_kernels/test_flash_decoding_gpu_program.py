@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.blockwise import Options, PagedKV
-from pallas_kernels.flash_decoding import flash_decoding, mosaic_gpu, pack_tree_mask
+from pallas_kernels.flash_decoding import flash_decoding, mosaic_gpu, pack_tree_mask, plan
 from pallas_kernels.flash_decoding.config import HEAD_SIZES, SHARED_MEMORY, Config, choose, shared_memory
 from tests.pallas_kernels.cases import ATOL, Case, Inputs, assert_close, oracle
 from tests.pallas_kernels.gpu_program import interpreted, lower
@@ -240,4 +240,23 @@ def test_on_a_gpu_causal_bits_are_the_causal_mask(window):
         run(mosaic_gpu.flash_decoding, inputs, jnp.bfloat16, tree_mask=bits) for bits in (causal_bits(4, 33), None)
     )
     for x, y in zip(with_bits, without, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_calls_share_a_schedule():
+    """Units are cut between CTAs, whose tickets every call has to leave as it found them."""
+    inputs = Inputs(slots((1009, 499, 2, 8191), g=4, head_size=128))
+    q, k, v, table, _, lengths = inputs.arguments(jnp.bfloat16)
+
+    @partial(jax.jit, static_argnames="shared")
+    def four_layers(q_BQNH, shared: bool):
+        call = partial(flash_decoding, scale=0.1, implementation="mosaic_gpu")
+        schedule = plan(q_BQNH, k, table, lengths, implementation="mosaic_gpu") if shared else None
+        results = [q_BQNH]
+        for _ in range(4):
+            results.append(call(results[-1], k, v, table, lengths, schedule=schedule))
+        return results
+
+    for x, y in zip(four_layers(q[:, None], True), four_layers(q[:, None], False), strict=True):
         np.testing.assert_array_equal(x, y)
