@@ -1,8 +1,9 @@
 """The warpgroups of the decode kernel that compute: attention of a unit's rows to its tiles, and its results."""
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from pallas_kernels.flash_decoding.config import ROWS, TILE_KEYS, Config
 from pallas_kernels.flash_decoding.merge import join, signal, wait_for, with_sink
 from pallas_kernels.flash_decoding.schedule import partial_index
 from pallas_kernels.flash_decoding.shared import Inputs, Outputs, Part, Scratch
+from pallas_kernels.flash_decoding.tree import WORD, first_new_tile
 from pallas_kernels.flash_decoding.units import Shape
 
 LOG2_E = math.log2(math.e)
@@ -28,16 +30,21 @@ def compute(
     """Attention of a unit's rows to the tiles of this part, online (FlashAttention-2, Dao 2023, algorithm 1)."""
     consumer = lax.axis_index("role") - 1
     buffer = lax.rem(part.nth, config.q_buffers)
-    position = _positions(part, shape)
+    position = _positions(inputs, part, shape)
     plgpu.barrier_wait(scratch.q_ready.at[buffer])
     tile = partial(_tile, scratch, part, position, buffer, shape=shape, options=options, config=config)
     zeros = plgpu.layout_cast(jnp.zeros((ROWS, shape.head_size), jnp.float32), SCORES)
     row = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW)
     # Tiles go around among the consumers; which one is first depends on the tiles that came before.
     first = lax.rem(consumer + config.consumers - lax.rem(part.done, config.consumers), config.consumers)
-    turns = (part.count - first + config.consumers - 1) // config.consumers
-    own = lambda turn, carry: tile(first + turn * config.consumers, carry)  # noqa: E731
-    softmax = lax.fori_loop(0, turns, own, (zeros, row + LOWEST, row))
+    turns = lambda tiles: (tiles - first + config.consumers - 1) // config.consumers  # noqa: E731
+    own = lambda turn, carry, tree=None: tile(tree, first + turn * config.consumers, carry)  # noqa: E731
+    begin, end = 0, turns(part.count)
+    softmax = (zeros, row + LOWEST, row)
+    if inputs.tree is not None:  # first the tiles without new keys
+        begin = turns(jnp.clip(first_new_tile(part.length, shape.queries) - part.tile, 0, part.count))
+        softmax = lax.fori_loop(0, begin, own, softmax)
+    softmax = lax.fori_loop(begin, end, partial(own, tree=inputs.tree), softmax)
     plgpu.barrier_arrive(scratch.q_free.at[buffer])
     store = partial(_store, inputs, outputs, scratch, part, shape=shape, config=config)
     if config.consumers == 1:
@@ -72,29 +79,46 @@ def _taken_over(scratch: Scratch, softmax):
     return values, joint, total * own + others_total * other
 
 
-def _positions(part: Part, shape: Shape) -> jax.Array:
+def _positions(inputs: Inputs, part: Part, shape: Shape) -> jax.Array:
     """The position of every row's query."""
+    if inputs.tree is not None and inputs.tree.depth is not None:
+        depth = plgpu.load(inputs.tree.depth.at[_block(part, shape)], layout=BY_ROW, optimized=False)
+        return part.length - shape.queries + depth
     row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=BY_ROW)
     block = lax.rem(part.unit, shape.blocks)
     return part.length - shape.queries + (block * shape.rows + row) // shape.group
 
 
+def _block(part: Part, shape: Shape):
+    """The number, among those of all slots, of the block of rows that a unit has."""
+    return part.slot * shape.blocks + lax.rem(part.unit, shape.blocks)
+
+
 def _tile(
-    scratch: Scratch, part: Part, position, buffer, i, carry, *, shape: Shape, options: Options, config: Config
+    scratch: Scratch, part: Part, position, buffer, tree, i, carry, *, shape: Shape, options: Options, config: Config
 ):  # fmt: skip
     values, maximum, total = carry
     first_key = (part.tile + i) * TILE_KEYS
+    bits = None if tree is None else _bits_of_tile(tree, part, part.tile + i, shape)
     stage = lax.rem(part.done + i, config.stages)
     plgpu.barrier_wait(scratch.k_ready.at[stage])
     scores = _product(scratch.q.at[buffer], scratch.k.at[stage].T, TILE_KEYS)
-    scores = _masked(_scaled(scores, options), first_key, position, options)
+    scores = _scaled(scores, options)
+    if bits is None:
+        scores = _masked(scores, first_key, position, options)
+    else:
+        key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=SCORES)
+        scores = jnp.where(_bit(bits.rows, key), scores, -jnp.inf)
     new_maximum = jnp.maximum(maximum, scores.max(axis=1))
     decay = jnp.exp2(maximum - new_maximum)
     weights = jnp.exp2(scores - lax.broadcast_in_dim(new_maximum, scores.shape, [0]))
     total = total * decay + weights.sum(axis=1)
     values = values * lax.broadcast_in_dim(decay, values.shape, [0])
     plgpu.barrier_wait(scratch.v_ready.at[stage])
-    _clear_unseen(scratch.v.at[stage], first_key, part, shape, options)
+    if bits is None:
+        _clear_unseen(scratch.v.at[stage], first_key, part, shape, options)
+    else:
+        _clear(scratch.v.at[stage], lambda key: _bit(bits.any, key))
     values = _add_product(values, weights.astype(shape.dtype), scratch, scratch.v.at[stage], config)
     plgpu.barrier_arrive(scratch.tile_free.at[stage])
     return values, new_maximum, total
@@ -133,10 +157,34 @@ def _clear_unseen(v_smem, first_key, part: Part, shape: Shape, options: Options)
 
     @pl.when((high < TILE_KEYS) | (low > 0))
     def _():
-        v = plgpu.load(v_smem, layout=SCORES)
-        key = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=SCORES)
-        v_smem[...] = jnp.where((key >= low) & (key < high), v, jnp.zeros_like(v))
-        plgpu.commit_smem()
+        _clear(v_smem, lambda key: (key >= low) & (key < high))
+
+
+def _clear(v_smem, keep: Callable[[jax.Array], jax.Array]) -> None:
+    v = plgpu.load(v_smem, layout=SCORES)
+    key = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=SCORES)
+    v_smem[...] = jnp.where(keep(key), v, jnp.zeros_like(v))
+    plgpu.commit_smem()
+
+
+class _Bits(NamedTuple):
+    """The keys of a tile that are seen, in two words: by every row, and by any query of the slot."""
+
+    rows: tuple[jax.Array, jax.Array]
+    any: tuple[jax.Array, jax.Array]
+
+
+def _bits_of_tile(tree: Any, part: Part, tile, shape: Shape) -> _Bits:
+    nth = tile - first_new_tile(part.length, shape.queries)
+    words = [tree.words.at[_block(part, shape), 2 * nth + half] for half in range(2)]
+    low, high = (plgpu.load(word, layout=BY_ROW, optimized=False) for word in words)
+    return _Bits((low, high), (tree.any[part.slot, 2 * nth], tree.any[part.slot, 2 * nth + 1]))
+
+
+def _bit(words: tuple[jax.Array, jax.Array], key: jax.Array) -> jax.Array:
+    """The bits of keys 0 to 63; words are scalars, or one for each row of `key`."""
+    low, high = (word if word.ndim == 0 else lax.broadcast_in_dim(word, key.shape, [0]) for word in words)
+    return (jnp.where(key < WORD, low, high) >> (key & (WORD - 1))) & 1 != 0
 
 
 def _add_product(values: jax.Array, weights: jax.Array, scratch: Scratch, v_smem, config: Config) -> jax.Array:

@@ -16,7 +16,10 @@ OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyrig
 
 
 class Inputs(NamedTuple):
-    """In device memory; the pages as [slots of all pages, KV heads x H], so that a copy names rows and columns."""
+    """In device memory; the pages as [slots of all pages, KV heads x H], so that a copy names rows and columns.
+
+    `tree` is a `TreeRows`, or None where the mask is causal.
+    """
 
     q: Any
     k: Any
@@ -27,6 +30,7 @@ class Inputs(NamedTuple):
     merge: Any
     tickets: Any
     sinks: Any
+    tree: Any
 
 
 class Outputs(NamedTuple):

@@ -125,6 +125,22 @@ def test_experts_are_left_to_xla(hopper):
     assert norms(text) == 1 + LAYERS
 
 
+@pytest.mark.parametrize("tensor", [1, 2, 8])
+def test_layers_share_the_schedule_of_attention(hopper, tensor):
+    """One for each cache group of a step, made for what each device holds."""
+    one_group, two_groups = two_layers(), two_layers("gemma-2-9b", dtype="bfloat16")
+    assert len(two_groups.windows) == 2
+    for config in (one_group, replace(two_groups, layers=2 * two_groups.layers)):
+        text = lowered(config, 4, tensor)
+        assert len(re.findall(r"call @make_schedule", text)) == len(config.windows)
+        assert len(re.findall(r"call @_launch", text)) == len(config.layers)
+
+
+def test_xla_needs_no_schedule(monkeypatch):
+    monkeypatch.setattr(dispatch, "automatic", lambda refusal=None: (dispatch.FALLBACK, "a test"))
+    assert "make_schedule" not in lowered(two_layers(), 4)
+
+
 def logits_error(model: Model, params: list[jax.Array], tokens_T: np.ndarray, exact_TV: np.ndarray) -> float:
     """Root mean square."""
     logits_TV = run(model, params, tokens_T).logits_TV

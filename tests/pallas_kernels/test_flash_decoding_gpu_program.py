@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.blockwise import Options, PagedKV
-from pallas_kernels.flash_decoding import flash_decoding, mosaic_gpu
+from pallas_kernels.flash_decoding import flash_decoding, mosaic_gpu, pack_tree_mask, plan
 from pallas_kernels.flash_decoding.config import HEAD_SIZES, SHARED_MEMORY, Config, choose, shared_memory
 from tests.pallas_kernels.cases import ATOL, Case, Inputs, assert_close, oracle
 from tests.pallas_kernels.gpu_program import interpreted, lower
@@ -24,7 +24,10 @@ def run(implementation, inputs: Inputs, dtype, **config):
     q, k, v, table, _, lengths = inputs.arguments(dtype)
     B, (T, N, H) = len(lengths), q.shape
     q_BQNH, options = q.reshape(B, T // B, N, H), Options(**inputs.case.options)
-    out, lse = implementation(q_BQNH, PagedKV(k, v), table, lengths, inputs.options["sinks_N"], options, **config)
+    tree_mask = config.pop("tree_mask", inputs.tree_mask)
+    out, lse = implementation(
+        q_BQNH, PagedKV(k, v), table, lengths, inputs.options["sinks_N"], options, tree_mask, **config
+    )
     return out.reshape(T, N, H), lse.reshape(T, N)
 
 
@@ -32,7 +35,7 @@ def check(inputs: Inputs, dtype, **config):
     """Products of 16-bit numbers are exact in float32; the weights and the output are rounded once each."""
     inputs.round_to(dtype)
     (out, lse), (exact_out, exact_lse) = run(mosaic_gpu.flash_decoding, inputs, dtype, **config), oracle(inputs)
-    largest_value = max(np.abs(kv[1]).max(initial=0) for kv in inputs.kv)
+    largest_value = max(np.nan_to_num(np.abs(kv[1])).max(initial=0) for kv in inputs.kv)
     assert out.dtype == dtype
     assert_close([out], [exact_out], atol=float(jnp.finfo(dtype).eps) * largest_value + ATOL)
     assert_close([lse], [exact_lse])
@@ -55,6 +58,10 @@ CASES = {
     "more rows than a block": (slots((90,), 20, g=4, kv_heads=1), 2),
     "71 heads on one": (slots((90, 7), g=71, kv_heads=1), 2),
     "more queries than keys": (slots((3, 0, 12), 5, page_size=16, sinks=True), 2),
+    "trees": (slots((200, 0, 70, 129, 4), 6, tree=True, page_size=16), 3),
+    "trees, a window, soft cap, sinks": (slots((300, 66, 131), 7, tree=True, window=5, soft_cap=2.0, sinks=True), 4),
+    "trees of two words in blocks of rows": (slots((150, 90), 40, g=4, kv_heads=1, tree=True, window=70), 3),
+    "trees over three tiles": (slots((193,), 128, g=1, kv_heads=1, tree=True), 2),
 }
 
 
@@ -73,14 +80,34 @@ def test_interpreted_kernel_with_other_layouts(config):
         check(Inputs(slots((300, 70, 450), g=1, kv_heads=1, head_size=128)), jnp.float16, config=config)
 
 
-def program(q_BQNH, pages, table_BJ, lengths_B, sinks_N, **options):
+def causal_bits(slots: int, queries: int) -> jax.Array:
+    return pack_tree_mask(jnp.broadcast_to(jnp.tri(queries, dtype=jnp.bool_), (slots, queries, queries)))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("window", [None, 3])
+def test_causal_bits_are_the_causal_mask(window):
+    inputs = Inputs(slots((200, 66, 3), 5, g=1, kv_heads=1, window=window))
+    config = Config(2, stages=2, interpretable=True)
+    with interpreted():
+        with_bits, without = (
+            run(mosaic_gpu.flash_decoding, inputs, jnp.bfloat16, config=config, tree_mask=bits)
+            for bits in (causal_bits(3, 5), None)
+        )
+    for x, y in zip(with_bits, without, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def program(q_BQNH, pages, table_BJ, lengths_B, sinks_N, tree_mask_BQW, **options):
     return flash_decoding(
-        q_BQNH, pages, pages, table_BJ, lengths_B, sinks_N=sinks_N, return_lse=True, implementation="mosaic_gpu",
-        **options,
+        q_BQNH, pages, pages, table_BJ, lengths_B, sinks_N=sinks_N, tree_mask_BQW=tree_mask_BQW, return_lse=True,
+        implementation="mosaic_gpu", **options,
     )  # fmt: skip
 
 
-def shapes(queries=1, g=4, kv_heads=2, head_size=128, page_size=64, dtype=jnp.bfloat16, sinks=False, kv_dtype=None):
+def shapes(
+    queries=1, g=4, kv_heads=2, head_size=128, page_size=64, dtype=jnp.bfloat16, sinks=False, kv_dtype=None, tree=False
+):  # fmt: skip
     """Arguments of `program` that exist only as shapes."""
     heads = g * kv_heads
     return (
@@ -89,6 +116,7 @@ def shapes(queries=1, g=4, kv_heads=2, head_size=128, page_size=64, dtype=jnp.bf
         jax.ShapeDtypeStruct((3, 4), jnp.int32),
         jax.ShapeDtypeStruct((3,), jnp.int32),
         jax.ShapeDtypeStruct((heads,), jnp.float32) if sinks else None,
+        jax.ShapeDtypeStruct((3, queries, -(-queries // 32)), jnp.uint32) if tree else None,
     )
 
 
@@ -107,6 +135,17 @@ LOWERED = {
         "sinks": True,
         "window": 9,
         "soft_cap": 2.0,
+    },
+    "Llama-3-8B, a tree of 64": {"queries": 64, "kv_heads": 8, "tree": True},
+    "gpt-oss, a tree of 8": {"queries": 8, "g": 8, "head_size": 64, "window": 128, "sinks": True, "tree": True},
+    "Gemma-2, a tree of 33": {
+        "queries": 33,
+        "g": 2,
+        "head_size": 256,
+        "page_size": 16,
+        "window": 100,
+        "soft_cap": 50.0,
+        "tree": True,
     },
 }
 
@@ -166,6 +205,9 @@ ON_A_GPU = {
     "many heads": slots((401, 3), 2, g=32, page_size=32, kv_heads=1, window=200),
     "71 heads": slots((401, 1009), g=71, page_size=16, kv_heads=1),
     "a long context": slots((131_072,), g=4, head_size=128, kv_heads=1),
+    "trees": slots((1009, 7, 64, 130, 0, 700), 8, g=4, head_size=128, page_size=16, tree=True),
+    "trees, a window and sinks": slots((333, 1500, 65), 33, g=8, window=128, sinks=True, kv_heads=1, tree=True),
+    "trees of 128 and a short window": slots((1009, 200), 128, g=2, head_size=256, kv_heads=1, window=9, tree=True),
     "very different lengths": slots((1, 32_768, 128, 7000, 64, 0, 513, 2048), g=4, head_size=128, kv_heads=1),
 }  # fmt: skip
 
@@ -188,3 +230,33 @@ def test_on_a_gpu_as_exact_as_16_bits_allow_and_the_same_twice(name):
     again = run(mosaic_gpu.flash_decoding, inputs, dtype)
     np.testing.assert_array_equal(out, again[0])
     np.testing.assert_array_equal(lse, again[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 3, 100])
+def test_on_a_gpu_causal_bits_are_the_causal_mask(window):
+    inputs = Inputs(slots((1009, 66, 3, 640), 33, g=4, head_size=128, window=window))
+    with_bits, without = (
+        run(mosaic_gpu.flash_decoding, inputs, jnp.bfloat16, tree_mask=bits) for bits in (causal_bits(4, 33), None)
+    )
+    for x, y in zip(with_bits, without, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_calls_share_a_schedule():
+    """Units are cut between CTAs, whose tickets every call has to leave as it found them."""
+    inputs = Inputs(slots((1009, 499, 2, 8191), g=4, head_size=128))
+    q, k, v, table, _, lengths = inputs.arguments(jnp.bfloat16)
+
+    @partial(jax.jit, static_argnames="shared")
+    def four_layers(q_BQNH, shared: bool):
+        call = partial(flash_decoding, scale=0.1, implementation="mosaic_gpu")
+        schedule = plan(q_BQNH, k, table, lengths, implementation="mosaic_gpu") if shared else None
+        results = [q_BQNH]
+        for _ in range(4):
+            results.append(call(results[-1], k, v, table, lengths, schedule=schedule))
+        return results
+
+    for x, y in zip(four_layers(q[:, None], True), four_layers(q[:, None], False), strict=True):
+        np.testing.assert_array_equal(x, y)

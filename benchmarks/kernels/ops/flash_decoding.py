@@ -10,14 +10,21 @@ import jax.numpy as jnp
 
 from benchmarks.kernels.op import OURS, SPECIFICATION, Arguments, Op, Run, Unsupported
 from benchmarks.kernels.ops import attention
-from pallas_kernels.flash_decoding import flash_decoding
+from pallas_kernels.flash_decoding import flash_decoding, plan
 from pallas_kernels.flash_decoding.problems import PROBLEMS, Problem
 
 _PAGED = ("q_BQNH", "k_pages_PSKH", "v_pages_PSKH", "page_table_BJ")
 
 
 def ours(name: str, problem: Problem) -> Run:
-    return Run(lambda arguments: flash_decoding(**arguments, **problem.heads.options, implementation=name))
+    """The schedule is part of the arguments: a step makes one for all of its layers."""
+
+    def prepare(arguments: Arguments) -> Arguments:
+        q, k, _, *rest = (arguments[argument] for argument in (*_PAGED, "lengths_B"))
+        return arguments | {"schedule": plan(q, k, *rest, window=problem.heads.window, implementation=name)}
+
+    call = lambda arguments: flash_decoding(**arguments, **problem.heads.options, implementation=name)  # noqa: E731
+    return Run(call, prepare)
 
 
 def cudnn(problem: Problem) -> Run:
