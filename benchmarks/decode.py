@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks.record import Record, report, write
+from benchmarks.record import Record, write
 from jaxinfer.decode.sampling import needs
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import Layout, Programs
@@ -115,6 +115,7 @@ def measure(subject: Subject, batches: list[int], prompts: list[int]) -> Iterato
     yield [
         Record("machine", "measured", "bandwidth", subject.machine.bandwidth / 1e12, "TB/s"),
         Record("machine", "measured", "bf16 matmul", subject.machine.rate("bf16") / 1e12, "TFLOP/s"),
+        Record("machine", "measured", "kernel overhead", subject.machine.overhead * 1e6, "us"),
     ]
     for batch in batches:
         yield run_decode(subject, batch)
@@ -181,8 +182,12 @@ def main() -> None:
         arguments.model, model, model.random_params(), arguments.page_size, arguments.steps_per_dispatch,
         dispatch.automatic()[0], machine, find_by_device(machine.device_kind, MEASURED) or machine,
     )  # fmt: skip
-    records = report(measure(subject, arguments.batches, arguments.prompts))
-    print("written to", write("decode", records, arguments.output))
+    records = []
+    for group in measure(subject, arguments.batches, arguments.prompts):
+        records += group
+        print(*group, sep="\n", flush=True)
+        path = write("decode", records, arguments.output)  # after each case, so that a run cut short leaves the others
+    print("written to", path)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -54,15 +53,6 @@ class Failure:
     case: str
     implementation: str
     reason: str
-
-
-def report(groups: Iterable[list[Record]]) -> list[Record]:
-    """Prints every record as soon as it is there, a line each; returns all of them."""
-    records = []
-    for group in groups:
-        print(*group, sep="\n", flush=True)
-        records += group
-    return records
 
 
 def environment() -> dict[str, str]:
