@@ -49,3 +49,43 @@ def complete(x: jax.Array, layout: Any = plgpu.Layout.WG_SPLAT) -> None:
         utils.inline_ptx(f"{{ .reg .b32 x; .reg .pred p; mov.b32 x, $0; {mix}{never} }}", *registers)
 
     plgpu.inline_mgpu(arg_types=(layout,))(instruction)(x)
+
+
+def meet(counter_ref: Any, blocks: int) -> None:
+    """Waits until `blocks` blocks, all of the launch, are here; each then sees what the others have written before.
+
+    They must all be on the card at once. `counter_ref` is a zero in device memory, which stays at `blocks`.
+    """
+
+    def wait(_, counter):
+        semaphore = utils.SemaphoreRef(utils.memref_ptr(counter))
+        _fence_copies()
+        utils.warpgroup_barrier()
+        semaphore.signal(1, memory_scope="gpu")
+        semaphore.wait(blocks, decrement=False, memory_scope="gpu")
+        _fence_copies()
+
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(wait)(counter_ref)
+
+
+def count_in(counter_ref: Any) -> None:
+    """Counts this block in, and goes on."""
+
+    def signal(_, counter):
+        utils.SemaphoreRef(utils.memref_ptr(counter)).signal(1, memory_scope="gpu")
+
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(signal)(counter_ref)
+
+
+def count_out(counter_ref: Any, blocks: int) -> None:
+    """Waits until `blocks` blocks have counted themselves in, and sets the counter to zero."""
+
+    def wait(_, counter):
+        utils.SemaphoreRef(utils.memref_ptr(counter)).wait(blocks, memory_scope="gpu")
+
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(wait)(counter_ref)
+
+
+def _fence_copies() -> None:
+    """Orders what TMA copied and what instructions read and write."""
+    utils.inline_ptx("fence.proxy.async.global;", has_side_effects=True)

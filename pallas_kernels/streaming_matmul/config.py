@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -10,8 +10,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.checks import require
 from pallas_kernels.streaming_matmul.arguments import Arguments
+from pallas_kernels.streaming_matmul.weights import Tiles
 
 MAX_TOKENS = 64
+MAX_TOKENS_OF_ROW = 32  # that leave room for a ring of tiles beside x
 ROWS = 64  # of D, the least that a tile has; the norm works on so many at once
 # One H100 or H200 (SXM): streaming multiprocessors, and the shared memory of one and of one block of it.
 SMS = 132
@@ -77,7 +79,8 @@ class Config:
     `stages` such tiles are on their way at once. A block takes up to `rounds` tiles of columns one after another,
     and the tiles of the next are on their way before it has finished with one. `split` blocks, one cluster, share
     the columns: each takes a part of D, and their partial sums meet in shared memory, or in device memory with
-    `exchange="gmem"` (the interpreter knows no shared memory of another block).
+    `exchange="gmem"` (the interpreter knows no shared memory of another block). A tile comes in `pieces` copies along
+    D: products in one launch share the buffers, and those without halves so get as many copies as those with.
     """
 
     tile_n: int
@@ -86,6 +89,7 @@ class Config:
     split: int = 1
     rounds: int = 1
     exchange: str = "smem"
+    pieces: int = 1
 
     def __post_init__(self):
         require(self.tile_n in range(64, 257, 64), "tile_n", self.tile_n, "64, 128, 192, 256")
@@ -93,7 +97,12 @@ class Config:
         require(self.stages >= 2, "stages", self.stages, "at least 2")
         require(1 <= self.split <= 8, "split", self.split, "1 to 8, the blocks of a portable cluster")
         require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
-        require(self.split == 1 or self.rounds == 1, "rounds", self.rounds, "1 where blocks share columns")
+        require(
+            self.tile_d % (64 * self.pieces) == 0,
+            "pieces",
+            self.pieces,
+            f"divisors of tile_d / 64 = {self.tile_d // 64}",
+        )
         require(self.exchange in ("smem", "gmem"), "exchange", repr(self.exchange), "'smem', 'gmem'")
 
     def tiles(self, shape: Shape) -> int:
@@ -124,7 +133,7 @@ class Config:
         require(self.tile_n % unit == 0, "tile_n", self.tile_n, f"a multiple of {unit} for a weight {shape.w_axes}")
         steps = self.steps(shape)
         require(self.stages <= steps, "stages", self.stages, f"at most the {steps} tiles that a block multiplies")
-        used = smem_bytes(self, shape)
+        used = smem_bytes((self, shape))
         require(used <= SMEM_OF_BLOCK, "shared memory of the config", used, f"at most {SMEM_OF_BLOCK} bytes")
 
 
@@ -144,10 +153,10 @@ def buffers(config: Config, shape: Shape) -> dict[str, Buffer]:
     tokens, owners, f32 = shape.padded_tokens, config.owners(shape), jnp.dtype(jnp.float32)
     stages, tile_n, tile_d = config.stages, config.tile_n, config.tile_d
     tile_out, owned = tile_n // shape.halves, tokens // owners
-    tile = (tile_n, tile_d) if shape.w_axes.endswith("ND") else (tile_d, tile_out)
+    pieces = config.pieces
     found = {
-        "w": Buffer((stages, shape.halves, *tile), shape.dtype, operand=True),
-        "x": Buffer((stages, tokens, tile_d), shape.dtype, operand=True),
+        "w": Buffer((stages, *Tiles.of(shape.w_axes, config).shape), shape.dtype, operand=True),
+        "x": Buffer((stages, pieces, tokens, tile_d // pieces), shape.dtype, operand=True),
         "out": Buffer((owned, tile_out), shape.out_dtype),
     }
     if shape.norm_dtype is not None:
@@ -163,8 +172,69 @@ def buffers(config: Config, shape: Shape) -> dict[str, Buffer]:
     return found
 
 
-def smem_bytes(config: Config, shape: Shape) -> int:
-    return SMEM_OVERHEAD + sum(buffer.bytes for buffer in buffers(config, shape).values())
+def smem_bytes(*problems: tuple[Config, Shape]) -> int:
+    """Of a block that works on products in a row: the ring of tiles is common, the rest where it is the same."""
+    every = [buffers(*problem) for problem in problems]
+    rest = {(name, buffer) for found in every for name, buffer in found.items() if name != "w"}
+    return SMEM_OVERHEAD + max(found["w"].bytes for found in every) + sum(buffer.bytes for _, buffer in rest)
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """How one launch runs a row of products: all with the same ring of buffers, on the same clusters of two blocks.
+
+    A tile of a weight is 128 x 128 numbers in two copies: 64 rows and 128 columns of a gate and of its up projection,
+    or 64 columns and twice 128 rows of a weight without halves, whose columns two blocks share. All blocks must fit
+    the card at once, since they wait for each other.
+    """
+
+    stages: int
+    clusters: int
+    exchange: str = "smem"
+
+    def of(self, shapes: Sequence[Shape]) -> list[Config]:
+        """The config of each product."""
+        return [
+            Config(256, 64, self.stages, exchange=self.exchange)
+            if shape.halves == 2
+            else Config(64, 256, self.stages, split=2, exchange=self.exchange, pieces=2)
+            for shape in shapes
+        ]
+
+    def check(self, shapes: Sequence[Shape]) -> None:
+        """Raises ValueError where the kernel cannot run so."""
+        problems = list(zip(self.of(shapes), shapes, strict=True))
+        for config, shape in problems:
+            config.check(shape)
+        used = smem_bytes(*problems)
+        require(used <= SMEM_OF_BLOCK, "shared memory of the config", used, f"at most {SMEM_OF_BLOCK} bytes")
+
+    def steps(self, shapes: Sequence[Shape]) -> int:
+        """Tiles that the busiest block multiplies."""
+        return sum(self._steps(config, shape) for config, shape in zip(self.of(shapes), shapes, strict=True))
+
+    def _steps(self, config: Config, shape: Shape) -> int:
+        return math.ceil(config.tiles(shape) * config.split / (2 * self.clusters)) * config.steps(shape)
+
+
+def mlp_config_for(shapes: Sequence[Shape]) -> MLPConfig | None:
+    """As many stages as fit; the fewest clusters whose busiest block has least to do."""
+    if shapes[0].padded_tokens > MAX_TOKENS_OF_ROW:
+        return None
+    fitting = (MLPConfig(stages, SMS // 2) for stages in range(6, 1, -1))
+    found = next((config for config in fitting if _fits(config, shapes)), None)
+    if found is None:
+        return None
+    options = [replace(found, clusters=clusters) for clusters in range(FEWEST_BLOCKS // 2, SMS // 2 + 1)]
+    return min(options, key=lambda config: (config.steps(shapes), config.clusters))
+
+
+def _fits(config: MLPConfig, shapes: Sequence[Shape]) -> bool:
+    try:
+        config.check(shapes)
+    except ValueError:
+        return False
+    return True
 
 
 # Blocks that keep the memory busy, and how far the tiles may fall short of dividing among them evenly.
@@ -199,7 +269,7 @@ def _even(shape: Shape, tile_n: int, split: int) -> Config | None:
     if config.blocks(shape) < FEWEST_BLOCKS or config.busy(shape) < LEAST_BUSY:
         return None
     config = deepest(config, shape)
-    return config if smem_bytes(config, shape) <= SMEM_OF_BLOCK else None
+    return config if smem_bytes((config, shape)) <= SMEM_OF_BLOCK else None
 
 
 def deepest(config: Config, shape: Shape, *, blocks_of_sm: int = 1, streamed: int = STREAMED_BYTES) -> Config:
@@ -208,7 +278,7 @@ def deepest(config: Config, shape: Shape, *, blocks_of_sm: int = 1, streamed: in
     tile_bytes = config.tile_n * config.tile_d * shape.dtype.itemsize
     for stages in range(min(config.steps(shape), streamed // tile_bytes), 2, -1):
         deeper = replace(config, stages=stages)
-        if smem_bytes(deeper, shape) <= budget:
+        if smem_bytes((deeper, shape)) <= budget:
             return deeper
     return replace(config, stages=2)
 
@@ -229,7 +299,7 @@ def _candidates(shape: Shape) -> Iterator[Config]:
                 continue
             config = Config(tile_n, tile_d, 2, split, rounds)
             config = deepest(config, shape, blocks_of_sm=blocks_of_sm, streamed=streamed)
-            if smem_bytes(config, shape) <= SMEM_OF_SM // blocks_of_sm - 1024 and config.blocks(shape) >= SMS // 2:
+            if smem_bytes((config, shape)) <= SMEM_OF_SM // blocks_of_sm - 1024 and config.blocks(shape) >= SMS // 2:
                 yield config
 
 

@@ -212,7 +212,7 @@ def test_shared_memory_is_what_the_launch_takes(case, monkeypatch):
     with pytest.raises(ValueError, match="exceeds available shared memory") as error:
         lower(lambda given: mosaic_gpu.streaming_matmul(given, config=config), given)
     (taken,) = re.findall(r"\bsmem_bytes=(\d+)", str(error.value))
-    counted = configs.smem_bytes(config, Shape.of(given))
+    counted = configs.smem_bytes((config, Shape.of(given)))
     assert counted - configs.SMEM_OVERHEAD <= int(taken) <= counted
 
 
