@@ -182,12 +182,12 @@ def main() -> None:
         arguments.model, model, model.random_params(), arguments.page_size, arguments.steps_per_dispatch,
         dispatch.automatic()[0], machine, find_by_device(machine.device_kind, MEASURED) or machine,
     )  # fmt: skip
-    records = []
+    records: list[Record] = []
     for group in measure(subject, arguments.batches, arguments.prompts):
         records += group
         print(*group, sep="\n", flush=True)
-        path = write("decode", records, arguments.output)  # after each case, so that a run cut short leaves the others
-    print("written to", path)
+        write("decode", records, arguments.output)  # a run cut short leaves the cases that it has done
+    print("written to", write("decode", records, arguments.output))
 
 
 if __name__ == "__main__":

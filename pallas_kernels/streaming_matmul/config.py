@@ -97,6 +97,7 @@ class Config:
         require(self.stages >= 2, "stages", self.stages, "at least 2")
         require(1 <= self.split <= 8, "split", self.split, "1 to 8, the blocks of a portable cluster")
         require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
+        require(self.split == 1 or self.rounds == 1, "rounds", self.rounds, "1 where blocks share columns")
         require(
             self.tile_d % (64 * self.pieces) == 0,
             "pieces",
@@ -217,24 +218,31 @@ class MLPConfig:
         return math.ceil(config.tiles(shape) * config.split / (2 * self.clusters)) * config.steps(shape)
 
 
-def mlp_config_for(shapes: Sequence[Shape]) -> MLPConfig | None:
+def row_refusal(shapes: Sequence[Shape]) -> str | None:
+    """Why products that each can be a launch cannot be one together; None if they can."""
+    if shapes[0].tokens > MAX_TOKENS_OF_ROW:
+        return f"x has {shapes[0].tokens} tokens; at most {MAX_TOKENS_OF_ROW}"
+    for name, shape, split in zip("EDF"[-len(shapes) :], shapes, (2, 1, 2)[-len(shapes) :], strict=True):
+        least = 2 * split * (256 if split == 2 else 64)
+        if shape.hidden < least:
+            blocks = "a block" if split == 1 else "each of two blocks"
+            return f"{name} is {shape.hidden}; at least {least}, two tiles for {blocks}"
+    if not _fits(MLPConfig(2, SMS // 2), shapes):
+        return "two tiles of a weight do not fit the shared memory beside the norm's scale"
+    return None
+
+
+def mlp_config_for(shapes: Sequence[Shape]) -> MLPConfig:
     """As many stages as fit; the fewest clusters whose busiest block has least to do."""
-    if shapes[0].padded_tokens > MAX_TOKENS_OF_ROW:
-        return None
-    fitting = (MLPConfig(stages, SMS // 2) for stages in range(6, 1, -1))
-    found = next((config for config in fitting if _fits(config, shapes)), None)
-    if found is None:
-        return None
-    options = [replace(found, clusters=clusters) for clusters in range(FEWEST_BLOCKS // 2, SMS // 2 + 1)]
+    deepest = next(config for n in range(6, 1, -1) if _fits(config := MLPConfig(n, SMS // 2), shapes))
+    options = [replace(deepest, clusters=clusters) for clusters in range(FEWEST_BLOCKS // 2, SMS // 2 + 1)]
     return min(options, key=lambda config: (config.steps(shapes), config.clusters))
 
 
 def _fits(config: MLPConfig, shapes: Sequence[Shape]) -> bool:
-    try:
-        config.check(shapes)
-    except ValueError:
-        return False
-    return True
+    problems = list(zip(config.of(shapes), shapes, strict=True))
+    deep = all(config.stages <= each.steps(shape) for each, shape in problems)
+    return deep and smem_bytes(*problems) <= SMEM_OF_BLOCK
 
 
 # Blocks that keep the memory busy, and how far the tiles may fall short of dividing among them evenly.

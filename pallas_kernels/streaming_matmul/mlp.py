@@ -51,7 +51,7 @@ class Result:
 def compose(multiply: Callable[[Arguments], Any], arguments: MLPArguments) -> Any:
     """The op as products, each computed by `multiply`."""
     x_MD, dtype, eps = arguments.x_MD, arguments.x_MD.dtype, arguments.norm_eps
-    if arguments.o_ED is not None:
+    if arguments.attended_ME is not None and arguments.o_ED is not None:
         x_MD = multiply(Arguments(arguments.attended_ME, arguments.o_ED, None, None, None, x_MD, "DN", eps, dtype))
     scale_D = arguments.norm_scale_D
     inner_MF = multiply(Arguments(x_MD, arguments.up_DcF, None, scale_D, None, None, "DcN", eps, dtype))

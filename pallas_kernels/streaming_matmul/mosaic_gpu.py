@@ -6,7 +6,6 @@ blocks of a cluster that share the columns send each other their partial sums. T
 a row of them; program.py is what a block does.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +27,7 @@ from pallas_kernels.streaming_matmul.config import (
     buffers,
     config_for,
     mlp_config_for,
+    row_refusal,
 )
 from pallas_kernels.streaming_matmul.mlp import MLPArguments, Result, products
 from pallas_kernels.streaming_matmul.program import Block, run
@@ -65,33 +65,29 @@ def unsupported(arguments: Arguments) -> str | None:
     return None
 
 
-@partial(jax.jit, static_argnames=("configs",))
-def streaming_mlp(arguments: MLPArguments, *, configs: MLPConfig | None = None) -> jax.Array:
+@partial(jax.jit, static_argnames=("config",))
+def streaming_mlp(arguments: MLPArguments, *, config: MLPConfig | None = None) -> jax.Array:
     """See the public op; `unsupported_mlp` says what this one does not take."""
     M = len(arguments.x_MD)
     if (padding := -M % 8) and M > 8:
-        return streaming_mlp(arguments.padded(padding), configs=configs)[:M]
-    rows = products(arguments)
-    shapes = [Shape.of(product) for product in rows]
-    configs = configs or mlp_config_for(shapes)
-    assert configs is not None  # `unsupported_mlp` has said so
-    configs.check(shapes)
+        return streaming_mlp(arguments.padded(padding), config=config)[:M]
+    row = products(arguments)
+    shapes = [Shape.of(product) for product in row]
+    config = config or mlp_config_for(shapes)
+    config.check(shapes)
     launched = [
-        Product(shape, config, product.norm_eps, _operands(product))
-        for shape, config, product in zip(shapes, configs.of(shapes), rows, strict=True)
+        Product(shape, each, product.norm_eps, _operands(product))
+        for shape, each, product in zip(shapes, config.of(shapes), row, strict=True)
     ]
-    return launch(launched, configs.clusters)[-1][0]
+    return launch(launched, config.clusters)[-1][0]
 
 
 def unsupported_mlp(arguments: MLPArguments) -> str | None:
     """Why the kernel cannot take these arguments; None if it can."""
-    rows = products(arguments)
-    refusals = [refusal for product in rows if (refusal := unsupported(product))]
-    if refusals:
-        return refusals[0]
-    if mlp_config_for([Shape.of(product) for product in rows]) is None:
-        return "no tiles of these weights and tokens fit the shared memory, or fewer than two fit D"
-    return None
+    row = products(arguments)
+    if refusal := next(filter(None, map(unsupported, row)), None):
+        return refusal
+    return row_refusal([Shape.of(product) for product in row])
 
 
 @dataclass(frozen=True)
@@ -130,24 +126,23 @@ def launch(products: Sequence[Product], clusters: int) -> list[jax.Array]:
         if isinstance(array, jax.Array)
     }
     results = {(i, name): result for i, product in enumerate(products) for name, result in product.results.items()}
-    meetings = jnp.zeros(len(products), jnp.int32)
+    # A counter for each meeting and one for leaving the last, which every launch leaves at zero.
+    counters = [] if len(products) == 1 else [jnp.zeros(len(products), jnp.int32)]
     cluster = max(product.config.split for product in products)
 
-    def body(meetings: Ref, *refs: Any) -> None:
-        *refs, shared, own = refs
-        gmem = dict(zip([*operands, *results], refs, strict=True))
+    names = [*("counters" for _ in counters), *operands, *results]
 
-        def ref(i: int, name: str, array: jax.Array | Result | None) -> Ref | None:
-            return gmem[array.index, "out"] if isinstance(array, Result) else gmem.get((i, name))
-
-        def block(i: int, product: Product) -> Block:
-            named = {name: ref(i, name, array) for name, array in product.operands.items()}
-            named |= {name: gmem[i, name] for name in product.results}
-            memory = shared["barriers"] | own[i] | _memory(products, product, shared)
-            view, smem = SimpleNamespace(**named, meetings=meetings), SimpleNamespace(**memory)
-            return Block(product.shape, product.config, product.norm_eps, clusters, clusters * cluster, view, smem)
-
-        run(list(itertools.starmap(block, enumerate(products))))
+    def body(*refs: Any) -> None:
+        *arrays, shared, own = refs
+        gmem = dict(zip(names, arrays, strict=True))
+        views = [_view(i, product, gmem) for i, product in enumerate(products)]
+        memories = [SimpleNamespace(**_memory(products, i, shared, own)) for i in range(len(products))]
+        run(
+            [
+                Block(product.shape, product.config, product.norm_eps, clusters, clusters * cluster, view, memory)
+                for product, view, memory in zip(products, views, memories, strict=True)
+            ]
+        )
 
     call = plgpu.kernel(
         body,
@@ -162,8 +157,19 @@ def launch(products: Sequence[Product], clusters: int) -> list[jax.Array]:
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         kernel_name="streaming_matmul",
     )
-    found = dict(zip(results, call(meetings, *operands.values()), strict=True))
+    found = dict(zip(results, call(*counters, *operands.values()), strict=True))
     return [found[i, "out"] for i in range(len(products))]
+
+
+def _view(i: int, product: Product, gmem: dict[Any, Ref]) -> SimpleNamespace:
+    """Product `i`'s arrays in device memory, by name; None for those that it has not."""
+
+    def ref(name: str, array: jax.Array | Result | None) -> Ref | None:
+        return gmem[array.index, "out"] if isinstance(array, Result) else gmem.get((i, name))
+
+    operands = {name: ref(name, array) for name, array in product.operands.items()}
+    results = {name: gmem[i, name] for name in product.results}
+    return SimpleNamespace(**operands, **results, counters=gmem.get("counters"))
 
 
 def _operands(arguments: Arguments) -> dict[str, jax.Array | Result | None]:
@@ -208,18 +214,21 @@ def _shared(products: Sequence[Product]) -> dict[str, Any]:
             barriers["inbox_free"] = of_cluster
         if first.config.exchange == "gmem":
             barriers["met"] = of_cluster
+    # To the interpreter, accesses to a union are to the same bytes of it, wherever they are.
+    rings = [allocate(buffer) for buffer in _rings(products)]
     return {
-        "rings": plgpu.RefUnion(*map(allocate, _rings(products))),
+        "rings": rings if first.config.exchange == "gmem" else plgpu.RefUnion(*rings),
         "rest": [allocate(buffer) for _, buffer in _rest(products)],
         "barriers": barriers,
     }
 
 
-def _memory(products: Sequence[Product], product: Product, shared: dict[str, Any]) -> dict[str, Ref]:
-    """A product's buffers among the shared ones, by name."""
+def _memory(products: Sequence[Product], i: int, shared: dict[str, Any], own: list[dict[str, Any]]) -> dict[str, Ref]:
+    """The buffers and barriers of product `i`, by name."""
     rest = dict(zip(_rest(products), shared["rest"], strict=True))
-    found = {name: rest[name, buffer] for name, buffer in product.buffers.items() if name != "w"}
-    return found | {"w": shared["rings"][_rings(products).index(product.buffers["w"])]}
+    buffers = products[i].buffers
+    found = {name: rest[name, buffer] for name, buffer in buffers.items() if name != "w"}
+    return shared["barriers"] | own[i] | found | {"w": shared["rings"][_rings(products).index(buffers["w"])]}
 
 
 def _rings(products: Sequence[Product]) -> list[Buffer]:

@@ -208,9 +208,9 @@ def _meet(blocks: Sequence[Block], index: int, position: jax.Array) -> None:
         plgpu.barrier_arrive(block.smem.met)
         plgpu.barrier_wait(block.smem.met)
         return
-    hopper.meet(block.gmem.meetings.at[index - 1], block.blocks)
+    hopper.meet(block.gmem.counters.at[index - 1], block.blocks)
     if index == len(blocks) - 1:
-        hopper.count_in(block.gmem.meetings.at[index])
+        hopper.count_in(block.gmem.counters.at[index])
 
 
 def _leave(blocks: Sequence[Block]) -> None:
@@ -223,9 +223,9 @@ def _leave(blocks: Sequence[Block]) -> None:
         @pl.when((lax.axis_index("cluster") == 0) & (block.part == 0))
         def _():
             # Every block has left the last meeting, so nobody reads the counters any more.
-            hopper.count_out(block.gmem.meetings.at[last], block.blocks)
+            hopper.count_out(block.gmem.counters.at[last], block.blocks)
             for meeting in range(last):
-                block.gmem.meetings[meeting] = 0
+                block.gmem.counters[meeting] = 0
 
 
 def _load_extras(block: Block, work: Work) -> None:

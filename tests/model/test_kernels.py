@@ -56,22 +56,40 @@ def streamed(text: str) -> dict[str, list[int]]:
     return found
 
 
+def rows(text: str) -> list[list[str]]:
+    """The operands' shapes of every launch that a layer ends with."""
+    calls = re.findall(r"call @streaming_mlp\w*\([^)]*\) : \(([^)]*)\)", text)
+    return [re.findall(r"tensor<([\dx]+)x\w+>", types) for types in calls]
+
+
 def norms(text: str) -> int:
     return text.count("stablehlo.rsqrt")
 
 
-@pytest.mark.parametrize("tokens", [1, 64])
-def test_a_layer_is_four_products_and_nothing_around_them(hopper, tokens):
-    """x, w, and the norm's scale or the residual; the only norm and product besides are those of the head."""
+@pytest.mark.parametrize("tokens", [1, 16, 32])
+def test_a_layer_is_two_launches_around_attention(hopper, tokens):
+    """The only norm and product besides are those of the head."""
     text = lowered(two_layers(), tokens)
+    assert streamed(text) == {QKV[1]: [3] * LAYERS}
+    weights, x = [OUT[1], GATED[1], DOWN[1]], f"{tokens}x4096"
+    assert [sorted(shapes) for shapes in rows(text)] == [sorted([*weights, x, x, "4096"])] * LAYERS
+    assert norms(text) == 1
+    assert text.count("stablehlo.dot_general") == 1
+
+
+def test_with_more_tokens_a_layer_is_four_products_and_nothing_around_them(hopper):
+    """x, w, and the norm's scale or the residual."""
+    text = lowered(two_layers(), 64)
     assert streamed(text) == {shape[1]: [3] * LAYERS for shape in (QKV, OUT, GATED, DOWN)}
     assert norms(text) == 1
     assert text.count("stablehlo.dot_general") == 1
 
 
 def test_where_xla_was_faster_it_runs(hopper):
-    text = lowered(two_layers(), 16)
-    assert streamed(text) == {shape[1]: [3] * LAYERS for shape in (QKV, GATED, DOWN)}
+    """A norm between a product and the sum that follows keeps the products apart."""
+    text = lowered(two_layers(post_norm=True), 16)
+    assert rows(text) == []
+    assert OUT[1] not in streamed(text)
     assert text.count("stablehlo.dot_general") == 1 + LAYERS
 
 
@@ -79,6 +97,7 @@ def test_where_xla_was_faster_it_runs(hopper):
 def test_many_tokens_and_other_dtypes_are_left_to_xla(hopper, tokens, changes):
     text = lowered(two_layers(**changes), tokens)
     assert streamed(text) == {}
+    assert rows(text) == []
     assert norms(text) == 1 + 2 * LAYERS
 
 
