@@ -6,10 +6,11 @@ import jax
 
 from pallas_kernels import checks, dispatch
 from pallas_kernels.blockwise import Options, PagedKV
-from pallas_kernels.flash_decoding import mosaic_gpu, reference, xla
+from pallas_kernels.flash_decoding import cudnn, mosaic_gpu, reference, xla
 
 IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu.flash_decoding,
+    "cudnn": cudnn.flash_decoding,
     "xla": xla.flash_decoding,
     "reference": reference.flash_decoding,
 }
@@ -40,6 +41,7 @@ def flash_decoding(
       q_BQNH: float32, bfloat16 or float16.
       page_table_BJ: int32, pages within the pool; what unused columns name is never seen.
       lengths_B: int32, keys per slot; 0 marks an empty slot. A query before position 0 gets output 0.
+      implementation: as there; "cudnn" takes a window only with one query, and "auto" leaves one slot to XLA.
       The others: as for `pallas_kernels.flash_attention.flash_attention`.
 
     Returns:
@@ -50,8 +52,8 @@ def flash_decoding(
         asked for by name says what it cannot take.
 
     The kernel ("mosaic_gpu", Hopper) reads every page once, spread evenly over the multiprocessors whatever the
-    lengths. Memory beyond the result is independent of the pool (xla: a copy of the keys and values in sight, of
-    8192 keys per slot at most). Source: FlashDecoding (Dao et al. 2023); pages as in PagedAttention (Kwon
+    lengths. Memory beyond the result is independent of the pool (xla and cudnn: a copy of the keys and values in
+    sight, of 8192 keys per slot at most). Source: FlashDecoding (Dao et al. 2023); pages as in PagedAttention (Kwon
     et al. 2023).
     """
     kv = PagedKV(k_pages_PSKH, v_pages_PSKH, k_scales_PSK, v_scales_PSK)
@@ -65,7 +67,12 @@ def flash_decoding(
         q_BQNH.shape,
         f"one row for each of the {len(lengths_B)} slots",
     )
-    refusal = mosaic_gpu.unsupported(q_BQNH, kv)
-    run = dispatch.choose("flash_decoding", implementation, IMPLEMENTATIONS, refusal)
+    refusals = {
+        dispatch.KERNEL: mosaic_gpu.unsupported(q_BQNH, kv),
+        dispatch.CUDNN: cudnn.unsupported(q_BQNH, options),
+    }
+    if implementation == "auto":
+        refusals[dispatch.CUDNN] = refusals[dispatch.CUDNN] or cudnn.slower(q_BQNH)
+    run = dispatch.choose("flash_decoding", implementation, IMPLEMENTATIONS, refusals)
     out_BQNH, lse_BQN = run(q_BQNH, kv, page_table_BJ, lengths_B, sinks_N, options)
     return (out_BQNH, lse_BQN) if return_lse else out_BQNH

@@ -12,12 +12,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.blockwise import Options, PagedKV, attend
+from pallas_kernels.blockwise import Attend, Options, PagedKV, attend
 
 BLOCK_KEYS = 8192
 
 
-@partial(jax.jit, static_argnames=("options", "block_keys"))
+@partial(jax.jit, static_argnames=("options", "attend", "block_keys"))
 def flash_decoding(
     q_BQNH: jax.Array,
     kv: PagedKV,
@@ -26,6 +26,7 @@ def flash_decoding(
     sinks_N: jax.Array | None,
     options: Options,
     *,
+    attend: Attend = attend,
     block_keys: int = BLOCK_KEYS,
 ) -> tuple[jax.Array, jax.Array]:
     """See the public op."""

@@ -64,7 +64,7 @@ def streaming_matmul(
     refusal = mosaic_gpu.unsupported(arguments)
     if implementation == "auto":
         refusal = refusal or slower(Shape.of(arguments))
-    return dispatch.choose(NAME, implementation, IMPLEMENTATIONS, refusal)(arguments)
+    return dispatch.choose(NAME, implementation, IMPLEMENTATIONS, {dispatch.KERNEL: refusal})(arguments)
 
 
 def takes(
@@ -83,4 +83,5 @@ def takes(
     """
     arguments = Arguments(x, w, None, norm_scale_D, bias, residual_MN, w_axes, 0.0, jnp.dtype(x.dtype))
     check(arguments)
-    return dispatch.prefers_kernel(NAME, mosaic_gpu.unsupported(arguments) or slower(Shape.of(arguments)))
+    refusal = mosaic_gpu.unsupported(arguments) or slower(Shape.of(arguments))
+    return dispatch.preferred(NAME, {dispatch.KERNEL: refusal}) == dispatch.KERNEL

@@ -186,8 +186,7 @@ def test_the_kernel_is_chosen_where_it_was_faster(name, tokens, kernel, monkeypa
     D, N, w_axes = LLAMA_3_8B[name]
     x, w = floats(tokens, D), floats(*Problem(tokens, D, N, w_axes).w_shape)
     assert not takes(x, w, w_axes=w_axes)  # not without a GPU
-    hopper = lambda refusal=None: (dispatch.FALLBACK, refusal) if refusal else (dispatch.KERNEL, "")  # noqa: E731
-    monkeypatch.setattr(dispatch, "automatic", hopper)
+    monkeypatch.setattr(dispatch, "compute_capability", lambda: dispatch.HOPPER)
     assert takes(x, w, w_axes=w_axes) == kernel
 
 

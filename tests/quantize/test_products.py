@@ -38,11 +38,14 @@ def kernels(monkeypatch) -> list[str | None]:
     """As on a Hopper GPU; each question that a product asked, by the kernel's refusal."""
     asked = []
 
-    def automatic(refusal: str | None = None) -> tuple[str, str]:
-        asked.append(refusal)
-        return (dispatch.FALLBACK, refusal) if refusal else (dispatch.KERNEL, "a test")
+    automatic = dispatch.automatic
 
-    monkeypatch.setattr(dispatch, "automatic", automatic)
+    def asking(refusals: dispatch.Refusals) -> tuple[str, str]:
+        asked.append(refusals[dispatch.KERNEL])
+        return automatic(refusals)
+
+    monkeypatch.setattr(dispatch, "compute_capability", lambda: dispatch.HOPPER)
+    monkeypatch.setattr(dispatch, "automatic", asking)
     return asked
 
 
