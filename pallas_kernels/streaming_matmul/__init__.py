@@ -56,6 +56,8 @@ def streaming_matmul(
     Raises:
       ValueError: names the argument, what it is and what is allowed; before any device work.
 
+    Differentiable; the derivative of the kernel is that of XLA.
+
     Source: split of the contraction over blocks as in Stream-K (Osama et al. 2023), of equal parts.
     """
     dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)

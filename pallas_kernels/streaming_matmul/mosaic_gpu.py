@@ -5,6 +5,7 @@ block multiplies `tile_n` columns by its part of D, and goes on to other columns
 blocks of a cluster that share the columns send each other their partial sums.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.streaming_matmul import xla
 from pallas_kernels.streaming_matmul.arguments import Arguments
 from pallas_kernels.streaming_matmul.config import MAX_TOKENS, ROWS, Buffer, Config, Shape, buffers, config_for
 from pallas_kernels.streaming_matmul.weights import Ref, Tiles
@@ -30,7 +32,13 @@ def streaming_matmul(arguments: Arguments, *, config: Config | None = None) -> j
     """See the public op; `unsupported` says what this one does not take."""
     M = arguments.x.shape[-2]
     if M > 8 and M % 8:  # copies beyond the first 8 tokens take whole groups of 8
-        return streaming_matmul(_padded(arguments, -M % 8), config=config)[..., :M, :]
+        arguments = _padded(arguments, -M % 8)
+    y: Any = _launch(config, arguments)
+    return y if y.shape[-2] == M else y[..., :M, :]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _launch(config: Config | None, arguments: Arguments) -> jax.Array:
     shape = Shape.of(arguments)
     config = config or config_for(shape)
     config.check(shape)
@@ -56,8 +64,22 @@ def streaming_matmul(arguments: Arguments, *, config: Config | None = None) -> j
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         kernel_name="streaming_matmul",
     )
-    y_AMN = run(*operands.values())[0]
+    y_AMN = _varying_as(run(*operands.values())[0], operands.values())
     return y_AMN if arguments.of_experts else y_AMN[0]
+
+
+@_launch.defjvp
+def _derivative(config: Config | None, primals: tuple[Arguments], tangents: tuple[Arguments]) -> tuple[Any, Any]:
+    """That of the same function in plain XLA."""
+    (arguments,) = primals
+    _, tangent = jax.jvp(xla.streaming_matmul, primals, tangents)
+    return _launch(config, arguments), tangent
+
+
+def _varying_as(y: jax.Array, operands: Iterable[jax.Array]) -> jax.Array:
+    """Inside a shard_map that tracks it, y varies over the mesh axes that an operand varies over."""
+    axes = frozenset().union(*(jax.typeof(operand).mat.varying for operand in operands))
+    return lax.pcast(y, tuple(axes), to="varying") if axes else y
 
 
 def unsupported(arguments: Arguments) -> str | None:
