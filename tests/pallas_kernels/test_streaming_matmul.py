@@ -229,7 +229,7 @@ def test_configs_fit(name, tokens):
 
 @pytest.mark.parametrize(
     ("name", "tokens", "kernel"),
-    [("o", 1, True), ("o", 2, False), ("o", 31, False), ("o", 32, True), ("qkv", 16, True), ("down", 65, False),
+    [("o", 1, True), ("o", 2, False), ("o", 16, False), ("o", 17, True), ("qkv", 16, True), ("down", 65, False),
      ("head", 1, False), ("head", 64, False)],
 )  # fmt: skip
 def test_the_kernel_is_chosen_where_it_was_faster(name, tokens, kernel, monkeypatch):
