@@ -1,5 +1,6 @@
 """What is made of one case: figures, disagreements, and failures with their reasons."""
 
+import re
 import sys
 import threading
 from dataclasses import replace
@@ -13,8 +14,13 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from benchmarks.kernels import measure
 from benchmarks.kernels.measure import Agreement, WrongResult, measure_case, start_case, to_records
 from benchmarks.kernels.op import Run, Unsupported
+from benchmarks.kernels.ops import OPS
 from benchmarks.kernels.timing import Timing
 from benchmarks.record import Failure
+from pallas_kernels.flash_attention.problems import Problem as Prefill
+from pallas_kernels.flash_decoding.problems import Problem as Decode
+from pallas_kernels.models import Heads
+from pallas_kernels.streaming_matmul.problems import Problem as Product
 from tests.benchmarks.tiny import BENCH, MACHINE, TINY, arguments
 
 DECODING = TINY["flash_decoding"]
@@ -178,3 +184,23 @@ def test_a_missing_tokamax_says_how_to_get_it(monkeypatch):
     (outcome, _) = measured(DECODING, "small 2x32", ["tokamax", "mosaic_gpu"])
     assert isinstance(outcome, Failure)
     assert outcome.reason.endswith("pip install tokamax")
+
+
+ON_A_CARD = {
+    "flash_attention": Prefill(Heads(8, 2, 128), 2, 512, 128, shuffled=False),
+    "flash_decoding": Decode(Heads(8, 2, 128), 4, 512, 64),
+    "streaming_matmul": Product(16, 1024, 1024),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPS)
+def test_on_a_gpu_ours_and_the_peers_agree_and_nothing_large_is_copied(name):
+    op = replace(OPS[name], problems={"small": ON_A_CARD[name]})
+    peers = [peer for peer in op.peers(ON_A_CARD[name]) if peer != "cudnn_paged"]
+    case = start_case(op, "small", [*peers, "mosaic_gpu"], BENCH)
+    text = case.runs["mosaic_gpu"].program.result().as_text()
+    largest = max(jax.tree.leaves(case.generate.result()(jax.random.key(0))), key=lambda array: array.nbytes)
+    dimensions = ",".join(map(str, largest.shape))
+    assert not re.search(rf"\[{dimensions}\]\S* copy\(", text)
+    assert [outcome for outcome in measure_case(case, BENCH) if isinstance(outcome, Failure)] == []
