@@ -131,7 +131,7 @@ def run_decode(subject: Subject, batch: int) -> list[Record]:
         seconds.append(bench.decode())
     step = statistics.median(seconds[1:]) / NEW
     fraction = decode_step(subject.model.config, batch, PROMPT + NEW // 2).fraction(subject.ceilings, step)
-    if subject.attention == "xla":  # gathers each slot's whole row of pages: that row is the context
+    if subject.attention != dispatch.KERNEL:  # gathers each slot's whole row of pages: that row is the context
         predicted = decode_step(subject.model.config, batch, PROMPT + NEW, attention="materialized")
     else:
         predicted = decode_step(subject.model.config, batch, PROMPT + NEW // 2)

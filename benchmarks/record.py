@@ -28,7 +28,7 @@ class Record:
         metric, value, unit: the figure.
         roofline_fraction: the time that `roofline.MEASURED` makes the limit over the measured one; None where no
             limit is stated.
-        low, high: range of the samples whose median is `value`; None where they are not kept.
+        low, high, samples: range and number of the samples whose median is `value`; None where they are not kept.
     """
 
     case: str
@@ -39,6 +39,7 @@ class Record:
     roofline_fraction: float | None = None
     low: float | None = None
     high: float | None = None
+    samples: int | None = None
 
     def __str__(self) -> str:
         fraction = "" if self.roofline_fraction is None else f"{self.roofline_fraction:.0%} of the limit"

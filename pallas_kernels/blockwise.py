@@ -8,11 +8,13 @@ array grows with queries times keys.
 Masked scores and values are selected away, never multiplied by zero: unused slots may hold NaN.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
+Attend = Callable[..., tuple[jax.Array, jax.Array]]  # `attend` below, or what stands for it
 # Stands for minus infinity where differences are taken: -inf minus -inf would be NaN.
 LOWEST = -1e30
 

@@ -8,7 +8,7 @@ import jax
 
 from pallas_kernels import checks, dispatch
 from pallas_kernels.blockwise import Options, PagedKV
-from pallas_kernels.flash_decoding import mosaic_gpu, reference, xla
+from pallas_kernels.flash_decoding import cudnn, mosaic_gpu, reference, xla
 from pallas_kernels.flash_decoding.schedule import Schedule
 from pallas_kernels.flash_decoding.tree import check_tree_mask, pack_tree_mask
 from pallas_kernels.flash_decoding.units import Shape
@@ -17,6 +17,7 @@ __all__ = ["IMPLEMENTATIONS", "Schedule", "flash_decoding", "pack_tree_mask", "p
 
 IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu.flash_decoding,
+    "cudnn": cudnn.flash_decoding,
     "xla": xla.flash_decoding,
     "reference": reference.flash_decoding,
 }
@@ -59,6 +60,7 @@ def flash_decoding(
         give the same result.
       schedule: from `plan`, for the same lengths, queries, heads and window; the layers of a step share one. None
         makes one here. Only the kernel needs it.
+      implementation: as there; "cudnn" takes a window only with one query, and "auto" leaves one slot to XLA.
       The others: as for `pallas_kernels.flash_attention.flash_attention`.
 
     Returns:
@@ -69,8 +71,8 @@ def flash_decoding(
         asked for by name says what it cannot take.
 
     The kernel ("mosaic_gpu", Hopper) reads every page once, spread evenly over the multiprocessors whatever the
-    lengths. Memory beyond the result is independent of the pool (xla: a copy of the keys and values in sight, of
-    8192 keys per slot at most). Source: FlashDecoding (Dao et al. 2023); pages as in PagedAttention (Kwon
+    lengths. Memory beyond the result is independent of the pool (xla and cudnn: a copy of the keys and values in
+    sight, of 8192 keys per slot at most). Source: FlashDecoding (Dao et al. 2023); pages as in PagedAttention (Kwon
     et al. 2023).
     """
     kv = PagedKV(k_pages_PSKH, v_pages_PSKH, k_scales_PSK, v_scales_PSK)
@@ -89,7 +91,7 @@ def flash_decoding(
     if schedule is not None:
         shape = Shape.of(q_BQNH, kv, page_table_BJ)
         schedule.check(slots=shape.slots, queries=shape.queries, window=window, units=shape.units)
-    run = _choose(q_BQNH, kv, implementation)
+    run = _choose(q_BQNH, kv, options, tree_mask_BQW is not None, implementation)
     if run is mosaic_gpu.flash_decoding:
         run = partial(run, schedule=schedule)
     out_BQNH, lse_BQN = run(q_BQNH, kv, page_table_BJ, lengths_B, sinks_N, options, tree_mask_BQW)
@@ -121,13 +123,18 @@ def plan(
     Raises:
       ValueError: as `flash_decoding`.
     """
-    kv = PagedKV(k_pages_PSKH, k_pages_PSKH)
+    kv, options = PagedKV(k_pages_PSKH, k_pages_PSKH), Options(1.0, window, None)
     checks.check_queries(q_BQNH, "BQNH")
-    if _choose(q_BQNH, kv, implementation) is not mosaic_gpu.flash_decoding:
+    if _choose(q_BQNH, kv, options, False, implementation) is not mosaic_gpu.flash_decoding:
         return None
     return mosaic_gpu.plan(lengths_B, Shape.of(q_BQNH, kv, page_table_BJ), window)
 
 
-def _choose(q_BQNH: jax.Array, kv: PagedKV, implementation: str) -> Callable:
-    refusal = mosaic_gpu.unsupported(q_BQNH, kv)
-    return dispatch.choose("flash_decoding", implementation, IMPLEMENTATIONS, refusal)
+def _choose(q_BQNH: jax.Array, kv: PagedKV, options: Options, tree: bool, implementation: str) -> Callable:
+    refusals = {
+        dispatch.KERNEL: mosaic_gpu.unsupported(q_BQNH, kv),
+        dispatch.CUDNN: cudnn.unsupported(q_BQNH, options, tree),
+    }
+    if implementation == "auto":
+        refusals[dispatch.CUDNN] = refusals[dispatch.CUDNN] or cudnn.slower(q_BQNH)
+    return dispatch.choose("flash_decoding", implementation, IMPLEMENTATIONS, refusals)

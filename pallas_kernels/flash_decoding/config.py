@@ -1,6 +1,10 @@
 """How the decode kernel is laid out on the GPU: its sizes, the shared memory they need, and the choice among them."""
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pallas_kernels import tuned
 
 TILE_KEYS = 64  # keys of a tile
 ROWS = 64  # query rows of a CTA: the least that a warpgroup's matrix product takes
@@ -49,11 +53,28 @@ def shared_memory(config: Config, head_size: int) -> int:
     return tiles + queries + results + weights + REST
 
 
+TUNED = Path(__file__).with_name("tuned.json")
+
+
+def tuning_key(head_size: int, bits: int = 16) -> str:
+    return f"H={head_size} of {bits} bits"
+
+
+def candidates(head_size: int, multiprocessors: int) -> list[Config]:
+    """What a search should time: all that fit."""
+    sizes = itertools.product((2, 4, 6, 8), (1, 2), (1, 2))
+    found = (Config(multiprocessors, stages, buffers, consumers) for stages, buffers, consumers in sizes)
+    return [config for config in found if shared_memory(config, head_size) <= SHARED_MEMORY]
+
+
 def choose(head_size: int, multiprocessors: int) -> Config:
-    """One CTA on every multiprocessor, with the queries of the next unit and as many stages as fit.
+    """One CTA on every multiprocessor; the fastest sizes where some were measured, else as many stages as fit.
 
     There may be no more CTAs than can run at once: some wait for others.
     """
+    found = tuned.find(TUNED, tuning_key(head_size))
+    if isinstance(found, dict):
+        return replace(Config(**found), ctas=multiprocessors)
     wanted = (Config(multiprocessors, stages, buffers) for buffers in (2, 1) for stages in (6, 4, 2))
     return next(config for config in wanted if shared_memory(config, head_size) <= SHARED_MEMORY)
 

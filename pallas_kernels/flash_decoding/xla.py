@@ -12,13 +12,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.blockwise import Options, PagedKV, attend
+from pallas_kernels.blockwise import Attend, Options, PagedKV, attend
 from pallas_kernels.flash_decoding.tree import make_tree
 
 BLOCK_KEYS = 8192
 
 
-@partial(jax.jit, static_argnames=("options", "block_keys"))
+@partial(jax.jit, static_argnames=("options", "attend", "block_keys"))
 def flash_decoding(
     q_BQNH: jax.Array,
     kv: PagedKV,
@@ -28,6 +28,7 @@ def flash_decoding(
     options: Options,
     tree_mask_BQW: jax.Array | None = None,
     *,
+    attend: Attend = attend,
     block_keys: int = BLOCK_KEYS,
 ) -> tuple[jax.Array, jax.Array]:
     """See the public op."""

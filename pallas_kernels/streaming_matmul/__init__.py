@@ -64,6 +64,8 @@ def streaming_matmul(
     Raises:
       ValueError: names the argument, what it is and what is allowed; before any device work.
 
+    Differentiable; the derivative of the kernel is that of XLA.
+
     Source: split of the contraction over blocks as in Stream-K (Osama et al. 2023), of equal parts.
     """
     dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
@@ -72,7 +74,7 @@ def streaming_matmul(
     refusal = mosaic_gpu.unsupported(arguments)
     if implementation == "auto":
         refusal = refusal or slower(Shape.of(arguments))
-    return dispatch.choose(NAME, implementation, IMPLEMENTATIONS, refusal)(arguments)
+    return dispatch.choose(NAME, implementation, IMPLEMENTATIONS, {dispatch.KERNEL: refusal})(arguments)
 
 
 def takes(
@@ -91,7 +93,8 @@ def takes(
     """
     arguments = Arguments(x, w, None, norm_scale_D, bias, residual_MN, w_axes, 0.0, jnp.dtype(x.dtype))
     check(arguments)
-    return dispatch.prefers_kernel(NAME, mosaic_gpu.unsupported(arguments) or slower(Shape.of(arguments)))
+    refusal = mosaic_gpu.unsupported(arguments) or slower(Shape.of(arguments))
+    return dispatch.preferred(NAME, {dispatch.KERNEL: refusal}) == dispatch.KERNEL
 
 
 def streaming_mlp(
@@ -114,8 +117,8 @@ def streaming_mlp(
       up_DcF: c = 2, the gate first.
       norm_scale_D: of the RMSNorm, with `norm_eps`.
       attended_ME, o_ED: the heads' outputs and their projection; without them h = x.
-      implementation: "mosaic_gpu" (Hopper; bfloat16; M up to 64; D, E and F multiples of 64), "xla", "reference", or
-        "auto".
+      implementation: "mosaic_gpu" (Hopper; bfloat16; M up to 32; multiples of 64, D from 128 and E and F from 1024),
+        "xla", "reference", or "auto".
 
     Returns:
       y_MD. h and the inner F are rounded to the dtype of x between the products, as by `streaming_matmul`.
@@ -125,7 +128,8 @@ def streaming_mlp(
     """
     arguments = MLPArguments(x_MD, up_DcF, down_FD, norm_scale_D, attended_ME, o_ED, norm_eps)
     check_mlp(arguments)
-    return dispatch.choose(MLP, implementation, MLP_IMPLEMENTATIONS, mosaic_gpu.unsupported_mlp(arguments))(arguments)
+    refusals = {dispatch.KERNEL: mosaic_gpu.unsupported_mlp(arguments)}
+    return dispatch.choose(MLP, implementation, MLP_IMPLEMENTATIONS, refusals)(arguments)
 
 
 def takes_mlp(
@@ -134,4 +138,4 @@ def takes_mlp(
     """Whether `auto` is the kernel here, as `takes` says it of one product."""
     arguments = MLPArguments(x_MD, up_DcF, down_FD, norm_scale_D, attended_ME, o_ED, 0.0)
     check_mlp(arguments)
-    return dispatch.prefers_kernel(MLP, mosaic_gpu.unsupported_mlp(arguments))
+    return dispatch.preferred(MLP, {dispatch.KERNEL: mosaic_gpu.unsupported_mlp(arguments)}) == dispatch.KERNEL

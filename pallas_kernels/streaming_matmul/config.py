@@ -4,11 +4,14 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import tuned
 from pallas_kernels.checks import require
+from pallas_kernels.dispatch import FALLBACK
 from pallas_kernels.streaming_matmul.arguments import Arguments
 from pallas_kernels.streaming_matmul.weights import Tiles
 
@@ -307,60 +310,34 @@ def _candidates(shape: Shape) -> Iterator[Config]:
                 continue
             config = Config(tile_n, tile_d, 2, split, rounds)
             config = deepest(config, shape, blocks_of_sm=blocks_of_sm, streamed=streamed)
-            if smem_bytes((config, shape)) <= SMEM_OF_SM // blocks_of_sm - 1024 and config.blocks(shape) >= SMS // 2:
+            if smem_bytes((config, shape)) <= SMEM_OF_SM // blocks_of_sm - 1024 and config.blocks(shape) >= SMS // 3:
                 yield config
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What the timings of one weight, with some numbers of tokens, told against the defaults.
-
-    The defaults are the kernel and its heuristic config; an entry stands where another cut was faster, or XLA was.
-    """
-
-    w_axes: str
-    hidden: int
-    outputs: int
-    tokens: range
-    cut: tuple[int, int, int] | None  # tile_n, tile_d and split; None where XLA is faster
-
-    def covers(self, shape: Shape) -> bool:
-        weight = (self.w_axes, self.hidden, self.outputs)
-        return weight == (shape.w_axes, shape.hidden, shape.outputs) and shape.tokens in self.tokens
+TUNED = Path(__file__).with_name("tuned.json")
 
 
-# By the kind of device. The times, in us, are of a call in a chain of dependent ones at M = 1, 16 or 64; what lies
-# between two of them is interpolated.
-MEASURED = {
-    "NVIDIA H200": (
-        Measured("DN", 4096, 6144, range(32, 65), (64, 128, 1)),  # M = 64: 18.2, XLA 23.8
-        Measured("DN", 4096, 4096, range(2, 32), None),  # M = 16: 17.0, XLA 14.3
-        Measured("DN", 4096, 4096, range(32, 65), (64, 128, 1)),  # M = 64: 15.3, XLA 18.0
-        Measured("DN", 14336, 4096, range(33, 65), (64, 128, 2)),  # with a residual, M = 64: 36.4, XLA 42.0
-        Measured("ND", 4096, 128256, range(1, 65), None),  # M = 16: 277, XLA 269; M = 64: 291, XLA 281
-    ),
-}
-NEAREST = "NVIDIA H200"  # whose timings stand in for those of a device that has none
+def tuning_key(shape: Shape) -> str:
+    """A weight, and up to how many tokens."""
+    tokens = 1 if shape.tokens == 1 else shape.padded_tokens
+    return f"{shape.w_axes} {shape.hidden}x{shape.outputs}, M={tokens}"
 
 
 def config_for(shape: Shape) -> Config:
-    """The fastest config where the shape has been measured, else the heuristic one."""
-    found = _measured(shape)
-    if found is None or found.cut is None:
-        return heuristic(shape)
-    tile_n, tile_d, split = found.cut
-    return deepest(Config(tile_n, tile_d, 2, split), shape)
+    """The fastest config where some were measured, with as many of its stages as fit, else the heuristic one."""
+    found = tuned.find(TUNED, tuning_key(shape))
+    return _fitting(Config(**found), shape) if isinstance(found, dict) else heuristic(shape)
+
+
+def _fitting(config: Config, shape: Shape) -> Config:
+    """What a norm or a residual takes of the shared memory is not there for stages."""
+    while config.stages > 2 and smem_bytes((config, shape)) > SMEM_OF_BLOCK:
+        config = replace(config, stages=config.stages - 1)
+    return config
 
 
 def slower(shape: Shape) -> str | None:
     """Why XLA is the better choice, although the kernel could run; None if it is not."""
-    found = _measured(shape)
-    if found is None or found.cut is not None:
+    if tuned.find(TUNED, tuning_key(shape)) != FALLBACK:
         return None
-    weight = f"{shape.w_axes} of {shape.hidden} x {shape.outputs}"
-    return f"XLA is faster at {found.tokens.start} to {found.tokens[-1]} tokens times a weight {weight}"
-
-
-def _measured(shape: Shape) -> Measured | None:
-    entries = MEASURED.get(jax.devices()[0].device_kind, MEASURED[NEAREST])
-    return next((entry for entry in entries if entry.covers(shape)), None)
+    return f"XLA is faster at {shape.tokens} tokens times a weight {shape.w_axes} of {shape.hidden} x {shape.outputs}"

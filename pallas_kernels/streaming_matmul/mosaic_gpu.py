@@ -6,7 +6,7 @@ blocks of a cluster that share the columns send each other their partial sums. T
 a row of them; program.py is what a block does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -14,8 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.streaming_matmul import xla
 from pallas_kernels.streaming_matmul.arguments import Arguments
 from pallas_kernels.streaming_matmul.config import (
     MAX_TOKENS,
@@ -29,7 +31,7 @@ from pallas_kernels.streaming_matmul.config import (
     mlp_config_for,
     row_refusal,
 )
-from pallas_kernels.streaming_matmul.mlp import MLPArguments, Result, products
+from pallas_kernels.streaming_matmul.mlp import MLPArguments, Result, compose, products
 from pallas_kernels.streaming_matmul.program import Block, run
 from pallas_kernels.streaming_matmul.weights import Ref, Tiles
 
@@ -40,13 +42,33 @@ OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyrig
 def streaming_matmul(arguments: Arguments, *, config: Config | None = None) -> jax.Array:
     """See the public op; `unsupported` says what this one does not take."""
     M = arguments.x.shape[-2]
-    if (padding := -M % 8) and M > 8:  # copies beyond the first 8 tokens take whole groups of 8
-        return streaming_matmul(_padded(arguments, padding), config=config)[..., :M, :]
+    if M > 8 and M % 8:  # copies beyond the first 8 tokens take whole groups of 8
+        arguments = _padded(arguments, -M % 8)
+    y: Any = _product(config, arguments)
+    return y if y.shape[-2] == M else y[..., :M, :]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _product(config: Config | None, arguments: Arguments) -> jax.Array:
     shape = Shape.of(arguments)
     config = config or config_for(shape)
     config.check(shape)
     y_AMN = launch([Product(shape, config, arguments.norm_eps, _operands(arguments))], config.clusters(shape))[0]
     return y_AMN if arguments.of_experts else y_AMN[0]
+
+
+@_product.defjvp
+def _derivative(config: Config | None, primals: tuple[Arguments], tangents: tuple[Arguments]) -> tuple[Any, Any]:
+    """That of the same function in plain XLA."""
+    (arguments,) = primals
+    _, tangent = jax.jvp(xla.streaming_matmul, primals, tangents)
+    return _product(config, arguments), tangent
+
+
+def _varying_as(y: jax.Array, operands: Iterable[jax.Array]) -> jax.Array:
+    """Inside a shard_map that tracks it, y varies over the mesh axes that an operand varies over."""
+    axes = frozenset().union(*(jax.typeof(operand).mat.varying for operand in operands))
+    return lax.pcast(y, tuple(axes), to="varying") if axes else y
 
 
 def unsupported(arguments: Arguments) -> str | None:
@@ -69,8 +91,14 @@ def unsupported(arguments: Arguments) -> str | None:
 def streaming_mlp(arguments: MLPArguments, *, config: MLPConfig | None = None) -> jax.Array:
     """See the public op; `unsupported_mlp` says what this one does not take."""
     M = len(arguments.x_MD)
-    if (padding := -M % 8) and M > 8:
-        return streaming_mlp(arguments.padded(padding), config=config)[:M]
+    if M > 8 and M % 8:
+        arguments = arguments.padded(-M % 8)
+    y: Any = _row(config, arguments)
+    return y if len(y) == M else y[:M]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _row(config: MLPConfig | None, arguments: MLPArguments) -> jax.Array:
     row = products(arguments)
     shapes = [Shape.of(product) for product in row]
     config = config or mlp_config_for(shapes)
@@ -80,6 +108,16 @@ def streaming_mlp(arguments: MLPArguments, *, config: MLPConfig | None = None) -
         for shape, each, product in zip(shapes, config.of(shapes), row, strict=True)
     ]
     return launch(launched, config.clusters)[-1][0]
+
+
+@_row.defjvp
+def _derivative_of_row(
+    config: MLPConfig | None, primals: tuple[MLPArguments], tangents: tuple[MLPArguments]
+) -> tuple[Any, Any]:
+    """That of the same function in plain XLA."""
+    (arguments,) = primals
+    _, tangent = jax.jvp(partial(compose, xla.streaming_matmul), primals, tangents)
+    return _row(config, arguments), tangent
 
 
 def unsupported_mlp(arguments: MLPArguments) -> str | None:
@@ -158,7 +196,7 @@ def launch(products: Sequence[Product], clusters: int) -> list[jax.Array]:
         kernel_name="streaming_matmul",
     )
     found = dict(zip(results, call(*counters, *operands.values()), strict=True))
-    return [found[i, "out"] for i in range(len(products))]
+    return [_varying_as(found[i, "out"], operands.values()) for i in range(len(products))]
 
 
 def _view(i: int, product: Product, gmem: dict[Any, Ref]) -> SimpleNamespace:

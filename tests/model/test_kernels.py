@@ -33,8 +33,7 @@ def two_layers(name: str = "llama-3-8b", **changes) -> ModelConfig:
 @pytest.fixture
 def hopper(monkeypatch):
     """The choice of an implementation as it is on a Hopper GPU."""
-    choose = lambda refusal=None: (dispatch.FALLBACK, refusal) if refusal else (dispatch.KERNEL, "a test")  # noqa: E731
-    monkeypatch.setattr(dispatch, "automatic", choose)
+    monkeypatch.setattr(dispatch, "compute_capability", lambda: dispatch.HOPPER)
 
 
 def lowered(config: ModelConfig, slots: int, tensor: int = 1) -> str:
@@ -156,7 +155,7 @@ def test_layers_share_the_schedule_of_attention(hopper, tensor):
 
 
 def test_xla_needs_no_schedule(monkeypatch):
-    monkeypatch.setattr(dispatch, "automatic", lambda refusal=None: (dispatch.FALLBACK, "a test"))
+    monkeypatch.setattr(dispatch, "compute_capability", lambda: None)
     assert "make_schedule" not in lowered(two_layers(), 4)
 
 
@@ -178,11 +177,9 @@ def test_on_a_gpu_logits_are_as_exact_as_those_of_xla(monkeypatch, tokens):
 
     launched = []
     automatic = dispatch.automatic
-    monkeypatch.setattr(
-        dispatch, "automatic", lambda refusal=None: launched.append(automatic(refusal)) or launched[-1]
-    )
+    monkeypatch.setattr(dispatch, "automatic", lambda refusals: launched.append(automatic(refusals)) or launched[-1])
     by_kernels = logits_error(model, params, tokens_T, exact_TV)
     assert dispatch.KERNEL in {name for name, _ in launched}
-    monkeypatch.setattr(dispatch, "automatic", lambda refusal=None: (dispatch.FALLBACK, "a test"))
+    monkeypatch.setattr(dispatch, "automatic", lambda refusals: (dispatch.FALLBACK, "a test"))
     by_xla = logits_error(model, params, tokens_T, exact_TV)
     assert by_kernels <= 1.1 * by_xla

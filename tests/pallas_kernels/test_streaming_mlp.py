@@ -185,8 +185,7 @@ def test_the_kernel_is_what_auto_takes_on_a_hopper_gpu(monkeypatch):
     x, up, down, scale, attended, o = GIVEN.values()
     options = {"norm_scale_D": scale, "attended_ME": attended, "o_ED": o}
     assert not takes_mlp(x, up, down, **options)
-    hopper = lambda refusal=None: (dispatch.FALLBACK, refusal) if refusal else (dispatch.KERNEL, "")  # noqa: E731
-    monkeypatch.setattr(dispatch, "automatic", hopper)
+    monkeypatch.setattr(dispatch, "compute_capability", lambda: dispatch.HOPPER)
     assert takes_mlp(x, up, down, **options)
 
 

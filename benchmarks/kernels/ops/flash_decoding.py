@@ -6,11 +6,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from benchmarks.kernels.op import OURS, SPECIFICATION, Arguments, Op, Run, Unsupported
+from benchmarks.kernels.op import OURS, SPECIFICATION, Arguments, Op, Run, Tuning, Unsupported
 from benchmarks.kernels.ops import attention
-from pallas_kernels.flash_decoding import flash_decoding, plan
+from pallas_kernels import dispatch
+from pallas_kernels.blockwise import Options, PagedKV
+from pallas_kernels.flash_decoding import config as configs
+from pallas_kernels.flash_decoding import flash_decoding, mosaic_gpu, plan
 from pallas_kernels.flash_decoding.problems import PROBLEMS, Problem
 
 _PAGED = ("q_BQNH", "k_pages_PSKH", "v_pages_PSKH", "page_table_BJ")
@@ -25,6 +29,23 @@ def ours(name: str, problem: Problem) -> Run:
 
     call = lambda arguments: flash_decoding(**arguments, **problem.heads.options, implementation=name)  # noqa: E731
     return Run(call, prepare)
+
+
+def configured(problem: Problem, config: configs.Config) -> Run:
+    def call(arguments: Arguments) -> jax.Array:
+        q_BQNH, k_PSKH, v_PSKH, table_BJ, lengths_B = (arguments[name] for name in (*_PAGED, "lengths_B"))
+        kv, sinks_N = PagedKV(k_PSKH, v_PSKH), arguments.get("sinks_N")
+        options = Options(**problem.heads.options)
+        return mosaic_gpu.flash_decoding(q_BQNH, kv, table_BJ, lengths_B, sinks_N, options, config=config)[0]
+
+    return Run(call)
+
+
+def candidates(problem: Problem) -> list[configs.Config]:
+    if problem.cache is not None:
+        return []
+    size = problem.heads.head_size, dispatch.multiprocessors()
+    return list(dict.fromkeys([configs.choose(*size), *configs.candidates(*size)]))
 
 
 def cudnn(problem: Problem) -> Run:
@@ -73,8 +94,10 @@ def _mask(problem: Problem) -> dict[str, Any]:
 
 
 def _peers(problem: Problem) -> tuple[str, ...]:
-    """A peer without pages has one figure for each shape, beside that of pages of 64."""
-    return ("xla", "cudnn", "cudnn_paged", "tokamax") if problem.page_size == 64 else ("xla", "cudnn_paged")
+    """A peer without pages has one figure for each shape, beside that of pages of 64; XLA gathers what it reads."""
+    if problem.page_size != 64:
+        return ("cudnn_paged",)
+    return attention.installed("xla", "cudnn", "cudnn_paged", "tokamax")
 
 
 _IMPLEMENTATIONS: dict[str, Callable[[Problem], Run]] = {
@@ -98,4 +121,10 @@ OP = Op(
         131072: "llama-3-8b 1x131072",
     },
     curve_label="keys of one sequence",
+    tuning=Tuning(
+        path=configs.TUNED,
+        key=lambda problem: configs.tuning_key(problem.heads.head_size, 8 if problem.cache else 16),
+        candidates=candidates,
+        configured=configured,
+    ),
 )
