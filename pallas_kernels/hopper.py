@@ -10,6 +10,7 @@ import jax
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import vector
 
 WARPGROUP = 128  # threads
 FIRST_BARRIER = 5  # 0 is the block's own, 1 to 4 are those that Mosaic GPU gives to warpgroups
@@ -42,13 +43,21 @@ def complete(x: jax.Array, layout: Any = plgpu.Layout.WG_SPLAT) -> None:
     """
 
     def instruction(_, x):
-        i32 = ir.IntegerType.get_signless(32)
-        registers = [utils.bitcast(register, i32) for register in x.registers.flat]
+        registers = [word for register in x.registers.flat for word in _words(register)]
         mix = "".join(f"xor.b32 x, x, ${i}; " for i in range(1, len(registers)))
         never = "setp.eq.u32 p, x, 0x7fc17fc1; @p nanosleep.u32 0;"  # and if it ever is, it does nothing
         utils.inline_ptx(f"{{ .reg .b32 x; .reg .pred p; mov.b32 x, $0; {mix}{never} }}", *registers)
 
     plgpu.inline_mgpu(arg_types=(layout,))(instruction)(x)
+
+
+def _words(register: ir.Value) -> list[ir.Value]:
+    """A register of Mosaic GPU, which may be a vector, as registers of 32 bits."""
+    i32 = ir.IntegerType.get_signless(32)
+    if not isinstance(register.type, ir.VectorType):
+        return [utils.bitcast(register, i32)]
+    (length,) = register.type.shape
+    return [utils.bitcast(vector.extract(register, [], [i]), i32) for i in range(length)]
 
 
 def meet(counter_ref: Any, blocks: int) -> None:
