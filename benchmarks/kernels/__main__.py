@@ -44,7 +44,8 @@ class Selection(NamedTuple):
 def main(arguments: Sequence[str] | None = None, ops: Mapping[str, Op] = OPS) -> None:
     options = parse(arguments, ops)
     deadline = time.monotonic() + options.limit
-    selected = select([ops[name] for name in options.op], options.case, options.peers, options.quick)
+    chosen = options.op or [name for name, op in ops.items() if op.tuning or not options.tune]
+    selected = select([ops[name] for name in chosen], options.case, options.peers, options.quick)
     machine = measure_machine()
     ceilings = find_by_device(machine.device_kind, MEASURED) or machine
     bench = Bench(ceilings, machine.l2 or DEFAULT_L2, QUICK if options.quick else Effort())
@@ -65,7 +66,7 @@ def parse(arguments: Sequence[str] | None, ops: Mapping[str, Op]) -> argparse.Na
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     peers = sorted({name for op in ops.values() for name in op.implementations} - {OURS})
-    parser.add_argument("--op", nargs="+", choices=ops, default=[*ops], metavar="OP", help=f"of {', '.join(ops)}")
+    parser.add_argument("--op", nargs="+", choices=ops, metavar="OP", help=f"of {', '.join(ops)}")
     parser.add_argument(
         "--case", nargs="+", metavar="TEXT", help="only problems of these names, or with them in their names"
     )

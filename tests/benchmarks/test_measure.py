@@ -21,6 +21,7 @@ from pallas_kernels.flash_attention.problems import Problem as Prefill
 from pallas_kernels.flash_decoding.problems import Problem as Decode
 from pallas_kernels.models import Heads
 from pallas_kernels.streaming_matmul.problems import Problem as Product
+from pallas_kernels.streaming_matmul.problems import Row
 from tests.benchmarks.tiny import BENCH, MACHINE, TINY, arguments
 
 DECODING = TINY["flash_decoding"]
@@ -190,6 +191,7 @@ ON_A_CARD = {
     "flash_attention": Prefill(Heads(8, 2, 128), 2, 512, 128, shuffled=False),
     "flash_decoding": Decode(Heads(8, 2, 128), 4, 512, 64),
     "streaming_matmul": Product(16, 1024, 1024),
+    "streaming_mlp": Row(16, 1024, 2048, 1024),
 }
 
 
