@@ -44,8 +44,7 @@ class Selection(NamedTuple):
 def main(arguments: Sequence[str] | None = None, ops: Mapping[str, Op] = OPS) -> None:
     options = parse(arguments, ops)
     deadline = time.monotonic() + options.limit
-    chosen = options.op or [name for name, op in ops.items() if op.tuning or not options.tune]
-    selected = select([ops[name] for name in chosen], options.case, options.peers, options.quick)
+    selected = select([ops[name] for name in options.op], options.case, options.peers, options.quick)
     machine = measure_machine()
     ceilings = find_by_device(machine.device_kind, MEASURED) or machine
     bench = Bench(ceilings, machine.l2 or DEFAULT_L2, QUICK if options.quick else Effort())
@@ -82,7 +81,9 @@ def parse(arguments: Sequence[str] | None, ops: Mapping[str, Op]) -> argparse.Na
         help="time every config of our kernels and keep the best ones, in tuned.json of the op or in OUTPUT/<op>.json",
     )
     parser.add_argument("--output", type=Path, help="folder of what is written")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.op = options.op or [name for name, op in ops.items() if op.tuning or not options.tune] or [*ops]
+    return options
 
 
 def select(
