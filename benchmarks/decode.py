@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks.record import Record, report, write
+from benchmarks.record import Record, write
 from jaxinfer.decode.sampling import needs
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import Layout, Programs
@@ -115,6 +115,7 @@ def measure(subject: Subject, batches: list[int], prompts: list[int]) -> Iterato
     yield [
         Record("machine", "measured", "bandwidth", subject.machine.bandwidth / 1e12, "TB/s"),
         Record("machine", "measured", "bf16 matmul", subject.machine.rate("bf16") / 1e12, "TFLOP/s"),
+        Record("machine", "measured", "kernel overhead", subject.machine.overhead * 1e6, "us"),
     ]
     for batch in batches:
         yield run_decode(subject, batch)
@@ -130,7 +131,7 @@ def run_decode(subject: Subject, batch: int) -> list[Record]:
         seconds.append(bench.decode())
     step = statistics.median(seconds[1:]) / NEW
     fraction = decode_step(subject.model.config, batch, PROMPT + NEW // 2).fraction(subject.ceilings, step)
-    if subject.attention == "xla":  # gathers each slot's whole row of pages: that row is the context
+    if subject.attention != dispatch.KERNEL:  # gathers each slot's whole row of pages: that row is the context
         predicted = decode_step(subject.model.config, batch, PROMPT + NEW, attention="materialized")
     else:
         predicted = decode_step(subject.model.config, batch, PROMPT + NEW // 2)
@@ -181,7 +182,11 @@ def main() -> None:
         arguments.model, model, model.random_params(), arguments.page_size, arguments.steps_per_dispatch,
         dispatch.automatic()[0], machine, find_by_device(machine.device_kind, MEASURED) or machine,
     )  # fmt: skip
-    records = report(measure(subject, arguments.batches, arguments.prompts))
+    records: list[Record] = []
+    for group in measure(subject, arguments.batches, arguments.prompts):
+        records += group
+        print(*group, sep="\n", flush=True)
+        write("decode", records, arguments.output)  # a run cut short leaves the cases that it has done
     print("written to", write("decode", records, arguments.output))
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -29,7 +28,7 @@ class Record:
         metric, value, unit: the figure.
         roofline_fraction: the time that `roofline.MEASURED` makes the limit over the measured one; None where no
             limit is stated.
-        low, high: range of the samples whose median is `value`; None where they are not kept.
+        low, high, samples: range and number of the samples whose median is `value`; None where they are not kept.
     """
 
     case: str
@@ -40,6 +39,7 @@ class Record:
     roofline_fraction: float | None = None
     low: float | None = None
     high: float | None = None
+    samples: int | None = None
 
     def __str__(self) -> str:
         fraction = "" if self.roofline_fraction is None else f"{self.roofline_fraction:.0%} of the limit"
@@ -54,15 +54,6 @@ class Failure:
     case: str
     implementation: str
     reason: str
-
-
-def report(groups: Iterable[list[Record]]) -> list[Record]:
-    """Prints every record as soon as it is there, a line each; returns all of them."""
-    records = []
-    for group in groups:
-        print(*group, sep="\n", flush=True)
-        records += group
-    return records
 
 
 def environment() -> dict[str, str]:

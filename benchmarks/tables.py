@@ -34,6 +34,7 @@ KERNEL_NAMES = {
     "xla": "plain XLA",
     "cudnn": "cuDNN in JAX, contiguous",
     "cudnn_paged": "cuDNN in JAX, paged",
+    "streaming_matmul": "jaxinfer, a launch for each product",
 }
 _MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -71,6 +72,11 @@ OPTIONS = {
     "flash_decoding llama-3-8b 64x4096 fp8": "fp8 cache",
     "flash_decoding llama-3-8b 64 from 128 to 32768": "64 of 128 to 32768",
 }
+ROW = {
+    f"streaming_mlp {model} M={tokens}": f"{model}, {tokens}"
+    for model in ("llama-3-8b", "llama-3-70b")
+    for tokens in (1, 16, 32)
+}
 MATMUL = {f"streaming_matmul llama-3-8b {x}": x for x in ("qkv", "o", "up", "down", "head")}
 SHUFFLED, PAGES_OF_16 = {"": "", " shuffled": ", shuffled pages of 64"}, {"": "", " pages of 16": ", pages of 16"}
 TOKENS = {f" M={M}": f", {M} token{'s' * (M > 1)}" for M in (1, 16, 64)}
@@ -81,6 +87,7 @@ TABLES = {
     "prefill-kernel": Table("arithmetic", "prefill, TFLOP/s", PREFILL, SHUFFLED, KERNEL_NAMES),
     "decoding-kernel": Table("time", "decoding, us", DECODING, PAGES_OF_16, KERNEL_NAMES),
     "decoding-options": Table("time", "decoding, us", OPTIONS, names=KERNEL_NAMES),
+    "row-kernel": Table("time", "layer after attention, us", ROW, names=KERNEL_NAMES),
     "matmul-kernel": Table("traffic", "matmul, TB/s", MATMUL, TOKENS, KERNEL_NAMES),
 }
 

@@ -8,11 +8,13 @@ array grows with queries times keys.
 Masked scores and values are selected away, never multiplied by zero: unused slots may hold NaN.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
+Attend = Callable[..., tuple[jax.Array, jax.Array]]  # `attend` below, or what stands for it
 # Stands for minus infinity where differences are taken: -inf minus -inf would be NaN.
 LOWEST = -1e30
 
@@ -53,6 +55,20 @@ class PagedKV:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Tree:
+    """Which of the last Q keys of a row its Q queries see, where that is not the causal triangle.
+
+    Attributes:
+        seen_BQC: whether query q sees new key c.
+        depth_BQ: position of each query, and of its key, counted from the first new position.
+    """
+
+    seen_BQC: jax.Array
+    depth_BQ: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Softmax:
     """A softmax under way, in float32, over the keys seen so far: unnormalized values, maximum and sum."""
 
@@ -70,11 +86,13 @@ def attend(
     options: Options,
     *,
     block_keys: int,
+    tree: Tree | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends each row of queries to the keys that its row of the page table holds.
 
-    Positions rise along a row; a query at a negative position sees nothing. At most about B * block_keys
-    keys are gathered at a time. Returns out_BQNH in q's dtype and lse_BQN in float32.
+    Positions rise along a row; a query at a negative position sees nothing. With a tree they count the keys, and
+    the tree says which of those at the row's own positions each query sees. At most about B * block_keys keys are
+    gathered at a time. Returns out_BQNH in q's dtype and lse_BQN in float32.
     """
     B, Q, N, H = q_BQNH.shape
     K, S = kv.k_PSKH.shape[2], kv.page_size
@@ -84,7 +102,7 @@ def attend(
     def add_block(softmax: Softmax, block_BJ: jax.Array, first_key_B: jax.Array) -> Softmax:
         k_BKCH, v_BKCH = kv.load(block_BJ, q_BQNH.dtype)
         key_BC = first_key_B[:, None] + jnp.arange(k_BKCH.shape[2], dtype=jnp.int32)[None]
-        visible_BQC = _visible(position_BQ, key_BC, options.window)
+        visible_BQC = _visible(position_BQ, key_BC, options.window, tree)
         return _update(softmax, q_BQKgH, k_BKCH, v_BKCH, visible_BQC, options)
 
     softmax = _nothing_seen(q_BQKgH)
@@ -136,7 +154,18 @@ def _gather(pages_PSKH: jax.Array, scales_PKS: jax.Array | None, pages_BJ: jax.A
     return x_BKJSH.astype(dtype).reshape(B, K, J * S, H)
 
 
-def _visible(position_BQ: jax.Array, key_BC: jax.Array, window: int | None) -> jax.Array:
+def visible_in_tree(nth_BC: jax.Array, window: int | None, tree: Tree) -> jax.Array:
+    """Whether each query sees keys that are counted from the first new one; those before it are negative."""
+    nth_B1C, Q = nth_BC[:, None], tree.seen_BQC.shape[2]
+    seen_BQC = jnp.take_along_axis(tree.seen_BQC, jnp.clip(nth_B1C, 0, Q - 1), axis=2) & (nth_B1C < Q)
+    if window is None:
+        return seen_BQC | (nth_B1C < 0)
+    return jnp.where(nth_B1C < 0, nth_B1C > tree.depth_BQ[:, :, None] - window, seen_BQC)
+
+
+def _visible(position_BQ: jax.Array, key_BC: jax.Array, window: int | None, tree: Tree | None) -> jax.Array:
+    if tree is not None:
+        return visible_in_tree(key_BC - position_BQ[:, :1], window, tree)
     visible_BQC = key_BC[:, None, :] <= position_BQ[:, :, None]
     if window is not None:
         visible_BQC &= key_BC[:, None, :] > position_BQ[:, :, None] - window

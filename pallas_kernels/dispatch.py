@@ -2,60 +2,80 @@
 
 import functools
 import logging
+import re
 from collections.abc import Callable, Mapping
 
 import jax
 
 KERNEL = "mosaic_gpu"  # the name that the kernels have among the implementations
+CUDNN = "cudnn"
 FALLBACK = "xla"
-HOPPER = "9.0"
+HOPPER, AMPERE = (9, 0), (8, 0)
+# Why an implementation cannot take an input, None if it can, by its name: the one to be preferred first.
+Refusals = Mapping[str, str | None]
+PLAIN_ATTENTION: Refusals = {KERNEL: None, CUDNN: None}
 logger = logging.getLogger("pallas_kernels")
 
 
-def choose[Op: Callable](op: str, implementation: str, available: Mapping[str, Op], refusal: str | None = None) -> Op:
-    """Returns the named implementation; `auto` is the kernel where it runs, else XLA, and says so once.
-
-    Args:
-      refusal: why the kernel cannot take this input, None if it can.
+def choose[Op: Callable](op: str, implementation: str, available: Mapping[str, Op], refusals: Refusals) -> Op:
+    """Returns the named implementation; `auto` is the first of `refusals` that runs here, else XLA, and says so once.
 
     Raises:
-      ValueError: there is no implementation of that name, or it is the kernel and refuses.
+      ValueError: there is no implementation of that name, or it refuses.
     """
     if implementation == "auto":
-        implementation = KERNEL if prefers_kernel(op, refusal) else FALLBACK
-    elif implementation == KERNEL and (reason := refusal or _wrong_gpu()):
-        raise ValueError(f"implementation={implementation!r} of {op} cannot run: {reason}")
+        implementation = preferred(op, refusals)
     if implementation not in available:
         names = ", ".join(["auto", *available])
         raise ValueError(f"implementation={implementation!r} of {op} does not exist; allowed: {names}")
+    if reason := refusals.get(implementation) or _wrong_gpu(implementation):
+        raise ValueError(f"implementation={implementation!r} of {op} cannot run: {reason}")
     return available[implementation]
 
 
-def prefers_kernel(op: str, refusal: str | None = None) -> bool:
-    """Whether `auto` stands for the kernel on this input; says so once."""
-    implementation, reason = automatic(refusal)
+def preferred(op: str, refusals: Refusals) -> str:
+    """What `auto` stands for on this input; says so once."""
+    implementation, reason = automatic(refusals)
     _log_once(op, implementation, reason)
-    return implementation == KERNEL
+    return implementation
 
 
-def automatic(refusal: str | None = None) -> tuple[str, str]:
-    """The implementation that `auto` stands for here, and why it is that one."""
-    if jax.default_backend() != "gpu":
+def automatic(refusals: Refusals = PLAIN_ATTENTION) -> tuple[str, str]:
+    """The implementation that `auto` stands for here, and why it is none of those before it."""
+    if compute_capability() is None:
         return FALLBACK, f"no kernel written for the backend {jax.default_backend()!r} exists"
-    reason = _wrong_gpu() or refusal
-    return (FALLBACK, reason) if reason else (KERNEL, "written for this GPU")
+    against = []
+    for name, refusal in refusals.items():
+        if (reason := _wrong_gpu(name) or refusal) is None:
+            return name, "; ".join(against) or "written for this GPU"
+        against.append(f"{name}: {reason}")
+    return FALLBACK, "; ".join(against)
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Of the NVIDIA GPU that programs run on; None where there is none, and a program may still be lowered for one."""
+    if jax.default_backend() != "gpu":
+        return None
+    numbers = re.fullmatch(r"(\d+)\.(\d+)", jax.devices()[0].compute_capability)
+    return (int(numbers[1]), int(numbers[2])) if numbers else None
+
+
+def _wrong_gpu(implementation: str) -> str | None:
+    """Why an implementation does not run on the GPU that is there."""
+    found = compute_capability()
+    if found is None:
+        return None
+    here = f"and this GPU has {found[0]}.{found[1]}"
+    if implementation == KERNEL and found != HOPPER:
+        return f"the kernels need compute capability 9.0, {here}"
+    if implementation == CUDNN and found < AMPERE:
+        return f"cuDNN's attention needs compute capability 8.0, {here}"
+    return None
 
 
 def multiprocessors(default: int = 132) -> int:
     """Of the GPU that programs run on; `default`, those of an H100 or H200, where there is none."""
     return jax.devices()[0].core_count if jax.default_backend() == "gpu" else default
-
-
-def _wrong_gpu() -> str | None:
-    """Why the kernels do not run on the GPU that is there. Without one, a program may still be lowered for one."""
-    if jax.default_backend() != "gpu" or (found := jax.devices()[0].compute_capability) == HOPPER:
-        return None
-    return f"the kernels need compute capability {HOPPER}, and this GPU has {found}"
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import jax
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import vector
 
 WARPGROUP = 128  # threads
 FIRST_BARRIER = 5  # 0 is the block's own, 1 to 4 are those that Mosaic GPU gives to warpgroups
@@ -42,10 +43,58 @@ def complete(x: jax.Array, layout: Any = plgpu.Layout.WG_SPLAT) -> None:
     """
 
     def instruction(_, x):
-        i32 = ir.IntegerType.get_signless(32)
-        registers = [utils.bitcast(register, i32) for register in x.registers.flat]
+        registers = [word for register in x.registers.flat for word in _words(register)]
         mix = "".join(f"xor.b32 x, x, ${i}; " for i in range(1, len(registers)))
         never = "setp.eq.u32 p, x, 0x7fc17fc1; @p nanosleep.u32 0;"  # and if it ever is, it does nothing
         utils.inline_ptx(f"{{ .reg .b32 x; .reg .pred p; mov.b32 x, $0; {mix}{never} }}", *registers)
 
     plgpu.inline_mgpu(arg_types=(layout,))(instruction)(x)
+
+
+def _words(register: ir.Value) -> list[ir.Value]:
+    """A register of Mosaic GPU, which may be a vector, as registers of 32 bits."""
+    i32 = ir.IntegerType.get_signless(32)
+    if not isinstance(register.type, ir.VectorType):
+        return [utils.bitcast(register, i32)]
+    (length,) = register.type.shape
+    return [utils.bitcast(vector.extract(register, [], [i]), i32) for i in range(length)]
+
+
+def meet(counter_ref: Any, blocks: int) -> None:
+    """Waits until `blocks` blocks, all of the launch, are here; each then sees what the others have written before.
+
+    They must all be on the card at once. `counter_ref` is a zero in device memory, which stays at `blocks`.
+    """
+
+    def wait(_, counter):
+        semaphore = utils.SemaphoreRef(utils.memref_ptr(counter))
+        _fence_copies()
+        utils.warpgroup_barrier()
+        semaphore.signal(1, memory_scope="gpu")
+        semaphore.wait(blocks, decrement=False, memory_scope="gpu")
+        _fence_copies()
+
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(wait)(counter_ref)
+
+
+def count_in(counter_ref: Any) -> None:
+    """Counts this block in, and goes on."""
+
+    def signal(_, counter):
+        utils.SemaphoreRef(utils.memref_ptr(counter)).signal(1, memory_scope="gpu")
+
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(signal)(counter_ref)
+
+
+def count_out(counter_ref: Any, blocks: int) -> None:
+    """Waits until `blocks` blocks have counted themselves in, and sets the counter to zero."""
+
+    def wait(_, counter):
+        utils.SemaphoreRef(utils.memref_ptr(counter)).wait(blocks, memory_scope="gpu")
+
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(wait)(counter_ref)
+
+
+def _fence_copies() -> None:
+    """Orders what TMA copied and what instructions read and write."""
+    utils.inline_ptx("fence.proxy.async.global;", has_side_effects=True)

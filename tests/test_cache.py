@@ -13,6 +13,7 @@ from jaxinfer.cache.attention import write
 from jaxinfer.decode.batch import Prefill, make_batch
 from jaxinfer.decode.slots import empty_slots
 from jaxinfer.parallel import make_mesh
+from pallas_kernels.flash_decoding import pack_tree_mask
 
 PAGE, NUM_PAGES, HEADS, KV_HEADS, SIZE = 4, 14, 4, 2, 8
 TABLE_BJ = np.array([[9, 2, 11, 5], [4, 13, 1, 0]], np.int32)
@@ -135,3 +136,37 @@ def test_pages_equal_a_contiguous_cache(window):
     expected = [contiguous(*each, window) for each in zip(q, k, v, strict=True)]
     # Sums over at most 13 keys of values of size 3, in float32.
     np.testing.assert_allclose(out_TNH[:5], np.concatenate(expected), rtol=0, atol=1e-5)
+
+
+def test_a_tree_goes_to_the_decode_kernel_on_every_device():
+    """Two branches behind one token: each is decoded as if the other were not there."""
+    rng = np.random.default_rng(2)
+    length, queries = 13, 3
+    k, v = rng.standard_normal((2, length, KV_HEADS, SIZE)).astype(np.float32)
+    q = rng.standard_normal((queries, HEADS, SIZE)).astype(np.float32)
+    flat = np.full((2, NUM_PAGES * PAGE, KV_HEADS, SIZE), np.nan, np.float32)
+    flat[:, positions_of(0, length - queries)] = k[:-queries], v[:-queries]
+    paths = [[0], [0, 1], [0, 2]]
+    seen_BQC = np.array([[[key in path for key in range(queries)] for path in paths]])
+    integers = lambda *values: jnp.asarray(values, jnp.int32)  # noqa: E731
+    view = View(
+        write_T=integers(*positions_of(0, length)[-queries:]),
+        decode_tables_BJ=jnp.asarray(TABLE_BJ[:1]),
+        decode_lengths_B=integers(length),
+        prefill_tables_RJ=jnp.asarray(TABLE_BJ[:0]),
+        prefill_starts_R1=integers(0),
+        prefill_lengths_R=integers(),
+        queries=queries,
+        tree_mask_BQW=pack_tree_mask(jnp.asarray(seen_BQC)),
+    )
+    heads, pages = jax.P(None, "tensor"), jax.P(None, None, "tensor")
+    with jax.set_mesh(make_mesh(2)):
+        grouped = jax.device_put(jnp.asarray(q.reshape(queries, KV_HEADS, HEADS // KV_HEADS, SIZE)), heads)
+        k_TKH, v_TKH = jax.device_put((jnp.asarray(k[-queries:]), jnp.asarray(v[-queries:])), heads)
+        pools = (jnp.asarray(pool.reshape(NUM_PAGES, PAGE, KV_HEADS, SIZE)) for pool in flat)
+        state = jax.device_put(Pages(*pools), pages)
+        out, _ = jax.jit(attend_pages, static_argnames="scale")(grouped, k_TKH, v_TKH, state, view, scale=SIZE**-0.5)
+    for i, path in enumerate(paths):
+        text = [*range(length - queries), *(length - queries + node for node in path)]
+        expected = contiguous(q[i : i + 1], k[text], v[text], None)
+        np.testing.assert_allclose(np.asarray(out[i]).reshape(HEADS, SIZE), expected[0], rtol=0, atol=1e-5)

@@ -1,6 +1,6 @@
 """The kernels on named problems of real models, beside their peers.
 
-    python -m benchmarks.kernels [--op ...] [--case ...] [--peers ...] [--quick] [--tune]
+    python -m benchmarks.kernels [--op ...] [--case ...] [--peers ...] [--quick] [--limit SECONDS] [--tune]
 
 Writes `kernels.json` and the plot `kernels.png` to the results of the device. What the file holds of other cases or
 implementations stays in it, with the environment that it was measured in. Other systems' figures, from
@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.kernels.measure import DEFAULT_L2, Bench, measure_case
+from benchmarks.kernels.measure import DEFAULT_L2, Bench, measure_cases
 from benchmarks.kernels.op import OURS, Op
 from benchmarks.kernels.ops import OPS
 from benchmarks.kernels.plot import lines, plot_speeds
@@ -41,16 +43,17 @@ class Selection(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None, ops: Mapping[str, Op] = OPS) -> None:
     options = parse(arguments, ops)
+    deadline = time.monotonic() + options.limit
     selected = select([ops[name] for name in options.op], options.case, options.peers, options.quick)
     machine = measure_machine()
     ceilings = find_by_device(machine.device_kind, MEASURED) or machine
     bench = Bench(ceilings, machine.l2 or DEFAULT_L2, QUICK if options.quick else Effort())
     if options.tune:
-        tune_all(selected, bench, machine.device_kind)
+        tune_all(selected, bench, machine.device_kind, options.output, deadline)
         return
     folder = options.output or (None if options.quick else RESULTS / device_folder())
-    measure_all(selected, bench, machine_records(machine), folder)
-    if folder is not None:
+    measure_all(selected, bench, machine_records(machine), folder, deadline)
+    if folder is not None and (folder / "kernels.json").exists():
         draw(ops.values(), ceilings, folder)
         print("written to", folder)
 
@@ -62,7 +65,7 @@ def parse(arguments: Sequence[str] | None, ops: Mapping[str, Op]) -> argparse.Na
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     peers = sorted({name for op in ops.values() for name in op.implementations} - {OURS})
-    parser.add_argument("--op", nargs="+", choices=ops, default=[*ops], metavar="OP", help=f"of {', '.join(ops)}")
+    parser.add_argument("--op", nargs="+", choices=ops, metavar="OP", help=f"of {', '.join(ops)}")
     parser.add_argument(
         "--case", nargs="+", metavar="TEXT", help="only problems of these names, or with them in their names"
     )
@@ -71,9 +74,16 @@ def parse(arguments: Sequence[str] | None, ops: Mapping[str, Op]) -> argparse.Na
         help=f"what to time beside {OURS}, of {', '.join(peers)}; default: all but the reference",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few cases, short samples, no file without --output")
-    parser.add_argument("--tune", action="store_true", help="time every config of our kernels and keep the best ones")
-    parser.add_argument("--output", type=Path, help="folder of kernels.json and kernels.png")
-    return parser.parse_args(arguments)
+    parser.add_argument("--limit", type=float, default=math.inf, metavar="SECONDS", help="begin no case after them")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="time every config of our kernels and keep the best ones, in tuned.json of the op or in OUTPUT/<op>.json",
+    )
+    parser.add_argument("--output", type=Path, help="folder of what is written")
+    options = parser.parse_args(arguments)
+    options.op = options.op or [name for name, op in ops.items() if op.tuning or not options.tune] or [*ops]
+    return options
 
 
 def select(
@@ -101,7 +111,7 @@ def matches(name: str, texts: Sequence[str], op: Op) -> bool:
     return name in texts or any(text in name for text in texts if text not in op.problems)
 
 
-def tune_all(selected: Sequence[Selection], bench: Bench, device: str) -> None:
+def tune_all(selected: Sequence[Selection], bench: Bench, device: str, output: Path | None, deadline: float) -> None:
     """Tunes the ops of the selection on its problems.
 
     Raises:
@@ -114,18 +124,26 @@ def tune_all(selected: Sequence[Selection], bench: Bench, device: str) -> None:
     if fixed := [name for name, op in ops.items() if op.tuning is None]:
         raise SystemExit(f"nothing to tune in {', '.join(fixed)}; choose others with --op")
     for name, op in ops.items():
-        for text in tune(op, problems[name], bench, device):
+        assert op.tuning is not None
+        path = op.tuning.path if output is None else output / f"{name}.json"
+        for text in tune(op, problems[name], bench, device, path, deadline):
             print(text, flush=True)
+        print("written to", path)
 
 
-def measure_all(selected: Sequence[Selection], bench: Bench, records: list[Record], folder: Path | None) -> None:
+def measure_all(
+    selected: Sequence[Selection], bench: Bench, records: list[Record], folder: Path | None, deadline: float
+) -> None:
     """Measures and shows every case. Writes after each, beside `records`: an end in the middle loses nothing."""
     stated, made_in, failures = read_stated(), environment(), []
     with Progress(*COLUMNS) as progress:
         task = progress.add_task("", total=sum(len(selection.implementations) for selection in selected))
-        for op, problem, implementations in selected:
+        progress.update(task, description="compiling")
+        left = len(selected)
+        for op, problem, outcomes in measure_cases(selected, bench, deadline):
+            left -= 1
             progress.update(task, description=op.case(problem))
-            for outcome in measure_case(op, problem, implementations, bench):
+            for outcome in outcomes:
                 show(progress, describe(outcome))
                 progress.advance(task)
                 if isinstance(outcome, Failure):
@@ -137,6 +155,8 @@ def measure_all(selected: Sequence[Selection], bench: Bench, records: list[Recor
                     show(progress, f"{record}; stated, not measured in this run")
             if folder is not None:
                 update("kernels", made_in, records, failures, folder)
+        if left:
+            show(progress, f"the time is up; {left} cases are not measured")
 
 
 def machine_records(machine: Hardware) -> list[Record]:

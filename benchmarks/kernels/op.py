@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -36,27 +37,28 @@ class Run:
     Attributes:
         call: from the prepared arguments to the output. Outputs of all implementations hold the same numbers in the
             same order, in whatever shape.
-        prepare: from the op's arguments to those of `call`; it is not timed.
+        prepare: from the op's arguments to those of `call`, where they differ; it is not timed.
     """
 
     call: Callable[[Arguments], jax.Array]
-    prepare: Callable[[Arguments], Arguments] = lambda arguments: arguments
+    prepare: Callable[[Arguments], Arguments] | None = None
 
 
-class Tuning[P: Problem](Protocol):
-    """What `pallas_kernels/<op>/config.py` offers to the search: candidates, and where the best of them is kept."""
+@dataclass(frozen=True)
+class Tuning[P: Problem]:
+    """What `pallas_kernels/<op>/config.py` offers to the search.
 
-    def candidates(self, problem: P) -> Iterable[Any]:
-        """Configs that the kernel can launch for the problem, the one that it would take without tuning first."""
-        ...
+    Attributes:
+        path: of the file that keeps the best configs.
+        key: under which a problem's config is looked up; problems may share one.
+        candidates: configs that the kernel can launch for a problem, the one that it would take without tuning first.
+        configured: the run of our kernel with one of them.
+    """
 
-    def tuning_key(self, problem: P) -> str:
-        """Under which the problem's config is looked up; problems may share one."""
-        ...
-
-    def save_tuned(self, device: str, key: str, config: Any) -> None:
-        """Keeps a config as data, for the device of that `device_kind`."""
-        ...
+    path: Path
+    key: Callable[[P], str]
+    candidates: Callable[[P], Sequence[Any]]
+    configured: Callable[[P, Any], Run]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,6 @@ class Op[P: Problem]:
         quick: names of the problems that stand for all when time is short.
         curve: problems of the plot, by their place on its axis `curve_label`.
         tuning: of our kernel; None where it has nothing to choose.
-        configured: the run of our kernel with one candidate.
     """
 
     name: str
@@ -85,7 +86,6 @@ class Op[P: Problem]:
     curve: Mapping[float, str]
     curve_label: str
     tuning: Tuning[P] | None = None
-    configured: Callable[[P, Any], Run] | None = None
 
     def case(self, problem: str) -> str:
         """The name that a problem has in the records."""

@@ -15,7 +15,9 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 
@@ -23,23 +25,50 @@ from benchmarks.kernels.op import Arguments, Run
 
 CALLS = 20
 MOST_BYTES = 2**34  # of all copies
+FEWEST_SAMPLES = 3
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Samples of a timing, and the least seconds that one of them takes."""
+    """Samples of a timing, the least seconds that one of them takes, and about the most that they take together.
+
+    The last makes samples fewer, but never fewer than FEWEST_SAMPLES: XLA's attention to 32,768 keys takes seconds for
+    one program.
+    """
 
     samples: int = 10
     seconds: float = 0.02
+    most_seconds: float = 3.0
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: the median of the samples, and their range."""
+    """Seconds of one call: the median of the samples, their range, and how many there are."""
 
     median: float
     low: float
     high: float
+    samples: int
+
+
+class Started(NamedTuple):
+    """A run that is being compiled, by other threads: timing waits until they are done."""
+
+    prepare: Future[Callable[[Arguments], Arguments]] | None
+    program: Future[Callable[[Sequence[Arguments]], list[jax.Array]]]
+
+
+def start(run: Run, shapes: Arguments, pool: Executor) -> Started:
+    """Traces a run here, which Python does no faster in many threads, and compiles it in the pool."""
+    prepare = None
+    if run.prepare is not None:
+        prepare = compiled(run.prepare, shapes, pool)
+        shapes = jax.eval_shape(run.prepare, shapes)
+    return Started(prepare, compiled(make_program(run), [shapes] * CALLS, pool))
+
+
+def compiled(function: Callable, shapes: Any, pool: Executor) -> Future:
+    return pool.submit(jax.jit(function).lower(shapes).compile)
 
 
 def num_copies(copy_bytes: int, l2: float) -> int:
@@ -55,13 +84,16 @@ def num_copies(copy_bytes: int, l2: float) -> int:
     return next((n for n in divisors if n >= needed), math.ceil(needed / CALLS) * CALLS)
 
 
-def make_copies(run: Run, arguments: Callable[[jax.Array], Arguments], l2: float) -> list[Arguments]:
+def make_copies(started: Started, generate: Callable[[jax.Array], Arguments], l2: float) -> list[Arguments]:
     """Prepared random arguments of consecutive calls, no copy like another."""
-    prepare = jax.jit(run.prepare)
-    copies = [prepare(arguments(jax.random.key(0)))]
-    copy_bytes = sum(array.nbytes for array in jax.tree.leaves(copies[0]))
-    copies += [prepare(arguments(jax.random.key(n))) for n in range(1, num_copies(copy_bytes, l2))]
-    return jax.block_until_ready(copies)
+
+    def copy(n: int) -> Arguments:
+        arguments = generate(jax.random.key(n))
+        return arguments if started.prepare is None else started.prepare.result()(arguments)
+
+    first = copy(0)
+    copy_bytes = sum(array.nbytes for array in jax.tree.leaves(first))
+    return jax.block_until_ready([first, *(copy(n) for n in range(1, num_copies(copy_bytes, l2)))])
 
 
 def make_program(run: Run) -> Callable[[Sequence[Arguments]], list[jax.Array]]:
@@ -82,12 +114,16 @@ def make_program(run: Run) -> Callable[[Sequence[Arguments]], list[jax.Array]]:
             outputs.append(call(arguments))
         return outputs
 
-    return jax.jit(program)
+    return program
 
 
-def time_call(run: Run, copies: list[Arguments], effort: Effort, check: Callable[[jax.Array], None]) -> Timing:
-    """Compiles the program, gives the output on the first copy to `check`, which may raise, and times."""
-    program = make_program(run)
+def time_call(
+    program: Callable[[Sequence[Arguments]], list[jax.Array]],
+    copies: list[Arguments],
+    effort: Effort,
+    check: Callable[[jax.Array], None],
+) -> Timing:
+    """Gives the output on the first copy to `check`, which may raise, and times."""
     turns = math.ceil(len(copies) / CALLS)  # programs until every copy was passed
     windows = [[copies[(n * CALLS + i) % len(copies)] for i in range(CALLS)] for n in range(turns)]
 
@@ -101,7 +137,11 @@ def time_call(run: Run, copies: list[Arguments], effort: Effort, check: Callable
         return (time.perf_counter() - start) / (programs * CALLS)
 
     check(program(windows[0])[0])
-    programs = max(turns, math.ceil(effort.seconds / (sample(1) * CALLS)))
+    first = sample(1)
+    programs = max(turns, math.ceil(effort.seconds / (first * CALLS)))
     programs = math.ceil(programs / turns) * turns
-    seconds = [sample(programs) for _ in range(effort.samples)]
-    return Timing(statistics.median(seconds), min(seconds), max(seconds))
+    seconds = [first] if programs == 1 else []
+    in_time = int(effort.most_seconds / (programs * CALLS * first))
+    samples = max(min(effort.samples, in_time), FEWEST_SAMPLES)
+    seconds += [sample(programs) for _ in range(samples - len(seconds))]
+    return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds))

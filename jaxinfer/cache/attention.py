@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import PartitionSpec as P
@@ -13,7 +15,7 @@ from jaxtyping import Array, Float, Int32
 from jaxinfer.cache.pages import Pages, View
 from jaxinfer.parallel import TENSOR, attend
 from pallas_kernels.flash_attention import flash_attention
-from pallas_kernels.flash_decoding import flash_decoding
+from pallas_kernels.flash_decoding import flash_decoding, plan
 
 
 def attend_pages(
@@ -21,7 +23,8 @@ def attend_pages(
     view: View, *, scale: float, window: int | None = None, soft_cap: float | None = None,
     sinks_Kg: Float[Array, "K g"] | None = None,
 ) -> tuple[Float[Array, "T K g H"], Pages]:  # fmt: skip
-    """Causal attention of a step's tokens over their sequences, on every device's own heads.
+    """Attention of a step's tokens over their sequences, causal or along the paths of a tree, on every device's own
+    heads.
 
     Flash decoding serves the rectangle, flash attention the ragged prefill. Both read from the pages, also the
     tokens of this very step.
@@ -29,8 +32,9 @@ def attend_pages(
     Returns:
         the output, of the shape of `q_TKgH`, and the pages with the step's keys and values.
     """
-    heads = P(None, TENSOR)
-    pool = Pages(P(None, None, TENSOR), P(None, None, TENSOR), P(None, TENSOR), P(None, TENSOR))
+    heads, numbers = P(None, TENSOR), P(None, None, TENSOR)
+    specs_of_pages: Any = (numbers, numbers, heads, heads)
+    pool = Pages(*specs_of_pages)
     local = partial(_local, scale=scale, window=window, soft_cap=soft_cap)
     specs = (heads, heads, heads, pool, P(), P(TENSOR))
     return attend(local, specs, (heads, pool), q_TKgH, k_TKH, v_TKH, pages, view, sinks_Kg)
@@ -46,8 +50,9 @@ def _local(q_TKgH, k_TKH, v_TKH, pages, view, sinks_Kg, **scores):
     if rectangle:
         q_BQNH = q_TNH[:rectangle].reshape(-1, view.queries, *q_TNH.shape[1:])
         out_BQNH = flash_decoding(
-            q_BQNH, pages.k_PSKH, pages.v_PSKH, view.decode_tables_BJ, view.decode_lengths_B, **options
-        )
+            q_BQNH, pages.k_PSKH, pages.v_PSKH, view.decode_tables_BJ, view.decode_lengths_B,
+            tree_mask_BQW=view.tree_mask_BQW, schedule=view.schedule, **options,
+        )  # fmt: skip
         parts.append(out_BQNH.reshape(rectangle, *q_TNH.shape[1:]))
     if q_TNH.shape[0] > rectangle:
         parts.append(
@@ -57,6 +62,24 @@ def _local(q_TKgH, k_TKH, v_TKH, pages, view, sinks_Kg, **scores):
             )
         )  # fmt: skip
     return jnp.concatenate(parts).reshape(q_TKgH.shape), pages
+
+
+def scheduled(view: View, q_NH: jax.ShapeDtypeStruct, page_SKH: jax.ShapeDtypeStruct, window: int | None) -> View:
+    """The view with what the layers of its group have in common computed once: the schedule of the decode kernel,
+    where that runs.
+
+    Args:
+        q_NH: shape and dtype of a token's queries, on one device.
+        page_SKH: of a page of keys, on one device.
+        window: of the group's layers.
+    """
+    slots = view.decode_lengths_B.shape[0]
+    if slots == 0:
+        return view
+    q_BQNH = jax.ShapeDtypeStruct((slots, view.queries, *q_NH.shape), q_NH.dtype)
+    pages_PSKH = jax.ShapeDtypeStruct((1, *page_SKH.shape), page_SKH.dtype)
+    schedule = plan(q_BQNH, pages_PSKH, view.decode_tables_BJ, view.decode_lengths_B, window=window)
+    return replace(view, schedule=schedule)
 
 
 def write(

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxinfer.parallel import TENSOR
+from pallas_kernels.flash_decoding import Schedule
 
 NULL_PAGE = 0  # padding writes here; nothing reads it
 
@@ -46,6 +47,10 @@ class View:
         prefill_starts_R1: first row of each sequence among the prefill's tokens, and the end of the last.
         prefill_lengths_R: keys that a sequence's last token sees, those of earlier chunks included.
         queries: tokens per slot of the rectangle.
+        tree_mask_BQW: which of its slot's tokens each token of the rectangle sees, where they form a tree, as
+            `flash_decoding` takes it; None if each sees those before it.
+        schedule: of the decode kernel, which the layers of the group share (`scheduled`); None where each makes its
+            own, or has no need of one.
     """
 
     write_T: jax.Array
@@ -55,6 +60,8 @@ class View:
     prefill_starts_R1: jax.Array
     prefill_lengths_R: jax.Array
     queries: int = field(default=1, metadata={"static": True})
+    tree_mask_BQW: jax.Array | None = None
+    schedule: Schedule | None = None
 
 
 def make_cache(

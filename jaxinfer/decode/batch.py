@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.cache import NULL_PAGE, Pages, View, attend_pages
+from jaxinfer.cache import NULL_PAGE, Pages, View, attend_pages, scheduled
 from jaxinfer.decode.slots import SlotState
 from jaxinfer.model.attention import Scores
 
@@ -37,6 +37,13 @@ class Batch:
             q_TKgH, k_TKH, v_TKH, state, self.views[group], scale=scores.scale, window=scores.window,
             soft_cap=scores.soft_cap, sinks_Kg=sinks_Kg,
         )  # fmt: skip
+
+    def scheduled(
+        self, q_NH: jax.ShapeDtypeStruct, page_SKH: jax.ShapeDtypeStruct, windows: tuple[int | None, ...]
+    ) -> Batch:
+        """With the schedules of attention made, one for all layers of a cache group; see `cache.scheduled`."""
+        views = zip(self.views, windows, strict=True)
+        return replace(self, views=tuple(scheduled(view, q_NH, page_SKH, window) for view, window in views))
 
 
 @dataclass(frozen=True)

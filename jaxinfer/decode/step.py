@@ -176,11 +176,22 @@ class Programs:
 
     def _run(self, params, state, cache, prefill, decode, needs):
         batch, rows = make_batch(state, decode, prefill, self.layout.page_size)
+        batch = batch.scheduled(*self._heads(), self.model.config.windows)
         hidden_TD, _, cache = self.model.forward(params, batch, cache)
         logits_WV = self.model.logits(params, hidden_TD[rows.tokens_W])
         sampled = self._sample(logits_WV, state, rows, needs)
         state = slots.advance(state, sampled, rows.slots_W, rows.emits_W, rows.lengths_W)
         return state, cache, hidden_TD, (sampled, rows.emits_W)
+
+    def _heads(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """The queries of a token, [N, H], and a page of keys, [S, K, H], as one device holds them."""
+        model, layout, config = self.model, self.layout, self.model.config
+        devices = model.kv_slots // model.kv_slots_per_device
+        queries, keys = config.num_heads // devices, model.kv_slots_per_device
+        return (
+            jax.ShapeDtypeStruct((queries, config.head_size), jnp.dtype(config.dtype)),
+            jax.ShapeDtypeStruct((layout.page_size, keys, config.head_size), jnp.dtype(layout.cache_dtype)),
+        )
 
     def _sample(self, logits_WV: jax.Array, state: SlotState, rows: Rows, needs: Needs) -> Sampled:
         rows_W = jnp.minimum(rows.slots_W, self.layout.slots - 1)

@@ -46,7 +46,10 @@ class Attends(Protocol):
 
 
 class Attention(nnx.Module):
-    """[T, D] to [T, D]: residual + attention(norm(x)), either may be missing; keys and values go to the state."""
+    """[T, D] to [T, D]: residual + attention(norm(x)), either may be missing; keys and values go to the state.
+
+    In two parts, since a kernel may take the second one in: `heads`, and `output`, their projection.
+    """
 
     def __init__(self, config: ModelConfig, index: int, shapes: Shapes):
         self.config, self.layer, self.group = config, config.layers[index], config.group(index)
@@ -58,17 +61,17 @@ class Attention(nnx.Module):
         self.sinks_Kg = shapes.param((slots, queries), (TENSOR,)) if config.sinks else None
         self.q_norm, self.k_norm = head_norm(config, shapes, queries), head_norm(config, shapes, 1)
 
-    def __call__(
-        self, x_TD: jax.Array, batch: Attends, state: Any, rope,
-        norm: Norm | None = None, residual_TD: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any]:  # fmt: skip
+    def heads(
+        self, x_TD: jax.Array, batch: Attends, state: Any, rope, norm: Norm | None = None
+    ) -> tuple[jax.Array, Any]:
+        """The outputs of all heads in a row, [T, M], and the layer's new state."""
         q_TKgH, k_TKH, v_TKH = self._project(x_TD, norm)
         cos_Tr, sin_Tr = rope
         q_TKgH, k_TKH = rotate(q_TKgH, cos_Tr, sin_Tr), rotate(k_TKH, cos_Tr, sin_Tr)
         scores = Scores(self.config.scale, self.layer.window, self.config.attention_soft_cap)
         sinks_Kg = None if self.sinks_Kg is None else self.sinks_Kg[...]
         out_TKgH, state = batch.attend(q_TKgH, k_TKH, v_TKH, state, self.group, scores, sinks_Kg)
-        return self._output(out_TKgH, residual_TD), state
+        return jnp.reshape(out_TKgH, (x_TD.shape[0], -1), out_sharding=P(None, TENSOR)), state
 
     def _project(self, x_TD: jax.Array, norm: Norm | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         bias_KgH = None if self.qkv_bias_KgH is None else self.qkv_bias_KgH[...]
@@ -81,8 +84,6 @@ class Attention(nnx.Module):
             q_TKgH, k_TKH, v_TKH = (jnp.clip(y, -limit, limit) for y in (q_TKgH, k_TKH, v_TKH))
         return q_TKgH, k_TKH, v_TKH
 
-    def _output(self, out_TKgH: jax.Array, residual_TD: jax.Array | None) -> jax.Array:
-        tokens = out_TKgH.shape[0]
-        out_TM = jnp.reshape(out_TKgH, (tokens, -1), out_sharding=P(None, TENSOR))
-        bias_D = None if self.o_bias_D is None else self.o_bias_D[...]
-        return contract("TM,MD->TD", out_TM, self.o_MD[...], bias_D, residual_TD)
+    def output(self, heads_TM: jax.Array, residual_TD: jax.Array | None = None) -> jax.Array:
+        o_bias_D = None if self.o_bias_D is None else self.o_bias_D[...]
+        return contract("TM,MD->TD", heads_TM, self.o_MD[...], o_bias_D, residual_TD)

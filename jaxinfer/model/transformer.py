@@ -17,7 +17,7 @@ from jaxinfer.model.norm import Norm
 from jaxinfer.model.parameter import Shapes
 from jaxinfer.model.rope import tables
 from jaxinfer.parallel import TENSOR
-from jaxinfer.quantize import einsum
+from jaxinfer.quantize import einsum, output_and_gated_mlp
 
 
 class Embedding(nnx.Module):
@@ -47,10 +47,21 @@ class Layer(nnx.Module):
     def __call__(self, x_TD: jax.Array, batch: Attends, state: Any, rope) -> tuple[jax.Array, Any]:
         if self.config.parallel_block:
             return self._parallel(x_TD, batch, state, rope)
-        residual_TD = self._residual(x_TD)
-        attended_TD, state = self.attention(x_TD, batch, state, rope, self.attention_norm, residual_TD)
+        heads_TM, state = self.attention.heads(x_TD, batch, state, rope, self.attention_norm)
+        if (finished_TD := self._at_once(heads_TM, x_TD)) is not None:
+            return finished_TD, state
+        attended_TD = self.attention.output(heads_TM, self._residual(x_TD))
         x_TD = _added(x_TD, attended_TD, self.attention_post_norm)
         return _added(x_TD, self.mlp(x_TD, self.mlp_norm, self._residual(x_TD)), self.mlp_post_norm), state
+
+    def _at_once(self, heads_TM: jax.Array, x_TD: jax.Array) -> jax.Array | None:
+        """The layer from its heads on, where one kernel does all of that."""
+        attention, mlp, config = self.attention, self.mlp, self.config
+        plain = not (config.post_norm or config.o_bias or config.mlp_bias) and config.activation == "silu"
+        if not (plain and isinstance(mlp, MLP) and config.gated_mlp and self.mlp_norm is not None):
+            return None
+        weights = attention.o_MD[...], mlp.up_DcF[...], mlp.down_FD[...]
+        return output_and_gated_mlp(heads_TM, weights[0], x_TD, self.mlp_norm, *weights[1:])
 
     def _residual(self, x_TD: jax.Array) -> jax.Array | None:
         """What a half adds to its result itself: nothing where a norm stands between the two."""
@@ -59,8 +70,8 @@ class Layer(nnx.Module):
     def _parallel(self, x_TD: jax.Array, batch: Attends, state: Any, rope) -> tuple[jax.Array, Any]:
         """Falcon: both halves read the same normed input."""
         normed_TD = x_TD if self.attention_norm is None else self.attention_norm(x_TD)
-        attended_TD, state = self.attention(normed_TD, batch, state, rope)
-        return x_TD + attended_TD + self.mlp(normed_TD), state
+        heads_TM, state = self.attention.heads(normed_TD, batch, state, rope)
+        return x_TD + self.attention.output(heads_TM) + self.mlp(normed_TD), state
 
 
 def _added(x_TD: jax.Array, y_TD: jax.Array, post_norm: Norm | None) -> jax.Array:

@@ -40,6 +40,12 @@ def column_parallel(local: Callable[..., jax.Array], out_spec: P, columns: Any, 
     return mapped(columns, *replicated)
 
 
+def whole(local: Callable[..., jax.Array], *arguments: jax.Array) -> jax.Array:
+    """`local(*arguments)` where one device holds all of each argument, and of the result."""
+    specs = tuple(jax.typeof(array).sharding.spec for array in arguments)
+    return jax.shard_map(local, in_specs=specs, out_specs=P(), check_vma=False)(*arguments)
+
+
 def row_parallel(multiply: Callable[..., jax.Array], x_TF: jax.Array, w_FD: Any, *replicated: Any) -> jax.Array:
     """x @ w with both sharded over the contracted axis; the result is whole on every device.
 

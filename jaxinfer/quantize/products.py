@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxinfer.parallel import TENSOR, column_parallel, row_parallel
-from pallas_kernels.streaming_matmul import streaming_matmul, takes
+from jaxinfer.parallel import TENSOR, column_parallel, row_parallel, whole
+from pallas_kernels.streaming_matmul import streaming_matmul, streaming_mlp, takes, takes_mlp
 
 RMS = tuple[jax.Array, float]  # scale_D and epsilon
 
@@ -87,6 +87,28 @@ def contract(
     y_TD = row_parallel(multiply, x_TF, w_FD)
     y_TD = y_TD if bias_D is None else y_TD + bias_D[None, :]
     return y_TD if residual_TD is None else residual_TD + y_TD
+
+
+def output_and_gated_mlp(
+    heads_TM: jax.Array, o_MD: jax.Array, x_TD: jax.Array, norm: Norm, up_DcF: jax.Array, down_FD: jax.Array
+) -> jax.Array | None:
+    """h + SiLU-gated MLP of norm(h), h = x + heads @ o: a layer from its heads on, in one kernel.
+
+    None where no kernel does all of it: the caller then has its products to call.
+    """
+    weights = (o_MD, up_DcF, down_FD)
+    if norm.rms is None or any(_local(w).shape != w.shape for w in weights):
+        return None
+    scale_D, eps = norm.rms
+    if not takes_mlp(x_TD, up_DcF, down_FD, norm_scale_D=scale_D, attended_ME=heads_TM, o_ED=o_MD):
+        return None
+
+    def local(heads_TM, o_MD, x_TD, scale_D, up_DcF, down_FD):
+        return streaming_mlp(
+            x_TD, up_DcF, down_FD, norm_scale_D=scale_D, norm_eps=eps, attended_ME=heads_TM, o_ED=o_MD
+        )
+
+    return whole(local, heads_TM, o_MD, x_TD, scale_D, up_DcF, down_FD)
 
 
 def _before(norm: Norm | None, x_TD: jax.Array, w: jax.Array, w_axes: str) -> tuple[jax.Array, RMS | None]:

@@ -6,11 +6,12 @@ import jax
 
 from pallas_kernels import checks, dispatch
 from pallas_kernels.blockwise import Options, PagedKV
-from pallas_kernels.flash_attention import mosaic_gpu, reference, xla
+from pallas_kernels.flash_attention import cudnn, mosaic_gpu, reference, xla
 from pallas_kernels.flash_attention.config import unsupported
 
 IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu.flash_attention,
+    "cudnn": cudnn.flash_attention,
     "xla": xla.flash_attention,
     "reference": reference.flash_attention,
 }
@@ -56,7 +57,9 @@ def flash_attention(
       k_scales_PKS: float32; a quantized key is value * scale. Those of a page lie head by head.
       v_scales_PKS: float32, likewise.
       return_lse: also return the logarithm of the softmax's denominator; -inf where a query sees nothing.
-      implementation: "auto", "mosaic_gpu" (Hopper), "xla" or "reference".
+      implementation: "mosaic_gpu" (Hopper), "cudnn" (from compute capability 8.0 on; bfloat16 and float16, head sizes
+        that are multiples of 8 up to 128, on Hopper 256, no soft cap), "xla", "reference", or "auto": the first of
+        these that takes the input here, save that few queries go to XLA instead of cuDNN.
 
     Returns:
       out_TNH in q's dtype and, if asked for, lse_TN in float32.
@@ -66,7 +69,8 @@ def flash_attention(
         asked for by name says what it cannot take.
 
     The softmax is computed in float32 and the products in q's dtype with float32 sums. Memory beyond the
-    result is independent of the pool and of the lengths (xla). Source: FlashAttention-2 (Dao 2023); pages
+    result is independent of the pool and of the lengths (xla; cudnn: a copy of one block of keys and values, and of
+    one tile of queries). Source: FlashAttention-2 (Dao 2023); pages
     as in PagedAttention (Kwon et al. 2023).
     """
     kv = PagedKV(k_pages_PSKH, v_pages_PSKH, k_scales_PKS, v_scales_PKS)
@@ -75,7 +79,12 @@ def flash_attention(
     checks.check_options(options)
     checks.check_attention(q_TNH, kv, page_table_RJ, lengths_R, sinks_N)
     checks.check_ragged(cu_q_R1, lengths_R, len(q_TNH))
-    refusal = unsupported(q_TNH, kv, options)
-    run = dispatch.choose("flash_attention", implementation, IMPLEMENTATIONS, refusal)
+    refusals = {
+        dispatch.KERNEL: unsupported(q_TNH, kv, options),
+        dispatch.CUDNN: cudnn.unsupported(q_TNH, options),
+    }
+    if implementation == "auto":
+        refusals[dispatch.CUDNN] = refusals[dispatch.CUDNN] or cudnn.slower(q_TNH)
+    run = dispatch.choose("flash_attention", implementation, IMPLEMENTATIONS, refusals)
     out_TNH, lse_TN = run(q_TNH, kv, page_table_RJ, cu_q_R1, lengths_R, sinks_N, options)
     return (out_TNH, lse_TN) if return_lse else out_TNH

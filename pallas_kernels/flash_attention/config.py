@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import tuned
 from pallas_kernels.blockwise import Options, PagedKV
 
 MAX_SHARED_BYTES = 227 * 1024  # of a block on Hopper
@@ -58,21 +60,22 @@ class Config:
         return max(1, self.block_kv // page_size)
 
 
-# By head size, and whether the pages are quantized. Measured for heads of 128 in 16 bits, against blocks of 64 keys;
-# the others are guesses.
-TUNED_H200 = {
-    (64, False): Config(block_kv=128, stages=3),
-    (128, False): Config(block_kv=128, stages=2),
-    (256, False): Config(block_kv=64, stages=2),
-    (64, True): Config(block_kv=128, stages=2),
-    (128, True): Config(block_kv=128, stages=2),
-    (256, True): Config(block_kv=64, stages=2),
-}
+TUNED = Path(__file__).with_name("tuned.json")
 
 
 def choose(q_TNH: jax.Array, kv: PagedKV) -> Config:
-    """The config for a problem that `unsupported` has nothing against."""
-    return TUNED_H200[q_TNH.shape[-1], kv.k_scales_PKS is not None]
+    """The config for a problem that `unsupported` has nothing against: the fastest where some were measured."""
+    found = tuned.find(TUNED, tuning_key(q_TNH.shape[-1], kv.k_PSKH.dtype, kv.page_size))
+    return Config(**found) if isinstance(found, dict) else heuristic(q_TNH.shape[-1], kv.k_scales_PKS is not None)
+
+
+def tuning_key(head_size: int, kv_dtype: jnp.dtype, page_size: int) -> str:
+    return f"H={head_size} of {8 * kv_dtype.itemsize} bits, S={page_size}"
+
+
+def heuristic(head_size: int, quantized: bool) -> Config:
+    """Large blocks, and as many as fit."""
+    return Config(block_kv=64 if head_size > 128 else 128, stages=3 if head_size == 64 and not quantized else 2)
 
 
 def candidates(q_TNH: jax.Array, kv: PagedKV) -> list[Config]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -21,14 +21,19 @@ from pallas_kernels.flash_attention.shared import LOG2E, Problem, Refs, Signal, 
 
 LAYOUT_QC = plgpu.Layout.WGMMA
 LAYOUT_Q, LAYOUT_C = LAYOUT_QC.reduce(1), LAYOUT_QC.reduce(0)
+PARTIAL_SUMS = 8  # columns of LAYOUT_QC after which it comes back to the same thread
 
 
 class Softmax(NamedTuple):
-    """A softmax under way: unnormalized values, maximum in units of log 2, sum."""
+    """A softmax under way: unnormalized values, maximum in units of log 2, sum.
+
+    The sum is in parts, one for the columns 0, 8, 16, ... of each block, one for 1, 9, 17, ...: a thread adds up its
+    own weights, and threads exchange sums only at the end.
+    """
 
     values_QH: jax.Array
     max_Q: jax.Array
-    sum_Q: jax.Array
+    sum_Q8: jax.Array
 
 
 def compute(
@@ -40,7 +45,7 @@ def compute(
     start = Softmax(
         plgpu.layout_cast(jnp.zeros((config.block_q, problem.head_size), jnp.float32), LAYOUT_QC),
         plgpu.layout_cast(jnp.full((config.block_q,), LOWEST, jnp.float32), LAYOUT_Q),
-        plgpu.layout_cast(jnp.zeros((config.block_q,), jnp.float32), LAYOUT_Q),
+        plgpu.layout_cast(jnp.zeros((config.block_q, PARTIAL_SUMS), jnp.float32), LAYOUT_QC),
     )
 
     def nothing_seen():
@@ -74,23 +79,23 @@ def _attend(problem, smem, signals, warpgroup, tile, keys: Blocks, position, don
         if masked:
             _clean(problem, warpgroup, smem["v"].at[slot_of(i)], signals.cleaned, tile, keys.nth(i))
 
-    def softmax_of(i, masked, scores_QC, max_Q, sum_Q):
+    def softmax_of(i, masked, scores_QC, max_Q, sum_Q8):
         distance = position - keys.nth(i) * config.block_kv
         if not problem.quantized:
             signals.k_free.send(slot_of(i))
             if not config.interpretable:
                 hopper.complete(slot_of(i))
-            return _row_softmax(problem.options, distance, masked, scores_QC, max_Q, sum_Q)
+            return _row_softmax(problem.options, distance, masked, scores_QC, max_Q, sum_Q8)
         scales = (plgpu.load(smem["scales"].at[kind, slot_of(i)], layout=LAYOUT_C) for kind in range(2))
-        results = _row_softmax(problem.options, distance, masked, scores_QC, max_Q, sum_Q, *scales)
+        results = _row_softmax(problem.options, distance, masked, scores_QC, max_Q, sum_Q8, *scales)
         signals.k_free.send(slot_of(i))
         return results
 
     def first():
         scores_QC = products.scores(await_keys(0), pass_turn)
-        max_Q, sum_Q, _, p_QC = softmax_of(0, True, scores_QC, start.max_Q, start.sum_Q)
+        max_Q, sum_Q8, _, p_QC = softmax_of(0, True, scores_QC, start.max_Q, start.sum_Q8)
         await_values(0, True)
-        return Softmax(start.values_QH, max_Q, sum_Q), p_QC.astype(q.dtype)
+        return Softmax(start.values_QH, max_Q, sum_Q8), p_QC.astype(q.dtype)
 
     def step(masked, i, carry):
         softmax, p_QC = carry
@@ -146,12 +151,12 @@ class Products:
         """Issues the scores of the next keys and the values of these; does the next softmax under the latter."""
         if self.p is not None:
             scores_QC = self.scores(k, issued)
-            max_Q, sum_Q, decay_Q, new_p_QC = row_softmax(scores_QC, softmax.max_Q, softmax.sum_Q)
+            max_Q, sum_Q8, decay_Q, new_p_QC = row_softmax(scores_QC, softmax.max_Q, softmax.sum_Q8)
             values_QH = self.values(softmax.values_QH, p_QC, v)
         else:
-            values_QH, max_Q, sum_Q, decay_Q, new_p_QC = self._overlapped(softmax, p_QC, k, v, issued, row_softmax)
+            values_QH, max_Q, sum_Q8, decay_Q, new_p_QC = self._overlapped(softmax, p_QC, k, v, issued, row_softmax)
         values_QH = values_QH * lax.broadcast_in_dim(decay_Q, values_QH.shape, [0])
-        return Softmax(values_QH, max_Q, sum_Q), new_p_QC.astype(p_QC.dtype)
+        return Softmax(values_QH, max_Q, sum_Q8), new_p_QC.astype(p_QC.dtype)
 
     def _overlapped(self, softmax: Softmax, p_QC, k, v, issued, row_softmax) -> Any:
         def body(refs):
@@ -164,18 +169,18 @@ class Products:
                 return plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
 
             scores_QC = pl.run_scoped(issue, plgpu.WGMMAAccumulatorRef(p_QC.shape, jnp.float32))
-            results = row_softmax(scores_QC, softmax.max_Q, softmax.sum_Q)
-            hopper.complete(results[1], LAYOUT_Q)
+            results = row_softmax(scores_QC, softmax.max_Q, softmax.sum_Q8)
+            hopper.complete(results[1], LAYOUT_QC)
             for ref, result in zip(result_refs, results, strict=True):
                 ref[...] = result
 
         # run_state returns what its references hold at the end, when it has waited for the values.
         no_p_QC = plgpu.layout_cast(jnp.zeros(p_QC.shape, jnp.float32), LAYOUT_QC)
-        placeholders = (softmax.max_Q, softmax.sum_Q, softmax.sum_Q, no_p_QC)
+        placeholders = (softmax.max_Q, softmax.sum_Q8, softmax.max_Q, no_p_QC)
         return pl.run_state(body)((plgpu.WGMMAAccumulatorRef.init(softmax.values_QH), *placeholders))
 
 
-def _row_softmax(options: Options, distance, masked: bool, scores_QC, max_Q, sum_Q, k_scale_C=None, v_scale_C=None):
+def _row_softmax(options: Options, distance, masked: bool, scores_QC, max_Q, sum_Q8, k_scale_C=None, v_scale_C=None):
     """Takes a block into the softmax: new maximum and sum, the decay of what came before, the block's weights.
 
     `distance` is the first row's position less the first key's. A row that has seen nothing keeps the maximum
@@ -197,11 +202,12 @@ def _row_softmax(options: Options, distance, masked: bool, scores_QC, max_Q, sum
     new_max_Q = jnp.maximum(max_Q, scores_QC.max(axis=1) * scale)
     decay_Q = jnp.exp2(max_Q - new_max_Q)
     p_QC = jnp.exp2(scores_QC * scale - lax.broadcast_in_dim(new_max_Q, shape, [0]))
-    sum_Q = sum_Q * decay_Q + p_QC.sum(axis=1)
+    parts = (p_QC[:, column : column + PARTIAL_SUMS] for column in range(0, shape[1], PARTIAL_SUMS))
+    sum_Q8 = sum_Q8 * lax.broadcast_in_dim(decay_Q, sum_Q8.shape, [0]) + reduce(jnp.add, parts)
     if v_scale_C is not None:
         p_QC = p_QC * lax.broadcast_in_dim(v_scale_C, shape, [1])
         p_QC = p_QC if visible_QC is None else jnp.where(visible_QC, p_QC, 0.0)
-    return new_max_Q, sum_Q, decay_Q, p_QC
+    return new_max_Q, sum_Q8, decay_Q, p_QC
 
 
 def _clean(problem: Problem, warpgroup, v, cleaned: Signal, tile: Tile, block):
@@ -232,7 +238,8 @@ def _clean(problem: Problem, warpgroup, v, cleaned: Signal, tile: Tile, block):
 
 def _finish(softmax: Softmax, sink) -> tuple[jax.Array, jax.Array]:
     """Output and log-sum-exp; the sink joins the sum, without a value (gpt-oss)."""
-    values_QH, max_Q, sum_Q = softmax
+    values_QH, max_Q, sum_Q8 = softmax
+    sum_Q = sum_Q8.sum(axis=1)
     seen_Q, factor_Q = sum_Q > 0, 1.0
     if sink is not None:
         with_sink_Q = jnp.maximum(max_Q, sink)

@@ -18,8 +18,7 @@ def flash_attention(
     sinks_N: jax.Array | None,
     options: Options,
 ) -> tuple[jax.Array, jax.Array]:
-    T, N, H = q_TNH.shape
-    R, K = len(lengths_R), kv.k_PSKH.shape[2]
+    T, R = len(q_TNH), len(lengths_R)
     token_T = jnp.arange(T, dtype=jnp.int32)
     sequence_T = jnp.sum(token_T[:, None] >= cu_q_R1[None, 1:], axis=1, dtype=jnp.int32)  # R for padding
     last_T = jnp.minimum(sequence_T, R - 1)
@@ -28,8 +27,21 @@ def flash_attention(
     visible_TC = (key_1C <= position_T1) & (sequence_T < R)[:, None]
     if options.window is not None:
         visible_TC &= key_1C > position_T1 - options.window
+    return attend(q_TNH, kv, table_RJ[last_T], visible_TC, sinks_N, options)
 
-    k_TKCH, v_TKCH = kv.load(table_RJ[last_T], jnp.dtype(jnp.float32))
+
+def attend(
+    q_TNH: jax.Array,
+    kv: PagedKV,
+    table_TJ: jax.Array,
+    visible_TC: jax.Array,
+    sinks_N: jax.Array | None,
+    options: Options,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of every token to the keys that it sees of those in its row of the table."""
+    T, N, H = q_TNH.shape
+    K = kv.k_PSKH.shape[2]
+    k_TKCH, v_TKCH = kv.load(table_TJ, jnp.dtype(jnp.float32))
     q_TKgH = q_TNH.astype(jnp.float32).reshape(T, K, N // K, H)
     scores_TKgC = jnp.einsum("TKgH,TKCH->TKgC", q_TKgH, k_TKCH, precision="highest") * options.scale
     if options.soft_cap is not None:

@@ -9,11 +9,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.blockwise import Options, PagedKV, attend, ceil_div
+from pallas_kernels.blockwise import Attend, Options, PagedKV, attend, ceil_div
 
 
 # Jitted, so that the layers of a model share one trace.
-@partial(jax.jit, static_argnames=("options", "tile_queries", "tiles_at_once", "block_keys"))
+@partial(jax.jit, static_argnames=("options", "attend", "tile_queries", "tiles_at_once", "block_keys"))
 def flash_attention(
     q_TNH: jax.Array,
     kv: PagedKV,
@@ -23,6 +23,7 @@ def flash_attention(
     sinks_N: jax.Array | None,
     options: Options,
     *,
+    attend: Attend = attend,
     tile_queries: int = 128,
     tiles_at_once: int = 16,
     block_keys: int = 1024,

@@ -1,11 +1,9 @@
-"""How the decode kernel is laid out on the GPU: its sizes, the shared memory they need, and the choice among them."""
+"""How the decode kernel is laid out on the GPU: its sizes, and the inputs that it takes."""
 
 from dataclasses import dataclass
 
 TILE_KEYS = 64  # keys of a tile
 ROWS = 64  # query rows of a CTA: the least that a warpgroup's matrix product takes
-SHARED_MEMORY = 227 * 1024  # bytes that one CTA can have on Hopper
-ALIGNMENT = 1024  # of every buffer in shared memory
 HEAD_SIZES = (64, 96, 128, 256)
 DTYPES = ("bfloat16", "float16")
 QUANTIZED_DTYPES = ("int8", "float8_e4m3fn")

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blockwise import LOWEST, Options
-from pallas_kernels.flash_decoding.config import ROWS, TILE_KEYS, Config
 from pallas_kernels.flash_decoding import quantized
+from pallas_kernels.flash_decoding.config import ROWS, TILE_KEYS, Config
 from pallas_kernels.flash_decoding.merge import join, signal, wait_for, with_sink
 from pallas_kernels.flash_decoding.schedule import partial_index
 from pallas_kernels.flash_decoding.shared import Inputs, Outputs, Part, Scratch
+from pallas_kernels.flash_decoding.tree import WORD, first_new_tile
 from pallas_kernels.flash_decoding.units import Shape
 
 LOG2_E = math.log2(math.e)
@@ -29,15 +30,20 @@ def compute(
     """Attention of a unit's rows to the tiles of this part, online (FlashAttention-2, Dao 2023, algorithm 1)."""
     consumer = lax.axis_index("role") - 1
     buffer = lax.rem(part.nth, config.q_buffers)
-    position = _positions(part, shape)
+    position = _positions(inputs, part, shape)
     plgpu.barrier_wait(scratch.q_ready.at[buffer])
     attend = _quantized_tile if shape.quantized else _tile
     tile = partial(attend, scratch, part, position, buffer, shape=shape, options=options, config=config)
     # Tiles go around among the consumers; which one is first depends on the tiles that came before.
     first = lax.rem(consumer + config.consumers - lax.rem(part.done, config.consumers), config.consumers)
-    turns = (part.count - first + config.consumers - 1) // config.consumers
-    own = lambda turn, carry: tile(first + turn * config.consumers, carry)  # noqa: E731
-    softmax = lax.fori_loop(0, turns, own, _nothing_seen(shape))
+    turns = lambda tiles: (tiles - first + config.consumers - 1) // config.consumers  # noqa: E731
+    own = lambda turn, carry, tree=None: tile(tree, first + turn * config.consumers, carry)  # noqa: E731
+    begin, end = 0, turns(part.count)
+    softmax = _nothing_seen(shape)
+    if inputs.tree is not None:  # first the tiles without new keys
+        begin = turns(jnp.clip(first_new_tile(part.length, shape.queries) - part.tile, 0, part.count))
+        softmax = lax.fori_loop(0, begin, own, softmax)
+    softmax = lax.fori_loop(begin, end, partial(own, tree=inputs.tree), softmax)
     plgpu.barrier_arrive(scratch.q_free.at[buffer])
     store = partial(_store, inputs, outputs, scratch, part, shape=shape, config=config)
     put = partial(_put, scratch, softmax, shape, config)
@@ -50,14 +56,12 @@ def compute(
 
 def _nothing_seen(shape: Shape) -> tuple[jax.Array, ...]:
     """Values, maximum in units of log 2, and total of a softmax without keys; quantized, the total is still by key."""
-    if shape.quantized:
-        rows, by_row = shape.padded_rows, quantized.BY_ROW
-        values, total = (quantized.value_rows(shape.head_size), rows), (TILE_KEYS, rows)
-    else:
-        rows, by_row = ROWS, BY_ROW
-        values, total = (ROWS, shape.head_size), (ROWS,)
+    rows, by_row = _rows(shape)
     zeros = lambda shape, layout: plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)  # noqa: E731
-    return zeros(values, SCORES), zeros((rows,), by_row) + LOWEST, zeros(total, SCORES if len(total) > 1 else by_row)
+    maximum = zeros((rows,), by_row) + LOWEST
+    if shape.quantized:
+        return zeros((quantized.value_rows(shape.head_size), rows), SCORES), maximum, zeros((TILE_KEYS, rows), SCORES)
+    return zeros((rows, shape.head_size), SCORES), maximum, zeros((rows,), by_row)
 
 
 def _put(scratch: Scratch, softmax, shape: Shape, config: Config) -> None:
@@ -111,37 +115,50 @@ def _taken_over(scratch: Scratch, softmax, shape: Shape):
     return values, joint, total * own + others_total * other
 
 
-def _positions(part: Part, shape: Shape) -> jax.Array:
+def _positions(inputs: Inputs, part: Part, shape: Shape) -> jax.Array:
     """The position of every row's query."""
-    rows, layout = (shape.padded_rows, quantized.BY_ROW) if shape.quantized else (ROWS, BY_ROW)
+    rows, layout = _rows(shape)
+    if inputs.tree is not None and inputs.tree.depth is not None:
+        depth = inputs.tree.depth.at[_block(part, shape), pl.ds(0, rows)]
+        return part.length - shape.queries + plgpu.load(depth, layout=layout, optimized=False)
     row = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=layout)
     block = lax.rem(part.unit, shape.blocks)
     return part.length - shape.queries + (block * shape.rows + row) // shape.group
 
 
+def _rows(shape: Shape) -> tuple[int, Any]:
+    """Of a block, as the products take them, and the layout of what each has one of."""
+    return (shape.padded_rows, quantized.BY_ROW) if shape.quantized else (ROWS, BY_ROW)
+
+
+def _block(part: Part, shape: Shape):
+    """The number, among those of all slots, of the block of rows that a unit has."""
+    return part.slot * shape.blocks + lax.rem(part.unit, shape.blocks)
+
+
 def _tile(
-    scratch: Scratch, part: Part, position, buffer, i, carry, *, shape: Shape, options: Options, config: Config
+    scratch: Scratch, part: Part, position, buffer, tree, i, carry, *, shape: Shape, options: Options, config: Config
 ):  # fmt: skip
     values, maximum, total = carry
-    first_key = (part.tile + i) * TILE_KEYS
     stage = lax.rem(part.done + i, config.stages)
+    mask = _mask(tree, part, part.tile + i, position, shape, options)
     plgpu.barrier_wait(scratch.k_ready.at[stage])
     scores = _product(scratch.q.at[buffer], scratch.k.at[stage].T, TILE_KEYS)
-    scores = _masked(_scaled(scores, options), first_key, position, options)
+    scores = mask.apply(_scaled(scores, options), key_axis=1)
     new_maximum = jnp.maximum(maximum, scores.max(axis=1))
     decay = jnp.exp2(maximum - new_maximum)
     weights = jnp.exp2(scores - lax.broadcast_in_dim(new_maximum, scores.shape, [0]))
     total = total * decay + weights.sum(axis=1)
     values = values * lax.broadcast_in_dim(decay, values.shape, [0])
     plgpu.barrier_wait(scratch.v_ready.at[stage])
-    _clear_unseen(scratch.v.at[stage], *_seen(first_key, part, shape, options))
+    _clear_unseen(scratch.v.at[stage], mask.seen)
     values = _add_product(values, weights.astype(shape.dtype), scratch, scratch.v.at[stage], config)
     plgpu.barrier_arrive(scratch.tile_free.at[stage])
     return values, new_maximum, total
 
 
 def _quantized_tile(
-    scratch: Scratch, part: Part, position, buffer, i, carry, *, shape: Shape, options: Options, config: Config
+    scratch: Scratch, part: Part, position, buffer, tree, i, carry, *, shape: Shape, options: Options, config: Config
 ):  # fmt: skip
     """The same with the keys as rows of the scores, and the components of the values as rows of theirs.
 
@@ -149,23 +166,24 @@ def _quantized_tile(
     taken relative to the largest of them, not of the weights.
     """
     values, maximum, total = carry
-    first_key = (part.tile + i) * TILE_KEYS
     stage = lax.rem(part.done + i, config.stages)
-    low, high = _seen(first_key, part, shape, options)
+    mask = _mask(tree, part, part.tile + i, position, shape, options)
     k_smem, v_smem = (None, None) if scratch.operands is None else map(_own, scratch.operands)
     weights_smem = _own(scratch.weights)
 
     def load_values():
         plgpu.barrier_wait(scratch.v_ready.at[stage])
-        return quantized.values_operand(scratch.v.at[stage], low, high, v_smem)
+        return quantized.values_operand(scratch.v.at[stage], mask.seen, v_smem)
 
     plgpu.barrier_wait(scratch.k_ready.at[stage])
     k = quantized.keys_operand(scratch.k.at[stage], k_smem)
     scores, v = _product_meanwhile(k, scratch.q.at[buffer].T, shape.padded_rows, load_values, config)
     k_scale = plgpu.load(scratch.k_scales.at[stage], layout=quantized.BY_KEY) * quantized.query_unit(shape.dtype)
     scores = _scaled(scores * lax.broadcast_in_dim(k_scale, scores.shape, [0]), options)
-    scores = _masked(scores, first_key, position, options, key_axis=0)
-    v_scale = quantized.seen_scales(plgpu.load(scratch.v_scales.at[stage], layout=quantized.BY_KEY), low, high)
+    scores = mask.apply(scores, key_axis=0)
+    v_scale = plgpu.load(scratch.v_scales.at[stage], layout=quantized.BY_KEY)
+    key = plgpu.broadcasted_iota(jnp.int32, v_scale.shape, 0, layout=quantized.BY_KEY)
+    v_scale = jnp.where(mask.seen.of(key), v_scale, 0.0)
     products = scores + lax.broadcast_in_dim(quantized.log2_size(v_scale), scores.shape, [0])
     largest = quantized.over_keys("max", products, _own(scratch.meeting), config.interpretable)
     new_maximum = jnp.maximum(maximum, largest)
@@ -216,32 +234,72 @@ def _scaled(scores: jax.Array, options: Options) -> jax.Array:
     return jnp.tanh(scores * (options.scale / options.soft_cap)) * (options.soft_cap * LOG2_E)
 
 
-def _masked(scores: jax.Array, first_key, position: jax.Array, options: Options, key_axis: int = 1) -> jax.Array:
-    key = plgpu.broadcasted_iota(jnp.int32, scores.shape, key_axis, layout=SCORES)
-    last = lax.broadcast_in_dim(position - first_key, scores.shape, [1 - key_axis])
-    visible = key <= last
-    if options.window is not None:
-        visible &= key > last - options.window
-    return jnp.where(visible, scores, -jnp.inf)
+class _Seen(NamedTuple):
+    """The keys of a tile that any query sees: those of [low, high), or with a tree those whose bits are 1."""
+
+    low: jax.Array
+    high: jax.Array
+    as_bits: bool
+
+    def of(self, key: jax.Array) -> jax.Array:
+        return _bit((self.low, self.high), key) if self.as_bits else (key >= self.low) & (key < self.high)
 
 
-def _seen(first_key, part: Part, shape: Shape, options: Options) -> tuple[jax.Array, jax.Array]:
-    """The keys [low, high) that any query sees, counted from the first one of a tile."""
-    low = jnp.int32(0)
-    if options.window is not None:
-        low = part.length - shape.queries - options.window + 1 - first_key
-    return low, part.length - first_key
+class _Mask(NamedTuple):
+    """Which keys of a tile every row sees: those up to `last`, `window` of them, or with a tree those whose bits are 1
+    in two words."""
+
+    seen: _Seen
+    last: jax.Array
+    window: int | None
+    bits: tuple[jax.Array, jax.Array] | None
+
+    def apply(self, scores: jax.Array, key_axis: int) -> jax.Array:
+        key = plgpu.broadcasted_iota(jnp.int32, scores.shape, key_axis, layout=SCORES)
+        if self.bits is not None:
+            return jnp.where(_bit(self.bits, key, 1 - key_axis), scores, -jnp.inf)
+        last = lax.broadcast_in_dim(self.last, scores.shape, [1 - key_axis])
+        visible = key <= last
+        if self.window is not None:
+            visible &= key > last - self.window
+        return jnp.where(visible, scores, -jnp.inf)
 
 
-def _clear_unseen(v_smem, low: jax.Array, high: jax.Array) -> None:
+def _mask(tree, part: Part, tile, position: jax.Array, shape: Shape, options: Options) -> _Mask:
+    first_key = tile * TILE_KEYS
+    last = position - first_key
+    if tree is None:
+        low = jnp.int32(0)
+        if options.window is not None:
+            low = part.length - shape.queries - options.window + 1 - first_key
+        return _Mask(_Seen(low, part.length - first_key, False), last, options.window, None)
+    rows, layout = _rows(shape)
+    nth = 2 * (tile - first_new_tile(part.length, shape.queries))
+    words = (tree.words.at[_block(part, shape), nth + half, pl.ds(0, rows)] for half in range(2))
+    low, high = (plgpu.load(word, layout=layout, optimized=False) for word in words)
+    seen = _Seen(tree.any[part.slot, nth], tree.any[part.slot, nth + 1], True)
+    return _Mask(seen, last, options.window, (low, high))
+
+
+def _bit(words: tuple[jax.Array, jax.Array], key: jax.Array, axis: int = 0) -> jax.Array:
+    """The bits of keys 0 to 63; words are scalars, or one for each place of an axis of `key`."""
+    low, high = (word if word.ndim == 0 else lax.broadcast_in_dim(word, key.shape, [axis]) for word in words)
+    return (jnp.where(key < WORD, low, high) >> (key & (WORD - 1))) & 1 != 0
+
+
+def _clear_unseen(v_smem, seen: _Seen) -> None:
     """Zeroes the values of keys that no query sees: their weight is 0, but they may be NaN."""
 
-    @pl.when((high < TILE_KEYS) | (low > 0))
-    def _():
+    def clear() -> None:
         v = plgpu.load(v_smem, layout=SCORES)
         key = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=SCORES)
-        v_smem[...] = jnp.where((key >= low) & (key < high), v, jnp.zeros_like(v))
+        v_smem[...] = jnp.where(seen.of(key), v, jnp.zeros_like(v))
         plgpu.commit_smem()
+
+    if seen.as_bits:
+        clear()
+    else:
+        pl.when((seen.high < TILE_KEYS) | (seen.low > 0))(clear)
 
 
 def _add_product(values: jax.Array, weights: jax.Array, scratch: Scratch, v_smem, config: Config) -> jax.Array:

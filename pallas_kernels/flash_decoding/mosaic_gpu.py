@@ -19,13 +19,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.blockwise import Options, PagedKV
+from pallas_kernels.checks import require
 from pallas_kernels.flash_decoding import config as configs
+from pallas_kernels.flash_decoding.choice import choose
 from pallas_kernels.flash_decoding.config import ROWS, Config
 from pallas_kernels.flash_decoding.consumer import compute, join_own
 from pallas_kernels.flash_decoding.merge import merge, padded
 from pallas_kernels.flash_decoding.producer import drain, load
 from pallas_kernels.flash_decoding.schedule import Schedule, make_schedule, tiles_in_sight
-from pallas_kernels.flash_decoding.shared import Inputs, Outputs, Part, choose, scratch_memory
+from pallas_kernels.flash_decoding.shared import Inputs, Outputs, Part, scratch_memory
+from pallas_kernels.flash_decoding.tree import tree_rows
 from pallas_kernels.flash_decoding.units import Shape, from_units, sinks_of_rows, to_units
 
 LOADER_REGISTERS, CONSUMER_REGISTERS = 40, 232
@@ -38,17 +41,26 @@ def flash_decoding(
     lengths_B: jax.Array,
     sinks_N: jax.Array | None,
     options: Options,
+    tree_mask_BQW: jax.Array | None = None,
     schedule: Schedule | None = None,
     config: Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See the public op; the schedule is made here where the caller has none."""
     shape = Shape.of(q_BQNH, kv, table_BJ)
     config = config or choose(shape, dispatch.multiprocessors())
-    if schedule is None:
-        schedule = make_schedule(
-            lengths_B, queries=shape.queries, window=options.window, units=shape.units, ctas=config.ctas
-        )
-    return _launch(q_BQNH, kv, table_BJ, lengths_B, sinks_N, schedule, shape=shape, options=options, config=config)
+    schedule = schedule or plan(lengths_B, shape, options.window, config)
+    ctas = len(schedule.work_C5)
+    require(ctas == config.ctas, "schedule", f"one for {ctas} CTAs", f"one for the {config.ctas} of this GPU")
+    return _launch(
+        q_BQNH, kv, table_BJ, lengths_B, sinks_N, tree_mask_BQW, schedule,
+        shape=shape, options=options, config=config,
+    )  # fmt: skip
+
+
+def plan(lengths_B: jax.Array, shape: Shape, window: int | None, config: Config | None = None) -> Schedule:
+    """The schedule of a problem; `config` is chosen unless given."""
+    config = config or choose(shape, dispatch.multiprocessors())
+    return make_schedule(lengths_B, queries=shape.queries, window=window, units=shape.units, ctas=config.ctas)
 
 
 def unsupported(q_BQNH: jax.Array, kv: PagedKV) -> str | None:
@@ -58,10 +70,15 @@ def unsupported(q_BQNH: jax.Array, kv: PagedKV) -> str | None:
 
 # Jitted, so that the layers of a model share one trace.
 @partial(jax.jit, static_argnames=("shape", "options", "config"))
-def _launch(q_BQNH, kv, table_BJ, lengths_B, sinks_N, schedule, *, shape: Shape, options: Options, config: Config):
+def _launch(
+    q_BQNH, kv, table_BJ, lengths_B, sinks_N, tree_mask_BQW, schedule, *,
+    shape: Shape, options: Options, config: Config,
+):  # fmt: skip
     H, units = shape.head_size, shape.slots * shape.units
     k, v = (pages.reshape(-1, shape.kv_heads * H) for pages in (kv.k_PSKH, kv.v_PSKH))
+    k_scales, v_scales = (x if x is None else x.reshape(-1) for x in (kv.k_scales_PKS, kv.v_scales_PKS))
     sinks = None if sinks_N is None else sinks_of_rows(sinks_N, shape)
+    tree = None if tree_mask_BQW is None else tree_rows(tree_mask_BQW, lengths_B, shape, options.window)
     inputs = Inputs(
         to_units(q_BQNH, shape).reshape(-1, H),
         k,
@@ -72,7 +89,9 @@ def _launch(q_BQNH, kv, table_BJ, lengths_B, sinks_N, schedule, *, shape: Shape,
         schedule.merge_C4,
         schedule.tickets_C1,
         sinks,
-        *(None if scales is None else scales.reshape(-1) for scales in (kv.k_scales_PKS, kv.v_scales_PKS)),
+        k_scales,
+        v_scales,
+        tree,
     )
     outputs = Outputs(
         out=jax.ShapeDtypeStruct((units, shape.stored_rows, H), shape.dtype),

@@ -117,56 +117,53 @@ def key_registers(loaded: np.ndarray, head_size: int, dtype: ir.Type) -> np.ndar
     return registers
 
 
-def values_operand(v_smem, low, high, operand_smem) -> Any:
+def values_operand(v_smem, seen: Any, operand_smem) -> Any:
     """A tile of values [64, H] as float16, transposed: [value_rows, 64].
 
-    In registers with the rows in an order that `store_by_row` undoes, or in `operand_smem`. Values of keys outside
-    [low, high) are zero: their weights are 0, but they may be NaN.
+    In registers with the rows in an order that `store_by_row` undoes, or in `operand_smem`. Values of keys that are
+    not `seen` are zero: their weights are 0, but they may be NaN.
     """
     H = v_smem.shape[-1]
     if operand_smem is not None:
         v = v_smem[...].astype(jnp.float32)
         key = lax.broadcasted_iota(jnp.int32, v.shape, 0)
-        operand_smem[pl.ds(0, H)] = jnp.where((key >= low) & (key < high), v, 0.0).astype(OPERAND).T
+        operand_smem[pl.ds(0, H)] = jnp.where(seen.of(key), v, 0.0).astype(OPERAND).T
         plgpu.commit_smem()
         return operand_smem
     layout = _of(value_layout(H))
 
     def convert(_, x: FragmentedArray, low: FragmentedArray, high: FragmentedArray) -> FragmentedArray:
-        seen = None
+        kept = None
         if isinstance(x.mlir_dtype, ir.FloatType):  # an integer is never NaN
-            seen = [_seen(key, low.registers.item(), high.registers.item()) for key in range(TILE_KEYS)]
-        return _operand(value_registers(x.registers, H, x.mlir_dtype, seen))
+            is_seen = _is_bit_set if seen.as_bits else _is_in_range
+            words = low.registers.item(), high.registers.item()
+            kept = [[is_seen(8 * eight + key, *words) for key in range(2)] for eight in range(TILE_KEYS // 8)]
+        return _operand(value_registers(x.registers, H, x.mlir_dtype, kept))
 
     scalar = plgpu.Layout.WG_SPLAT
     result = plgpu.ShapeDtypeStruct((value_rows(H), TILE_KEYS), OPERAND, layout=WGMMA)
     v = plgpu.load(v_smem, layout=layout)
-    return plgpu.inline_mgpu(arg_types=(layout, scalar, scalar), return_type=result)(convert)(v, low, high)
+    return plgpu.inline_mgpu(arg_types=(layout, scalar, scalar), return_type=result)(convert)(v, seen.low, seen.high)
 
 
-def value_registers(loaded: np.ndarray, head_size: int, dtype: ir.Type, seen: list[ir.Value] | None) -> np.ndarray:
+def value_registers(
+    loaded: np.ndarray, head_size: int, dtype: ir.Type, kept: list[list[ir.Value]] | None
+) -> np.ndarray:
     """The same of the transposed operand, from a tile in `value_layout`.
 
-    `seen` says of every key whether it is one of those between which values are not NaN; None: all are.
+    `kept` says of the two keys that a thread has of every 8 whether their values stay or become zero; None: all stay.
     """
     vectors = loaded.reshape(TILE_KEYS // 8, head_size // width(head_size), 2)  # [keys, block, of two keys]
     registers = _no_registers(value_rows(head_size), TILE_KEYS)
     for eight, blocks in enumerate(vectors):
         words = [[_words(vector)[0] for vector in keys] for keys in blocks]
-        if seen is not None:
-            own = seen[8 * eight : 8 * eight + 2]
-            words = [[arith.select(s, w, _c(0)) for s, w in zip(own, pair, strict=True)] for pair in words]
+        if kept is not None:
+            words = [[arith.select(k, w, _c(0)) for k, w in zip(kept[eight], pair, strict=True)] for pair in words]
         for group in range(value_rows(head_size) // 64):
             rows = [value_slot(head_size, row) for row in (2 * group, 2 * group + 1)]
             for half, pair in enumerate(_convert(_transposed(words, rows), dtype)):
                 registers[_place(group, half, eight)] = pair
     return registers
-
-
-def seen_scales(scales: jax.Array, low, high) -> jax.Array:
-    """The scales of a tile's values, [64]; 0 outside [low, high), where they may be NaN."""
-    key = plgpu.broadcasted_iota(jnp.int32, scales.shape, 0, layout=BY_KEY)
-    return jnp.where((key >= low) & (key < high), scales, 0.0)
 
 
 def log2_size(scales: jax.Array) -> jax.Array:
@@ -238,7 +235,7 @@ def _no_registers(rows: int, columns: int) -> np.ndarray:
 
 
 def _place(group: int, half: int, eight: int) -> tuple[int, ...]:
-    """Which register has the pair in some group of 64 rows, the lower or upper 8 of a warp's 16, and some 8 columns."""
+    """Which register has the pair in a group of 64 rows, the lower or upper 8 of a warp's 16, and some 8 columns."""
     return group, eight, 0, 0, half, 0, 0, 0, 0
 
 
@@ -267,16 +264,17 @@ def _transposed(words: list[list[ir.Value]], rows: list[tuple[int, int]]) -> ir.
     """A word of two rows of the operand: of each the numbers of two keys. A row past the last one is zero."""
     (block, first), (next_block, second) = rows
     if next_block == block:
-        return _permuted(*words[block], (first, 4 + first, second, 4 + second))
-    lower = _permuted(*words[block], (first, 4 + first, first, first))
+        return _permuted(words[block], (first, 4 + first, second, 4 + second))
+    lower = _permuted(words[block], (first, 4 + first, first, first))
     if next_block == len(words):
         return _lower_half(lower)
-    upper = _permuted(*words[next_block], (second, 4 + second, second, second))
-    return _permuted(lower, upper, (0, 1, 4, 5))
+    upper = _permuted(words[next_block], (second, 4 + second, second, second))
+    return _permuted([lower, upper], (0, 1, 4, 5))
 
 
-def _permuted(low: ir.Value, high: ir.Value, order: tuple[int, ...]) -> ir.Value:
+def _permuted(words: list[ir.Value], order: tuple[int, ...]) -> ir.Value:
     """Four bytes of the eight of two words."""
+    low, high = words
     return utils.prmt(low, high, _c(sum(byte << 4 * i for i, byte in enumerate(order))))
 
 
@@ -297,11 +295,20 @@ _one = lambda pair, i: utils.vector_slice(pair, slice(i, i + 1))  # noqa: E731
 _joined = utils.vector_concat
 
 
-def _seen(key: int, low: ir.Value, high: ir.Value) -> ir.Value:
+def _is_in_range(key: int, low: ir.Value, high: ir.Value) -> ir.Value:
     """Whether low <= key + 2 c < high, for a thread that is number c of four."""
-    own = arith.addi(_c(key), arith.muli(_c(2), arith.remui(_thread(), _c(4))))
-    less = arith.CmpIPredicate
+    own, less = _own_key(key), arith.CmpIPredicate
     return arith.andi(arith.cmpi(less.sge, own, low), arith.cmpi(less.slt, own, high))
+
+
+def _is_bit_set(key: int, low: ir.Value, high: ir.Value) -> ir.Value:
+    """Whether bit key + 2 c of two words of 32 is 1; `key` is the first or second of 8, and so are all in one word."""
+    word = arith.shrui(low if key < 32 else high, _own_key(key % 32))
+    return arith.trunci(ir.IntegerType.get_signless(1), word)
+
+
+def _own_key(key: int) -> ir.Value:
+    return arith.addi(_c(key), arith.muli(_c(2), arith.remui(_thread(), _c(4))))
 
 
 def _of(layout: TiledLayout) -> Any:

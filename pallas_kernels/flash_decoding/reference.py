@@ -1,12 +1,16 @@
-"""The specification of `flash_decoding`: that of `flash_attention`, with Q queries in every sequence."""
+"""The specification of `flash_decoding`: dense, float32, one score for every query and key."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blockwise import Options, PagedKV
-from pallas_kernels.flash_attention import reference
+from pallas_kernels.flash_attention.reference import attend
+from pallas_kernels.flash_decoding.tree import unpack_tree_mask
 
 
+@partial(jax.jit, static_argnames="options")
 def flash_decoding(
     q_BQNH: jax.Array,
     kv: PagedKV,
@@ -14,10 +18,22 @@ def flash_decoding(
     lengths_B: jax.Array,
     sinks_N: jax.Array | None,
     options: Options,
+    tree_mask_BQW: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     B, Q, N, H = q_BQNH.shape
-    cu_q_B1 = Q * jnp.arange(B + 1, dtype=jnp.int32)
-    out_TNH, lse_TN = reference.flash_attention(
-        q_BQNH.reshape(B * Q, N, H), kv, table_BJ, cu_q_B1, lengths_B, sinks_N, options
-    )
+    if tree_mask_BQW is None:
+        path_BQQ = jnp.broadcast_to(jnp.tri(Q, dtype=jnp.bool_), (B, Q, Q))  # every query sees those before it
+    else:
+        path_BQQ = unpack_tree_mask(tree_mask_BQW)
+    depth_BQ = jnp.maximum(path_BQQ.sum(2, dtype=jnp.int32), 1) - 1
+    # Keys counted from the first new one, at which depth 0 is.
+    key_BC = jnp.arange(table_BJ.shape[1] * kv.page_size, dtype=jnp.int32)[None] - (lengths_B - Q)[:, None]
+    new_BC, nth_BC = (key_BC >= 0) & (key_BC < Q), jnp.clip(key_BC, 0, Q - 1)
+    on_path_BQC = new_BC[:, None] & jnp.take_along_axis(path_BQQ, nth_BC[:, None], axis=2)
+    visible_BQC = (key_BC < 0)[:, None] | on_path_BQC
+    if options.window is not None:
+        key_depth_BC = jnp.where(new_BC, jnp.take_along_axis(depth_BQ, nth_BC, axis=1), key_BC)
+        visible_BQC &= key_depth_BC[:, None] > depth_BQ[:, :, None] - options.window
+    q_TNH, visible_TC = q_BQNH.reshape(B * Q, N, H), visible_BQC.reshape(B * Q, -1)
+    out_TNH, lse_TN = attend(q_TNH, kv, jnp.repeat(table_BJ, Q, axis=0), visible_TC, sinks_N, options)
     return out_TNH.reshape(B, Q, N, H), lse_TN.reshape(B, Q, N)

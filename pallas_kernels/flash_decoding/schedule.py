@@ -10,10 +10,12 @@ The arithmetic is a few operations on small arrays, done once per step for all l
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.checks import require
 from pallas_kernels.flash_decoding.config import TILE_KEYS
 
 
@@ -29,17 +31,28 @@ class Schedule:
             the partial result that holds its beginning, the first of those that hold the rest, and their number;
             -1 in front where there is none.
         tickets_C1: zeros, on which CTAs count each other's signals within a launch; every launch leaves them at zero.
-        queries, window, units: what it was made for: queries of a slot, the sliding window, units of a slot.
+        slots, queries, window, units: what it was made for: slots, queries of a slot, the sliding window, units of a
+            slot.
     """
 
     work_C5: jax.Array
     merge_C4: jax.Array
     tickets_C1: jax.Array
+    slots: int = field(metadata={"static": True})
     queries: int = field(metadata={"static": True})
     window: int | None = field(metadata={"static": True})
     units: int = field(metadata={"static": True})
 
+    def check(self, **problem: int | None) -> None:
+        """
+        Raises:
+            ValueError: it was made for another problem; names the first of the above that differs.
+        """
+        for name, value in problem.items():
+            require(getattr(self, name) == value, f"schedule.{name}", getattr(self, name), f"{value}, as this call's")
 
+
+@partial(jax.jit, static_argnames=("queries", "window", "units", "ctas"))
 def make_schedule(lengths_B: jax.Array, *, queries: int, window: int | None, units: int, ctas: int) -> Schedule:
     """The schedule of one step.
 
@@ -61,14 +74,14 @@ def make_schedule(lengths_B: jax.Array, *, queries: int, window: int | None, uni
     start_C, end_C = start_C1[:-1], start_C1[1:]
 
     slot_C, unit_C, tile_C = _locate(start_C, end_B, tiles_B, units)
-    owner_C = jnp.searchsorted(start_C, start_C - tile_C, side="right").astype(jnp.int32) - 1
+    owner_C = _places(start_C, start_C - tile_C, "right") - 1
     work_C5 = jnp.stack([slot_C, unit_C, tile_C, end_C - start_C, owner_C], axis=1)
 
     last_slot_C, last_unit_C, last_tile_C = _locate(end_C - 1, end_B, tiles_B, units)
     unit_start_C = end_C - 1 - last_tile_C
     unit_end_C = unit_start_C + tiles_B[last_slot_C]
     splits_C = (start_C < end_C) & (unit_start_C >= start_C) & (unit_end_C > end_C)
-    following_C = jnp.searchsorted(start_C, unit_end_C, side="left").astype(jnp.int32) - cta_C1[1:]
+    following_C = _places(start_C, unit_end_C, "left") - cta_C1[1:]
     merge_C4 = jnp.stack(
         [
             jnp.where(splits_C, last_slot_C * units + last_unit_C, -1),
@@ -78,7 +91,7 @@ def make_schedule(lengths_B: jax.Array, *, queries: int, window: int | None, uni
         ],
         axis=1,
     )
-    return Schedule(work_C5, merge_C4, jnp.zeros((ctas, 1), jnp.int32), queries, window, units)
+    return Schedule(work_C5, merge_C4, jnp.zeros((ctas, 1), jnp.int32), len(lengths_B), queries, window, units)
 
 
 def tiles_in_sight(lengths_B: jax.Array, queries: int, window: int | None) -> tuple[jax.Array, jax.Array]:
@@ -99,7 +112,11 @@ def _locate(
     tile_C: jax.Array, end_B: jax.Array, tiles_B: jax.Array, units: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Slot, unit and tile within the unit of places in the long row."""
-    slot_C = jnp.searchsorted(end_B, tile_C, side="right").astype(jnp.int32)
-    slot_C = jnp.minimum(slot_C, len(end_B) - 1)
+    slot_C = jnp.minimum(_places(end_B, tile_C, "right"), len(end_B) - 1)
     within_C = tile_C - (end_B[slot_C] - tiles_B[slot_C] * units)
     return slot_C, within_C // tiles_B[slot_C], within_C % tiles_B[slot_C]
+
+
+def _places(sorted_A: jax.Array, x_C: jax.Array, side: str) -> jax.Array:
+    """Comparing with all is one kernel for the GPU, where a binary search is a loop of them."""
+    return jnp.searchsorted(sorted_A, x_C, side=side, method="compare_all").astype(jnp.int32)

@@ -1,22 +1,22 @@
 """What the warpgroups of the decode kernel share: arrays, shared memory, and the part of a unit that is at hand."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.blockwise import ceil_div
-from pallas_kernels.flash_decoding.config import ALIGNMENT, ROWS, SHARED_MEMORY, TILE_KEYS, Config
+from pallas_kernels.flash_decoding.config import ROWS, TILE_KEYS, Config
 from pallas_kernels.flash_decoding.merge import rows_scratch
 from pallas_kernels.flash_decoding.quantized import OPERAND, WARPS, value_rows
 from pallas_kernels.flash_decoding.units import Shape
 
 
 class Inputs(NamedTuple):
-    """In device memory; the pages as [slots of all pages, KV heads x H], so that a copy names rows and columns."""
+    """In device memory; the pages as [slots of all pages, KV heads x H], so that a copy names rows and columns.
+
+    `tree` is a `TreeRows`, or None where the mask is causal.
+    """
 
     q: Any
     k: Any
@@ -29,6 +29,7 @@ class Inputs(NamedTuple):
     sinks: Any
     k_scales: Any
     v_scales: Any
+    tree: Any
 
 
 class Outputs(NamedTuple):
@@ -137,28 +138,3 @@ def _matrix(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
     tiles = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
     swizzle = plgpu.SwizzleTransform(columns * dtype.itemsize)  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(shape, dtype, transforms=(tiles, swizzle))
-
-
-def shared_memory(shape: Shape, config: Config) -> int:
-    """Bytes of shared memory of one CTA; barriers have ALIGNMENT in all, and so has what reductions need."""
-
-    def size(buffer) -> int:
-        if isinstance(buffer, plgpu.Barrier):
-            return 0
-        if isinstance(buffer, plgpu.RefUnion):
-            return max(map(size, buffer.refs))
-        return ceil_div(math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize, ALIGNMENT) * ALIGNMENT
-
-    kinds = (plgpu.Barrier, plgpu.RefUnion)
-    buffers = jax.tree.leaves(scratch_memory(shape, config), is_leaf=lambda x: isinstance(x, kinds))
-    return 2 * ALIGNMENT + sum(map(size, buffers))
-
-
-def choose(shape: Shape, multiprocessors: int) -> Config:
-    """One CTA on every multiprocessor, with the queries of the next unit and as many stages as fit.
-
-    There may be no more CTAs than can run at once: some wait for others.
-    """
-    most = 8 if shape.quantized else 6
-    wanted = (Config(multiprocessors, stages, buffers) for buffers in (2, 1) for stages in range(most, 0, -2))
-    return next(config for config in wanted if shared_memory(shape, config) <= SHARED_MEMORY)

@@ -91,6 +91,14 @@ def from_units(x_URH: jax.Array, shape: Shape) -> jax.Array:
     return x_BKRH.reshape(B, K, Q, g, H).transpose(0, 2, 1, 3, 4).reshape(B, Q, K * g, H)
 
 
+def rows_of_queries(x_BQi: jax.Array, shape: Shape) -> jax.Array:
+    """What belongs to each query, by block and row: [slots x blocks, ROWS, i]; 0 in rows of padding."""
+    x_BRi = jnp.repeat(x_BQi, shape.group, axis=1)
+    padding = shape.blocks * shape.rows - x_BRi.shape[1]
+    x_bRi = jnp.pad(x_BRi, ((0, 0), (0, padding), (0, 0))).reshape(-1, shape.rows, x_BQi.shape[2])
+    return jnp.pad(x_bRi, ((0, 0), (0, ROWS - shape.rows), (0, 0)))
+
+
 def sinks_of_rows(sinks_N: jax.Array, shape: Shape) -> jax.Array:
     """The sink of every row of a slot's units, float32 [units of a slot, ROWS]."""
     sinks_KQg = jnp.broadcast_to(

@@ -12,12 +12,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.blockwise import Options, PagedKV, attend
+from pallas_kernels.blockwise import Attend, Options, PagedKV, attend
+from pallas_kernels.flash_decoding.tree import make_tree
 
 BLOCK_KEYS = 8192
 
 
-@partial(jax.jit, static_argnames=("options", "block_keys"))
+@partial(jax.jit, static_argnames=("options", "attend", "block_keys"))
 def flash_decoding(
     q_BQNH: jax.Array,
     kv: PagedKV,
@@ -25,10 +26,13 @@ def flash_decoding(
     lengths_B: jax.Array,
     sinks_N: jax.Array | None,
     options: Options,
+    tree_mask_BQW: jax.Array | None = None,
     *,
+    attend: Attend = attend,
     block_keys: int = BLOCK_KEYS,
 ) -> tuple[jax.Array, jax.Array]:
     """See the public op."""
     Q = q_BQNH.shape[1]
     position_BQ = (lengths_B - Q)[:, None] + jnp.arange(Q, dtype=jnp.int32)[None]
-    return attend(q_BQNH, position_BQ, kv, table_BJ, sinks_N, options, block_keys=block_keys)
+    tree = None if tree_mask_BQW is None else make_tree(tree_mask_BQW, options.window)
+    return attend(q_BQNH, position_BQ, kv, table_BJ, sinks_N, options, block_keys=block_keys, tree=tree)

@@ -1,5 +1,6 @@
 """A few tokens times a large weight: bound by the bytes of the weight, which are read once."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,12 +10,19 @@ from pallas_kernels import dispatch
 from pallas_kernels.streaming_matmul import mosaic_gpu, reference, xla
 from pallas_kernels.streaming_matmul.arguments import Arguments, check
 from pallas_kernels.streaming_matmul.config import Shape, slower
+from pallas_kernels.streaming_matmul.mlp import MLPArguments, check_mlp, compose
 
 NAME = "streaming_matmul"
+MLP = "streaming_mlp"
 IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu.streaming_matmul,
     "xla": xla.streaming_matmul,
     "reference": reference.streaming_matmul,
+}
+MLP_IMPLEMENTATIONS = {
+    "mosaic_gpu": mosaic_gpu.streaming_mlp,
+    "xla": partial(compose, xla.streaming_matmul),
+    "reference": partial(compose, reference.streaming_matmul),
 }
 
 
@@ -56,6 +64,8 @@ def streaming_matmul(
     Raises:
       ValueError: names the argument, what it is and what is allowed; before any device work.
 
+    Differentiable; the derivative of the kernel is that of XLA.
+
     Source: split of the contraction over blocks as in Stream-K (Osama et al. 2023), of equal parts.
     """
     dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
@@ -64,7 +74,7 @@ def streaming_matmul(
     refusal = mosaic_gpu.unsupported(arguments)
     if implementation == "auto":
         refusal = refusal or slower(Shape.of(arguments))
-    return dispatch.choose(NAME, implementation, IMPLEMENTATIONS, refusal)(arguments)
+    return dispatch.choose(NAME, implementation, IMPLEMENTATIONS, {dispatch.KERNEL: refusal})(arguments)
 
 
 def takes(
@@ -83,4 +93,49 @@ def takes(
     """
     arguments = Arguments(x, w, None, norm_scale_D, bias, residual_MN, w_axes, 0.0, jnp.dtype(x.dtype))
     check(arguments)
-    return dispatch.prefers_kernel(NAME, mosaic_gpu.unsupported(arguments) or slower(Shape.of(arguments)))
+    refusal = mosaic_gpu.unsupported(arguments) or slower(Shape.of(arguments))
+    return dispatch.preferred(NAME, {dispatch.KERNEL: refusal}) == dispatch.KERNEL
+
+
+def streaming_mlp(
+    x_MD: jax.Array,
+    up_DcF: jax.Array,
+    down_FD: jax.Array,
+    *,
+    norm_scale_D: jax.Array,
+    norm_eps: float = 1e-6,
+    attended_ME: jax.Array | None = None,
+    o_ED: jax.Array | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """What follows attention in a layer of M tokens, as one kernel that never stops reading weights.
+
+        h = x + attended @ o;  y = h + (SiLU(gate) * up) @ down of gate, up = norm(h) @ up_DcF
+
+    Args:
+      x_MD: the residual stream; float32, bfloat16 or float16. All weights are in its dtype.
+      up_DcF: c = 2, the gate first.
+      norm_scale_D: of the RMSNorm, with `norm_eps`.
+      attended_ME, o_ED: the heads' outputs and their projection; without them h = x.
+      implementation: "mosaic_gpu" (Hopper; bfloat16; M up to 32; multiples of 64, D from 128 and E and F from 1024),
+        "xla", "reference", or "auto".
+
+    Returns:
+      y_MD. h and the inner F are rounded to the dtype of x between the products, as by `streaming_matmul`.
+
+    Raises:
+      ValueError: names the argument, what it is and what is allowed; before any device work.
+    """
+    arguments = MLPArguments(x_MD, up_DcF, down_FD, norm_scale_D, attended_ME, o_ED, norm_eps)
+    check_mlp(arguments)
+    refusals = {dispatch.KERNEL: mosaic_gpu.unsupported_mlp(arguments)}
+    return dispatch.choose(MLP, implementation, MLP_IMPLEMENTATIONS, refusals)(arguments)
+
+
+def takes_mlp(
+    x_MD: Any, up_DcF: Any, down_FD: Any, *, norm_scale_D: Any, attended_ME: Any = None, o_ED: Any = None
+) -> bool:
+    """Whether `auto` is the kernel here, as `takes` says it of one product."""
+    arguments = MLPArguments(x_MD, up_DcF, down_FD, norm_scale_D, attended_ME, o_ED, 0.0)
+    check_mlp(arguments)
+    return dispatch.preferred(MLP, {dispatch.KERNEL: mosaic_gpu.unsupported_mlp(arguments)}) == dispatch.KERNEL

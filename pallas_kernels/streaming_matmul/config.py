@@ -2,16 +2,21 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import tuned
 from pallas_kernels.checks import require
+from pallas_kernels.dispatch import FALLBACK
 from pallas_kernels.streaming_matmul.arguments import Arguments
+from pallas_kernels.streaming_matmul.weights import Tiles
 
 MAX_TOKENS = 64
+MAX_TOKENS_OF_ROW = 32  # that leave room for a ring of tiles beside x
 ROWS = 64  # of D, the least that a tile has; the norm works on so many at once
 # One H100 or H200 (SXM): streaming multiprocessors, and the shared memory of one and of one block of it.
 SMS = 132
@@ -77,7 +82,8 @@ class Config:
     `stages` such tiles are on their way at once. A block takes up to `rounds` tiles of columns one after another,
     and the tiles of the next are on their way before it has finished with one. `split` blocks, one cluster, share
     the columns: each takes a part of D, and their partial sums meet in shared memory, or in device memory with
-    `exchange="gmem"` (the interpreter knows no shared memory of another block).
+    `exchange="gmem"` (the interpreter knows no shared memory of another block). A tile comes in `pieces` copies along
+    D: products in one launch share the buffers, and those without halves so get as many copies as those with.
     """
 
     tile_n: int
@@ -86,6 +92,7 @@ class Config:
     split: int = 1
     rounds: int = 1
     exchange: str = "smem"
+    pieces: int = 1
 
     def __post_init__(self):
         require(self.tile_n in range(64, 257, 64), "tile_n", self.tile_n, "64, 128, 192, 256")
@@ -94,6 +101,12 @@ class Config:
         require(1 <= self.split <= 8, "split", self.split, "1 to 8, the blocks of a portable cluster")
         require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
         require(self.split == 1 or self.rounds == 1, "rounds", self.rounds, "1 where blocks share columns")
+        require(
+            self.tile_d % (64 * self.pieces) == 0,
+            "pieces",
+            self.pieces,
+            f"divisors of tile_d / 64 = {self.tile_d // 64}",
+        )
         require(self.exchange in ("smem", "gmem"), "exchange", repr(self.exchange), "'smem', 'gmem'")
 
     def tiles(self, shape: Shape) -> int:
@@ -124,7 +137,7 @@ class Config:
         require(self.tile_n % unit == 0, "tile_n", self.tile_n, f"a multiple of {unit} for a weight {shape.w_axes}")
         steps = self.steps(shape)
         require(self.stages <= steps, "stages", self.stages, f"at most the {steps} tiles that a block multiplies")
-        used = smem_bytes(self, shape)
+        used = smem_bytes((self, shape))
         require(used <= SMEM_OF_BLOCK, "shared memory of the config", used, f"at most {SMEM_OF_BLOCK} bytes")
 
 
@@ -144,10 +157,10 @@ def buffers(config: Config, shape: Shape) -> dict[str, Buffer]:
     tokens, owners, f32 = shape.padded_tokens, config.owners(shape), jnp.dtype(jnp.float32)
     stages, tile_n, tile_d = config.stages, config.tile_n, config.tile_d
     tile_out, owned = tile_n // shape.halves, tokens // owners
-    tile = (tile_n, tile_d) if shape.w_axes.endswith("ND") else (tile_d, tile_out)
+    pieces = config.pieces
     found = {
-        "w": Buffer((stages, shape.halves, *tile), shape.dtype, operand=True),
-        "x": Buffer((stages, tokens, tile_d), shape.dtype, operand=True),
+        "w": Buffer((stages, *Tiles.of(shape.w_axes, config).shape), shape.dtype, operand=True),
+        "x": Buffer((stages, pieces, tokens, tile_d // pieces), shape.dtype, operand=True),
         "out": Buffer((owned, tile_out), shape.out_dtype),
     }
     if shape.norm_dtype is not None:
@@ -163,8 +176,76 @@ def buffers(config: Config, shape: Shape) -> dict[str, Buffer]:
     return found
 
 
-def smem_bytes(config: Config, shape: Shape) -> int:
-    return SMEM_OVERHEAD + sum(buffer.bytes for buffer in buffers(config, shape).values())
+def smem_bytes(*problems: tuple[Config, Shape]) -> int:
+    """Of a block that works on products in a row: the ring of tiles is common, the rest where it is the same."""
+    every = [buffers(*problem) for problem in problems]
+    rest = {(name, buffer) for found in every for name, buffer in found.items() if name != "w"}
+    return SMEM_OVERHEAD + max(found["w"].bytes for found in every) + sum(buffer.bytes for _, buffer in rest)
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """How one launch runs a row of products: all with the same ring of buffers, on the same clusters of two blocks.
+
+    A tile of a weight is 128 x 128 numbers in two copies: 64 rows and 128 columns of a gate and of its up projection,
+    or 64 columns and twice 128 rows of a weight without halves, whose columns two blocks share. All blocks must fit
+    the card at once, since they wait for each other.
+    """
+
+    stages: int
+    clusters: int
+    exchange: str = "smem"
+
+    def of(self, shapes: Sequence[Shape]) -> list[Config]:
+        """The config of each product."""
+        return [
+            Config(256, 64, self.stages, exchange=self.exchange)
+            if shape.halves == 2
+            else Config(64, 256, self.stages, split=2, exchange=self.exchange, pieces=2)
+            for shape in shapes
+        ]
+
+    def check(self, shapes: Sequence[Shape]) -> None:
+        """Raises ValueError where the kernel cannot run so."""
+        problems = list(zip(self.of(shapes), shapes, strict=True))
+        for config, shape in problems:
+            config.check(shape)
+        used = smem_bytes(*problems)
+        require(used <= SMEM_OF_BLOCK, "shared memory of the config", used, f"at most {SMEM_OF_BLOCK} bytes")
+
+    def steps(self, shapes: Sequence[Shape]) -> int:
+        """Tiles that the busiest block multiplies."""
+        return sum(self._steps(config, shape) for config, shape in zip(self.of(shapes), shapes, strict=True))
+
+    def _steps(self, config: Config, shape: Shape) -> int:
+        return math.ceil(config.tiles(shape) * config.split / (2 * self.clusters)) * config.steps(shape)
+
+
+def row_refusal(shapes: Sequence[Shape]) -> str | None:
+    """Why products that each can be a launch cannot be one together; None if they can."""
+    if shapes[0].tokens > MAX_TOKENS_OF_ROW:
+        return f"x has {shapes[0].tokens} tokens; at most {MAX_TOKENS_OF_ROW}"
+    for name, shape, split in zip("EDF"[-len(shapes) :], shapes, (2, 1, 2)[-len(shapes) :], strict=True):
+        least = 2 * split * (256 if split == 2 else 64)
+        if shape.hidden < least:
+            blocks = "a block" if split == 1 else "each of two blocks"
+            return f"{name} is {shape.hidden}; at least {least}, two tiles for {blocks}"
+    if not _fits(MLPConfig(2, SMS // 2), shapes):
+        return "two tiles of a weight do not fit the shared memory beside the norm's scale"
+    return None
+
+
+def mlp_config_for(shapes: Sequence[Shape]) -> MLPConfig:
+    """As many stages as fit; the fewest clusters whose busiest block has least to do."""
+    deepest = next(config for n in range(6, 1, -1) if _fits(config := MLPConfig(n, SMS // 2), shapes))
+    options = [replace(deepest, clusters=clusters) for clusters in range(FEWEST_BLOCKS // 2, SMS // 2 + 1)]
+    return min(options, key=lambda config: (config.steps(shapes), config.clusters))
+
+
+def _fits(config: MLPConfig, shapes: Sequence[Shape]) -> bool:
+    problems = list(zip(config.of(shapes), shapes, strict=True))
+    deep = all(config.stages <= each.steps(shape) for each, shape in problems)
+    return deep and smem_bytes(*problems) <= SMEM_OF_BLOCK
 
 
 # Blocks that keep the memory busy, and how far the tiles may fall short of dividing among them evenly.
@@ -199,7 +280,7 @@ def _even(shape: Shape, tile_n: int, split: int) -> Config | None:
     if config.blocks(shape) < FEWEST_BLOCKS or config.busy(shape) < LEAST_BUSY:
         return None
     config = deepest(config, shape)
-    return config if smem_bytes(config, shape) <= SMEM_OF_BLOCK else None
+    return config if smem_bytes((config, shape)) <= SMEM_OF_BLOCK else None
 
 
 def deepest(config: Config, shape: Shape, *, blocks_of_sm: int = 1, streamed: int = STREAMED_BYTES) -> Config:
@@ -208,7 +289,7 @@ def deepest(config: Config, shape: Shape, *, blocks_of_sm: int = 1, streamed: in
     tile_bytes = config.tile_n * config.tile_d * shape.dtype.itemsize
     for stages in range(min(config.steps(shape), streamed // tile_bytes), 2, -1):
         deeper = replace(config, stages=stages)
-        if smem_bytes(deeper, shape) <= budget:
+        if smem_bytes((deeper, shape)) <= budget:
             return deeper
     return replace(config, stages=2)
 
@@ -229,60 +310,34 @@ def _candidates(shape: Shape) -> Iterator[Config]:
                 continue
             config = Config(tile_n, tile_d, 2, split, rounds)
             config = deepest(config, shape, blocks_of_sm=blocks_of_sm, streamed=streamed)
-            if smem_bytes(config, shape) <= SMEM_OF_SM // blocks_of_sm - 1024 and config.blocks(shape) >= SMS // 2:
+            if smem_bytes((config, shape)) <= SMEM_OF_SM // blocks_of_sm - 1024 and config.blocks(shape) >= SMS // 3:
                 yield config
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What the timings of one weight, with some numbers of tokens, told against the defaults.
-
-    The defaults are the kernel and its heuristic config; an entry stands where another cut was faster, or XLA was.
-    """
-
-    w_axes: str
-    hidden: int
-    outputs: int
-    tokens: range
-    cut: tuple[int, int, int] | None  # tile_n, tile_d and split; None where XLA is faster
-
-    def covers(self, shape: Shape) -> bool:
-        weight = (self.w_axes, self.hidden, self.outputs)
-        return weight == (shape.w_axes, shape.hidden, shape.outputs) and shape.tokens in self.tokens
+TUNED = Path(__file__).with_name("tuned.json")
 
 
-# By the kind of device. The times, in us, are of a call in a chain of dependent ones at M = 1, 16 or 64; what lies
-# between two of them is interpolated.
-MEASURED = {
-    "NVIDIA H200": (
-        Measured("DN", 4096, 6144, range(32, 65), (64, 128, 1)),  # M = 64: 18.2, XLA 23.8
-        Measured("DN", 4096, 4096, range(2, 32), None),  # M = 16: 17.0, XLA 14.3
-        Measured("DN", 4096, 4096, range(32, 65), (64, 128, 1)),  # M = 64: 15.3, XLA 18.0
-        Measured("DN", 14336, 4096, range(33, 65), (64, 128, 2)),  # with a residual, M = 64: 36.4, XLA 42.0
-        Measured("ND", 4096, 128256, range(1, 65), None),  # M = 16: 277, XLA 269; M = 64: 291, XLA 281
-    ),
-}
-NEAREST = "NVIDIA H200"  # whose timings stand in for those of a device that has none
+def tuning_key(shape: Shape) -> str:
+    """A weight, and up to how many tokens."""
+    tokens = 1 if shape.tokens == 1 else shape.padded_tokens
+    return f"{shape.w_axes} {shape.hidden}x{shape.outputs}, M={tokens}"
 
 
 def config_for(shape: Shape) -> Config:
-    """The fastest config where the shape has been measured, else the heuristic one."""
-    found = _measured(shape)
-    if found is None or found.cut is None:
-        return heuristic(shape)
-    tile_n, tile_d, split = found.cut
-    return deepest(Config(tile_n, tile_d, 2, split), shape)
+    """The fastest config where some were measured, with as many of its stages as fit, else the heuristic one."""
+    found = tuned.find(TUNED, tuning_key(shape))
+    return _fitting(Config(**found), shape) if isinstance(found, dict) else heuristic(shape)
+
+
+def _fitting(config: Config, shape: Shape) -> Config:
+    """What a norm or a residual takes of the shared memory is not there for stages."""
+    while config.stages > 2 and smem_bytes((config, shape)) > SMEM_OF_BLOCK:
+        config = replace(config, stages=config.stages - 1)
+    return config
 
 
 def slower(shape: Shape) -> str | None:
     """Why XLA is the better choice, although the kernel could run; None if it is not."""
-    found = _measured(shape)
-    if found is None or found.cut is not None:
+    if tuned.find(TUNED, tuning_key(shape)) != FALLBACK:
         return None
-    weight = f"{shape.w_axes} of {shape.hidden} x {shape.outputs}"
-    return f"XLA is faster at {found.tokens.start} to {found.tokens[-1]} tokens times a weight {weight}"
-
-
-def _measured(shape: Shape) -> Measured | None:
-    entries = MEASURED.get(jax.devices()[0].device_kind, MEASURED[NEAREST])
-    return next((entry for entry in entries if entry.covers(shape)), None)
+    return f"XLA is faster at {shape.tokens} tokens times a weight {shape.w_axes} of {shape.hidden} x {shape.outputs}"

@@ -53,3 +53,51 @@ PROBLEMS = {
     for name, (D, N, w_axes) in LLAMA_3_8B.items()
     for tokens in (1, 2, 4, 8, 16, 32, 64)
 }
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a layer multiplies after attention: E heads' outputs, and the F of a gated MLP."""
+
+    tokens: int
+    hidden: int
+    inner: int
+    heads: int
+
+    @property
+    def w_elements(self) -> int:
+        return self.hidden * (self.heads + 3 * self.inner)
+
+    @property
+    def flops(self) -> float:
+        return 2 * self.tokens * self.w_elements
+
+    @property
+    def bytes(self) -> float:
+        """Of the weights, in 16 bits, read once."""
+        return 2 * self.w_elements
+
+    def inputs(self, key: jax.Array, dtype: jnp.dtype) -> dict[str, jax.Array]:
+        """Random arguments of `streaming_mlp`; each product has about unit variance."""
+        M, D, F, E = self.tokens, self.hidden, self.inner, self.heads
+        shapes = {
+            "x_MD": (M, D),
+            "up_DcF": (D, 2, F),
+            "down_FD": (F, D),
+            "norm_scale_D": (D,),
+            "attended_ME": (M, E),
+            "o_ED": (E, D),
+        }
+        depth = {"up_DcF": D, "down_FD": F, "o_ED": E}
+        keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
+        return {
+            name: jax.random.normal(keys[name], shape, dtype) * jnp.asarray(depth.get(name, 1) ** -0.5, dtype)
+            for name, shape in shapes.items()
+        }
+
+
+ROWS = {
+    f"{model} M={tokens}": Row(tokens, D, F, E)
+    for model, (D, F, E) in {"llama-3-8b": (4096, 14336, 4096), "llama-3-70b": (8192, 28672, 8192)}.items()
+    for tokens in (1, 8, 16, 32)
+}

@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks import record
 from benchmarks.kernels import __main__ as command
-from benchmarks.kernels.measure import measure_case
+from benchmarks.kernels.measure import measure_case, start_case
+from benchmarks.kernels.ops import attention
 from benchmarks.kernels.plot import lines, plot_speeds
 from benchmarks.record import Failure, Record, parts, update
 from tests.benchmarks.tiny import BENCH, MACHINE, TINY
@@ -34,7 +35,7 @@ def test_the_command_line_selects():
     assert all("reference" not in implementations for _, implementations in everything)
     assert selected(["--op", "flash_attention", "--case", "window", "shuffled"]) == [
         ("flash_attention small 2x32 shuffled", ("cudnn_paged", "mosaic_gpu")),
-        ("flash_attention small 1x48 window", ("xla", "cudnn", "tokamax", "mosaic_gpu")),
+        ("flash_attention small 1x48 window", ("xla", "cudnn", "mosaic_gpu")),
     ]
     assert selected(["--case", "int8", "--peers", "reference", "xla"]) == [
         ("flash_decoding small 2x32 int8", ("reference", "xla", "mosaic_gpu"))
@@ -85,6 +86,17 @@ def test_a_quick_run_leaves_the_results_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "RESULTS", tmp_path)
     command.main(["--quick", "--op", "flash_decoding", "--peers"], TINY)
     assert [*tmp_path.iterdir()] == []
+
+
+def test_the_time_limit_ends_a_run_between_cases(tmp_path, capsys):
+    command.main(["--limit", "0", "--output", str(tmp_path)], TINY)
+    assert f"the time is up; {len(selected([]))} cases are not measured" in capsys.readouterr().out
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_tokamax_is_a_peer_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name)
+    assert selected(["--case", "window"])[0][1] == ("xla", "cudnn", "tokamax", "mosaic_gpu")
 
 
 def test_a_plot_without_matplotlib_says_how_to_get_it(tmp_path, capsys, monkeypatch):
@@ -138,6 +150,6 @@ def test_a_file_keeps_what_a_run_did_not_measure_again(tmp_path):
 def test_a_failure_takes_the_place_of_an_old_figure(tmp_path):
     op = replace(TINY["flash_decoding"], implementations={"xla": lambda problem: 1 / 0})
     update("kernels", {}, [entry("flash_decoding small 2x32", 1)], [], tmp_path)
-    path = update("kernels", {}, [], [*measure_case(op, "small 2x32", ["xla"], BENCH)], tmp_path)
+    path = update("kernels", {}, [], [*measure_case(start_case(op, "small 2x32", ["xla"], BENCH), BENCH)], tmp_path)
     (part,) = parts(json.loads(path.read_text()))
     assert (part["records"], part["failures"][0]["reason"]) == ([], "ZeroDivisionError: division by zero")

@@ -1,6 +1,7 @@
 """How a call is timed: what the program holds, what passes through the cache between two calls on one copy."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,17 @@ import pytest
 
 from benchmarks.kernels import timing
 from benchmarks.kernels.op import Run
-from benchmarks.kernels.timing import CALLS, MOST_BYTES, Effort, make_copies, make_program, num_copies, time_call
+from benchmarks.kernels.timing import (
+    CALLS,
+    MOST_BYTES,
+    Effort,
+    Started,
+    make_copies,
+    make_program,
+    num_copies,
+    start,
+    time_call,
+)
 
 PRODUCT = Run(lambda arguments: arguments["x"] @ arguments["w"])
 
@@ -17,6 +28,11 @@ PRODUCT = Run(lambda arguments: arguments["x"] @ arguments["w"])
 def random_product(key: jax.Array) -> dict[str, jax.Array]:
     x_key, w_key = jax.random.split(key)
     return {"x": jax.random.normal(x_key, (4, 64)), "w": jax.random.normal(w_key, (64, 32))}
+
+
+def started(run: Run) -> Started:
+    """Compiled, for random products."""
+    return start(run, jax.eval_shape(random_product, jax.random.key(0)), ThreadPoolExecutor(1))
 
 
 @pytest.mark.parametrize("l2", [1, 50e6, 126e6])
@@ -36,19 +52,19 @@ def test_one_copy_does_where_two_are_too_large_for_the_memory():
 
 
 def test_copies_differ_and_are_enough():
-    copies = make_copies(PRODUCT, random_product, l2=20_000)  # of 4 * (4 + 32) * 64 = 9216 bytes each
+    copies = make_copies(started(PRODUCT), random_product, l2=20_000)  # of 4 * (4 + 32) * 64 = 9216 bytes each
     assert len(copies) == 10
     assert len({float(copy["w"][0, 0]) for copy in copies}) == 10
 
 
 def test_copies_are_prepared():
     half = Run(PRODUCT.call, lambda arguments: arguments | {"w": arguments["w"][:, :16]})
-    assert {copy["w"].shape for copy in make_copies(half, random_product, l2=1)} == {(64, 16)}
+    assert {copy["w"].shape for copy in make_copies(started(half), random_product, l2=1)} == {(64, 16)}
 
 
 def test_a_program_makes_all_calls():
     """Also where every call gets the same copy, nothing is merged, dropped or copied."""
-    copies = make_copies(PRODUCT, random_product, l2=1)
+    copies = make_copies(started(PRODUCT), random_product, l2=1)
     window = [copies[0]] * (CALLS - 1) + [copies[1]]
     for expected, output in zip(window, make_program(PRODUCT)(window), strict=True):
         np.testing.assert_allclose(output, expected["x"] @ expected["w"], rtol=1e-6, atol=1e-6)
@@ -61,8 +77,8 @@ def test_a_program_makes_all_calls():
 
 def test_each_call_waits_for_the_one_before():
     """Barrier n takes the arguments of call n and the output of call n - 1."""
-    copies = make_copies(PRODUCT, random_product, l2=1)
-    jaxpr = jax.make_jaxpr(make_program(PRODUCT))([copies[0]] * CALLS).jaxpr.eqns[0].params["jaxpr"].jaxpr
+    copies = make_copies(started(PRODUCT), random_product, l2=1)
+    jaxpr = jax.make_jaxpr(make_program(PRODUCT))([copies[0]] * CALLS).jaxpr
     calls = [equation for equation in jaxpr.eqns if equation.primitive.name in ("jit", "pjit")]
     barriers = [equation for equation in jaxpr.eqns if equation.primitive.name == "optimization_barrier"]
     assert (len(calls), len(barriers)) == (CALLS, CALLS - 1)
@@ -81,16 +97,15 @@ def passed(monkeypatch, num: int, effort: Effort) -> tuple[list[int], timing.Tim
         seen.extend(copy["n"] for copy in window)
         return window
 
-    monkeypatch.setattr(timing, "make_program", lambda run: program)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(timing.jax, "block_until_ready", lambda outputs: outputs)
-    found = time_call(PRODUCT, [{"n": n} for n in range(num)], effort, lambda output: None)
+    found = time_call(program, [{"n": n} for n in range(num)], effort, lambda output: None)
     return seen, found
 
 
 @pytest.mark.parametrize("num", [1, 2, 5, 20, 40, 60])
 def test_copies_take_turns_from_program_to_program(monkeypatch, num):
-    seen, found = passed(monkeypatch, num, Effort(samples=4, seconds=3.0))
+    seen, found = passed(monkeypatch, num, Effort(samples=4, seconds=3.0, most_seconds=1e9))
     programs = -(-max(3, num // CALLS) // max(1, num // CALLS)) * max(1, num // CALLS)
     samples = seen[2 * CALLS :]  # after the programs that compile and that show how long one takes
     assert len(samples) == 4 * programs * CALLS
@@ -99,8 +114,16 @@ def test_copies_take_turns_from_program_to_program(monkeypatch, num):
 
 
 def test_the_output_of_the_first_copy_is_checked():
-    copies, outputs = make_copies(PRODUCT, random_product, l2=1), []
-    found = time_call(PRODUCT, copies, Effort(samples=5, seconds=0), outputs.append)
+    copies, outputs = make_copies(started(PRODUCT), random_product, l2=1), []
+    found = time_call(jax.jit(make_program(PRODUCT)), copies, Effort(samples=5, seconds=0), outputs.append)
     np.testing.assert_allclose(outputs[0], copies[0]["x"] @ copies[0]["w"], rtol=1e-6, atol=1e-6)
     assert 0 < found.low <= found.median <= found.high
     assert jnp.isfinite(found.median)
+
+
+@pytest.mark.parametrize(("most_seconds", "samples"), [(1e9, 10), (5.0, 5), (1.0, 3)])
+def test_what_is_slow_gets_fewer_samples(monkeypatch, most_seconds, samples):
+    """A program takes a second of this clock; the one that shows it is a sample too."""
+    seen, found = passed(monkeypatch, 1, Effort(10, seconds=0.02, most_seconds=most_seconds))
+    assert found.samples == samples
+    assert len(seen) == (1 + samples) * CALLS

@@ -57,4 +57,4 @@ TINY = {
     "flash_decoding": shrink("flash_decoding", DECODE, {32: "small 2x32"}),
 }
 MACHINE = replace(find_hardware("h200-measured"), device_kind="a small machine", l2=1000)
-BENCH = Bench(MACHINE, MACHINE.l2, Effort(samples=3, seconds=0))
+BENCH = Bench(MACHINE, MACHINE.l2, Effort(samples=3, seconds=0), ThreadPoolExecutor(2))

@@ -20,7 +20,7 @@ def test_tables_name_versions_devices_kernels_and_speed():
     kernels, (name, why) = printed(doctor.kernels()), dispatch.automatic()
     for op in ("flash_attention", "flash_decoding"):
         (row,) = (line for line in kernels.splitlines() if op in line)
-        assert [cell.strip() for cell in row.split("│")[2:-1]] == [name, "mosaic_gpu, reference", why]
+        assert [cell.strip() for cell in row.split("│")[2:-1]] == [name, "mosaic_gpu, cudnn, reference", why]
     speed = printed(doctor.speed(find_hardware("h200-measured")))
     for row in ("memory", "bf16 matmul", "fp32 matmul", "kernel after kernel"):
         assert row in speed

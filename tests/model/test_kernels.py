@@ -33,8 +33,7 @@ def two_layers(name: str = "llama-3-8b", **changes) -> ModelConfig:
 @pytest.fixture
 def hopper(monkeypatch):
     """The choice of an implementation as it is on a Hopper GPU."""
-    choose = lambda refusal=None: (dispatch.FALLBACK, refusal) if refusal else (dispatch.KERNEL, "a test")  # noqa: E731
-    monkeypatch.setattr(dispatch, "automatic", choose)
+    monkeypatch.setattr(dispatch, "compute_capability", lambda: dispatch.HOPPER)
 
 
 def lowered(config: ModelConfig, slots: int, tensor: int = 1) -> str:
@@ -56,22 +55,40 @@ def streamed(text: str) -> dict[str, list[int]]:
     return found
 
 
+def rows(text: str) -> list[list[str]]:
+    """The operands' shapes of every launch that a layer ends with."""
+    calls = re.findall(r"call @streaming_mlp\w*\([^)]*\) : \(([^)]*)\)", text)
+    return [re.findall(r"tensor<([\dx]+)x\w+>", types) for types in calls]
+
+
 def norms(text: str) -> int:
     return text.count("stablehlo.rsqrt")
 
 
-@pytest.mark.parametrize("tokens", [1, 64])
-def test_a_layer_is_four_products_and_nothing_around_them(hopper, tokens):
-    """x, w, and the norm's scale or the residual; the only norm and product besides are those of the head."""
+@pytest.mark.parametrize("tokens", [1, 16, 32])
+def test_a_layer_is_two_launches_around_attention(hopper, tokens):
+    """The only norm and product besides are those of the head."""
     text = lowered(two_layers(), tokens)
+    assert streamed(text) == {QKV[1]: [3] * LAYERS}
+    weights, x = [OUT[1], GATED[1], DOWN[1]], f"{tokens}x4096"
+    assert [sorted(shapes) for shapes in rows(text)] == [sorted([*weights, x, x, "4096"])] * LAYERS
+    assert norms(text) == 1
+    assert text.count("stablehlo.dot_general") == 1
+
+
+def test_with_more_tokens_a_layer_is_four_products_and_nothing_around_them(hopper):
+    """x, w, and the norm's scale or the residual."""
+    text = lowered(two_layers(), 64)
     assert streamed(text) == {shape[1]: [3] * LAYERS for shape in (QKV, OUT, GATED, DOWN)}
     assert norms(text) == 1
     assert text.count("stablehlo.dot_general") == 1
 
 
 def test_where_xla_was_faster_it_runs(hopper):
-    text = lowered(two_layers(), 16)
-    assert streamed(text) == {shape[1]: [3] * LAYERS for shape in (QKV, GATED, DOWN)}
+    """A norm between a product and the sum that follows keeps the products apart."""
+    text = lowered(two_layers(post_norm=True), 16)
+    assert rows(text) == []
+    assert OUT[1] not in streamed(text)
     assert text.count("stablehlo.dot_general") == 1 + LAYERS
 
 
@@ -79,6 +96,7 @@ def test_where_xla_was_faster_it_runs(hopper):
 def test_many_tokens_and_other_dtypes_are_left_to_xla(hopper, tokens, changes):
     text = lowered(two_layers(**changes), tokens)
     assert streamed(text) == {}
+    assert rows(text) == []
     assert norms(text) == 1 + 2 * LAYERS
 
 
@@ -125,6 +143,22 @@ def test_experts_are_left_to_xla(hopper):
     assert norms(text) == 1 + LAYERS
 
 
+@pytest.mark.parametrize("tensor", [1, 2, 8])
+def test_layers_share_the_schedule_of_attention(hopper, tensor):
+    """One for each cache group of a step, made for what each device holds."""
+    one_group, two_groups = two_layers(), two_layers("gemma-2-9b", dtype="bfloat16")
+    assert len(two_groups.windows) == 2
+    for config in (one_group, replace(two_groups, layers=2 * two_groups.layers)):
+        text = lowered(config, 4, tensor)
+        assert len(re.findall(r"call @make_schedule", text)) == len(config.windows)
+        assert len(re.findall(r"call @_launch", text)) == len(config.layers)
+
+
+def test_xla_needs_no_schedule(monkeypatch):
+    monkeypatch.setattr(dispatch, "compute_capability", lambda: None)
+    assert "make_schedule" not in lowered(two_layers(), 4)
+
+
 def logits_error(model: Model, params: list[jax.Array], tokens_T: np.ndarray, exact_TV: np.ndarray) -> float:
     """Root mean square."""
     logits_TV = run(model, params, tokens_T).logits_TV
@@ -143,11 +177,9 @@ def test_on_a_gpu_logits_are_as_exact_as_those_of_xla(monkeypatch, tokens):
 
     launched = []
     automatic = dispatch.automatic
-    monkeypatch.setattr(
-        dispatch, "automatic", lambda refusal=None: launched.append(automatic(refusal)) or launched[-1]
-    )
+    monkeypatch.setattr(dispatch, "automatic", lambda refusals: launched.append(automatic(refusals)) or launched[-1])
     by_kernels = logits_error(model, params, tokens_T, exact_TV)
     assert dispatch.KERNEL in {name for name, _ in launched}
-    monkeypatch.setattr(dispatch, "automatic", lambda refusal=None: (dispatch.FALLBACK, "a test"))
+    monkeypatch.setattr(dispatch, "automatic", lambda refusals: (dispatch.FALLBACK, "a test"))
     by_xla = logits_error(model, params, tokens_T, exact_TV)
     assert by_kernels <= 1.1 * by_xla

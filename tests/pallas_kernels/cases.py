@@ -15,7 +15,10 @@ ATOL = 1e-5
 
 @dataclass(frozen=True)
 class Case:
-    """Sequences of `lengths` keys whose last `queries` positions ask; g query heads for each KV head."""
+    """Sequences of `lengths` keys whose last `queries` positions ask; g query heads for each KV head.
+
+    With `tree` the queries, as many of every sequence, see the keys of the others by random masks.
+    """
 
     lengths: tuple[int, ...]
     queries: tuple[int, ...]
@@ -27,6 +30,7 @@ class Case:
     head_size: int = 16
     padding: int = 3
     kv_heads: int = 2
+    tree: bool = False
 
     @property
     def options(self) -> dict:
@@ -44,10 +48,14 @@ class Inputs:
         self.pool = np.full((2, 1 + R * J, S, K, H), np.nan, np.float32)
         self.table = np.zeros((R, J), np.int32)
         self.kv = [rng.normal(size=(2, length, K, H)).astype(np.float32) for length in case.lengths]
+        self.seen_BQC = random_paths(rng, R, case.queries[0]) if case.tree else None
         for r, (length, n) in enumerate(zip(case.lengths, case.queries, strict=True)):
             shares_a_page = bool(r and self.table[0, 0] and min(length, case.lengths[0]) >= S)
             if shares_a_page:
                 self.kv[r][:, :S] = self.kv[0][:, :S]
+            if case.tree:
+                hidden = set(range(max(S, length - n), length)).difference(*(self.visible(r, i) for i in range(n)))
+                self.kv[r][:, sorted(hidden)] = np.nan
             first_seen = max(0, length - n - case.window + 1) if case.window else 0
             for j in range(first_seen // S, -(-length // S)):
                 self.table[r, j] = self.table[0, 0] if shares_a_page and j == 0 else next(pages)
@@ -60,6 +68,27 @@ class Inputs:
         self.lengths = np.array(case.lengths, np.int32)
         self.sinks = rng.normal(size=N).astype(np.float32) if case.sinks else None
 
+    def visible(self, r: int, i: int) -> np.ndarray:
+        """The keys that query i of sequence r sees."""
+        case, length, n = self.case, self.case.lengths[r], self.case.queries[r]
+        key, first = np.arange(length), length - n
+        path_QC = np.tri(n, dtype=bool) if self.seen_BQC is None else self.seen_BQC[r]
+        depth_Q = np.maximum(path_QC.sum(1), 1) - 1
+        nth = np.clip(key - first, 0, n - 1)
+        position = np.where(key < first, key, first + depth_Q[nth])
+        seen = (key < first) | path_QC[i, nth]
+        if case.window:
+            seen &= position > first + depth_Q[i] - case.window
+        return np.flatnonzero(seen)
+
+    @property
+    def tree_mask(self) -> jax.Array | None:
+        """The words of the masks, packed here by numpy."""
+        if self.seen_BQC is None:
+            return None
+        padded = np.pad(self.seen_BQC, ((0, 0), (0, 0), (0, -self.seen_BQC.shape[2] % 32)))
+        return jnp.asarray(np.packbits(padded, axis=2, bitorder="little").view(np.uint32))
+
     def arguments(self, dtype=jnp.float32) -> tuple[jax.Array, ...]:
         floats = (jnp.asarray(x, dtype) for x in (self.q, *self.pool))
         return *floats, *map(jnp.asarray, (self.table, self.cu_q, self.lengths))
@@ -71,11 +100,12 @@ class Inputs:
     def quantize(self, dtype, seed: int = 0) -> tuple[jax.Array, jax.Array]:
         """The pool [2, P, S, K, H] as `dtype` and its scales [2, P, K, S]; the oracle's keys become what they mean.
 
-        A NaN becomes an arbitrary integer; the scales of what is never seen are NaN.
+        A NaN becomes an arbitrary integer, in fp8 it stays; the scales of what is never seen are NaN.
         """
         rng = np.random.default_rng(seed)
         scales = rng.uniform(0.01, 0.02, self.pool.shape[:-1]).astype(np.float32)
-        values = jnp.asarray(np.nan_to_num(self.pool / scales[..., None]).clip(-127, 127)).astype(dtype)
+        values = (self.pool / scales[..., None]).clip(-127, 127)
+        values = jnp.asarray(np.nan_to_num(values) if dtype == "int8" else values).astype(dtype)
         scales[np.isnan(self.pool[..., 0])] = np.nan
         exact = np.asarray(values, np.float32) * scales[..., None]
         for r, length in enumerate(self.case.lengths):
@@ -87,6 +117,23 @@ class Inputs:
         return self.case.options | {"sinks_N": None if self.sinks is None else jnp.asarray(self.sinks)}
 
 
+def random_paths(rng: np.random.Generator, sequences: int, queries: int) -> np.ndarray:
+    """What each query sees of the new keys, [B, Q, Q]: the path to it in a random forest with some nodes left out,
+    and in every third sequence any keys at all."""
+    seen_BQC = rng.random((sequences, queries, queries)) < 0.4
+    for b in range(sequences):
+        if b % 3 == 2:
+            continue
+        for i in range(queries):
+            parent = int(rng.integers(max(-1, i - 4), i)) if i else -1
+            seen_BQC[b, i] = seen_BQC[b, parent] if parent >= 0 else False
+            seen_BQC[b, i, i] = True
+        left_out = rng.random(queries) < 0.2
+        seen_BQC[b, left_out] = False
+        seen_BQC[b, :, left_out] = False
+    return seen_BQC
+
+
 def oracle(inputs: Inputs, rounded_to=None) -> tuple[np.ndarray, np.ndarray]:
     """Output and log-sum-exp: one query, one head, one list of visible keys at a time, in float64.
 
@@ -96,11 +143,11 @@ def oracle(inputs: Inputs, rounded_to=None) -> tuple[np.ndarray, np.ndarray]:
     round_ = (lambda x: x) if rounded_to is None else (lambda x: np.asarray(x).astype(rounded_to).astype(np.float64))
     case, (T, N, H) = inputs.case, inputs.q.shape
     out, lse = np.zeros((T, N, H)), np.full((T, N), -np.inf)
-    for r, (length, n) in enumerate(zip(case.lengths, case.queries, strict=True)):
+    for r, n in enumerate(case.queries):
         k, v = inputs.kv[r].astype(np.float64)
-        for i in range(max(0, n - length), n):
-            p = length - n + i
-            seen = slice(0 if case.window is None else max(0, p - case.window + 1), p + 1)
+        for i in range(n):
+            if not (seen := inputs.visible(r, i)).size:
+                continue
             for head in range(N):
                 row = inputs.cu_q[r] + i
                 scores = k[seen, head // case.g] @ inputs.q[row, head].astype(np.float64) * H**-0.5

@@ -56,6 +56,9 @@ DECODE = {
     "drafted tokens": Case((37, 4, 2, 0), (4,) * 4, padding=0, g=1),
     "window and drafted tokens": Case((61, 3, 24), (3,) * 3, padding=0, window=7, soft_cap=2.0),
     "window and sinks": Case((90, 16), (1, 1), padding=0, window=16, sinks=True, g=8),
+    "trees": Case((37, 64, 9, 4, 0, 43), (9,) * 6, padding=0, tree=True, sinks=True),
+    "trees and a window": Case((61, 15, 24), (9,) * 3, padding=0, window=3, tree=True, soft_cap=2.0),
+    "trees of two words": Case((61, 90, 20), (40,) * 3, padding=0, window=50, tree=True, g=1),
 }
 
 
@@ -64,8 +67,9 @@ def decode(inputs: Inputs, **options):
     q, k, v, table, _, lengths = inputs.arguments()
     B, (T, N, H) = len(lengths), q.shape
     out, lse = flash_decoding(
-        q.reshape(B, T // B, N, H), k, v, table, lengths, **inputs.options, return_lse=True, **options
-    )
+        q.reshape(B, T // B, N, H), k, v, table, lengths, tree_mask_BQW=inputs.tree_mask, return_lse=True,
+        **inputs.options, **options,
+    )  # fmt: skip
     return out.reshape(T, N, H), lse.reshape(T, N)
 
 
@@ -83,7 +87,7 @@ def test_decoding_in_many_blocks(name):
     B, (T, N, H) = len(lengths), q.shape
     out, lse = decoding_xla.flash_decoding(
         q.reshape(B, T // B, N, H), PagedKV(k, v), table, lengths, inputs.options["sinks_N"],
-        Options(**inputs.case.options), block_keys=16,
+        Options(**inputs.case.options), inputs.tree_mask, block_keys=16,
     )  # fmt: skip
     assert_close((out.reshape(T, N, H), lse.reshape(T, N)), oracle(inputs))
 

@@ -58,7 +58,7 @@ WRONG = {
     "soft cap": ({"soft_cap": 0.0}, "soft_cap is 0"),
     "scale": ({"scale": float("nan")}, "scale is nan"),
     "sinks": ({"sinks_N": jnp.ones((2,), jnp.float32)}, "sinks.shape"),
-    "implementation": ({"implementation": "mosaic"}, "mosaic.*allowed: auto, mosaic_gpu, xla, reference"),
+    "implementation": ({"implementation": "mosaic"}, "mosaic.*allowed: auto, mosaic_gpu, cudnn, xla, reference"),
 }
 
 
@@ -106,9 +106,9 @@ def test_values_are_not_looked_at_under_a_trace():
 def test_auto_says_once_what_it_chose(caplog):
     available = {"xla": len, "reference": sum}
     with caplog.at_level(logging.INFO, "pallas_kernels"):
-        assert dispatch.choose("an op of this test", "auto", available) is len
-        assert dispatch.choose("an op of this test", "auto", available) is len
-        assert dispatch.choose("an op of this test", "reference", available) is sum
+        assert dispatch.choose("an op of this test", "auto", available, {}) is len
+        assert dispatch.choose("an op of this test", "auto", available, {}) is len
+        assert dispatch.choose("an op of this test", "reference", available, {}) is sum
     assert [record.getMessage() for record in caplog.records] == [
         f"an op of this test runs as xla: no kernel written for the backend {jax.default_backend()!r} exists"
     ]

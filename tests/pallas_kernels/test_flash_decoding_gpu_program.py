@@ -14,10 +14,9 @@ import pytest
 from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT, TiledLayout
 
 from pallas_kernels.blockwise import Options, PagedKV
-from pallas_kernels.flash_decoding import flash_decoding, mosaic_gpu
-from pallas_kernels.flash_decoding import quantized
-from pallas_kernels.flash_decoding.config import HEAD_SIZES, QUANTIZED_DTYPES, SHARED_MEMORY, TILE_KEYS, Config
-from pallas_kernels.flash_decoding.shared import choose, shared_memory
+from pallas_kernels.flash_decoding import flash_decoding, mosaic_gpu, pack_tree_mask, plan, quantized
+from pallas_kernels.flash_decoding.choice import SHARED_MEMORY, candidates, choose, shared_memory
+from pallas_kernels.flash_decoding.config import HEAD_SIZES, QUANTIZED_DTYPES, TILE_KEYS, Config
 from pallas_kernels.flash_decoding.units import Shape
 from tests.pallas_kernels.cases import ATOL, Case, Inputs, assert_close, oracle
 from tests.pallas_kernels.gpu_program import interpreted, lower
@@ -29,7 +28,8 @@ def run(implementation, inputs: Inputs, dtype, kv: PagedKV | None = None, **conf
     B, (T, N, H) = len(lengths), q.shape
     q_BQNH, options = q.reshape(B, T // B, N, H), Options(**inputs.case.options)
     kv = PagedKV(k, v) if kv is None else kv
-    out, lse = implementation(q_BQNH, kv, table, lengths, inputs.options["sinks_N"], options, **config)
+    tree_mask = config.pop("tree_mask", inputs.tree_mask)
+    out, lse = implementation(q_BQNH, kv, table, lengths, inputs.options["sinks_N"], options, tree_mask, **config)
     return out.reshape(T, N, H), lse.reshape(T, N)
 
 
@@ -37,7 +37,7 @@ def check(inputs: Inputs, dtype, **config):
     """Products of 16-bit numbers are exact in float32; the weights and the output are rounded once each."""
     inputs.round_to(dtype)
     (out, lse), (exact_out, exact_lse) = run(mosaic_gpu.flash_decoding, inputs, dtype, **config), oracle(inputs)
-    largest_value = max(np.abs(kv[1]).max(initial=0) for kv in inputs.kv)
+    largest_value = max(np.nan_to_num(np.abs(kv[1])).max(initial=0) for kv in inputs.kv)
     assert out.dtype == dtype
     assert_close([out], [exact_out], atol=float(jnp.finfo(dtype).eps) * largest_value + ATOL)
     assert_close([lse], [exact_lse])
@@ -80,6 +80,10 @@ CASES = {
     "more rows than a block": (slots((90,), 20, g=4, kv_heads=1), 2),
     "71 heads on one": (slots((90, 7), g=71, kv_heads=1), 2),
     "more queries than keys": (slots((3, 0, 12), 5, page_size=16, sinks=True), 2),
+    "trees": (slots((200, 0, 70, 129, 4), 6, tree=True, page_size=16), 3),
+    "trees, a window, soft cap, sinks": (slots((300, 66, 131), 7, tree=True, window=5, soft_cap=2.0, sinks=True), 4),
+    "trees of two words in blocks of rows": (slots((150, 90), 40, g=4, kv_heads=1, tree=True, window=70), 3),
+    "trees over three tiles": (slots((193,), 128, g=1, kv_heads=1, tree=True), 2),
 }
 
 
@@ -101,8 +105,10 @@ def test_interpreted_kernel_with_other_layouts(config):
 QUANTIZED = {
     "int8, units cut between CTAs": (CASES["units cut between CTAs"], jnp.bfloat16, "int8", 2),
     "fp8, a window over pages": (CASES["a window over pages"], jnp.bfloat16, "float8_e4m3fn", 2),
-    "fp8, drafted tokens, soft cap, sinks": (CASES["drafted tokens, soft cap, sinks"], jnp.float16, "float8_e4m3fn", 2),
+    "fp8, drafted tokens, soft cap": (CASES["drafted tokens, soft cap, sinks"], jnp.float16, "float8_e4m3fn", 2),
     "int8, more rows than a block": (CASES["more rows than a block"], jnp.float16, "int8", 2),
+    "fp8, trees, a window": (CASES["trees, a window, soft cap, sinks"], jnp.bfloat16, "float8_e4m3fn", 2),
+    "int8, trees in blocks of rows": (CASES["trees of two words in blocks of rows"], jnp.bfloat16, "int8", 2),
     "int8, more queries than keys": (CASES["more queries than keys"], jnp.bfloat16, "int8", 2),
     "fp8, heads of 96 in pages of 8": (
         (slots((200, 0, 70), g=3, kv_heads=1, head_size=96, page_size=8), 2), jnp.bfloat16, "float8_e4m3fn", 1,
@@ -141,7 +147,7 @@ def test_scales_of_any_size_are_no_danger_to_float16():
 
 
 def held(layout: TiledLayout, shape: tuple[int, int]) -> np.ndarray:
-    """What the 128 threads of a warpgroup hold of an array in a layout, as flat indices: [thread, *registers, vector]."""
+    """What a warpgroup's threads hold of an array in a layout, as flat indices: [thread, *registers, vector]."""
     x = np.arange(shape[0] * shape[1]).reshape(shape)
     for tile in layout.tiling.tiles:
         outer, inner = x.shape[: -len(tile)], x.shape[-len(tile) :]
@@ -159,11 +165,11 @@ def test_threads_hold_the_operands_that_the_tensor_cores_read(head_size, monkeyp
     monkeypatch.setattr(quantized, "_words", lambda x: [x[i : i + 4] for i in range(0, len(x), 4)])
     monkeypatch.setattr(quantized, "_convert", lambda word, dtype: [word[:2], word[2:]])
     padded = lambda word: [*word, *[None] * (4 - len(word))]  # noqa: E731
-    choose_bytes = lambda low, high, order: [(padded(low) + padded(high))[i] for i in order]  # noqa: E731
+    choose_bytes = lambda words, order: [(padded(words[0]) + padded(words[1]))[i] for i in order]  # noqa: E731
     monkeypatch.setattr(quantized, "_permuted", choose_bytes)
     monkeypatch.setattr(quantized, "_lower_half", lambda word: [*word[:2], -1, -1])
     monkeypatch.setattr(quantized, "_one", lambda pair, i: [pair[i]])
-    monkeypatch.setattr(quantized, "_joined", lambda numbers: sum(numbers, []))
+    monkeypatch.setattr(quantized, "_joined", lambda numbers: [n for number in numbers for n in number])
 
     def registers(numbers: np.ndarray) -> np.ndarray:
         lists = np.empty(numbers.shape[:-1], object)
@@ -196,14 +202,34 @@ def test_threads_hold_the_operands_that_the_tensor_cores_read(head_size, monkeyp
         np.testing.assert_array_equal(numbers(found), held(value_layout, rows)[thread])
 
 
-def program(q_BQNH, pages, table_BJ, lengths_B, sinks_N, scales_PKS, **options):
+def causal_bits(slots: int, queries: int) -> jax.Array:
+    return pack_tree_mask(jnp.broadcast_to(jnp.tri(queries, dtype=jnp.bool_), (slots, queries, queries)))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("window", [None, 3])
+def test_causal_bits_are_the_causal_mask(window):
+    inputs = Inputs(slots((200, 66, 3), 5, g=1, kv_heads=1, window=window))
+    config = Config(2, stages=2, interpretable=True)
+    with interpreted():
+        with_bits, without = (
+            run(mosaic_gpu.flash_decoding, inputs, jnp.bfloat16, config=config, tree_mask=bits)
+            for bits in (causal_bits(3, 5), None)
+        )
+    for x, y in zip(with_bits, without, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def program(q_BQNH, pages, table_BJ, lengths_B, sinks_N, tree_mask_BQW, scales_PKS, **options):
     return flash_decoding(
-        q_BQNH, pages, pages, table_BJ, lengths_B, sinks_N=sinks_N, return_lse=True, implementation="mosaic_gpu",
-        k_scales_PKS=scales_PKS, v_scales_PKS=scales_PKS, **options,
+        q_BQNH, pages, pages, table_BJ, lengths_B, sinks_N=sinks_N, tree_mask_BQW=tree_mask_BQW, return_lse=True,
+        k_scales_PKS=scales_PKS, v_scales_PKS=scales_PKS, implementation="mosaic_gpu", **options,
     )  # fmt: skip
 
 
-def shapes(queries=1, g=4, kv_heads=2, head_size=128, page_size=64, dtype=jnp.bfloat16, sinks=False, kv_dtype=None):
+def shapes(
+    queries=1, g=4, kv_heads=2, head_size=128, page_size=64, dtype=jnp.bfloat16, sinks=False, kv_dtype=None, tree=False
+):  # fmt: skip
     """Arguments of `program` that exist only as shapes."""
     heads = g * kv_heads
     return (
@@ -212,6 +238,7 @@ def shapes(queries=1, g=4, kv_heads=2, head_size=128, page_size=64, dtype=jnp.bf
         jax.ShapeDtypeStruct((3, 4), jnp.int32),
         jax.ShapeDtypeStruct((3,), jnp.int32),
         jax.ShapeDtypeStruct((heads,), jnp.float32) if sinks else None,
+        jax.ShapeDtypeStruct((3, queries, -(-queries // 32)), jnp.uint32) if tree else None,
         jax.ShapeDtypeStruct((9, kv_heads, page_size), jnp.float32) if kv_dtype in QUANTIZED_DTYPES else None,
     )
 
@@ -238,6 +265,15 @@ LOWERED = {
     "Gemma-2, int8": {"head_size": 256, "g": 2, "window": 100, "soft_cap": 50.0, "kv_dtype": "int8"},
     "gpt-oss, fp8": {"head_size": 64, "g": 8, "window": 128, "sinks": True, "kv_dtype": "float8_e4m3fn"},
     "lookahead, int8": {"queries": 120, "page_size": 128, "dtype": jnp.float16, "kv_dtype": "int8"},
+    "gpt-oss, fp8, a tree of 8": {
+        "queries": 8,
+        "g": 8,
+        "head_size": 64,
+        "window": 128,
+        "sinks": True,
+        "tree": True,
+        "kv_dtype": "float8_e4m3fn",
+    },
     "everything, int8": {
         "queries": 3,
         "g": 3,
@@ -256,6 +292,17 @@ LOWERED = {
         "sinks": True,
         "window": 9,
         "soft_cap": 2.0,
+    },
+    "Llama-3-8B, a tree of 64": {"queries": 64, "kv_heads": 8, "tree": True},
+    "gpt-oss, a tree of 8": {"queries": 8, "g": 8, "head_size": 64, "window": 128, "sinks": True, "tree": True},
+    "Gemma-2, a tree of 33": {
+        "queries": 33,
+        "g": 2,
+        "head_size": 256,
+        "page_size": 16,
+        "window": 100,
+        "soft_cap": 50.0,
+        "tree": True,
     },
 }
 
@@ -288,6 +335,7 @@ def test_what_the_kernel_cannot_take_it_says_by_name(change, reason):
 def test_the_chosen_config_fits(head_size, kv_dtype, queries):
     shape = Shape(3, queries, 2, 2, head_size, 16, 9, jnp.dtype(jnp.bfloat16), jnp.dtype(kv_dtype))
     config = choose(shape, 132)
+    assert config in candidates(shape, 132)
     assert shared_memory(shape, config) <= SHARED_MEMORY
     # By Little's law, 4.5 TB/s through 132 multiprocessors at a latency of 1 us are 34 KB under way to each.
     assert 2 * config.stages * TILE_KEYS * head_size * shape.kv_dtype.itemsize >= 48 * 1024
@@ -323,6 +371,9 @@ ON_A_GPU = {
     "a long context": slots((131_072,), g=4, head_size=128, kv_heads=1),
     "heads of 96": slots((63, 64, 65, 1009, 0, 2), 4, g=3, head_size=96, page_size=16, sinks=True),
     "heads of 96, a window": slots((1500, 333, 8000), g=1, head_size=96, window=301),
+    "trees": slots((1009, 7, 64, 130, 0, 700), 8, g=4, head_size=128, page_size=16, tree=True),
+    "trees, a window and sinks": slots((333, 1500, 65), 33, g=8, window=128, sinks=True, kv_heads=1, tree=True),
+    "trees of 128 and a short window": slots((1009, 200), 128, g=2, head_size=256, kv_heads=1, window=9, tree=True),
     "very different lengths": slots((1, 32_768, 128, 7000, 64, 0, 513, 2048), g=4, head_size=128, kv_heads=1),
 }  # fmt: skip
 
@@ -354,6 +405,8 @@ QUANTIZED_ON_A_GPU = {
     "heads of 96": slots((1009, 499, 2, 8191), g=4, head_size=96, page_size=16),
     "a window over tiles": slots((1500, 333, 8000), 3, g=7, head_size=128, page_size=16, window=301),
     "lookahead": slots((401, 1500), 120, g=4, head_size=128, kv_heads=1, page_size=32),
+    "trees": slots((1009, 7, 64, 130, 0, 700), 8, g=4, head_size=128, page_size=16, tree=True),
+    "trees, a window and sinks": slots((333, 1500, 65), 33, g=8, window=128, sinks=True, kv_heads=1, tree=True),
     "many rows of wide heads": slots((401, 64), 16, g=4, head_size=256, kv_heads=1),
     "a long context": slots((131_072,), g=4, head_size=128, kv_heads=1),
     "very different lengths": slots((1, 32_768, 128, 7000, 64, 0, 513, 2048), g=4, head_size=128, kv_heads=1),
@@ -375,3 +428,33 @@ def test_quantized_pages_on_a_gpu(name, kv_dtype):
     again = run(mosaic_gpu.flash_decoding, inputs, dtype, kv)
     np.testing.assert_array_equal(out, again[0])
     np.testing.assert_array_equal(lse, again[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 3, 100])
+def test_on_a_gpu_causal_bits_are_the_causal_mask(window):
+    inputs = Inputs(slots((1009, 66, 3, 640), 33, g=4, head_size=128, window=window))
+    with_bits, without = (
+        run(mosaic_gpu.flash_decoding, inputs, jnp.bfloat16, tree_mask=bits) for bits in (causal_bits(4, 33), None)
+    )
+    for x, y in zip(with_bits, without, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_calls_share_a_schedule():
+    """Units are cut between CTAs, whose tickets every call has to leave as it found them."""
+    inputs = Inputs(slots((1009, 499, 2, 8191), g=4, head_size=128))
+    q, k, v, table, _, lengths = inputs.arguments(jnp.bfloat16)
+
+    @partial(jax.jit, static_argnames="shared")
+    def four_layers(q_BQNH, shared: bool):
+        call = partial(flash_decoding, scale=0.1, implementation="mosaic_gpu")
+        schedule = plan(q_BQNH, k, table, lengths, implementation="mosaic_gpu") if shared else None
+        results = [q_BQNH]
+        for _ in range(4):
+            results.append(call(results[-1], k, v, table, lengths, schedule=schedule))
+        return results
+
+    for x, y in zip(four_layers(q[:, None], True), four_layers(q[:, None], False), strict=True):
+        np.testing.assert_array_equal(x, y)

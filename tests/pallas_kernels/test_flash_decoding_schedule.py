@@ -1,13 +1,21 @@
 """The schedule of flash_decoding: every tile is read once, all CTAs read alike, and what is cut is joined."""
 
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.flash_decoding import schedule
-from pallas_kernels.flash_decoding.schedule import partial_index, tiles_in_sight
+from pallas_kernels import dispatch
+from pallas_kernels.blockwise import Options, PagedKV
+from pallas_kernels.flash_decoding import flash_decoding, mosaic_gpu, plan
+from pallas_kernels.flash_decoding.config import Config
+from pallas_kernels.flash_decoding.schedule import make_schedule, partial_index, tiles_in_sight
+from tests.pallas_kernels.gpu_program import interpreted, lower
 
 PROBLEMS = st.fixed_dictionaries({
     "lengths": st.lists(st.integers(0, 1000), min_size=4, max_size=4),  # one shape, so that little is compiled
@@ -16,7 +24,6 @@ PROBLEMS = st.fixed_dictionaries({
     "units": st.sampled_from([1, 3]),
     "ctas": st.sampled_from([1, 5, 40]),
 })  # fmt: skip
-make_schedule = jax.jit(schedule.make_schedule, static_argnames=("queries", "window", "units", "ctas"))
 
 
 def stretches(made, tiles_B):
@@ -64,3 +71,89 @@ def test_the_parts_of_a_cut_unit_are_joined_where_it_begins(problem):
     assert found == parts
     owners = np.asarray(made.work_C5)[:, 4]
     assert all(owners[cta] == places[0][0] for places in parts.values() for cta, _ in places[1:])
+
+
+def arguments(slots=2, queries=1, heads=8, kv_heads=2, dtype=jnp.bfloat16) -> tuple[jax.Array, ...]:
+    """Of flash_decoding: lengths of 64 and less, one page of 64 keys for each slot."""
+    q_key, k_key, v_key = jax.random.split(jax.random.key(0), 3)
+    pools = [jax.random.normal(key, (slots, 64, kv_heads, 64), dtype) for key in (k_key, v_key)]
+    q_BQNH = jax.random.normal(q_key, (slots, queries, heads, 64), dtype)
+    table_BJ = jnp.arange(slots, dtype=jnp.int32)[:, None]
+    return q_BQNH, *pools, table_BJ, 64 - jnp.arange(slots, dtype=jnp.int32)
+
+
+def planned(q_BQNH, k_PSKH, v_PSKH, table_BJ, lengths_B, **options):
+    return plan(q_BQNH, k_PSKH, table_BJ, lengths_B, **options)
+
+
+def test_a_plan_is_made_where_the_kernel_runs():
+    given = arguments()
+    assert (planned(*given) is None) == (dispatch.automatic()[0] != dispatch.KERNEL)
+    assert planned(*given, implementation="xla") is None
+    made = planned(*given, window=9, implementation="mosaic_gpu")
+    assert (made.slots, made.queries, made.window, made.units) == (2, 1, 9, 2)
+    expected = make_schedule(given[-1], queries=1, window=9, units=2, ctas=len(made.work_C5))
+    jax.tree.map(np.testing.assert_array_equal, made, expected)
+    with pytest.raises(ValueError, match=r"cannot run: q.dtype is float32"):
+        planned(*arguments(dtype=jnp.float32), implementation="mosaic_gpu")
+
+
+def test_shapes_are_enough_for_a_plan():
+    q_BQNH, k_PSKH, _, *rest = arguments()
+    q_shape, k_shape = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BQNH, k_PSKH))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        plan(q_shape, k_shape, *rest, implementation="mosaic_gpu"),
+        plan(q_BQNH, k_PSKH, *rest, implementation="mosaic_gpu"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "window", "message"),
+    [
+        ({"slots": 3}, None, "schedule.slots is 3; allowed: 2"),
+        ({"queries": 4}, None, "schedule.queries is 4; allowed: 1"),
+        ({}, 5, "schedule.window is 5; allowed: None"),
+        ({"kv_heads": 1}, None, "schedule.units is 1; allowed: 2"),
+        ({"heads": 256}, None, "schedule.units is 4; allowed: 2"),
+    ],
+)
+@pytest.mark.parametrize("implementation", ["auto", "mosaic_gpu"])
+def test_a_schedule_of_another_problem_is_named(sizes, window, message, implementation):
+    other = planned(*arguments(**sizes), window=window, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match=message):
+        flash_decoding(*arguments(), scale=0.1, schedule=other, implementation=implementation)
+
+
+def test_a_schedule_of_another_gpu_is_named():
+    given = arguments()
+    other = make_schedule(given[-1], queries=1, window=None, units=2, ctas=7)
+    with pytest.raises(ValueError, match="schedule is one for 7 CTAs; allowed: one for the "):
+        jax.eval_shape(partial(flash_decoding, scale=0.1, implementation="mosaic_gpu"), *given, schedule=other)
+
+
+def test_calls_share_a_schedule():
+    q_BQNH, k_PSKH, v_PSKH, table_BJ, lengths_B = arguments(slots=3)
+    config = Config(2, stages=2, interpretable=True)
+    shared = make_schedule(lengths_B, queries=1, window=None, units=2, ctas=2)
+    run = partial(mosaic_gpu.flash_decoding, sinks_N=None, options=Options(0.125), config=config)
+    with interpreted():
+        for k, v in ((k_PSKH, v_PSKH), (v_PSKH, k_PSKH)):
+            results = (run(q_BQNH, PagedKV(k, v), table_BJ, lengths_B, schedule=given) for given in (shared, None))
+            for x, y in zip(*results, strict=True):
+                np.testing.assert_array_equal(x, y)
+
+
+def test_layers_make_no_schedule_where_they_are_given_one():
+    def three_layers(q_BQNH, k_PSKH, *rest, shared: bool):
+        run = partial(flash_decoding, scale=0.1, implementation="mosaic_gpu")
+        made = planned(q_BQNH, k_PSKH, *rest, implementation="mosaic_gpu") if shared else None
+        for _ in range(3):
+            q_BQNH = run(q_BQNH, k_PSKH, *rest, schedule=made)
+        return q_BQNH
+
+    calls = [
+        len(re.findall(r"call @make_schedule", lower(three_layers, *arguments(), shared=shared)))
+        for shared in (True, False)
+    ]
+    assert calls == [1, 3]

@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxinfer.parallel import TENSOR, make_mesh
 from jaxinfer.quantize import contract, gated_silu, project
 from pallas_kernels import dispatch
+from pallas_kernels.streaming_matmul import IMPLEMENTATIONS, mosaic_gpu
 from tests.pallas_kernels.gpu_program import interpreted
 from tests.pallas_kernels.test_streaming_matmul import SMALL, Case, arguments, assert_close
 
@@ -38,11 +41,14 @@ def kernels(monkeypatch) -> list[str | None]:
     """As on a Hopper GPU; each question that a product asked, by the kernel's refusal."""
     asked = []
 
-    def automatic(refusal: str | None = None) -> tuple[str, str]:
-        asked.append(refusal)
-        return (dispatch.FALLBACK, refusal) if refusal else (dispatch.KERNEL, "a test")
+    automatic = dispatch.automatic
 
-    monkeypatch.setattr(dispatch, "automatic", automatic)
+    def asking(refusals: dispatch.Refusals) -> tuple[str, str]:
+        asked.append(refusals[dispatch.KERNEL])
+        return automatic(refusals)
+
+    monkeypatch.setattr(dispatch, "compute_capability", lambda: dispatch.HOPPER)
+    monkeypatch.setattr(dispatch, "automatic", asking)
     return asked
 
 
@@ -86,6 +92,47 @@ def test_gated_silu_takes_in_norm_bias_and_gate(kernels):
 
     assert_close(run(product, given.x, given.w, given.bias, given.norm_scale_D), given)
     assert set(kernels) == {None}
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+def test_products_have_derivatives_on_several_devices(kernels, monkeypatch):
+    """A layer's products, each as one kernel, against the same in plain jax.numpy. XLA stands in for the kernel, which
+    is lowered too."""
+    monkeypatch.setitem(IMPLEMENTATIONS, dispatch.KERNEL, IMPLEMENTATIONS[dispatch.FALLBACK])
+    x_TD, scale_D = jax.random.normal(jax.random.key(3), (TOKENS, D), jnp.bfloat16), jnp.full((D,), 1.5, jnp.float32)
+    up_DcF, down_FD = (
+        jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16) * jnp.bfloat16(D**-0.5)
+        for seed, shape in enumerate([(D, 2, 2 * F), (2 * F, D)])
+    )
+
+    weights_TD = jax.random.normal(jax.random.key(2), (TOKENS, D), jnp.float32)
+
+    def loss(arrays, plain: bool) -> jax.Array:
+        x_TD, up_DcF, down_FD, scale_D = arrays
+        norm = RMSNorm(scale_D, plain=True)
+        if plain:
+            y_TcF = jnp.einsum("TD,DcF->TcF", norm(x_TD), up_DcF)
+            y_TD = x_TD + jax.nn.silu(y_TcF[:, 0]) * y_TcF[:, 1] @ down_FD
+        else:
+            y_TF = gated_silu(x_TD, up_DcF, None, norm)
+            y_TD = contract("TF,FD->TD", y_TF, down_FD, None, x_TD)
+        return jnp.sum(y_TD.astype(jnp.float32) * weights_TD)
+
+    arrays = (x_TD, up_DcF, down_FD, scale_D)
+    exact = jax.jit(jax.grad(partial(loss, plain=True)))([array.astype(jnp.float32) for array in arrays])
+    with jax.set_mesh(make_mesh(2)):
+        specs = (P(), P(None, None, TENSOR), P(TENSOR, None), P())
+        placed = tuple(map(jax.sharding.reshard, arrays, specs))
+        found = jax.jit(jax.grad(partial(loss, plain=False)))(placed)
+    assert set(kernels) == {None}
+    with jax.set_mesh(make_mesh(2)), monkeypatch.context() as patch:
+        patch.setitem(IMPLEMENTATIONS, dispatch.KERNEL, mosaic_gpu.streaming_matmul)
+        traced = jax.jit(jax.value_and_grad(partial(loss, plain=False))).trace(placed)
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    # A dozen roundings to 8 bits of what a gradient is made of, 2^-9 of its size each.
+    for x, y in zip(found, exact, strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert np.linalg.norm(x - y) <= 12**0.5 * 2.0**-9 * np.linalg.norm(y)
 
 
 def test_contract_takes_in_bias_and_residual(kernels):

@@ -151,6 +151,8 @@ def test_a_cost_is_the_sum_of_its_parts_and_each_part_the_time_of_its_busiest_re
     assert cost.bound(H200) == "interconnect"
     assert cost.predict(H200) == pytest.approx(6 + 10 * H200.message_latency + 5 * H200.overhead)
     assert cost.fraction(H200, 12.0) == pytest.approx(0.5)
+    balanced = Cost({"both": Work(flops=3 * 746e12, weights=4 * 4.54e12)}, tokens=1)
+    assert (balanced.limit(H200), balanced.predict(H200)) == pytest.approx((4, 5))
     with pytest.raises(ValueError, match=r"seconds is 0\.0; a measured time is above 0"):
         cost.fraction(H200, 0.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,11 @@ def cudnn_paged(arguments: Arguments, heads: Heads, length: int, *, causal: bool
         mask_type=MaskType.PADDING_CAUSAL if causal else MaskType.PADDING,
         sliding_window_length=heads.window if causal else None,
     )  # fmt: skip
+
+
+def installed(*peers: str) -> tuple[str, ...]:
+    """Those of the peers that are here; tokamax is not a dependency."""
+    return tuple(peer for peer in peers if peer != "tokamax" or importlib.util.find_spec("tokamax"))
 
 
 def tokamax(arguments: Arguments, **options: Any) -> jax.Array:

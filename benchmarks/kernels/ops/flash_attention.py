@@ -6,18 +6,39 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from benchmarks.kernels.op import OURS, SPECIFICATION, Arguments, Op, Run
+from benchmarks.kernels.op import OURS, SPECIFICATION, Arguments, Op, Run, Tuning
 from benchmarks.kernels.ops import attention
-from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.blockwise import Options, PagedKV
+from pallas_kernels.flash_attention import config as configs
+from pallas_kernels.flash_attention import flash_attention, mosaic_gpu
 from pallas_kernels.flash_attention.problems import PROBLEMS, Problem
 
+_DTYPE = jnp.dtype(jnp.bfloat16)
 _PAGED = ("q_TNH", "k_pages_PSKH", "v_pages_PSKH", "page_table_RJ")
 
 
 def ours(name: str, problem: Problem) -> Run:
     return Run(lambda arguments: flash_attention(**arguments, **problem.heads.options, implementation=name))
+
+
+def configured(problem: Problem, config: configs.Config) -> Run:
+    def call(arguments: Arguments) -> jax.Array:
+        q_TNH, k_PSKH, v_PSKH, table_RJ = (arguments[name] for name in _PAGED)
+        borders = arguments["cu_q_R1"], arguments["lengths_R"]
+        options = Options(**problem.heads.options)
+        kv, sinks_N = PagedKV(k_PSKH, v_PSKH), arguments.get("sinks_N")
+        return mosaic_gpu.flash_attention(q_TNH, kv, table_RJ, *borders, sinks_N, options, config=config)[0]
+
+    return Run(call)
+
+
+def candidates(problem: Problem) -> list[configs.Config]:
+    q_TNH, k_PSKH, v_PSKH, *_ = jax.eval_shape(lambda key: problem.inputs(key, _DTYPE), jax.random.key(0))
+    kv = PagedKV(k_PSKH, v_PSKH)
+    return list(dict.fromkeys([configs.choose(q_TNH, kv), *configs.candidates(q_TNH, kv)]))
 
 
 def cudnn(problem: Problem) -> Run:
@@ -56,7 +77,7 @@ def _mask(problem: Problem) -> dict[str, Any]:
 
 def _peers(problem: Problem) -> tuple[str, ...]:
     """A peer without pages has one figure for each shape, beside that of K and V in one piece."""
-    return ("cudnn_paged",) if problem.shuffled else ("xla", "cudnn", "tokamax")
+    return ("cudnn_paged",) if problem.shuffled else attention.installed("xla", "cudnn", "tokamax")
 
 
 _IMPLEMENTATIONS: dict[str, Callable[[Problem], Run]] = {
@@ -68,7 +89,7 @@ _IMPLEMENTATIONS: dict[str, Callable[[Problem], Run]] = {
 OP = Op(
     name="flash_attention",
     problems=PROBLEMS,
-    arguments=lambda problem, key: problem.arguments(key, jnp.dtype(jnp.bfloat16)),
+    arguments=lambda problem, key: problem.arguments(key, _DTYPE),
     implementations=_IMPLEMENTATIONS,
     peers=_peers,
     unit="TFLOP/s",
@@ -81,4 +102,10 @@ OP = Op(
         32768: "llama-3-8b 1x32768",
     },
     curve_label="tokens of a prompt",
+    tuning=Tuning(
+        path=configs.TUNED,
+        key=lambda problem: configs.tuning_key(problem.heads.head_size, _DTYPE, problem.page_size),
+        candidates=candidates,
+        configured=configured,
+    ),
 )

@@ -6,18 +6,52 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from benchmarks.kernels.op import OURS, SPECIFICATION, Arguments, Op, Run, Unsupported
+from benchmarks.kernels.op import OURS, SPECIFICATION, Arguments, Op, Run, Tuning, Unsupported
 from benchmarks.kernels.ops import attention
-from pallas_kernels.flash_decoding import flash_decoding
+from pallas_kernels import dispatch
+from pallas_kernels.blockwise import Options, PagedKV
+from pallas_kernels.flash_decoding import choice, flash_decoding, mosaic_gpu, plan
+from pallas_kernels.flash_decoding.config import Config
 from pallas_kernels.flash_decoding.problems import PROBLEMS, Problem
+from pallas_kernels.flash_decoding.units import Shape
 
+_DTYPE = jnp.dtype(jnp.bfloat16)
 _PAGED = ("q_BQNH", "k_pages_PSKH", "v_pages_PSKH", "page_table_BJ")
 
 
 def ours(name: str, problem: Problem) -> Run:
-    return Run(lambda arguments: flash_decoding(**arguments, **problem.heads.options, implementation=name))
+    """The schedule is part of the arguments: a step makes one for all of its layers."""
+
+    def prepare(arguments: Arguments) -> Arguments:
+        q, k, _, *rest = (arguments[argument] for argument in (*_PAGED, "lengths_B"))
+        return arguments | {"schedule": plan(q, k, *rest, window=problem.heads.window, implementation=name)}
+
+    call = lambda arguments: flash_decoding(**arguments, **problem.heads.options, implementation=name)  # noqa: E731
+    return Run(call, prepare)
+
+
+def configured(problem: Problem, config: Config) -> Run:
+    def call(arguments: Arguments) -> jax.Array:
+        q_BQNH, k_PSKH, v_PSKH, table_BJ, lengths_B = (arguments[name] for name in (*_PAGED, "lengths_B"))
+        kv = PagedKV(k_PSKH, v_PSKH, arguments.get("k_scales_PKS"), arguments.get("v_scales_PKS"))
+        options, sinks_N = Options(**problem.heads.options), arguments.get("sinks_N")
+        return mosaic_gpu.flash_decoding(q_BQNH, kv, table_BJ, lengths_B, sinks_N, options, config=config)[0]
+
+    return Run(call)
+
+
+def candidates(problem: Problem) -> list[Config]:
+    size = shape_of(problem), dispatch.multiprocessors()
+    return list(dict.fromkeys([choice.choose(*size), *choice.candidates(*size)]))
+
+
+def shape_of(problem: Problem) -> Shape:
+    arguments = jax.eval_shape(lambda key: problem.inputs(key, _DTYPE), jax.random.key(0))
+    q_BQNH, k_PSKH, v_PSKH, table_BJ, _ = arguments
+    return Shape.of(q_BQNH, PagedKV(k_PSKH, v_PSKH), table_BJ)
 
 
 def cudnn(problem: Problem) -> Run:
@@ -66,8 +100,10 @@ def _mask(problem: Problem) -> dict[str, Any]:
 
 
 def _peers(problem: Problem) -> tuple[str, ...]:
-    """A peer without pages has one figure for each shape, beside that of pages of 64."""
-    return ("xla", "cudnn", "cudnn_paged", "tokamax") if problem.page_size == 64 else ("xla", "cudnn_paged")
+    """A peer without pages has one figure for each shape, beside that of pages of 64; XLA gathers what it reads."""
+    if problem.page_size != 64:
+        return ("cudnn_paged",)
+    return attention.installed("xla", "cudnn", "cudnn_paged", "tokamax")
 
 
 _IMPLEMENTATIONS: dict[str, Callable[[Problem], Run]] = {
@@ -79,7 +115,7 @@ _IMPLEMENTATIONS: dict[str, Callable[[Problem], Run]] = {
 OP = Op(
     name="flash_decoding",
     problems=PROBLEMS,
-    arguments=lambda problem, key: problem.arguments(key, jnp.dtype(jnp.bfloat16)),
+    arguments=lambda problem, key: problem.arguments(key, _DTYPE),
     implementations=_IMPLEMENTATIONS,
     peers=_peers,
     unit="TB/s",
@@ -91,4 +127,10 @@ OP = Op(
         131072: "llama-3-8b 1x131072",
     },
     curve_label="keys of one sequence",
+    tuning=Tuning(
+        path=choice.TUNED,
+        key=lambda problem: choice.tuning_key(shape_of(problem)),
+        candidates=candidates,
+        configured=configured,
+    ),
 )

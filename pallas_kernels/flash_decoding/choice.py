@@ -1,0 +1,61 @@
+"""Which config a problem gets: the shared memory that one takes, those that fit, and the choice among them."""
+
+import itertools
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import tuned
+from pallas_kernels.blockwise import ceil_div
+from pallas_kernels.flash_decoding.config import Config
+from pallas_kernels.flash_decoding.shared import scratch_memory
+from pallas_kernels.flash_decoding.units import Shape
+
+SHARED_MEMORY = 227 * 1024  # bytes that one CTA can have on Hopper
+ALIGNMENT = 1024  # of every buffer
+TUNED = Path(__file__).with_name("tuned.json")
+
+
+def shared_memory(shape: Shape, config: Config) -> int:
+    """Bytes of shared memory of one CTA; ALIGNMENT stands for all barriers, and for what reductions need."""
+
+    def size(buffer) -> int:
+        if isinstance(buffer, plgpu.Barrier):
+            return 0
+        if isinstance(buffer, plgpu.RefUnion):
+            return max(map(size, buffer.refs))
+        return ceil_div(math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize, ALIGNMENT) * ALIGNMENT
+
+    kinds = (plgpu.Barrier, plgpu.RefUnion)
+    buffers = jax.tree.leaves(scratch_memory(shape, config), is_leaf=lambda x: isinstance(x, kinds))
+    return 2 * ALIGNMENT + sum(map(size, buffers))
+
+
+def tuning_key(shape: Shape) -> str:
+    return f"H={shape.head_size} of {8 * shape.kv_dtype.itemsize} bits"
+
+
+def candidates(shape: Shape, multiprocessors: int) -> list[Config]:
+    """What a search should time: all that fit."""
+    sizes = itertools.product((2, 4, 6, 8, 10), (1, 2), (1, 2))
+    found = (Config(multiprocessors, stages, buffers, consumers) for stages, buffers, consumers in sizes)
+    return [config for config in found if shared_memory(shape, config) <= SHARED_MEMORY]
+
+
+def choose(shape: Shape, multiprocessors: int) -> Config:
+    """One CTA on every multiprocessor; the fastest sizes where some were measured, else as many stages as fit.
+
+    There may be no more CTAs than can run at once: some wait for others.
+    """
+    found = tuned.find(TUNED, tuning_key(shape))
+    if isinstance(found, dict):
+        config = replace(Config(**found), ctas=multiprocessors)
+        if shared_memory(shape, config) <= SHARED_MEMORY:  # it was measured with few query rows, and more take more
+            return config
+    most = 8 if shape.quantized else 6
+    wanted = (Config(multiprocessors, stages, buffers) for buffers in (2, 1) for stages in range(most, 0, -2))
+    return next(config for config in wanted if shared_memory(shape, config) <= SHARED_MEMORY)

@@ -1,0 +1,207 @@
+"""The row of products that a layer ends with, as one launch: interpreted, lowered at real shapes, and run on a GPU."""
+
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import dispatch
+from pallas_kernels.streaming_matmul import config as configs
+from pallas_kernels.streaming_matmul import mosaic_gpu, reference, streaming_mlp, takes_mlp
+from pallas_kernels.streaming_matmul.config import MLPConfig, Shape
+from pallas_kernels.streaming_matmul.mlp import MLPArguments, compose, products
+from tests.pallas_kernels.gpu_program import interpreted, lower
+
+LLAMA_3_8B = (4096, 14336, 4096)
+
+
+def arguments(tokens: int, D: int, F: int, E: int | None, dtype=jnp.bfloat16) -> MLPArguments:
+    keys = iter(jax.random.split(jax.random.key(tokens), 6))
+
+    def normal(*shape: int, depth: int = 1) -> jax.Array:
+        return (jax.random.normal(next(keys), shape, jnp.float32) * depth**-0.5).astype(dtype)
+
+    x, up, down = normal(tokens, D), normal(D, 2, F, depth=D), normal(F, D, depth=F)
+    scale = 1 + normal(D) / 4
+    attended, o = (None, None) if E is None else (normal(tokens, E), normal(E, D, depth=E))
+    return MLPArguments(x, up, down, scale, attended, o, 1e-5)
+
+
+def call(given: MLPArguments, implementation: str) -> jax.Array:
+    return streaming_mlp(
+        given.x_MD,
+        given.up_DcF,
+        given.down_FD,
+        norm_scale_D=given.norm_scale_D,
+        norm_eps=given.norm_eps,
+        attended_ME=given.attended_ME,
+        o_ED=given.o_ED,
+        implementation=implementation,
+    )
+
+
+def exact(given: MLPArguments, rounded: bool) -> np.ndarray:
+    """In float64; `rounded` once after every product, and the normed x, to the dtype of x, as every implementation
+    that passes them on in that dtype must."""
+
+    def kept(x: np.ndarray) -> np.ndarray:
+        return np.asarray(jnp.asarray(x).astype(given.x_MD.dtype), np.float64) if rounded else x
+
+    x, up, down, scale, attended, o = (
+        None if array is None else np.asarray(array, np.float64)
+        for array in (given.x_MD, given.up_DcF, given.down_FD, given.norm_scale_D, given.attended_ME, given.o_ED)
+    )
+    h = x if o is None else kept(x + attended @ o)
+    normed = kept(h / np.sqrt((h * h).mean(-1, keepdims=True) + given.norm_eps) * scale)
+    gate, up = np.moveaxis(np.einsum("MD,DcF->McF", normed, up), 1, 0)
+    return kept(h + kept(gate / (1 + np.exp(-gate)) * up) @ down)
+
+
+def rms(x: np.ndarray) -> float:
+    return float(np.sqrt((np.asarray(x, np.float64) ** 2).mean()))
+
+
+# Tokens, D, F, E and stages; on a cluster of two blocks, so that of some products every block has several rounds.
+INTERPRETED = {
+    "one token": (1, 1024, 1024, 1024, 2),
+    "three stages, ragged columns, no projection before": (3, 1536, 1600, None, 3),
+    "two owners": (16, 1024, 1088, 1536, 2),
+}
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted_is_as_exact_as_its_roundings(name):
+    *sizes, stages = INTERPRETED[name]
+    given = arguments(*sizes)
+    with interpreted():
+        found = jax.block_until_ready(mosaic_gpu.streaming_mlp(given, config=MLPConfig(stages, 1, exchange="gmem")))
+    true = exact(given, rounded=False)
+    assert rms(np.asarray(found, np.float64) - true) <= 1.1 * rms(exact(given, rounded=True) - true)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("E", [None, 96])
+def test_other_implementations_equal_float64(implementation, E):
+    given = arguments(5, 128, 192, E, jnp.float32)
+    np.testing.assert_allclose(call(given, implementation), exact(given, rounded=False), atol=2e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 20, 32])
+@pytest.mark.parametrize("sizes", [LLAMA_3_8B, (8192, 28672, 8192), (3584, 18944, None)])
+def test_real_shapes_lower_without_a_copy_of_a_weight(tokens, sizes):
+    given = jax.eval_shape(lambda: arguments(tokens, *sizes))
+    text = lower(call, given, implementation="mosaic_gpu")
+    assert text.count("mosaic_gpu") >= 1
+    assert not re.search("stablehlo.(transpose|dot_general)", text)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 32])
+def test_all_blocks_fit_the_card_and_most_work_all_the_time(tokens):
+    shapes = [Shape.of(product) for product in products(jax.eval_shape(lambda: arguments(tokens, *LLAMA_3_8B)))]
+    config = configs.mlp_config_for(shapes)
+    assert config is not None
+    config.check(shapes)
+    assert 2 * config.clusters <= configs.SMS
+    tiles = sum(c.tiles(shape) * c.steps(shape) * c.split for c, shape in zip(config.of(shapes), shapes, strict=True))
+    assert tiles / (2 * config.clusters * config.steps(shapes)) >= 0.9
+
+
+def test_shared_memory_is_what_the_launch_takes(monkeypatch):
+    """The compiler tells what it would take when that is too much."""
+    given = jax.eval_shape(lambda: arguments(16, 16384, 32768, 16384))
+    config = MLPConfig(stages=16, clusters=64)
+    monkeypatch.setattr(configs, "SMEM_OF_BLOCK", 1 << 30)
+    with pytest.raises(ValueError, match="exceeds available shared memory") as error:
+        lower(lambda given: mosaic_gpu.streaming_mlp(given, config=config), given)
+    (taken,) = re.findall(r"\bsmem_bytes=(\d+)", str(error.value))
+    shapes = [Shape.of(product) for product in products(given)]
+    counted = configs.smem_bytes(*zip(config.of(shapes), shapes, strict=True))
+    assert counted - configs.SMEM_OVERHEAD <= int(taken) <= counted
+
+
+def floats(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+GIVEN = {
+    "x_MD": floats(3, 1024),
+    "up_DcF": floats(1024, 2, 2048),
+    "down_FD": floats(2048, 1024),
+    "norm_scale_D": floats(1024),
+    "attended_ME": floats(3, 1024),
+    "o_ED": floats(1024, 1024),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x_MD": floats(3, 1, 1024)}, r"x.shape .*the axes MD"),
+        ({"up_DcF": floats(1024, 4096)}, r"up.shape .*the axes DcF"),
+        ({"up_DcF": floats(1024, 3, 2048)}, r"up.shape .*\(1024, 2, 2048\)"),
+        ({"down_FD": floats(1024, 1024)}, r"down.shape .*\(2048, 1024\)"),
+        ({"norm_scale_D": floats(512)}, r"norm_scale.shape .*\(1024,\)"),
+        ({"o_ED": None}, "attended is an array; allowed: an array with o, None without"),
+        ({"attended_ME": None}, "attended is None; allowed: an array with o, None without"),
+        ({"attended_ME": floats(4, 1024)}, r"attended.shape .*\(3, 1024\)"),
+        ({"o_ED": floats(1024, 512)}, r"o.shape .*\(1024, 1024\)"),
+        ({"down_FD": floats(2048, 1024, dtype=jnp.float32)}, "down.dtype is float32; allowed: bfloat16, as x"),
+        ({"norm_eps": -1.0}, "norm_eps is -1.0"),
+        ({"implementation": "cuda"}, "implementation='cuda' of streaming_mlp does not exist"),
+    ],
+)
+def test_a_wrong_argument_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(change)
+
+
+def evaluate(change: dict) -> jax.ShapeDtypeStruct:
+    given = GIVEN | change
+    static = {name: value for name, value in given.items() if name in ("norm_eps", "implementation")}
+    arrays = {name: value for name, value in given.items() if name not in static}
+    return jax.eval_shape(lambda arrays: streaming_mlp(**arrays, **static), arrays)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x_MD": floats(33, 1024), "attended_ME": floats(33, 1024)}, "33 tokens; at most 32"),
+        (
+            {"up_DcF": floats(1024, 2, 512), "down_FD": floats(512, 1024)},
+            r"F is 512; at least 1024, two tiles for each of two blocks",
+        ),
+    ],
+)
+def test_the_kernel_says_what_it_does_not_take(change, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(change | {"implementation": "mosaic_gpu"})
+    assert evaluate(change).shape == (GIVEN | change)["x_MD"].shape  # auto: XLA
+
+
+def test_the_kernel_is_what_auto_takes_on_a_hopper_gpu(monkeypatch):
+    x, up, down, scale, attended, o = GIVEN.values()
+    options = {"norm_scale_D": scale, "attended_ME": attended, "o_ED": o}
+    assert not takes_mlp(x, up, down, **options)
+    monkeypatch.setattr(dispatch, "compute_capability", lambda: dispatch.HOPPER)
+    assert takes_mlp(x, up, down, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 3, 8, 16, 20, 32])
+@pytest.mark.parametrize("sizes", [LLAMA_3_8B, (3584, 18944, None), (8192, 4096, 2048)])
+def test_on_a_gpu_as_exact_as_its_roundings_and_the_same_every_time(tokens, sizes):
+    given = jax.jit(lambda: arguments(tokens, *sizes))()
+    run = jax.jit(lambda given: [mosaic_gpu.streaming_mlp(given) for _ in range(3)])
+    first, second, third = (np.asarray(y, np.float64) for y in run(given))
+    true = np.asarray(compose(reference.streaming_matmul, in_float32(given)), np.float64)
+    apart = np.asarray(compose(mosaic_gpu.streaming_matmul, given), np.float64)
+    assert rms(first - true) <= 1.1 * rms(apart - true)
+    np.testing.assert_array_equal(second, first)
+    np.testing.assert_array_equal(third, first)
+
+
+def in_float32(given: MLPArguments) -> MLPArguments:
+    return replace(jax.tree.map(lambda array: array.astype(jnp.float32), given), norm_eps=given.norm_eps)
