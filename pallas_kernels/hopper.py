@@ -60,6 +60,11 @@ def _words(register: ir.Value) -> list[ir.Value]:
     return [utils.bitcast(vector.extract(register, [], [i]), i32) for i in range(length)]
 
 
+def untiled(ref: Any) -> None:
+    """Says that shared memory is in plain rows: what is not said to be in tiles may still be, as Mosaic GPU likes."""
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(lambda _, ref: None)(ref)
+
+
 def meet(counter_ref: Any, blocks: int) -> None:
     """Waits until `blocks` blocks, all of the launch, are here; each then sees what the others have written before.
 

@@ -16,8 +16,9 @@ from pallas_kernels.blockwise import Options, PagedKV
 
 MAX_SHARED_BYTES = 227 * 1024  # of a block on Hopper
 ALIGNMENT = 1024  # of every buffer
+TMA_ALIGNMENT = 128  # in shared memory
 CONSUMERS = 2  # warpgroups that compute
-HEAD_SIZES = (64, 128, 256)
+HEAD_SIZES = (64, 96, 128, 256)
 DTYPES = ("bfloat16", "float16")
 QUANTIZED_DTYPES = ("int8", "float8_e4m3fn")
 
@@ -118,7 +119,7 @@ def scratch(config: Config, head_size: int, page_size: int, dtype: jnp.dtype, kv
     quantized, stages = kv_dtype != dtype, config.stages
     kv = _swizzled((stages, config.block_kv, head_size), dtype)
     kv_full = plgpu.Barrier(num_arrivals=config.copies(page_size), num_barriers=stages)
-    out_columns = head_size if head_size <= (64 if quantized else 128) else 64
+    out_columns = head_size if head_size <= (96 if quantized else 128) else 64
     types = {
         "q": _swizzled((config.tile_rows, head_size), dtype),
         "k": kv,
@@ -126,7 +127,7 @@ def scratch(config: Config, head_size: int, page_size: int, dtype: jnp.dtype, kv
         "q_full": plgpu.Barrier(),
         "k_full": kv_full,
         "v_full": kv_full,
-        "out": _swizzled((CONSUMERS, config.block_q, out_columns), dtype, rows=1),
+        "out": _rows((CONSUMERS, config.block_q, out_columns), dtype),
         "lse": plgpu.SMEM((CONSUMERS, config.block_q), jnp.float32),
     }
     if quantized:
@@ -151,6 +152,12 @@ def shared_bytes(types: dict) -> int:
     buffers = jax.tree.leaves(types, is_leaf=lambda x: isinstance(x, plgpu.Barrier))
     sizes = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in buffers if not isinstance(x, plgpu.Barrier))
     return ALIGNMENT + sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+
+
+def _rows(shape: tuple[int, ...], dtype: jnp.dtype):
+    """Memory of which single rows are copied: swizzled where each begins at a multiple of TMA's 128 bytes."""
+    aligned = shape[-1] * dtype.itemsize % TMA_ALIGNMENT == 0
+    return _swizzled(shape, dtype, rows=1) if aligned else plgpu.SMEM(shape, dtype)
 
 
 def _swizzled(shape: tuple[int, ...], dtype: jnp.dtype, rows: int = 8):

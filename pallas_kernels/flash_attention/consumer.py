@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper
 from pallas_kernels.blockwise import LOWEST, Options
 from pallas_kernels.flash_attention import schedule
-from pallas_kernels.flash_attention.config import CONSUMERS
+from pallas_kernels.flash_attention.config import CONSUMERS, TMA_ALIGNMENT
 from pallas_kernels.flash_attention.schedule import ROW_ALIGNMENT, Blocks, Tile
 from pallas_kernels.flash_attention.shared import LOG2E, Problem, Refs, Signal, Signals
 
@@ -56,7 +56,7 @@ def compute(
     attend = partial(_attend, problem, smem, signals, warpgroup, tile, keys, row + tile.shift, done, start)
     softmax = lax.cond(keys.total > 0, attend, nothing_seen)
     out_QH, lse_Q = _finish(softmax, None if refs.sinks is None else refs.sinks[head])
-    _store(smem, refs, warpgroup, tile, row, head, out_QH, lse_Q)
+    _store(problem, smem, refs, warpgroup, tile, row, head, out_QH, lse_Q)
 
 
 def _attend(problem, smem, signals, warpgroup, tile, keys: Blocks, position, done, start: Softmax) -> Softmax:
@@ -251,13 +251,15 @@ def _finish(softmax: Softmax, sink) -> tuple[jax.Array, jax.Array]:
     return values_QH * lax.broadcast_in_dim(factor_Q, values_QH.shape, [0]), lse_Q
 
 
-def _store(smem, refs: Refs, warpgroup, tile: Tile, row, head, out_QH, lse_Q) -> None:
+def _store(problem: Problem, smem, refs: Refs, warpgroup, tile: Tile, row, head, out_QH, lse_Q) -> None:
     """Writes the rows that are the sequence's own: all in one copy, or one by one next to another sequence."""
     rows, H = out_QH.shape
     out, lse = smem["out"].at[warpgroup], smem["lse"].at[warpgroup]
     own_all = (row >= tile.start) & (row + rows <= tile.end)
     first, end = jnp.clip(tile.start - row, 0, rows), jnp.clip(tile.end - row, 0, rows)
     width = out.shape[1]
+    if width * out.dtype.itemsize % TMA_ALIGNMENT and not problem.config.interpretable:
+        hopper.untiled(out)  # a row is then copied as so many bytes, which need no more than 16 for alignment
     for column in range(0, H, width):
         target = refs.out.at[:, pl.ds(head * H + column, width)]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -48,7 +48,8 @@ def flash_decoding(
     keys up to its own, or with a tree mask those on its own path.
 
     Args:
-      q_BQNH: float32, bfloat16 or float16.
+      q_BQNH: float32, bfloat16 or float16. For quantized pages the kernel takes it as float16 in units of 1 (float16)
+        or 16 (bfloat16): a component of 2^20 or more becomes infinite.
       page_table_BJ: int32, pages within the pool; what unused columns name is never seen.
       lengths_B: int32, keys per slot; 0 marks an empty slot. A query before position 0 gets output 0.
       tree_mask_BQW: uint32 or int32, with W = ceil(Q / 32) and Q at most 128: drafted tokens that form a tree. Bit j

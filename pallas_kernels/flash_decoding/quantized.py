@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src.lib.mlir.dialects import arith, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import FragmentedArray, utils
 from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT, TiledLayout
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, vector
 
 from pallas_kernels.flash_decoding.config import TILE_KEYS
 
