@@ -219,8 +219,9 @@ def _leave(blocks: Sequence[Block]) -> None:
     if block.reuses_inbox:
         _if(_has_sent(blocks))(lambda: plgpu.barrier_wait(block.smem.inbox_free))
     if last > 0 and block.config.exchange != "gmem":
+        is_first = (lax.axis_index("cluster") == 0) & (lax.axis_index("part") == 0)
 
-        @pl.when((lax.axis_index("cluster") == 0) & (block.part == 0))
+        @pl.when(is_first)
         def _():
             # Every block has left the last meeting, so nobody reads the counters any more.
             hopper.count_out(block.gmem.counters.at[last], block.blocks)
