@@ -65,6 +65,11 @@ class Subject:
     machine: Hardware
     ceilings: Hardware
 
+    @property
+    def plan(self) -> str:
+        """What the predictions for this attention are called."""
+        return "plan with XLA attention" if self.attention == "xla" else "plan"
+
 
 class Bench:
     """One model in one layout: `slots` sequences of up to `length` tokens."""
@@ -139,7 +144,7 @@ def run_decode(subject: Subject, batch: int) -> list[Record]:
     return [
         Record(case, subject.attention, "decode", batch / step, "tok/s", fraction),
         Record(case, subject.attention, "decode step", step * 1e3, "ms", fraction),
-        Record(case, "plan", "decode step", predicted.predict(subject.machine) * 1e3, "ms"),
+        Record(case, subject.plan, "decode step", predicted.predict(subject.machine) * 1e3, "ms"),
         *memory_records(case, bench),
     ]
 
@@ -151,7 +156,7 @@ def memory_records(case: str, bench: Bench) -> list[Record]:
     cache = pages * sum(page_bytes(config, window, bench.layout.page_size, BF16) for window in config.windows)
     planned = weight_memory(config, BF16) + cache
     measured = [Record(case, "device", "memory in use", stats["bytes_in_use"] / 1e9, "GB")] if stats else []
-    return [*measured, Record(case, "plan", "memory in use", planned / 1e9, "GB")]
+    return [*measured, Record(case, bench.subject.plan, "memory in use", planned / 1e9, "GB")]
 
 
 def run_first_token(subject: Subject, tokens: int) -> list[Record]:
@@ -163,7 +168,7 @@ def run_first_token(subject: Subject, tokens: int) -> list[Record]:
     case = f"{subject.name} prompt {tokens}"
     return [
         Record(case, subject.attention, "first token", seconds * 1e3, "ms", fraction),
-        Record(case, "plan", "first token", predicted.predict(subject.machine) * 1e3, "ms"),
+        Record(case, subject.plan, "first token", predicted.predict(subject.machine) * 1e3, "ms"),
     ]
 
 

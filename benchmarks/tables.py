@@ -2,7 +2,8 @@
 
     python -m benchmarks.tables
 
-A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. Its figures come from the records of a file that
+A table stands between `<!-- table: NAME -->` and `<!-- /table -->`; that of another card than the H200 is named
+`CARD/NAME`, by the folder of its results. Its figures come from the records of a file that
 a benchmark writes, and of one beside it with other systems' figures, which stand only where there are our own. The
 marked table `sources` states the environment of each file, its `what` without the key.
 """
@@ -26,8 +27,8 @@ FILES = (
 NAMES = {
     "mosaic_gpu": "**jaxinfer**",
     "xla": "**jaxinfer**, XLA attention",
-    "plan with the kernels": "*predicted by `jaxinfer plan`*",
-    "plan": "*predicted by `jaxinfer plan`, XLA attention*",
+    "plan": "*predicted by `jaxinfer plan`*",
+    "plan with XLA attention": "*predicted by `jaxinfer plan`, XLA attention*",
 }
 KERNEL_NAMES = {
     "mosaic_gpu": "**jaxinfer**",
@@ -80,6 +81,7 @@ ROW = {
 MATMUL = {f"streaming_matmul llama-3-8b {x}": x for x in ("qkv", "o", "up", "down", "head")}
 SHUFFLED, PAGES_OF_16 = {"": "", " shuffled": ", shuffled pages of 64"}, {"": "", " pages of 16": ", pages of 16"}
 TOKENS = {f" M={M}": f", {M} token{'s' * (M > 1)}" for M in (1, 16, 64)}
+SOURCES = "sources"
 TABLES = {
     "decode": Table("decode", "tokens/s", BATCHES),
     "decode-step": Table("decode step", "ms a step", BATCHES),
@@ -97,18 +99,28 @@ def main() -> None:
 
 
 def render(text: str, folder: Path) -> str:
-    """The text with every marked table made from the results in `folder`; a file that is missing adds no rows.
+    """The text with every marked table made from the results in `folder`, or in the one beside it that a mark names; a
+    file that is missing adds no rows.
 
     Raises:
         ValueError: the text marks a table that is not known.
     """
+
+    def table(match: re.Match[str]) -> str:
+        card, _, name = match[2].rpartition("/")
+        if name not in (*TABLES, SOURCES):
+            raise ValueError(f"the text marks table {name!r}; known are {', '.join((*TABLES, SOURCES))}")
+        return match[1] + section(name, folder.parent / card if card else folder) + match[3]
+
+    return _MARKED.sub(table, text)
+
+
+def section(name: str, folder: Path) -> str:
+    """One table of one card, or where all of its figures come from."""
     files = [part for names in FILES for part in read(folder, *names)]
-    records = [Record(**record) for part in files for record in part["records"]]
-    sections = {name: markdown(table, records) for name, table in TABLES.items()}
-    sections["sources"] = "".join(describe(part["environment"]) for part in files)
-    if unknown := {match[2] for match in _MARKED.finditer(text)} - sections.keys():
-        raise ValueError(f"the text marks tables {sorted(unknown)}; known are {', '.join(sections)}")
-    return _MARKED.sub(lambda match: match[1] + sections[match[2]] + match[3], text)
+    if name == SOURCES:
+        return "".join(describe(part["environment"]) for part in files)
+    return markdown(TABLES[name], [Record(**record) for part in files for record in part["records"]])
 
 
 def read(folder: Path, ours: str, *others: str) -> list[dict[str, Any]]:

@@ -6,21 +6,22 @@ import pytest
 
 from benchmarks.record import RESULTS
 
-FILES = {path.parent.name: json.loads(path.read_text())["records"] for path in sorted(RESULTS.glob("*/decode.json"))}
+FILES = {
+    f"{path.parent.name} {path.stem}": json.loads(path.read_text())["records"]
+    for path in sorted(RESULTS.glob("*/decode*.json"))
+}
 
 
 def pairs(metric: str, found_by: str | None = None) -> list:
-    """Planned and measured figures of a metric, by card and case; measured by whichever attention ran, or as named."""
+    """Planned and measured figures of a metric, by file and case; measured by whichever attention ran, or as named."""
     found = []
-    for card, records in FILES.items():
+    for file, records in FILES.items():
         by_case: dict[str, dict[bool, float]] = {}
         for record in records:
-            if record["metric"] == metric and record["implementation"] in (
-                "plan",
-                found_by or record["implementation"],
-            ):
-                by_case.setdefault(record["case"], {})[record["implementation"] == "plan"] = record["value"]
-        found += [pytest.param(of[True], of[False], id=f"{card} {case}") for case, of in by_case.items()]
+            planned = record["implementation"].startswith("plan")
+            if record["metric"] == metric and (planned or found_by in (None, record["implementation"])):
+                by_case.setdefault(record["case"], {})[planned] = record["value"]
+        found += [pytest.param(of[True], of[False], id=f"{file} {case}") for case, of in by_case.items()]
     return found
 
 
