@@ -22,7 +22,10 @@ def test_tables_are_made_from_the_results():
 
 
 def test_every_table_is_shown():
-    assert set(re.findall(r"<!-- table: (\S+) -->", TEXT)) == {*TABLES, "sources"}
+    """Of other cards than the H200, only some."""
+    shown = set(re.findall(r"<!-- table: (\S+) -->", TEXT))
+    assert {name for name in shown if "/" not in name} == {*TABLES, "sources"}
+    assert {name.rpartition("/")[2] for name in shown} == {*TABLES, "sources"}
 
 
 def test_every_family_is_listed():
@@ -67,7 +70,7 @@ def test_a_table_follows_its_file(tmp_path, value, cell):
 
 
 def test_an_unknown_table_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"\['speed'\]; known are decode, "):
+    with pytest.raises(ValueError, match="'speed'; known are decode, "):
         render("<!-- table: speed -->\n<!-- /table -->\n", tmp_path)
 
 
