@@ -60,9 +60,16 @@ def _words(register: ir.Value) -> list[ir.Value]:
     return [utils.bitcast(vector.extract(register, [], [i]), i32) for i in range(length)]
 
 
-def untiled(ref: Any) -> None:
-    """Says that shared memory is in plain rows: what is not said to be in tiles may still be, as Mosaic GPU likes."""
-    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(lambda _, ref: None)(ref)
+def store_in_rows(x: jax.Array, ref: Any, layout: Any = plgpu.Layout.WGMMA) -> None:
+    """Writes to shared memory in plain rows: what is not said to be in tiles may still be, as Mosaic GPU likes.
+
+    Threads of a warp may meet in a bank of it.
+    """
+
+    def instruction(_, x, ref):
+        x.store_untiled(ref, optimized=False)
+
+    plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()))(instruction)(x, ref)
 
 
 def meet(counter_ref: Any, blocks: int) -> None:

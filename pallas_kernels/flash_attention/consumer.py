@@ -258,12 +258,16 @@ def _store(problem: Problem, smem, refs: Refs, warpgroup, tile: Tile, row, head,
     own_all = (row >= tile.start) & (row + rows <= tile.end)
     first, end = jnp.clip(tile.start - row, 0, rows), jnp.clip(tile.end - row, 0, rows)
     width = out.shape[1]
-    if width * out.dtype.itemsize % TMA_ALIGNMENT and not problem.config.interpretable:
-        hopper.untiled(out)  # a row is then copied as so many bytes, which need no more than 16 for alignment
+    # A row that TMA could not copy from where it lies is in no tiles, and copied as so many bytes.
+    in_rows = width * out.dtype.itemsize % TMA_ALIGNMENT > 0 and not problem.config.interpretable
     for column in range(0, H, width):
         target = refs.out.at[:, pl.ds(head * H + column, width)]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        out[...] = out_QH[:, column : column + width].astype(out.dtype)
+        values = out_QH[:, column : column + width].astype(out.dtype)
+        if in_rows:
+            hopper.store_in_rows(values, out)
+        else:
+            out[...] = values
         if column == 0:
             lse[...] = lse_Q
         plgpu.commit_smem()

@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper
 from pallas_kernels.blockwise import LOWEST, Options
 from pallas_kernels.flash_decoding import quantized
 from pallas_kernels.flash_decoding.config import ROWS, TILE_KEYS, Config
@@ -343,7 +344,10 @@ def _store(
     def _():
         cta = lax.axis_index("cta")
         index = partial_index(cta, part.done == 0, config.ctas)
-        part_smem[...] = out
+        if shape.quantized and not config.interpretable:
+            hopper.store_in_rows(out, part_smem)  # as `quantized.store_by_row` has it
+        else:
+            part_smem[...] = out
         lse_smem[...] = lse
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(part_smem.at[rows], outputs.part.at[index, :, pl.ds(0, shape.head_size)])
