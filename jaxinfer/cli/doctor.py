@@ -46,14 +46,18 @@ def devices() -> Table:
 
 def kernels() -> Table:
     """What `auto` runs for each op here, and why not something else."""
-    from pallas_kernels import dispatch, flash_attention, flash_decoding
+    from pallas_kernels import dispatch, flash_attention, flash_decoding, streaming_matmul
 
-    ops = {"flash_attention": flash_attention, "flash_decoding": flash_decoding}
+    ops = {
+        "flash_attention": flash_attention.IMPLEMENTATIONS,
+        "flash_decoding": flash_decoding.IMPLEMENTATIONS,
+        "streaming_matmul": streaming_matmul.IMPLEMENTATIONS,
+        "streaming_mlp": streaming_matmul.MLP_IMPLEMENTATIONS,
+    }
     table = Table("op", "runs", "by name only", "why", title="Kernels")
-    runs, why = dispatch.automatic()
-    for name, op in ops.items():
-        others = [label for label in op.IMPLEMENTATIONS if label != runs]
-        table.add_row(name, runs, ", ".join(others), why)
+    for op, implementations in ops.items():
+        runs, why = dispatch.automatic({name: None for name in dispatch.PLAIN_ATTENTION if name in implementations})
+        table.add_row(op, runs, ", ".join(name for name in implementations if name != runs), why)
     return table
 
 
