@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jaxinfer.roofline import Hardware, find_by_device
 
 _DTYPES = {"bf16": jnp.bfloat16, "fp32": jnp.float32}
-_ARRAY_BYTES = {"cpu": 2**26, "gpu": 2**30, "tpu": 2**30}  # far beyond the caches, and soon done
+_ARRAY_BYTES = {"cpu": 2**26, "gpu": 2**32, "tpu": 2**32}  # far beyond the caches, and soon done
 _MATMUL_SIZES = {"cpu": {"bf16": 512, "fp32": 512}}
 _LARGE_MATMULS = {"bf16": 8192, "fp32": 4096}
 _CHAIN = 64  # matmuls too small to take time, one after the other
@@ -45,7 +46,9 @@ def host_memory() -> int:
 
 def _bandwidth(platform: str) -> float:
     """Bytes per second of the better of a sum, which reads, and a negated copy, which reads and writes."""
-    size = _ARRAY_BYTES[platform]
+    stats = jax.devices()[0].memory_stats()
+    free = stats["bytes_limit"] - stats["bytes_in_use"] if stats and "bytes_limit" in stats else math.inf
+    size = int(min(_ARRAY_BYTES[platform], free // 4))  # beside the copy, and whatever a program holds here
     x_D = jnp.ones(size // 4, jnp.float32)
     read = _seconds(jax.jit(lambda total, x_D: total + jnp.sum(x_D)), jnp.float32(0), x_D)
     copy = _seconds(jax.jit(jnp.negative), x_D)

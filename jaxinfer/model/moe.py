@@ -72,16 +72,23 @@ def run_few(
     weights_TX: jax.Array,
     experts_TX: jax.Array,
 ) -> jax.Array:
-    """One product per choice of a token, reading the chosen expert alone; float32 sum over a token's choices."""
+    """One product per choice of a token, reading the chosen expert alone; float32 sum over a token's choices.
+
+    `first`, the index of the first expert held, is traced on several devices: another device's expert costs nothing.
+    """
     held = stacks["up"].shape[0]
     rows = []
     for token in range(x_TD.shape[0]):
         total_D = jnp.zeros(x_TD.shape[1], jnp.float32)
         for choice in range(experts_TX.shape[1]):
             local = experts_TX[token, choice] - first
-            here = (local >= 0) & (local < held)
-            y_D = _expert(config, reduce_einsum, x_TD[token : token + 1], stacks, jnp.clip(local, 0, held - 1))[0]
-            total_D = total_D + jnp.where(here, y_D.astype(jnp.float32) * weights_TX[token, choice], 0.0)
+            run = partial(_expert, config, reduce_einsum, x_TD[token : token + 1], stacks)
+            if isinstance(first, int):
+                y_TD = run(local)
+            else:
+                here = (local >= 0) & (local < held)
+                y_TD = jax.lax.cond(here, run, lambda _: jnp.zeros_like(x_TD[:1]), local)
+            total_D = total_D + y_TD[0].astype(jnp.float32) * weights_TX[token, choice]
         rows.append(total_D)
     return jnp.stack(rows).astype(x_TD.dtype)
 

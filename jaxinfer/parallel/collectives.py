@@ -64,12 +64,12 @@ def expert_parallel(local: Callable[..., jax.Array], experts: Any, *replicated: 
     """The sum over devices of `local(first_expert, experts, *replicated)`.
 
     `experts` is a pytree of arrays sharded over their first axis, E; `first_expert` is the index, among all experts,
-    of the first one that a device holds.
+    of the first one that a device holds; on one device it is the number 0.
     """
 
     def summed(experts, *replicated):
-        per_device = jax.tree.leaves(experts)[0].shape[0]
-        first = jax.lax.axis_index(TENSOR) * per_device
+        per_device, alone = jax.tree.leaves(experts)[0].shape[0], jax.lax.axis_size(TENSOR) == 1
+        first = 0 if alone else jax.lax.axis_index(TENSOR) * per_device
         return jax.lax.psum(local(first, experts, *replicated), TENSOR)
 
     specs = (P(TENSOR), *(P() for _ in replicated))

@@ -173,6 +173,14 @@ def test_devices_add_up_to_the_whole(compute):
     np.testing.assert_allclose(halves[0] + halves[1], defined("gpt_oss", stacks, *rest), **CLOSE)
 
 
+def test_few_tokens_cost_nothing_where_their_experts_are_not():
+    """A branch for each choice, and no product outside of one."""
+    stacks, *rest = problem("gpt_oss")
+    half = {key: stack[: EXPERTS // 2] for key, stack in stacks.items()}
+    text = jax.jit(partial(run_few, CONFIGS["gpt_oss"])).lower(np.int32(0), half, *rest).as_text()
+    assert text.count("stablehlo.case") == rest[-1].size
+
+
 @pytest.mark.parametrize("tokens", [2, FEW_CHOICES // CHOICES + 1])
 def test_sharded_experts_equal_whole_ones(tokens):
     """Few tokens and many: each way is one of them."""

@@ -40,6 +40,12 @@ def test_planned_memory(planned, measured):
     assert planned == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*.json")), ids=lambda path: f"{path.parent.name} {path.stem}")
+def test_nothing_is_faster_than_its_limit(path):
+    fractions = [record.get("roofline_fraction") for record in json.loads(path.read_text())["records"]]
+    assert all(0 < fraction <= 1 for fraction in fractions if fraction is not None)
+
+
 def test_something_was_compared():
     assert len(pairs("decode step")) >= 4
     assert len(pairs("first token")) >= 3
