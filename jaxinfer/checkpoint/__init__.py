@@ -21,7 +21,8 @@ def load(folder: str | Path, model: Model) -> dict[str, jax.Array]:
 
     Raises:
         ValueError: the checkpoint is damaged or is not one of this model. Names the file, the tensors, and the
-            shapes expected and found; raised before a weight is read.
+            shapes expected and found; raised before a weight is read. Or a weight is NaN or infinite, which is known
+            when all are read; names the file and the tensors.
     """
     folder = Path(folder)
     return native.load(folder, model) if native.is_native(folder) else huggingface.load(folder, model)

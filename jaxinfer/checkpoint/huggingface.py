@@ -29,7 +29,7 @@ def load(folder: Path, model: Model, stored_dtypes: bool = False) -> dict[str, j
 
     Raises:
         ValueError: the checkpoint is damaged or is not one of this model; see `files.read_folder` and
-            `loading.plan`. No weight has been read by then.
+            `loading.plan`; no weight has been read by then. Or a weight is not finite; see `loading.load`.
     """
     config = model.config
     found = {

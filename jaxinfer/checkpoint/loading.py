@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -76,10 +77,8 @@ def plan(
         for name, tensor in found.items()
         if name not in expected
     ]
-    if rest := problems[_REPORTED:]:
-        problems = [*problems[:_REPORTED], f"and {len(rest)} more"]
     if problems:
-        raise ValueError("\n".join(problems))
+        _refuse(problems[:_REPORTED], len(problems))
     return [_as_stored(parameter) for parameter in planned] if stored_dtypes else planned
 
 
@@ -94,6 +93,12 @@ def _problems(store: Path, found: Mapping[str, Tensor], expected: Mapping[str, t
             yield f"{tensor.file}: tensor {tensor.name!r} has dtype {tensor.dtype}; expected one of {list(DTYPES)}"
 
 
+def _refuse(problems: list[str], count: int) -> NoReturn:
+    """Raises an error of the first of `count` problems."""
+    rest = count - len(problems)
+    raise ValueError("\n".join([*problems, f"and {rest} more"] if rest else problems))
+
+
 def _as_stored(parameter: Planned) -> Planned:
     """With the one dtype that holds every value of the parameter's tensors exactly."""
     dtype = jnp.result_type(*(DTYPES[tensor.dtype] for tensor in parameter.tensors))
@@ -101,20 +106,67 @@ def _as_stored(parameter: Planned) -> Planned:
 
 
 def load(planned: Iterable[Planned], read: Callable[[list[Planned]], dict[str, jax.Array]]) -> dict[str, jax.Array]:
-    """The planned parameters by path.
+    """The planned parameters by path, all of them finite.
 
     The largest come first: what a parameter needs for a moment beside itself then falls where the least is held.
 
     Args:
         read: gives the tensors of some parameters by their names in the store.
+
+    Raises:
+        ValueError: lists the tensors that hold NaN or infinity, with their file, and the parameters of another dtype
+            than their tensors that cannot hold them.
     """
     arrays: dict[str, jax.Array] = {}
-    for group in _grouped(sorted(planned, key=lambda parameter: parameter.size, reverse=True)):
-        tensors = read(group)
-        for parameter in group:
-            arrays[parameter.path] = parameter.assembly([tensors.pop(tensor.name) for tensor in parameter.tensors])
-        jax.block_until_ready([arrays[parameter.path] for parameter in group])
+    finite: list[jax.Array] = []
+    ordered = sorted(planned, key=lambda parameter: parameter.size, reverse=True)
+    for group in _grouped(ordered):
+        made = _make(group, read)
+        finite += map(_all_finite, made.values())
+        jax.block_until_ready(list(made.values()))
+        arrays |= made
+        del made
+    # The devices know as they go what is finite; the host asks once.
+    good = jax.device_get(finite)
+    if wrong := [parameter for parameter, is_finite in zip(ordered, good, strict=True) if not is_finite]:
+        arrays.clear()  # reading the wrong ones again needs room
+        finite.clear()
+        _refuse([_not_finite(parameter, read) for parameter in wrong[:_REPORTED]], len(wrong))
     return arrays
+
+
+def _make(group: list[Planned], read: Callable[[list[Planned]], dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    tensors = read(group)
+    return {
+        parameter.path: parameter.assembly([tensors.pop(tensor.name) for tensor in parameter.tensors])
+        for parameter in group
+    }
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    """Whether no element is NaN or infinite, on every device of `x`: each looks through the shard that it holds.
+
+    Zero times a finite number is zero, times any other NaN. XLA's CPU backend fuses this sum, except of float16; of
+    `isfinite` it would first write as many booleans, and its fast maximum loses NaN.
+    """
+    return jnp.sum(x * 0, dtype=jnp.float32) == 0
+
+
+def _not_finite(parameter: Planned, read: Callable[[list[Planned]], dict[str, jax.Array]]) -> str:
+    """Which of the parameter's tensors hold NaN or infinity; they are read again, for no one keeps them."""
+    read_again = read([parameter])
+    bad = [tensor for tensor in parameter.tensors if not _all_finite(read_again[tensor.name])]
+    if bad:
+        return "\n".join(
+            f"{tensor.file} is corrupt: tensor {tensor.name!r} of shape {tensor.shape} is not finite: "
+            "it holds NaN or infinity"
+            for tensor in bad
+        )
+    names = ", ".join(f"{tensor.file}: tensor {tensor.name!r}" for tensor in parameter.tensors)
+    return (
+        f"{names}: parameter {parameter.path!r} is not finite: its values are too large for {parameter.assembly.dtype}"
+    )
 
 
 def _grouped(planned: Iterable[Planned]) -> Iterator[list[Planned]]:

@@ -88,7 +88,8 @@ def load(folder: Path, model: Model) -> dict[str, jax.Array]:
     """The parameters of `model` by path, from our own checkpoint in `folder`.
 
     Raises:
-        ValueError: the checkpoint is damaged or is not one of this model; see `loading.plan`.
+        ValueError: the checkpoint is damaged or is not one of this model; see `loading.plan` and
+            `loading.load`.
     """
     _check_sizes(folder)
     rules = {path: Rule(forms.SAME, (path,)) for path in model.parameters}

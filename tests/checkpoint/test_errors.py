@@ -5,11 +5,13 @@ import re
 import struct
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxinfer import checkpoint
+from jaxinfer.checkpoint import loading
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 
@@ -174,3 +176,65 @@ def test_tensor_in_another_file_than_the_index_says(folder, sharded):
 def test_tensor_in_two_files(folder, sharded):
     save_file(load_file(folder / "a.safetensors") | load_file(folder / "b.safetensors"), folder / "b.safetensors")
     refused(folder, "stands in two files")
+
+
+@pytest.mark.parametrize("name", [NORM, DOWN, "model.layers.0.self_attn.k_proj.weight"])
+def test_damaged_bytes_of_a_shard_are_named(folder, sharded, damage, name):
+    file = folder / sharded[0][name]
+    array = load_file(file)[name]
+    assert damage(folder, array) == file
+    message = f"{file} is corrupt: tensor '{name}' of shape {array.shape} is not finite: it holds NaN or infinity"
+    assert refused(folder, "not finite") == message
+
+
+def test_a_damaged_expert_is_named(publish, damage):
+    folder = publish("mixtral")
+    file = folder / "model.safetensors"
+    name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    damage(folder, load_file(file)[name])
+    assert refused(folder, rf"^{file} is corrupt: tensor '{name}' ").count("tensor") == 2  # and the file's own name
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_single_value_that_is_not_finite(folder, rewrite, value):
+    down = load_file(folder / "model.safetensors")[DOWN].copy()
+    down[-1, -1] = value
+    rewrite(**{DOWN: down})
+    refused(folder, rf"tensor '{DOWN}' .* is not finite")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_one_value_that_is_not_finite_is_found(dtype):
+    x = jnp.full((1000, 1000), jnp.finfo(dtype).max, dtype)
+    assert loading._all_finite(x)
+    assert not any(loading._all_finite(x.at[500, 7].set(value)) for value in (np.nan, np.inf, -np.inf))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_looking_for_what_is_not_finite_needs_no_memory(dtype):
+    x = jnp.ones((1000, 1000), dtype)
+    assert loading._all_finite.lower(x).compile().memory_analysis().temp_size_in_bytes < 1000
+
+
+def test_many_tensors_that_are_not_finite(folder, rewrite):
+    tensors = load_file(folder / "model.safetensors")
+    rewrite(**{name: np.full_like(array, np.nan) for name, array in tensors.items()})
+    assert re.fullmatch(r"and \d+ more", refused(folder, "not finite").splitlines()[-1])
+
+
+def test_values_that_the_dtype_of_the_model_cannot_hold(folder, rewrite):
+    largest = np.full_like(load_file(folder / "model.safetensors")[NORM], np.finfo(np.float32).max)
+    rewrite(**{NORM: largest})
+    config = read_config(folder)
+    with pytest.raises(ValueError, match=rf"'{NORM}': parameter .* is not finite: .* too large for bfloat16"):
+        checkpoint.load(folder, Model(config, make_mesh(2), dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+def test_extreme_finite_values_load_as_they_are(folder, rewrite, tensor):
+    norm = load_file(folder / "model.safetensors")[NORM].copy()
+    limits = np.finfo(np.float32)
+    norm[:5] = limits.max, limits.min, limits.smallest_subnormal, -0.0, 0.0
+    rewrite(**{NORM: norm})
+    arrays = checkpoint.load(folder, Model(read_config(folder), make_mesh(tensor), dtype="float32"))
+    assert np.asarray(arrays["final_norm.scale_D"]).tobytes() == norm.tobytes()

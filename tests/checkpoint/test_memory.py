@@ -32,7 +32,7 @@ def folder(tmp_path_factory) -> Path:
     (folder / "config.json").write_text(json.dumps(CONFIG))
     model = Model(read_config(folder), make_mesh())
     rules = names.rules(model.config, model.parameters)
-    numbers = np.random.default_rng(0).integers(0, 1 << 16, 10**6, np.uint16).view(ml_dtypes.bfloat16)
+    numbers = np.random.default_rng(0).standard_normal(10**6, np.float32).astype(ml_dtypes.bfloat16)
     tensors = {}
     for path, leaf in model.parameters.items():
         shapes = Assembly.of(model.config, path, rules[path].form, leaf).sources

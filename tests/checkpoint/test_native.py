@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import resource
 import shutil
 from collections import namedtuple
@@ -107,6 +108,22 @@ def test_corrupt_metadata_is_named(converted):
     metadata = next(ours.rglob("_METADATA"))
     metadata.write_bytes(b"x" * metadata.stat().st_size)
     refused(ours, f"{ours}/parameters cannot be read: .+")
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_damaged_bytes_of_a_parameter_are_named(converted, damage, devices):
+    source, ours = converted
+    model = Model(read_config(ours), make_mesh(devices), dtype="float32")
+    arrays = checkpoint.load(ours, model)
+    path = max(arrays, key=lambda path: arrays[path].nbytes)
+    shape = arrays[path].shape
+    damage(ours / "parameters", np.asarray(arrays[path]))
+    message = (
+        rf"^{ours}/parameters is corrupt: tensor '{re.escape(path)}' of shape {re.escape(str(shape))} is not finite"
+    )
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(ours, model)
+    checkpoint.load(source, model)
 
 
 def test_an_existing_folder_is_kept(converted):
