@@ -25,10 +25,11 @@ from jaxinfer.decode.step import Layout, Programs
 from jaxinfer.engine.request import Request, Sequence
 from jaxinfer.engine.scheduler import Chunk, lay_out
 from jaxinfer.machine import measure_machine
-from jaxinfer.model import Model, Params, read_config
+from jaxinfer.model import Model, ModelConfig, Params, read_config
 from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import (
     MEASURED,
+    Cost,
     Hardware,
     decode_step,
     find_by_device,
@@ -136,10 +137,7 @@ def run_decode(subject: Subject, batch: int) -> list[Record]:
         seconds.append(bench.decode())
     step = statistics.median(seconds[1:]) / NEW
     fraction = decode_step(subject.model.config, batch, PROMPT + NEW // 2).fraction(subject.ceilings, step)
-    if subject.attention != dispatch.KERNEL:  # gathers each slot's whole row of pages: that row is the context
-        predicted = decode_step(subject.model.config, batch, PROMPT + NEW, attention="materialized")
-    else:
-        predicted = decode_step(subject.model.config, batch, PROMPT + NEW // 2)
+    predicted = predicted_decode(subject.model.config, batch, subject.attention)
     case = f"{subject.name} B{batch}"
     return [
         Record(case, subject.attention, "decode", batch / step, "tok/s", fraction),
@@ -147,6 +145,18 @@ def run_decode(subject: Subject, batch: int) -> list[Record]:
         Record(case, subject.plan, "decode step", predicted.predict(subject.machine) * 1e3, "ms"),
         *memory_records(case, bench),
     ]
+
+
+def predicted_decode(config: ModelConfig, batch: int, attention: str) -> Cost:
+    """The step halfway through the new tokens, with the attention of that implementation."""
+    if attention != dispatch.KERNEL:  # gathers each slot's whole row of pages: that row is the context
+        return decode_step(config, batch, PROMPT + NEW, attention="materialized")
+    return decode_step(config, batch, PROMPT + NEW // 2)
+
+
+def predicted_prefill(config: ModelConfig, tokens: int, attention: str) -> Cost:
+    """The prefill of one prompt, with the attention of that implementation."""
+    return prefill(config, tokens, attention="materialized" if attention == "xla" else "flash")
 
 
 def memory_records(case: str, bench: Bench) -> list[Record]:
@@ -163,8 +173,7 @@ def run_first_token(subject: Subject, tokens: int) -> list[Record]:
     bench = Bench(subject, 1, tokens + 1)
     seconds = statistics.median([bench.prefill(tokens) for _ in range(REPEATS + 1)][1:])
     fraction = prefill(subject.model.config, tokens).fraction(subject.ceilings, seconds)
-    attention = "materialized" if subject.attention == "xla" else "flash"
-    predicted = prefill(subject.model.config, tokens, attention=attention)
+    predicted = predicted_prefill(subject.model.config, tokens, subject.attention)
     case = f"{subject.name} prompt {tokens}"
     return [
         Record(case, subject.attention, "first token", seconds * 1e3, "ms", fraction),

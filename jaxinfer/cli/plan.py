@@ -24,6 +24,7 @@ from jaxinfer.roofline import (
     prefill,
 )
 from jaxinfer.roofline.plot import plot_roofline
+from jaxinfer.roofline.precision import BITS
 
 if TYPE_CHECKING:
     from jaxinfer.model import ModelConfig
@@ -119,8 +120,10 @@ def make_plan(
     """Plans decoding of `batch` sequences of `context` tokens, and the prefill of one prompt as long.
 
     Raises:
-        ValueError: a count is out of its range, or the machine has no matmul of a dtype that is needed.
+        ValueError: a count is out of its range, or the machine has no matmul of a dtype that is needed; the message
+            says which options give one that it has.
     """
+    _check_matmuls(hardware, precision)
     if context > config.context:
         raise ValueError(f"context is {context}; the model was made for at most {config.context}")
     return Plan(
@@ -164,6 +167,17 @@ def verdict(plan: Plan) -> list[str]:
         expected = _speed(decode.tokens, decode.predict(hardware))
         lines.append(f"With {si(hardware.overhead, 's')} for each kernel, decode is expected at {expected}.")
     return lines
+
+
+def _check_matmuls(hardware: Hardware, precision: Precision) -> None:
+    for needed in (precision.activations, precision.residual):
+        try:
+            hardware.rate(needed)
+        except ValueError as error:
+            other = next(dtype for dtype in hardware.flops if BITS[dtype] >= 16)
+            names = [name for name in ("weights", "cache") if getattr(precision, name) == needed]
+            options = " ".join(f"--{name} {other}" for name in (*names, "activations"))
+            raise ValueError(f"{error}; pass {options}") from None
 
 
 def _operands(weights: str) -> str:

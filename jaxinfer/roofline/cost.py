@@ -45,9 +45,13 @@ class Work:
         return self.flops / self.bytes if self.bytes else 0.0
 
     def times(self, hardware: Hardware) -> dict[str, float]:
-        """Seconds that each resource is busy."""
+        """Seconds that each resource is busy.
+
+        Raises:
+            ValueError: there are FLOPs, and the device has no matmul of `dtype`.
+        """
         return {
-            "compute": self.flops / hardware.rate(self.dtype),
+            "compute": self.flops / hardware.rate(self.dtype) if self.flops else 0.0,
             "memory": self.bytes / hardware.bandwidth,
             "interconnect": self.sent / hardware.interconnect,
         }

@@ -69,7 +69,7 @@ def plan_memory(
         memory_fraction: how much of the device's memory weights, activations and cache may take together.
 
     Raises:
-        ValueError: a size is out of its range, or the heads do not spread over the devices.
+        ValueError: a size is out of its range, or the model does not spread over the devices.
     """
     sizes = {"batch": batch, "context": context, "page_size": page_size, "chunk": chunk}
     for name, value in sizes.items():

@@ -45,8 +45,9 @@ class Precision:
 
     @property
     def residual(self) -> str:
-        """Dtype of the residual stream and of attention's products."""
-        return self.activations if BITS[self.activations] >= 16 else "bf16"
+        """Dtype of the residual stream and of attention's products: the first that quantization leaves alone."""
+        wide = (name for name in (self.activations, self.weights, self.cache) if BITS[name] >= 16)
+        return next(wide, "bf16")
 
     @property
     def unquantized(self) -> str:

@@ -27,11 +27,22 @@ class LayerShapes:
 
 
 def check_tensor_parallel(config: ModelConfig, devices: int) -> None:
-    """Raises ValueError where heads do not spread evenly over the devices."""
-    if devices < 1 or config.num_heads % devices:
-        raise ValueError(
-            f"tensor_parallel is {devices}; it must divide the {config.num_heads} query heads of the model"
-        )
+    """Raises ValueError, with the sizes to blame, where the model does not spread evenly over the devices.
+
+    The sizes are those that the model checks before it is built.
+    """
+    if devices < 1:
+        raise ValueError(f"tensor_parallel is {devices}; it must be at least 1")
+    sizes = {"vocab_size": config.vocab_size, "num_heads": config.num_heads}
+    if any(layer.moe is None for layer in config.layers):
+        sizes["intermediate_size"] = config.intermediate_size
+    if experts := [layer.moe.num_experts for layer in config.layers if layer.moe]:
+        sizes["num_experts"] = min(experts)
+    rules = [f"divide {name} {size}" for name, size in sizes.items() if size % devices]
+    if config.num_kv_heads % devices and devices % config.num_kv_heads:  # a head is on one device, or on several whole
+        rules.append(f"divide num_kv_heads {config.num_kv_heads} or be a multiple of it")
+    if rules:
+        raise ValueError(f"tensor_parallel is {devices}; it must {' and '.join(rules)}")
 
 
 def kv_heads(config: ModelConfig, devices: int = 1) -> int:

@@ -77,7 +77,7 @@ def decode_step(
         The cost on each of `tensor_parallel` devices; `tokens` counts batch x queries.
 
     Raises:
-        ValueError: a count is out of its range, or the heads do not spread over the devices.
+        ValueError: a count is out of its range, or the model does not spread over the devices.
     """
     _check_at_least("batch", batch, 1)
     _check_at_least("queries", queries, 1)
@@ -118,7 +118,7 @@ def prefill(
         `tokens` counts sequences x tokens.
 
     Raises:
-        ValueError: a count is out of its range, or the heads do not spread over the devices.
+        ValueError: a count is out of its range, or the model does not spread over the devices.
     """
     _check_at_least("tokens", tokens, 1)
     _check_at_least("sequences", sequences, 1)
@@ -200,7 +200,7 @@ def _cost(step: _Step) -> Cost:
 
 def _embedding(step: _Step) -> Work:
     rows = step.all_tokens * step.config.hidden_size
-    return Work(weights=rows * step.precision.unquantized_bytes, kernels=1)
+    return Work(weights=rows * step.precision.unquantized_bytes, dtype=step.precision.residual, kernels=1)
 
 
 def _norms(step: _Step) -> Work:
@@ -280,7 +280,8 @@ def _all_reduce(step: _Step) -> Work:
     """Two all-reduces a layer and one of the embedding, each of which sends 2 (n - 1) / n of its array."""
     count = 2 * step.config.num_layers + 1
     array = step.all_tokens * step.config.hidden_size * step.precision.residual_bytes
-    return Work(sent=count * array * 2 * (step.devices - 1) / step.devices, messages=count)
+    sent = count * array * 2 * (step.devices - 1) / step.devices
+    return Work(sent=sent, dtype=step.precision.residual, messages=count)
 
 
 def _matmul(step: _Step, used: float, read: float, kernels: int) -> Work:

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from jaxinfer.cli.plan import MODELS, find_model, make_plan, plan, plan_tables
 from jaxinfer.cli.units import si
-from jaxinfer.roofline import Precision, find_hardware
+from jaxinfer.roofline import DATASHEETS, Precision, find_hardware
+from jaxinfer.roofline.precision import BITS
 
 app = typer.Typer()
 app.command()(plan)
@@ -64,6 +65,25 @@ def test_weights_that_are_too_large_are_named():
     assert run("llama-3-70b", "--hardware", "h100", "--context", "128", "--tensor-parallel", "4").exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, dtype) for name, hardware in DATASHEETS.items() for dtype in hardware.flops]
+)
+def test_every_card_has_a_plan_with_every_matmul_that_it_has(name, dtype):
+    wide = dtype if BITS[dtype] >= 16 else next(other for other in DATASHEETS[name].flops if BITS[other] >= 16)
+    formats = ["--weights", dtype, "--cache", wide, "--activations", dtype]
+    result = run("llama-3.2-1b", "--hardware", name, *formats)
+    assert result.exit_code == 0, result.output
+    assert "fit: yes" in result.output
+
+
+def test_a_model_in_fp16_has_a_plan_on_a_t4():
+    options = ["--hardware", "t4", "--weights", "fp16", "--cache", "fp16"]
+    result = run("llama-3.2-1b", *options)
+    assert result.exit_code == 0, result.output
+    assert "65.0 TFLOP/s" in result.output
+    assert run("llama-3.2-1b", *options, "--activations", "fp16").output == result.output
+
+
 def test_here_is_the_measured_machine(monkeypatch):
     monkeypatch.setattr("jaxinfer.machine.measure_machine", lambda: find_hardware("h200-measured"))
     result = run("llama-3.2-1b", "--hardware", "here")
@@ -95,8 +115,22 @@ def test_every_model_of_the_repository_can_be_planned():
         (["llama-3-8b", "--weights", "bf15"], "weights is 'bf15'; expected one of"),
         (["llama-3-8b", "--cache", "none"], "cache is 'none'; expected one of"),
         (["llama-3-8b", "--context", "9000"], "context is 9000; the model was made for at most 8192"),
-        (["llama-3-8b", "--tensor-parallel", "3"], "tensor_parallel is 3; it must divide the 32 query heads"),
-        (["llama-3-8b", "--hardware", "t4"], "t4 has no bf16 matmul; it has fp16, int8, int4, fp32"),
+        (["llama-3-8b", "--tensor-parallel", "3"], "tensor_parallel is 3; it must divide num_heads 32 and divide"),
+        (["mixtral-8x7b", "--tensor-parallel", "16"], "tensor_parallel is 16; it must divide num_experts 8"),
+        (
+            ["llama-3-8b", "--hardware", "t4"],
+            "t4 has no bf16 matmul; it has fp16, int8, int4, fp32; "
+            "pass --weights fp16 --cache fp16 --activations fp16",
+        ),
+        (["llama-3-8b", "--hardware", "t4", "--weights", "int4", "--cache", "int8"], "; pass --activations fp16"),
+        (
+            ["llama-3-8b", "--hardware", "t4", "--weights", "int8", "--cache", "int8", "--activations", "int8"],
+            "t4 has no bf16 matmul; it has fp16, int8, int4, fp32; pass --activations fp16",
+        ),
+        (
+            ["llama-3-8b", "--hardware", "tpu-v5e", "--weights", "fp32", "--cache", "fp32"],
+            "tpu-v5e has no fp32 matmul; it has bf16, int8; pass --weights bf16 --cache bf16 --activations bf16",
+        ),
         (["llama-3-8b", "--batch", "0"], "Invalid value for '--batch'"),
     ],
 )

@@ -125,7 +125,7 @@ def test_weights_that_are_too_large_leave_room_for_nothing(published):
         ({"batch": 0}, "batch is 0; it must be at least 1"),
         ({"page_size": 0}, "page_size is 0; it must be at least 1"),
         ({"memory_fraction": 1.5}, r"memory_fraction is 1\.5; it must be above 0 and at most 1"),
-        ({"tensor_parallel": 3}, "tensor_parallel is 3; it must divide the 8 query heads"),
+        ({"tensor_parallel": 3}, "tensor_parallel is 3; it must divide vocab_size 512 and divide num_heads 8"),
     ],
 )
 def test_bad_input_is_refused(changes, message):

@@ -55,6 +55,30 @@ def test_a_prefill_does_the_matmuls_of_decoding_token_by_token_but_reads_the_wei
     assert at_once.parts["mlp"].weights == steps[0].parts["mlp"].weights
 
 
+@pytest.mark.parametrize(
+    ("precision", "narrow", "wide"),
+    [
+        (Precision.all_in("float16"), "fp16", "fp16"),
+        (Precision("int8", "int8", "fp16"), "fp16", "fp16"),
+        (Precision("int8", "fp16", "int8"), "int8", "fp16"),
+        (Precision("fp16", "int8", "int8"), "int8", "fp16"),
+        (Precision("int8", "int8", "int8"), "int8", "bf16"),
+    ],
+)
+def test_operands_follow_the_precision(precision, narrow, wide):
+    parts = decode_step(SPARSE, 8, 1024, precision, tensor_parallel=2).parts
+    quantized = {"projections", "mlp", "experts"}
+    assert {parts[name].dtype for name in quantized} == {narrow}
+    assert {part.dtype for name, part in parts.items() if name not in quantized} == {wide}
+
+
+def test_work_without_flops_asks_for_no_matmul():
+    idle = Work(weights=320e9, dtype="bf16")
+    assert idle.times(DATASHEETS["t4"]) == {"compute": 0, "memory": 1, "interconnect": 0}
+    with pytest.raises(ValueError, match="t4 has no bf16 matmul"):
+        dataclasses.replace(idle, flops=1).times(DATASHEETS["t4"])
+
+
 def test_verifying_drafted_tokens_reads_the_weights_once_and_the_cache_about_once():
     one, five = decode_step(DENSE, 8, 4096), decode_step(DENSE, 8, 4096, queries=5)
     assert five.tokens == 5 * one.tokens
@@ -164,7 +188,10 @@ def test_a_cost_is_the_sum_of_its_parts_and_each_part_the_time_of_its_busiest_re
         (lambda: decode_step(DENSE, 1, 2, queries=3), "context is 2; it must be at least 3"),
         (lambda: prefill(DENSE, 0), "tokens is 0; it must be at least 1"),
         (lambda: prefill(DENSE, 4, cached=-1), "cached is -1; it must be at least 0"),
-        (lambda: decode_step(DENSE, 1, 10, tensor_parallel=3), "tensor_parallel is 3; it must divide the 8 query"),
+        (
+            lambda: decode_step(DENSE, 1, 10, tensor_parallel=3),
+            "tensor_parallel is 3; it must divide vocab_size 512 and divide num_heads 8",
+        ),
         (lambda: Precision(weights="bf15"), "weights is 'bf15'; expected one of fp32, bf16"),
         (lambda: Precision.all_in("bf16"), "dtype is 'bf16'; expected one of float32, bfloat16, float16"),
     ],
