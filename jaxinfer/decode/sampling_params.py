@@ -176,7 +176,7 @@ def _is_unicode(text: str) -> bool:
 
 
 _STOP_STRING = _Rule(
-    "a string of valid Unicode (no lone surrogates) that is not empty",
+    "a string that is not empty and is valid Unicode (no lone surrogates)",
     lambda v: isinstance(v, str) and v != "" and _is_unicode(v),
 )
 _ITEM_RULES: dict[str, tuple[_Rule, Callable[[SamplingParams], Iterable[Any]]]] = {
