@@ -15,7 +15,7 @@ import numpy as np
 from jaxinfer import checkpoint
 from jaxinfer.continuation import Continuation
 from jaxinfer.decode.sampling import MAX_EOS_IDS
-from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.decode.sampling_params import SamplingParams, first_few
 from jaxinfer.engine import Engine, Options, Request
 from jaxinfer.model import Model, ModelConfig, read_config
 from jaxinfer.model.rope import Dynamic, LongRope, Yarn
@@ -105,12 +105,7 @@ class LLM:
         Raises:
             ValueError: as `generate`; also where `n` is not 1, or `prompt_logprobs` are asked for.
         """
-        (params,) = _paired(sampling_params, 1, "prompt")
-        if params.n != 1:
-            raise ValueError(f"n = {params.n} must be 1 in a stream")
-        if params.prompt_logprobs is not None:
-            raise ValueError(f"prompt_logprobs = {params.prompt_logprobs} must be None in a stream of new tokens")
-        (tokens,) = self._encode("prompt", [prompt], [params], self._tokens)
+        ((tokens, params),) = self._checked("prompt", [prompt], sampling_params, self._tokens, _stream_problems)
         return self._stream(tokens, params)
 
     def chat(
@@ -142,9 +137,8 @@ class LLM:
         encode: Callable[[Any], list[int]],
     ) -> list[RequestOutput]:
         """Runs all inputs to their ends; `what` is the word for one of them, `encode` gives its token ids."""
-        params = _paired(sampling_params, len(inputs), what)
-        tokens = self._encode(what, inputs, params, encode)
-        continuations = [self._start(ids, p) for ids, p in zip(tokens, params, strict=True)]
+        requests = self._checked(what, inputs, sampling_params, encode)
+        continuations = [self._start(ids, params) for ids, params in requests]
         flat = [continuation for group in continuations for continuation in group]
         try:
             while any(continuation.finish_reason is None for continuation in flat):
@@ -158,46 +152,55 @@ class LLM:
                 prompt_logprobs=group[0].prompt_logprobs,
                 outputs=[continuation.output() for continuation in group],
             )
-            for given, ids, group in zip(inputs, tokens, continuations, strict=True)
+            for given, (ids, _), group in zip(inputs, requests, continuations, strict=True)
         ]
 
     # --- prompts in
 
-    def _encode(
-        self, what: str, inputs: Sequence[Any], params: Sequence[SamplingParams], encode: Callable[[Any], list[int]]
-    ) -> list[list[int]]:
-        """Token ids of all inputs, every one of them checked before any runs."""
-        tokens, problems = [], []
-        for index, (given, p) in enumerate(zip(inputs, params, strict=True)):
+    def _checked(
+        self,
+        what: str,
+        inputs: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        encode: Callable[[Any], list[int]],
+        more_problems: Callable[[SamplingParams], list[str]] = lambda params: [],
+    ) -> list[tuple[list[int], SamplingParams]]:
+        """Token ids and parameters of all inputs, every one of them checked before any runs."""
+        paired, problems = _paired(sampling_params, len(inputs), what)
+        requests = []
+        for index, (given, params) in enumerate(zip(inputs, paired, strict=True)):
+            found = [] if params is None else more_problems(params)
             try:
                 ids = encode(given)
-                found = self._problems(ids, p)
+                found += self._problems(ids, params)
             except ValueError as error:
-                ids, found = [], [str(error)]
-            tokens.append(ids)
+                ids = []
+                found.append(str(error))
+            if params is not None:
+                requests.append((ids, params))
             problems += [f"{what} {index}: {problem}" for problem in found]
         if problems:
             raise ValueError("; ".join(problems))
-        return tokens
+        return requests
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
             return _checked_ids(prompt)
         return self.tokenizer.encode(prompt) if prompt else []  # a lone beginning-of-sequence token is no prompt
 
-    def _problems(self, ids: list[int], params: SamplingParams) -> list[str]:
+    def _problems(self, ids: list[int], params: SamplingParams | None) -> list[str]:
+        """What cannot be served of a prompt, and of its parameters unless they are already refused (None)."""
         vocab, context = self.model.config.vocab_size, self.model.context
         if not ids:
             return ["the prompt is empty; it must have at least one token"]
-        found = [
-            f"token id {i} at position {at} must be in 0..{vocab - 1}"
-            for at, i in enumerate(ids)
-            if not 0 <= i < vocab
-        ]
+        wrong = [(at, i) for at, i in enumerate(ids) if not 0 <= i < vocab]
+        found = first_few([f"token id {i} at position {at} must be in 0..{vocab - 1}" for at, i in wrong])
         if len(ids) >= context:
             found.append(
                 f"the prompt has {len(ids)} tokens; at most {context - 1} leave room in a context of {context}"
             )
+            return found
+        if params is None:
             return found
         found += params.problems(vocab, context, len(ids))
         return found or self.engine.problems(Request(-1, tuple(ids), params, self._eos_ids, 0))
@@ -294,17 +297,32 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [cast("Prompt", prompts)] if one else list(cast("Sequence[Prompt]", prompts))
 
 
-def _paired(params: SamplingParams | Sequence[SamplingParams] | None, count: int, what: str) -> list[SamplingParams]:
+def _paired(params: Any, count: int, what: str) -> tuple[list[SamplingParams | None], list[str]]:
+    """The parameters of each input, None where they cannot be told, and what is wrong with what was given."""
     if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
+        return [params or SamplingParams()] * count, []
     if not _is_list(params):
-        raise ValueError(f"sampling_params = {reprlib.repr(params)} must be a SamplingParams, or one for each {what}")
-    if len(params) != count:
-        raise ValueError(f"sampling_params has {len(params)} entries for {count} {what}s; give one, or one for each")
-    for index, entry in enumerate(params):
-        if not isinstance(entry, SamplingParams):
-            raise ValueError(f"sampling_params[{index}] = {reprlib.repr(entry)} must be a SamplingParams")
-    return list(params)
+        given = reprlib.repr(params)
+        return [None] * count, [f"sampling_params = {given} must be a SamplingParams, or one for each {what}"]
+    entries = [entry if isinstance(entry, SamplingParams) else None for entry in params]
+    problems = [
+        f"sampling_params[{index}] = {reprlib.repr(given)} must be a SamplingParams"
+        for index, (given, entry) in enumerate(zip(params, entries, strict=True))
+        if entry is None
+    ]
+    if len(entries) == count:
+        return entries, problems
+    wrong = f"sampling_params has {len(entries)} entries for {count} {what}s; give one, or one for each"
+    return [None] * count, [wrong, *problems]
+
+
+def _stream_problems(params: SamplingParams) -> list[str]:
+    found = []
+    if params.n != 1:
+        found.append(f"n = {params.n} must be 1 in a stream")
+    if params.prompt_logprobs is not None:
+        found.append(f"prompt_logprobs = {params.prompt_logprobs} must be None in a stream of new tokens")
+    return found
 
 
 def _checked_ids(prompt: Sequence[int]) -> list[int]:

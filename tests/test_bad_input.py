@@ -40,7 +40,7 @@ FIELDS = {  # each refused by SamplingParams alone
     "n": [0, -1, 1.5, 1025],
     "logprobs": [-1, 21],
     "prompt_logprobs": [-1, 21],
-    "stop": [5, [""], [3], ""],
+    "stop": [5, [""], [3], "", "\ud800", ["a\udfff"]],
     "stop_token_ids": [[-1], ["a"], 7],
     "logit_bias": [{-1: 1.0}, {1: float("nan")}, {1: 101.0}, [1]],
     "ignore_eos": [None, 1],
@@ -137,6 +137,39 @@ def test_a_stream_is_checked_when_it_is_asked_for(llm):
         llm.stream("hello", SamplingParams(n=2))
     with pytest.raises(ValueError, match=r"prompt_logprobs = 0 must be None in a stream"):
         llm.stream("hello", SamplingParams(prompt_logprobs=0))
+
+
+def test_a_stream_lists_the_problems_of_prompt_and_params(llm):
+    with pytest.raises(ValueError, match="n = 2") as error:
+        llm.stream([VOCABULARY], SamplingParams(n=2, prompt_logprobs=0))
+    assert_names(error, [f"token id {VOCABULARY}", "prompt_logprobs = 0"])
+
+
+def test_of_many_bad_tokens_the_first_few_are_named(llm):
+    with pytest.raises(ValueError, match="position 0") as error:
+        llm.generate([["fine"], [VOCABULARY] * 200_000])
+    assert_names(error, ["prompt 0", "and 199992 more", "200000 tokens", f"context of {CONTEXT}"])
+    assert len(str(error.value)) < 2000
+    with pytest.raises(ValueError, match=r"stop has .* and 992 more") as error:
+        SamplingParams(stop=[""] * 1000, max_tokens=0)
+    assert_names(error, ["max_tokens = 0"])
+
+
+@pytest.mark.parametrize("call", ["generate", "chat"])
+def test_one_error_lists_bad_params_and_bad_prompts(llm, call):
+    inputs = ["", "fine", "\ud800", "fine"]
+    if call == "chat":
+        inputs = [[{"role": "user", "content": text} if text else {}] for text in inputs]
+    params = [None, SamplingParams(max_tokens=CONTEXT), SamplingParams(), {"n": 1}]
+    with pytest.raises(ValueError, match=r"sampling_params\[0\] = None") as error:
+        getattr(llm, call)(inputs, params)
+    what = "prompt" if call == "generate" else "conversation"
+    assert_names(error, ["sampling_params[3] = {'n': 1}", f"{what} 0: ", f"{what} 1: max_tokens", f"{what} 2: "])
+    assert f"{what} 3" not in str(error.value)
+    for wrong in (params[:2], 5):
+        with pytest.raises(ValueError, match="sampling_params") as error:
+            getattr(llm, call)(inputs, wrong)
+        assert_names(error, [f"{what} 0: ", f"{what} 2: "])
 
 
 def test_params_for_another_number_of_prompts(llm):
@@ -241,6 +274,7 @@ def test_end_of_sequence_tokens(tmp_path, tmp_path_factory, eos, words):
     ({"hidden_size": -1}, ["hidden_size", "-1", "at least 1"]),
     ({"architectures": ["Unknown"]}, ["Unknown", "MistralForCausalLM"]),
     ({"num_attention_heads": "4"}, ["num_attention_heads", "'4'"]),
+    ({"num_key_value_heads": 3}, ["config.json", "num_key_value_heads is 3", "num_attention_heads, 4"]),
     ({"moe_layers": 2}, ["moe_layers"]),
 ])  # fmt: skip
 def test_a_malformed_config(tmp_path, change, words):

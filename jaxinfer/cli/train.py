@@ -27,5 +27,5 @@ def demo(
 
     try:
         train_demo(output, Recipe(steps=steps, seed=seed))
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error

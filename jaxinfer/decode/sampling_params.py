@@ -9,6 +9,7 @@ MAX_N = 1024
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_STOP_TOKEN_IDS = 32
+_REPORTED = 8
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this mean greedy decoding: dividing float32 logits by less could overflow."""
@@ -77,7 +78,7 @@ class SamplingParams:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def problems(self, vocab_size: int, max_model_len: int, prompt_tokens: int = 0) -> list[str]:
-        """What a given model cannot serve of these params, one sentence each; empty when all is well.
+        """What a given model cannot serve of these params, one sentence each (`first_few` of each kind).
 
         Args:
           vocab_size: token ids must be below it.
@@ -92,12 +93,15 @@ class SamplingParams:
                 f" (a context of {max_model_len} tokens less {prompt_tokens} of the prompt)"
             )
         for field in ("logit_bias", "stop_token_ids"):
-            found += [
-                f"{field} has token id {token}; each must be in 0..{vocab_size - 1}"
-                for token in getattr(self, field) or ()
-                if token >= vocab_size
-            ]
+            wrong = [token for token in getattr(self, field) or () if token >= vocab_size]
+            found += first_few([f"{field} has token id {i}; each must be in 0..{vocab_size - 1}" for i in wrong])
         return found
+
+
+def first_few(problems: list[str]) -> list[str]:
+    """Problems of one kind, as one error lists them: the first few, and how many more there are."""
+    rest = len(problems) - _REPORTED
+    return [*problems[:_REPORTED], f"and {rest} more of this kind"] if rest > 0 else problems
 
 
 def _is_integer(value: Any) -> bool:
@@ -165,7 +169,16 @@ _BIAS_ENTRY = _Rule(
     f"{_TOKEN_ID.allowed} with {_BIAS.allowed}",
     lambda entry: _TOKEN_ID.holds(entry[0]) and _BIAS.holds(entry[1]),
 )
-_STOP_STRING = _Rule("a string that is not empty", lambda v: isinstance(v, str) and v != "")
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+_STOP_STRING = _Rule(
+    "a string that is not empty and is valid Unicode (no lone surrogates)",
+    lambda v: isinstance(v, str) and v != "" and _is_unicode(v),
+)
 _ITEM_RULES: dict[str, tuple[_Rule, Callable[[SamplingParams], Iterable[Any]]]] = {
     "logit_bias": (_BIAS_ENTRY, lambda params: (params.logit_bias or {}).items()),
     "stop": (_STOP_STRING, lambda params: params.stop_strings),
@@ -179,8 +192,8 @@ def _problems(params: SamplingParams) -> Iterator[str]:
         yield f"{field} = {_shortened(getattr(params, field))} must be {_RULES[field].allowed}"
     for field in (field for field in _ITEM_RULES if field not in bad):
         rule, items = _ITEM_RULES[field]
-        for item in (item for item in items(params) if not rule.holds(item)):
-            yield f"{field} has {_shortened(item)}; each must be {rule.allowed}"
+        wrong = [item for item in items(params) if not rule.holds(item)]
+        yield from first_few([f"{field} has {_shortened(item)}; each must be {rule.allowed}" for item in wrong])
     if not bad & {"min_tokens", "max_tokens"} and params.min_tokens > params.max_tokens:
         yield f"min_tokens = {params.min_tokens} must be in 0..{params.max_tokens}, the value of max_tokens"
 

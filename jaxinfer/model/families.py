@@ -72,6 +72,11 @@ def _common(read: ConfigReader, architecture: str) -> ModelConfig:
     head_size = read.integer("head_dim", max(1, hidden // heads), most=_MOST_BUILT)
     context = read.integer("max_position_embeddings", 2048)
     depth = read.integer("num_hidden_layers", most=_MOST_BUILT)
+    kv_heads = read.integer("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise ValueError(
+            f"config.json: num_key_value_heads is {kv_heads}; expected a divisor of num_attention_heads, {heads}"
+        )
     layer = LayerConfig(rope=read_rope(read, head_size, context))
     return ModelConfig(
         architecture=architecture,
@@ -79,7 +84,7 @@ def _common(read: ConfigReader, architecture: str) -> ModelConfig:
         hidden_size=hidden,
         intermediate_size=read.integer("intermediate_size", 4 * hidden),
         num_heads=heads,
-        num_kv_heads=read.integer("num_key_value_heads", heads),
+        num_kv_heads=kv_heads,
         head_size=head_size,
         layers=(layer,) * depth,
         context=context,

@@ -5,6 +5,7 @@ internals nor change what it is given.
 """
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -31,7 +32,7 @@ class ChatTemplate:
         """Reads `chat_template.jinja`, or `chat_template` of `tokenizer_config.json`.
 
         Raises:
-          ValueError: there is no template, or it is no valid Jinja.
+          ValueError: there is no template, or it or a special token is malformed; the message names file and field.
         """
         folder = Path(folder)
         source = _read_source(folder)
@@ -63,10 +64,11 @@ class ChatTemplate:
 def check_messages(messages: Sequence[Message]) -> None:
     """Raises ValueError naming the first field, such as `messages[2].role`, that is missing or no string."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise ValueError(f"messages must be a list of at least one message, got {messages!r}")
+        raise ValueError(f"messages must be a list of at least one message, got {reprlib.repr(messages)}")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise ValueError(f"messages[{index}] must be a mapping with role and content, got {message!r}")
+            found = reprlib.repr(message)
+            raise ValueError(f"messages[{index}] must be a mapping with role and content, got {found}")
         for field in ("role", "content"):
             if field not in message:
                 raise ValueError(f"messages[{index}].{field} is missing")
@@ -79,15 +81,29 @@ def _read_source(folder: Path) -> str:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    source = read_json(folder / "tokenizer_config.json").get("chat_template")
+    config = folder / "tokenizer_config.json"
+    source = read_json(config).get("chat_template")
     if isinstance(source, list):  # several templates by name
-        source = {named["name"]: named["template"] for named in source}.get("default")
-    if not isinstance(source, str):
+        source = dict(_named(config, index, entry) for index, entry in enumerate(source)).get("default")
+    elif not isinstance(source, str | None):
+        allowed = "a string, null, or a list of objects with name and template"
+        raise ValueError(f"{config}: chat_template is {reprlib.repr(source)}; it must be {allowed}")
+    if source is None:
         raise ValueError(
             f"{folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)"
             ": give a prompt instead of messages"
         )
     return source
+
+
+def _named(config: Path, index: int, entry: Any) -> tuple[str, str]:
+    """Name and source of one of several templates."""
+    fields = entry if isinstance(entry, dict) else {}
+    name, template = fields.get("name"), fields.get("template")
+    if not isinstance(name, str) or not isinstance(template, str):
+        allowed = "an object whose name and template are strings"
+        raise ValueError(f"{config}: chat_template[{index}] is {reprlib.repr(entry)}; it must be {allowed}")
+    return name, template
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -1,8 +1,11 @@
 """The small files that stand beside a checkpoint's tokenizer, and the one check on text that enters."""
 
 import json
+import reprlib
 from pathlib import Path
 from typing import Any
+
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -23,14 +26,28 @@ def special_tokens(folder: Path) -> dict[str, str]:
 
     A token is written as its text or as an object with a `content`. `tokenizer_config.json` decides over
     the older `special_tokens_map.json`.
+
+    Raises:
+      ValueError: a token is written otherwise; the message names the file, the field and its value.
     """
-    named = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
     tokens = {
-        role: value["content"] if isinstance(value, dict) else value
-        for role, value in named.items()
+        role: _token(path, role, value)
+        for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json")
+        for role, value in read_json(path).items()
         if role.endswith("_token") and not role.startswith("add_")
     }
-    return {role: token for role, token in tokens.items() if isinstance(token, str)}
+    return {role: token for role, token in tokens.items() if token is not None}
+
+
+def _token(path: Path, role: str, value: Any) -> str | None:
+    """The text of a token; None where there is none, or where the field is a flag of some tokenizer's own."""
+    if value is None or (isinstance(value, bool) and role not in _ROLES):
+        return None
+    text = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        allowed = "a string, null, or an object whose content is a string"
+        raise ValueError(f"{path}: {role} is {reprlib.repr(value)}; it must be {allowed}")
+    return text
 
 
 def check_text(text: object, field: str) -> str:

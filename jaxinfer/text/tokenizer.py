@@ -43,7 +43,10 @@ class Tokenizer:
         special = special_tokens(folder)
         bos_id = backend.token_to_id(special["bos_token"]) if "bos_token" in special else None
         # A flag written down decides; else the post-processor of tokenizer.json does.
-        adds_bos = read_json(folder / "tokenizer_config.json").get("add_bos_token")
+        config = folder / "tokenizer_config.json"
+        adds_bos = read_json(config).get("add_bos_token")
+        if not isinstance(adds_bos, bool | None):
+            raise ValueError(f"{config}: add_bos_token is {adds_bos!r}; it must be true, false or null")
         if adds_bos is None:
             adds_bos = _post_processor_adds(backend, bos_id)
         return cls(
@@ -52,7 +55,7 @@ class Tokenizer:
             special_ids=frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special),
             bos_id=bos_id,
             eos_ids=_eos_ids(folder, backend, special),
-            adds_bos=bos_id is not None and bool(adds_bos),
+            adds_bos=bos_id is not None and adds_bos,
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

@@ -1,8 +1,13 @@
 """The demo model's card and loss curve, written from the figures of its training."""
 
+from __future__ import annotations
+
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CARD = """---
 license: other
@@ -70,12 +75,23 @@ def write_card(data: dict[str, Any], log: dict[str, Any], path: Path) -> None:
     path.write_text(text)
 
 
-def draw_curve(log: dict[str, Any], path: Path) -> None:
-    """Draws training and held-out loss by step. Needs matplotlib, from the extra `plots`."""
-    from matplotlib.figure import Figure  # only this function needs the extra
+def figure_class() -> type[Figure]:
+    """Matplotlib's figure, which only the loss curve needs.
 
+    Raises:
+      ModuleNotFoundError: matplotlib is missing; the message names the extra that brings it.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("the loss curve needs matplotlib: pip install 'jaxinfer[plots]'") from None
+    return Figure
+
+
+def draw_curve(log: dict[str, Any], path: Path) -> None:
+    """Draws training and held-out loss by step."""
     steps = [report["step"] for report in log["reports"]]
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = figure_class()(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, [report["loss"] for report in log["reports"]], label="training")
     axes.plot(steps, [report["held_out_loss"] for report in log["reports"]], label="held-out modules")

@@ -24,7 +24,7 @@ import tokenizers
 from jaxinfer import checkpoint
 from jaxinfer.model import Model, Params, read_config
 from jaxinfer.parallel import make_mesh
-from jaxinfer.training.card import draw_curve, write_card
+from jaxinfer.training.card import draw_curve, figure_class, write_card
 from jaxinfer.training.data import HELD_OUT, TokenData, end_of_text, read_library, tokenize_library
 from jaxinfer.training.tokenizer import train_tokenizer, write_tokenizer
 from jaxinfer.training.train import Recipe, Report, compute_params, train
@@ -49,7 +49,9 @@ def train_demo(output: Path, recipe: Recipe | None = None) -> None:
 
     Raises:
       ValueError: the running interpreter comes without the source of its standard library.
+      ModuleNotFoundError: matplotlib, from the extra `plots`, is missing.
     """
+    figure_class()  # else its lack would show only after the training
     with TemporaryDirectory() as work:
         prepare(Path(work))
         fit(Path(work), Recipe() if recipe is None else recipe)
@@ -97,7 +99,12 @@ def fit(work: Path, recipe: Recipe, sizes: dict[str, int] | None = None) -> None
 
 
 def export(work: Path, output: Path) -> None:
-    """Copies the checkpoint and the log from `work` to `output`, and adds the loss curve and the model card."""
+    """Copies the checkpoint and the log from `work` to `output`, and adds the loss curve and the model card.
+
+    Raises:
+      ModuleNotFoundError: matplotlib, from the extra `plots`, is missing; nothing is written then.
+    """
+    figure_class()
     output.mkdir(parents=True, exist_ok=True)
     for path in (*sorted((work / "checkpoint").iterdir()), work / "training_log.json"):
         shutil.copyfile(path, output / path.name)

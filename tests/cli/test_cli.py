@@ -94,6 +94,14 @@ def test_bad_input_is_one_sentence_and_an_error_of_usage(arguments, message):
     assert "Traceback" not in result.output
 
 
+def test_training_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run("train", "demo", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert "pip install 'jaxinfer[plots]'" in flat(result.output)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unknown_architecture_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
     result = run("generate", "a", "--model", str(tmp_path))

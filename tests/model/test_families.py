@@ -225,7 +225,7 @@ BAD = {  # what is changed of Llama-2-7B, and what the error names
     "a size that is a flag": ({"vocab_size": True}, ["vocab_size", "True", "integer"]),
     "a missing size": ({"vocab_size": None}, ["vocab_size"]),
     "heads that do not divide": ({"num_attention_heads": 33}, ["num_attention_heads", "33", "hidden_size"]),
-    "groups that are uneven": ({"num_key_value_heads": 5}, ["num_kv_heads", "5", "32"]),
+    "groups that are uneven": ({"num_key_value_heads": 5}, ["config.json: num_key_value_heads is 5", "heads, 32"]),
     "an unknown activation": ({"hidden_act": "relu"}, ["hidden_act", "'relu'", "silu"]),
     "a number that is text": ({"rms_norm_eps": "1e-5"}, ["rms_norm_eps", "'1e-5'", "number"]),
     "a flag that is text": ({"tie_word_embeddings": "no"}, ["tie_word_embeddings", "'no'", "true or false"]),

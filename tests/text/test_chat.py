@@ -91,6 +91,31 @@ def test_invalid_template_is_told_with_its_line(template):
 
 
 @pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ([{"name": "x"}], r"chat_template\[0\] is {'name': 'x'}; .*name and template are strings"),
+        ([{"name": "default", "template": "x"}, 5], r"chat_template\[1\] is 5; .*name and template"),
+        ([{"name": ["x"], "template": "x"}], r"chat_template\[0\] is .*name and template"),
+        (5, "chat_template is 5; it must be a string, null, or a list"),
+        ({"default": "x"}, "chat_template is {'default': 'x'}; it must be a string, null, or a list"),
+    ],
+)
+def test_malformed_template_names_its_file_and_field(template, source, words):
+    with pytest.raises(ValueError, match=rf"tokenizer_config\.json: {words}"):
+        template(source)
+
+
+@pytest.mark.parametrize("value", [{"x": 1}, {"content": 3}, 5, ["<s>"], True])
+def test_malformed_special_token_names_its_file_and_field(template, value):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: bos_token is .* must be a string, null, or an obj"):
+        template(CHATML, bos_token=value)
+
+
+def test_a_flag_named_like_a_token_is_none(template):
+    assert template("{{ use_eot_token is defined }}", use_eot_token=True).render(MESSAGES) == "False"
+
+
+@pytest.mark.parametrize(
     ("messages", "field"),
     [
         ([], "messages"),

@@ -99,6 +99,12 @@ def test_missing_tokenizer_names_folder_and_file(tmp_path):
         Tokenizer.from_folder(tmp_path)
 
 
+@pytest.mark.parametrize("flag", ["false", 1])
+def test_malformed_flag_is_named(checkpoint, flag):
+    with pytest.raises(ValueError, match=rf"tokenizer_config\.json: add_bos_token is {flag!r}; it must be true, fal"):
+        Tokenizer.from_folder(checkpoint(add_bos_token=flag))
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_malformed_file_is_named(checkpoint, name, content):

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -133,3 +134,14 @@ def test_the_tokenizer_begins_a_prompt_as_a_document_begins(checkpoint):
     assert tokenizer.decode(tokenizer.encode("für 🐍\n")) == "für 🐍\n"
     chat = [{"role": "user", "content": "add\ntwo"}, {"role": "assistant", "content": "a + b"}]
     assert ChatTemplate.from_folder(checkpoint).render(chat) == "<|endoftext|># add\n# two\na + b\n"
+
+
+def test_without_matplotlib_nothing_is_trained_or_written(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(demo, "prepare", started.append)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for call in (demo.train_demo, lambda output: demo.export(tmp_path / "work", output)):
+        with pytest.raises(ModuleNotFoundError, match=r"pip install 'jaxinfer\[plots\]'"):
+            call(tmp_path / "output")
+    assert not started
+    assert not (tmp_path / "output").exists()
