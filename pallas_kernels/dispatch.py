@@ -13,7 +13,7 @@ FALLBACK = "xla"
 HOPPER, AMPERE = (9, 0), (8, 0)
 # Why an implementation cannot take an input, None if it can, by its name: the one to be preferred first.
 Refusals = Mapping[str, str | None]
-PLAIN_ATTENTION: Refusals = {KERNEL: None, CUDNN: None}
+NO_REFUSALS: Refusals = {KERNEL: None, CUDNN: None}
 logger = logging.getLogger("pallas_kernels")
 
 
@@ -40,7 +40,7 @@ def preferred(op: str, refusals: Refusals) -> str:
     return implementation
 
 
-def automatic(refusals: Refusals = PLAIN_ATTENTION) -> tuple[str, str]:
+def automatic(refusals: Refusals = NO_REFUSALS) -> tuple[str, str]:
     """The implementation that `auto` stands for here, and why it is none of those before it."""
     if compute_capability() is None:
         return FALLBACK, f"no kernel written for the backend {jax.default_backend()!r} exists"

@@ -56,7 +56,7 @@ def kernels() -> Table:
     }
     table = Table("op", "runs", "by name only", "why", title="Kernels")
     for op, implementations in ops.items():
-        runs, why = dispatch.automatic({name: None for name in dispatch.PLAIN_ATTENTION if name in implementations})
+        runs, why = dispatch.automatic({name: None for name in dispatch.NO_REFUSALS if name in implementations})
         table.add_row(op, runs, ", ".join(name for name in implementations if name != runs), why)
     return table
 

@@ -60,8 +60,8 @@ class Layer(nnx.Module):
         plain = not (config.post_norm or config.o_bias or config.mlp_bias) and config.activation == "silu"
         if not (plain and isinstance(mlp, MLP) and config.gated_mlp and self.mlp_norm is not None):
             return None
-        weights = attention.o_MD[...], mlp.up_DcF[...], mlp.down_FD[...]
-        return output_and_gated_mlp(heads_TM, weights[0], x_TD, self.mlp_norm, *weights[1:])
+        o_MD, up_DcF, down_FD = attention.o_MD[...], mlp.up_DcF[...], mlp.down_FD[...]
+        return output_and_gated_mlp(heads_TM, o_MD, x_TD, self.mlp_norm, up_DcF, down_FD)
 
     def _residual(self, x_TD: jax.Array) -> jax.Array | None:
         """What a half adds to its result itself: nothing where a norm stands between the two."""

@@ -7,8 +7,28 @@ import jax.numpy as jnp
 
 
 @dataclass(frozen=True)
-class Problem:
+class _Products:
+    """Tokens times weights of `w_elements` numbers, each used once for every token."""
+
     tokens: int
+
+    @property
+    def w_elements(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def flops(self) -> float:
+        """Of the products; of what follows them there is little."""
+        return 2 * self.tokens * self.w_elements
+
+    @property
+    def bytes(self) -> float:
+        """Of the weights, in 16 bits, read once."""
+        return 2 * self.w_elements
+
+
+@dataclass(frozen=True)
+class Problem(_Products):
     hidden: int
     outputs: int
     w_axes: str = "DN"
@@ -21,16 +41,6 @@ class Problem:
     @property
     def w_elements(self) -> int:
         return self.hidden * self.outputs * (2 if "c" in self.w_axes else 1)
-
-    @property
-    def flops(self) -> float:
-        """Of the product; of what follows it there is little."""
-        return 2 * self.tokens * self.w_elements
-
-    @property
-    def bytes(self) -> float:
-        """Of the weight, in 16 bits, read once."""
-        return 2 * self.w_elements
 
     def inputs(self, key: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """Random x_MD and w; the product has unit variance."""
@@ -56,10 +66,9 @@ PROBLEMS = {
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(_Products):
     """What a layer multiplies after attention: E heads' outputs, and the F of a gated MLP."""
 
-    tokens: int
     hidden: int
     inner: int
     heads: int
@@ -67,15 +76,6 @@ class Row:
     @property
     def w_elements(self) -> int:
         return self.hidden * (self.heads + 3 * self.inner)
-
-    @property
-    def flops(self) -> float:
-        return 2 * self.tokens * self.w_elements
-
-    @property
-    def bytes(self) -> float:
-        """Of the weights, in 16 bits, read once."""
-        return 2 * self.w_elements
 
     def inputs(self, key: jax.Array, dtype: jnp.dtype) -> dict[str, jax.Array]:
         """Random arguments of `streaming_mlp`; each product has about unit variance."""

@@ -362,7 +362,7 @@ def _send(block: Block, product_NM: jax.Array, squares_DM: jax.Array | None) -> 
                 continue
             plgpu.async_store_smem(
                 piece,
-                getattr(smem, name).at[block.part, pl.ds(0, piece.shape[0])],
+                getattr(smem, name).at[block.part],
                 smem.received,
                 cluster_idx=jnp.int32(owner),
                 cluster_dim="part",
@@ -384,8 +384,7 @@ def _receive(block: Block) -> tuple[jax.Array, jax.Array | None]:
             inbox = getattr(block.gmem, name).at[lax.axis_index("cluster"), block.part]
         else:
             inbox = getattr(block.smem, name)
-        rows = pl.ds(0, block.config.tile_n if name == "products" else ROWS)
-        pieces = [plgpu.load(inbox.at[i, rows], layout=WGMMA, optimized=False) for i in range(block.config.split)]
+        pieces = [plgpu.load(inbox.at[i], layout=WGMMA, optimized=False) for i in range(block.config.split)]
         return sum(pieces[1:], pieces[0])
 
     return total("products"), None if block.gmem.scale is None else total("squares")
