@@ -43,7 +43,7 @@ def preferred(op: str, refusals: Refusals) -> str:
 def automatic(refusals: Refusals = NO_REFUSALS) -> tuple[str, str]:
     """The implementation that `auto` stands for here, and why it is none of those before it."""
     if compute_capability() is None:
-        return FALLBACK, f"no kernel written for the backend {jax.default_backend()!r} exists"
+        return FALLBACK, _no_gpu()
     against = []
     for name, refusal in refusals.items():
         if (reason := _wrong_gpu(name) or refusal) is None:
@@ -52,12 +52,27 @@ def automatic(refusals: Refusals = NO_REFUSALS) -> tuple[str, str]:
     return FALLBACK, "; ".join(against)
 
 
+def cannot_run(implementation: str) -> str | None:
+    """Why an implementation does not run on what is here, whatever it is given; None if it does.
+
+    Where there is no NVIDIA GPU, `choose` still gives a kernel that is asked for by name, since a program may be
+    lowered for a GPU elsewhere: it is running it here that fails.
+    """
+    if compute_capability() is None and implementation in NO_REFUSALS:
+        return _no_gpu()
+    return _wrong_gpu(implementation)
+
+
 def compute_capability() -> tuple[int, int] | None:
     """Of the NVIDIA GPU that programs run on; None where there is none, and a program may still be lowered for one."""
     if jax.default_backend() != "gpu":
         return None
     numbers = re.fullmatch(r"(\d+)\.(\d+)", jax.devices()[0].compute_capability)
     return (int(numbers[1]), int(numbers[2])) if numbers else None
+
+
+def _no_gpu() -> str:
+    return f"no kernel written for the backend {jax.default_backend()!r} exists"
 
 
 def _wrong_gpu(implementation: str) -> str | None:

@@ -45,7 +45,7 @@ def devices() -> Table:
 
 
 def kernels() -> Table:
-    """What `auto` runs for each op here, and why not something else."""
+    """What `auto` runs for each op here, what else runs when asked for by name, and why the rest cannot."""
     from pallas_kernels import dispatch, flash_attention, flash_decoding, streaming_matmul
 
     ops = {
@@ -54,10 +54,15 @@ def kernels() -> Table:
         "streaming_matmul": streaming_matmul.IMPLEMENTATIONS,
         "streaming_mlp": streaming_matmul.MLP_IMPLEMENTATIONS,
     }
-    table = Table("op", "runs", "by name only", "why", title="Kernels")
+    table = Table("op", "auto runs", "by name also", "cannot run here", title="Kernels")
     for op, implementations in ops.items():
-        runs, why = dispatch.automatic({name: None for name in dispatch.NO_REFUSALS if name in implementations})
-        table.add_row(op, runs, ", ".join(name for name in implementations if name != runs), why)
+        runs, _ = dispatch.automatic({name: None for name in dispatch.NO_REFUSALS if name in implementations})
+        refused: dict[str | None, list[str]] = {}  # by the reason
+        for name in implementations:
+            refused.setdefault(dispatch.cannot_run(name), []).append(name)
+        also = [name for name in refused.pop(None, ()) if name != runs]
+        against = [f"{', '.join(names)}: {reason}" for reason, names in refused.items()]
+        table.add_row(op, runs, ", ".join(also), "; ".join(against) or "-")
     return table
 
 
