@@ -84,7 +84,7 @@ def _read_source(folder: Path) -> str:
     config = folder / "tokenizer_config.json"
     source = read_json(config).get("chat_template")
     if isinstance(source, list):  # several templates by name
-        source = dict(_named(config, index, entry) for index, entry in enumerate(source)).get("default")
+        source = _default(config, dict(_named(config, index, entry) for index, entry in enumerate(source)))
     elif not isinstance(source, str | None):
         allowed = "a string, null, or a list of objects with name and template"
         raise ValueError(f"{config}: chat_template is {reprlib.repr(source)}; it must be {allowed}")
@@ -104,6 +104,13 @@ def _named(config: Path, index: int, entry: Any) -> tuple[str, str]:
         allowed = "an object whose name and template are strings"
         raise ValueError(f"{config}: chat_template[{index}] is {reprlib.repr(entry)}; it must be {allowed}")
     return name, template
+
+
+def _default(config: Path, templates: Mapping[str, str]) -> str:
+    if "default" not in templates:
+        names = ", ".join(map(repr, templates)) or "none at all"
+        raise ValueError(f"{config}: chat_template names {names}; one of its templates must be named 'default'")
+    return templates["default"]
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -96,6 +96,11 @@ def test_invalid_template_is_told_with_its_line(template):
         ([{"name": "x"}], r"chat_template\[0\] is {'name': 'x'}; .*name and template are strings"),
         ([{"name": "default", "template": "x"}, 5], r"chat_template\[1\] is 5; .*name and template"),
         ([{"name": ["x"], "template": "x"}], r"chat_template\[0\] is .*name and template"),
+        (
+            [{"name": "tool_use", "template": "x"}, {"name": "rag", "template": "y"}],
+            "chat_template names 'tool_use', 'rag'; one of its templates must be named 'default'",
+        ),
+        ([], "chat_template names none at all; one of its templates must be named 'default'"),
         (5, "chat_template is 5; it must be a string, null, or a list"),
         ({"default": "x"}, "chat_template is {'default': 'x'}; it must be a string, null, or a list"),
     ],
