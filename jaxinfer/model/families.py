@@ -60,7 +60,8 @@ def _architecture(fields: dict[str, Any]) -> str:
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise ValueError(f"config.json: architectures is {names!r}; expected a list with one name")
     if names[0] not in FAMILIES:
-        raise ValueError(f"unknown architecture {names[0]!r}; supported are {', '.join(sorted(FAMILIES))}")
+        known = f"a list with one of {', '.join(sorted(FAMILIES))}"
+        raise ValueError(f"config.json: architectures is {names!r}, which is unknown; expected {known}")
     return names[0]
 
 

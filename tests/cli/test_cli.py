@@ -106,7 +106,7 @@ def test_an_unknown_architecture_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
     result = run("generate", "a", "--model", str(tmp_path))
     assert result.exit_code == 2
-    assert "unknown architecture 'BertModel'" in flat(result.output)
+    assert "architectures is ['BertModel'], which is unknown" in flat(result.output)
 
 
 def test_doctor_prints_all_its_tables(monkeypatch):

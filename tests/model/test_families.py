@@ -215,7 +215,10 @@ def test_dynamic_scaling_starts_from_the_context_of_training():
 
 
 BAD = {  # what is changed of Llama-2-7B, and what the error names
-    "unknown architecture": ({"architectures": ["MambaForCausalLM"]}, ["MambaForCausalLM", "LlamaForCausalLM"]),
+    "unknown architecture": (
+        {"architectures": ["MambaForCausalLM"]},
+        ["config.json: architectures is ['MambaForCausalLM']", "FalconForCausalLM, Gemma2ForCausalLM"],
+    ),
     "no architecture": ({"architectures": None}, ["architectures", "None"]),
     "two architectures": ({"architectures": ["LlamaForCausalLM"] * 2}, ["architectures"]),
     "a field that nothing reads": ({"residual_multiplier": 0.2}, ["residual_multiplier", "0.2", "LlamaForCausalLM"]),
