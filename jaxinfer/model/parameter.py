@@ -49,22 +49,23 @@ class Shapes:
         tensor = self.tensor
         if bad := _undivided(self.config, tensor):
             fits = [fewer for fewer in range(1, tensor) if not _undivided(self.config, fewer)]
-            raise ValueError(f"mesh axis {TENSOR} has {tensor} devices, which does not divide {bad}; {fits} would")
+            sizes = ", ".join(bad)
+            raise ValueError(f"mesh axis {TENSOR} has {tensor} devices, which does not divide {sizes}; {fits} would")
 
 
 def _kv_slots(config: ModelConfig, tensor: int) -> int:
     return max(config.num_kv_heads, tensor)
 
 
-def _undivided(config: ModelConfig, tensor: int) -> dict[str, int]:
-    """The sizes, by name, that do not spread evenly over so many devices."""
+def _undivided(config: ModelConfig, tensor: int) -> list[str]:
+    """The sizes, with their names, that do not spread evenly over so many devices."""
     kv_slots = _kv_slots(config, tensor)
-    sizes = {"vocab_size": config.vocab_size, "num_heads": config.num_heads, "KV heads": kv_slots}
+    sizes = [("vocab_size", config.vocab_size), ("num_heads", config.num_heads), ("KV heads", kv_slots)]
     if any(layer.moe is None for layer in config.layers):
-        sizes["intermediate_size"] = config.intermediate_size
-    if experts := {layer.moe.num_experts for layer in config.layers if layer.moe}:
-        sizes["num_experts"] = min(experts)
-    bad = {name: size for name, size in sizes.items() if size % tensor}
+        sizes.append(("intermediate_size", config.intermediate_size))
+    experts = {layer.moe.num_experts for layer in config.layers if layer.moe}
+    sizes += [("num_experts", count) for count in sorted(experts)]
+    bad = [f"{name} {size}" for name, size in sizes if size % tensor]
     if kv_slots % config.num_kv_heads:
-        bad["num_kv_heads"] = config.num_kv_heads
+        bad.append(f"num_kv_heads {config.num_kv_heads}")
     return bad

@@ -33,12 +33,12 @@ def check_tensor_parallel(config: ModelConfig, devices: int) -> None:
     """
     if devices < 1:
         raise ValueError(f"tensor_parallel is {devices}; it must be at least 1")
-    sizes = {"vocab_size": config.vocab_size, "num_heads": config.num_heads}
+    sizes = [("vocab_size", config.vocab_size), ("num_heads", config.num_heads)]
     if any(layer.moe is None for layer in config.layers):
-        sizes["intermediate_size"] = config.intermediate_size
-    if experts := [layer.moe.num_experts for layer in config.layers if layer.moe]:
-        sizes["num_experts"] = min(experts)
-    rules = [f"divide {name} {size}" for name, size in sizes.items() if size % devices]
+        sizes.append(("intermediate_size", config.intermediate_size))
+    experts = {layer.moe.num_experts for layer in config.layers if layer.moe}
+    sizes += [("num_experts", count) for count in sorted(experts)]
+    rules = [f"divide {name} {size}" for name, size in sizes if size % devices]
     if config.num_kv_heads % devices and devices % config.num_kv_heads:  # a head is on one device, or on several whole
         rules.append(f"divide num_kv_heads {config.num_kv_heads} or be a multiple of it")
     if rules:

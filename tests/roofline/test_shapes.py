@@ -18,6 +18,7 @@ SMALL = {
     "odd width": small(intermediate_size=190),
     "odd experts": small(layers=sparse(MoEConfig(6, 2, 64))),
     "experts alone": small(intermediate_size=190, layers=sparse(MoEConfig(8, 2, 64))[1:]),
+    "experts that vary": small(layers=(*sparse(MoEConfig(4, 2, 64)), *sparse(MoEConfig(6, 2, 64)))),
     "three KV heads": small(num_heads=12, num_kv_heads=3, vocab_size=480),
 }
 TENSOR_PARALLEL = [1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 32, 40, 64]
@@ -67,6 +68,8 @@ def test_published_models_spread_as_the_model_does(published, name, fitting):
         ("odd vocabulary", 4, "divide vocab_size 510"),
         ("odd width", 4, "divide intermediate_size 190"),
         ("odd experts", 4, "divide num_experts 6"),
+        ("experts that vary", 4, "divide num_experts 6"),
+        ("experts that vary", 8, "divide num_experts 4 and divide num_experts 6"),
         ("three KV heads", 2, "divide num_kv_heads 3 or be a multiple of it"),
         ("plain", 16, "divide num_heads 8"),
         ("plain", 0, "be at least 1"),
@@ -74,3 +77,9 @@ def test_published_models_spread_as_the_model_does(published, name, fitting):
 )
 def test_the_size_that_does_not_spread_is_named(name, devices, rule):
     assert refusal(check_tensor_parallel, SMALL[name], devices) == f"tensor_parallel is {devices}; it must {rule}"
+
+
+def test_every_number_of_experts_must_spread_in_the_model():
+    told = refusal_of_the_model(SMALL["experts that vary"], 4)
+    assert told == f"mesh axis {TENSOR} has 4 devices, which does not divide num_experts 6; [1, 2] would"
+    assert not refusal_of_the_model(SMALL["experts that vary"], 2)
