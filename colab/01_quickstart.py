@@ -14,15 +14,21 @@
 # # Quickstart
 #
 # Generate code with the embedded demo model, look inside one step of it, and ask what an 8B model could do on a GPU.
+#
+# On Colab, and wherever jaxinfer is not installed yet, the next cell installs it. Set `SOURCE` first, to the address
+# that your copy of the repository is served from, as pip writes it: `git+https://HOST/OWNER/jaxinfer`, or
+# `file:///FOLDER` for a clone on this machine. None stands here, for it depends on whose copy you read. Left empty,
+# the cell does nothing where jaxinfer is installed, as it is in a clone after `uv sync`, and stops with a message
+# elsewhere. The cells below it need nothing else: no network, no account and no GPU.
 
 # %%
 import subprocess
 import sys
 from importlib.util import find_spec
 
-SOURCE = ""  # needed on Colab: the address of the repository that this notebook comes from, "git+https://..."
+SOURCE = ""
 if find_spec("jaxinfer") is None:
-    assert SOURCE, "jaxinfer is not installed; set SOURCE to where pip finds it"
+    assert SOURCE, "jaxinfer is not installed: set SOURCE to the address of your copy of the repository"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"jaxinfer[plots] @ {SOURCE}"], check=True)
 
 # %% [markdown]

@@ -3,6 +3,8 @@
 The tools are imported by the tests: they take long, and other processes collect this module too.
 """
 
+import importlib.util
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,25 @@ def test_the_notebook_is_what_its_text_says_and_holds_no_outputs(text):
     built, written = nbformat.read(text.with_suffix(".ipynb"), as_version=4), jupytext.read(text)
     assert [(c.cell_type, c.source) for c in built.cells] == [(c.cell_type, c.source) for c in written.cells]
     assert not any(cell.get("outputs") for cell in built.cells)
+
+
+def test_the_first_cell_installs_from_the_address_that_the_reader_sets(monkeypatch):
+    import jupytext
+
+    markdown, code = (
+        next(cell.source for cell in jupytext.read(COLAB / "01_quickstart.py").cells if cell.cell_type == kind)
+        for kind in ("markdown", "code")
+    )
+    assert "Set `SOURCE` first" in markdown
+    installed = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: installed.append(command[-1]))
+    exec(code, {})
+    assert not installed  # jaxinfer is there
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(AssertionError, match="set SOURCE"):
+        exec(code, {})
+    exec(code.replace('SOURCE = ""', 'SOURCE = "file:///clone"'), {})
+    assert installed == ["jaxinfer[plots] @ file:///clone"]
 
 
 @notebooks
