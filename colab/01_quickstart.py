@@ -116,7 +116,7 @@ for token in np.argsort(-probabilities_V)[:5]:
     print(f"{llm.tokenizer.decode([int(token)])!r:16} {probabilities_V[token]:.3f}")
 
 # %% [markdown]
-# The engine's own program does all that and samples too. It runs the prompt; then a loop on the device decodes eight
+# The engine's own programs do all that and sample too. A step runs the prompt; then a loop on the device decodes eight
 # tokens, each step reading what the one before it drew. The cache is updated in place.
 
 # %%

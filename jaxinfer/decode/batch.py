@@ -79,6 +79,7 @@ class Prefill:
         return Prefill(tokens_T, starts_R1, slots_R, lengths_R, last_R)
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rows:
     """The rows of a step that need logits: every slot of the rectangle, and the last token of every chunk.

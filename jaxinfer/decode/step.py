@@ -1,4 +1,9 @@
-"""The one step, and the loop of it on the device."""
+"""The one step, and the loop of it on the device.
+
+A step with prompts in it is two or three programs, so that few are compiled: what the model does depends on the number
+of tokens, what the sampler does on what the requests need, and prompts are scored in tiles of one size. A loop of
+decode steps is one program.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +28,7 @@ from jaxinfer.model import Model, Params
 
 Cache = tuple[Pages, ...]
 VOCABULARY_CHUNK = 8192
+SCORED = 64  # prompt tokens that one program gives log-probabilities
 
 
 @jax.tree_util.register_dataclass
@@ -34,12 +40,12 @@ class StepOutput:
         sampled: the choice for every step (leading axis n) and row: the slots of the rectangle, then the chunks
             of the prefill.
         emits_nW: rows whose token counts.
-        prompt: log-probabilities of the prefill's next tokens, where they were asked for.
+        prompt: log-probabilities of the prefill's next tokens in tiles of `SCORED`; empty where nobody asked for them.
     """
 
     sampled: Sampled
     emits_nW: jax.Array
-    prompt: PromptLogprobs | None
+    prompt: tuple[PromptLogprobs, ...]
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,9 @@ class Programs:
     def __init__(self, model: Model, layout: Layout):
         self.model, self.layout, self.traces = model, layout, Counter[str]()
         donated = ("state", "cache")
-        self._step = jax.jit(self._traced_step, static_argnames=("decode", "tokens", "needs"), donate_argnames=donated)
+        self._step = jax.jit(self._traced_step, static_argnames=("decode", "tokens"), donate_argnames=("cache",))
+        self._sample = jax.jit(self._traced_sample, static_argnames=("needs",), donate_argnames=("state",))
+        self._score = jax.jit(self._traced_score)
         self._loop = jax.jit(self._traced_loop, static_argnames=("decode", "steps", "needs"), donate_argnames=donated)
         self._admit = jax.jit(self._traced_admit, donate_argnames=("state",))
         self._release = jax.jit(self._traced_release, donate_argnames=("state",))
@@ -104,10 +112,14 @@ class Programs:
             decode: slots of the rectangle.
             needs: what the sampler must be able to do.
         """
-        tokens, packed = len(prefill.tokens_T), prefill.packed()
-        targets_T = np.zeros(0, np.int32) if targets_T is None else targets_T
+        tokens, packed, prompt = len(prefill.tokens_T), prefill.packed(), []
         with jax.set_mesh(self.model.mesh):
-            return self._step(params, state, cache, packed, targets_T, decode=decode, tokens=tokens, needs=needs)
+            cache, logits_WV, rows, tiles = self._step(params, state, cache, packed, decode=decode, tokens=tokens)
+            state, sampled, emits_nW = self._sample(state, logits_WV, rows, needs=needs)
+            if targets_T is not None:
+                targets = np.split(targets_T, range(SCORED, tokens, SCORED))
+                prompt = [self._score(params, *tile) for tile in zip(tiles, targets, strict=True)]
+        return state, cache, StepOutput(sampled, emits_nW, tuple(prompt))
 
     def loop(
         self, params: Params, state: SlotState, cache: Cache, *, decode: int, steps: int, needs: Needs
@@ -148,23 +160,34 @@ class Programs:
         with jax.set_mesh(self.model.mesh):
             return self._release(state, np.int32(slot))
 
-    def _traced_step(self, params, state, cache, packed, targets_T, *, decode, tokens, needs):
+    def _traced_step(self, params, state, cache, packed, *, decode, tokens):
         self.traces["step"] += 1
-        prefill = Prefill.unpacked(packed, tokens)
-        state, cache, hidden_TD, (sampled, emits_W) = self._run(params, state, cache, prefill, decode, needs)
-        prompt = self._score(params, hidden_TD[decode:], targets_T) if targets_T.size else None
-        return state, cache, StepOutput(jax.tree.map(lambda array: array[None], sampled), emits_W[None], prompt)
+        cache, logits_WV, rows, hidden_TD = self._run(params, state, cache, Prefill.unpacked(packed, tokens), decode)
+        tiles = tuple(hidden_TD[at : at + SCORED] for at in range(decode, decode + tokens, SCORED))
+        return cache, logits_WV, rows, tiles
+
+    def _traced_sample(self, state, logits_WV, rows, *, needs):
+        self.traces["sample"] += 1
+        state, sampled = self._draw(state, logits_WV, rows, needs)
+        return state, jax.tree.map(lambda array: array[None], sampled), rows.emits_W[None]
+
+    def _traced_score(self, params, hidden_TD, targets_T):
+        self.traces["score"] += 1
+        normed_TD, head_VD, cap = self.model.head(params, hidden_TD)
+        top = min(MAX_LOGPROBS, self.model.config.vocab_size)
+        return prompt_logprobs(normed_TD, head_VD, targets_T, top, chunk=VOCABULARY_CHUNK, transform=cap)
 
     def _traced_loop(self, params, state, cache, *, decode, steps, needs):
         self.traces["loop"] += 1
 
         def body(carry, _):
             state, cache = carry
-            state, cache, _, rows = self._run(params, state, cache, no_prefill(), decode, needs)
-            return (state, cache), rows
+            cache, logits_WV, rows, _ = self._run(params, state, cache, no_prefill(), decode)
+            state, sampled = self._draw(state, logits_WV, rows, needs)
+            return (state, cache), (sampled, rows.emits_W)
 
         (state, cache), (sampled, emits_nW) = jax.lax.scan(body, (state, cache), length=steps)
-        return state, cache, StepOutput(sampled, emits_nW, None)
+        return state, cache, StepOutput(sampled, emits_nW, ())
 
     def _traced_admit(self, state, slot, row):
         self.traces["admit"] += 1
@@ -174,14 +197,20 @@ class Programs:
         self.traces["release"] += 1
         return slots.release(state, slot)
 
-    def _run(self, params, state, cache, prefill, decode, needs):
+    def _run(self, params, state, cache, prefill, decode):
+        """The model's part of a step: logits of the rows that need them, and hidden states of all tokens."""
         batch, rows = make_batch(state, decode, prefill, self.layout.page_size)
         batch = batch.scheduled(*self._heads(), self.model.config.windows)
         hidden_TD, _, cache = self.model.forward(params, batch, cache)
-        logits_WV = self.model.logits(params, hidden_TD[rows.tokens_W])
-        sampled = self._sample(logits_WV, state, rows, needs)
-        state = slots.advance(state, sampled, rows.slots_W, rows.emits_W, rows.lengths_W)
-        return state, cache, hidden_TD, (sampled, rows.emits_W)
+        return cache, self.model.logits(params, hidden_TD[rows.tokens_W]), rows, hidden_TD
+
+    def _draw(self, state: SlotState, logits_WV: jax.Array, rows: Rows, needs: Needs) -> tuple[SlotState, Sampled]:
+        """The sampler's part."""
+        rows_W = jnp.minimum(rows.slots_W, self.layout.slots - 1)
+        own = jax.tree.map(lambda array_B: array_B[rows_W], state.sampling)
+        whole_WV = jax.sharding.reshard(logits_WV, P(None, None))
+        sampled = sampling.sample(whole_WV, own, state.index_B[rows_W], needs)
+        return slots.advance(state, sampled, rows.slots_W, rows.emits_W, rows.lengths_W), sampled
 
     def _heads(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """The queries of a token, [N, H], and a page of keys, [S, K, H], as one device holds them."""
@@ -192,14 +221,3 @@ class Programs:
             jax.ShapeDtypeStruct((queries, config.head_size), jnp.dtype(config.dtype)),
             jax.ShapeDtypeStruct((layout.page_size, keys, config.head_size), jnp.dtype(layout.cache_dtype)),
         )
-
-    def _sample(self, logits_WV: jax.Array, state: SlotState, rows: Rows, needs: Needs) -> Sampled:
-        rows_W = jnp.minimum(rows.slots_W, self.layout.slots - 1)
-        own = jax.tree.map(lambda array_B: array_B[rows_W], state.sampling)
-        whole_WV = jax.sharding.reshard(logits_WV, P(None, None))
-        return sampling.sample(whole_WV, own, state.index_B[rows_W], needs)
-
-    def _score(self, params: Params, hidden_TD: jax.Array, targets_T: jax.Array) -> PromptLogprobs:
-        normed_TD, head_VD, cap = self.model.head(params, hidden_TD)
-        top = min(MAX_LOGPROBS, self.model.config.vocab_size)
-        return prompt_logprobs(normed_TD, head_VD, targets_T, top, chunk=VOCABULARY_CHUNK, transform=cap)

@@ -17,13 +17,13 @@ from jaxinfer.decode.prompt_logprobs import PromptLogprobs
 from jaxinfer.decode.sampling import Needs, Sampled
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.slots import Admission
-from jaxinfer.decode.step import Layout, Programs, StepOutput
+from jaxinfer.decode.step import SCORED, Layout, Programs, StepOutput
 from jaxinfer.engine.memory import fitting_pages
 from jaxinfer.engine.request import Request, Sequence, TokenLogprobs, Update
 from jaxinfer.engine.scheduler import Chunk, Scheduler, lay_out, next_tokens
 from jaxinfer.model import Model, Params
 
-SMALLEST_BUCKET = 64
+SMALLEST_BUCKET = SCORED  # the larger ones are whole multiples: one program scores all prompts
 IN_FLIGHT = 2  # steps dispatched before the oldest is read
 WARM = (sampling.GREEDY, sampling.EVERYTHING)
 
@@ -148,12 +148,12 @@ class Engine:
             row = self.programs.admission(idle, [()] * len(self.layout.num_pages), prompt_ids=(0,))
             self._state = self.programs.admit(self._state, 0, row)
         self._state = self.programs.release(self._state, 0)
-        for tokens in _powers(SMALLEST_BUCKET, self.options.max_num_batched_tokens):
-            prefill, targets_T = lay_out([], tokens, self.layout.slots), next_tokens([], tokens)
-            for decode in (0, self.layout.slots):
-                self._run_step(prefill, targets_T, decode, sampling.EVERYTHING)
-                for needs in WARM:
-                    self._run_step(prefill, None, decode, needs)
+        for decode in (0, self.layout.slots):
+            for tokens in _powers(SMALLEST_BUCKET, self.options.max_num_batched_tokens):
+                self._run_step(lay_out([], tokens, self.layout.slots), None, decode, WARM[0])
+            prefill, targets_T = lay_out([], SCORED, self.layout.slots), next_tokens([], SCORED)
+            for needs in WARM[1:]:
+                self._run_step(prefill, targets_T, decode, needs)
         for decode in _powers(1, self.layout.slots):
             for needs in WARM:
                 self._run_loop(decode, needs)
@@ -189,8 +189,7 @@ class Engine:
         decode = self.layout.slots if decoding else 0
         tokens = _bucket(sum(chunk.tokens for chunk in chunks), self.options.max_num_batched_tokens)
         wants = any(chunk.sequence.request.params.prompt_logprobs is not None for chunk in chunks)
-        # Scoring is rare: one kind of sampling beside it keeps the programs few.
-        targets_T, needs = (next_tokens(chunks, tokens), sampling.EVERYTHING) if wants else (None, needs)
+        targets_T = next_tokens(chunks, tokens) if wants else None
         output = self._run_step(lay_out(chunks, tokens, self.layout.slots), targets_T, decode, needs)
         for index, chunk in enumerate(chunks):
             chunk.sequence.prefilled += chunk.tokens
@@ -220,8 +219,9 @@ class Engine:
 
     def _commit(self, work: Work) -> list[Update]:
         output = jax.tree.map(np.asarray, work.output)
-        if output.prompt is not None:
-            _keep_prompt_logprobs(work.chunks, output.prompt)
+        if output.prompt:
+            scored = jax.tree.map(lambda *tiles: np.concatenate(tiles), *output.prompt)
+            _keep_prompt_logprobs(work.chunks, scored)
         updates = []
         for row, sequence in work.rows:
             if not sequence.finished:

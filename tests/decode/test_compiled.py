@@ -37,7 +37,7 @@ class Compiled:
 
 
 def compiled(which: str, config: dict, tensor: int = 1, num_pages: int = 29) -> Compiled:
-    """A program of decode and, as `step`, of prefill. Nothing is run."""
+    """A program of decode and, as `step` and `sample`, of prefill. Nothing is run."""
     model = Model(read_config(config), make_mesh(tensor))
     layout = Layout(SLOTS, PAGE, (num_pages,) * len(model.config.windows), CONTEXT, "float32")
     programs = Programs(model, layout)
@@ -47,8 +47,11 @@ def compiled(which: str, config: dict, tensor: int = 1, num_pages: int = 29) -> 
         if which == "loop":
             lowered = programs._loop.lower(*given, decode=SLOTS, steps=3, needs=needs)
         else:
-            packed, nothing = np.zeros(TOKENS + 4 * SLOTS + 1, np.int32), np.zeros(0, np.int32)
-            lowered = programs._step.lower(*given, packed, nothing, decode=SLOTS, tokens=TOKENS, needs=needs)
+            packed = np.zeros(TOKENS + 4 * SLOTS + 1, np.int32)
+            lowered = programs._step.lower(*given, packed, decode=SLOTS, tokens=TOKENS)
+            if which == "sample":
+                _, logits_WV, rows, _ = lowered.out_info
+                lowered = programs._sample.lower(given[1], logits_WV, rows, needs=needs)
         return Compiled(which, model, *given[1:], lowered.compile())
 
 
@@ -80,7 +83,8 @@ def test_every_cache_leaf_is_updated_in_place(alone):
     """Its output is aliased to an input of its own, of the same shape."""
     header = alone.text.splitlines()[0]
     aliased = dict(re.findall(r"\{(\d+)\}: \((\d+), \{\}", header))
-    first, leaves = len(jax.tree.leaves(alone.state)), jax.tree.leaves(alone.cache)
+    leaves = jax.tree.leaves(alone.cache)
+    first = len(jax.tree.leaves(alone.state)) if alone.which == "loop" else 0  # a step gives no state back
     # A layout such as {3,2,1,0} after a shape would be taken for the end of the list.
     parameters = re.findall(r"\w+\[([\d,]*)\]", re.search(r"entry_computation_layout=\{\((.*?)\)->", header)[1])
     inputs = [int(aliased[str(first + index)]) for index in range(len(leaves))]
@@ -105,10 +109,23 @@ def test_temporary_memory_does_not_grow_with_the_pool(alone):
     assert large.executable.memory_analysis().alias_size_in_bytes >= cache
 
 
-@pytest.mark.parametrize("which", PROGRAMS)
-def test_devices_meet_twice_a_layer(which):
+def test_the_sampler_updates_its_state_in_place():
+    sample = compiled("sample", ODD)
+    aliased = re.findall(r"\{(\d+)\}: \((\d+), \{\}", sample.text.splitlines()[0])
+    assert aliased == [(str(index), str(index)) for index in range(len(jax.tree.leaves(sample.state)))]
+
+
+@pytest.mark.parametrize(
+    ("which", "meetings"),
+    [
+        ("step", {"all-reduce": 2 * LAYERS + 1}),
+        ("sample", {"all-gather": 1}),
+        ("loop", {"all-reduce": 2 * LAYERS + 1, "all-gather": 1}),
+    ],
+)
+def test_devices_meet_twice_a_layer(which, meetings):
     """Attention and MLP each end in one sum over devices, the embedding of a sharded vocabulary in another, and the
     sampler gathers the logits. A loop's body is one computation, whatever its number of steps."""
     kinds = r"(all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter)"
     found = Counter(re.findall(rf" {kinds}(?:-start)?\(", compiled(which, EVEN, tensor=4).text))
-    assert found == {"all-reduce": 2 * LAYERS + 1, "all-gather": 1}
+    assert found == meetings

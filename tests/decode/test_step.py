@@ -1,5 +1,6 @@
 """However the tokens of a request are cut into programs, the same tokens and log-probabilities come out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -42,7 +43,9 @@ class Run:
             row = self.programs.admission(SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS), own)
             self.state = self.programs.admit(self.state, slot, row)
 
-    def step(self, pieces: list[tuple[int, int, int]], decode: int = 0) -> StepOutput:
+    def step(
+        self, pieces: list[tuple[int, int, int]], decode: int = 0, targets_T: np.ndarray | None = None
+    ) -> StepOutput:
         """Prefills (slot, start, end) pieces of the prompts beside a rectangle of `decode` slots."""
         ends = np.cumsum([0, *(end - start for _, start, end in pieces)])
         pad = SLOTS - len(pieces)
@@ -56,7 +59,7 @@ class Run:
             last_R=fill([end == len(PROMPTS[slot]) for slot, _, end in pieces], 0),
         )
         self.state, self.cache, output = self.programs.step(
-            self.params, self.state, self.cache, prefill, None, decode, NEEDS
+            self.params, self.state, self.cache, prefill, targets_T, decode, NEEDS
         )
         return jax.device_get(output)
 
@@ -67,13 +70,17 @@ class Run:
         return jax.device_get(output)
 
 
-@pytest.fixture(scope="module")
-def start():
+def compiler() -> Callable[[], Run]:
     model = Model(read_config(CONFIG), make_mesh(1))
     assert model.config.windows == (8, None)
     layout = Layout(SLOTS, PAGE, (SLOTS * PAGES + 1,) * 2, CONTEXT, "float32")
     programs, params = Programs(model, layout), random_params(model, 2)
     return lambda: Run(programs, params)
+
+
+@pytest.fixture(scope="module")
+def start():
+    return compiler()
 
 
 def whole(slot: int) -> tuple[int, int, int]:
@@ -137,6 +144,21 @@ def test_a_loop_equals_single_steps_and_ends_where_they_do(start):
     assert emitted.tolist() == [MAX_TOKENS] * 2
     assert not np.asarray(looped.state.active_B).any()
     np.testing.assert_array_equal(looped.state.length_B, [len(PROMPTS[0]) + 4, len(PROMPTS[1]) + 4, 0, 0])
+
+
+def test_prompts_scored_in_tiles_equal_prompts_scored_at_once(start, monkeypatch):
+    """The pieces end within tiles; beside a rectangle the tiles begin behind it."""
+    pieces, targets_T = [whole(1), whole(2), whole(0)], np.full(ROWS, -1, np.int32)
+    following = [token for slot, _, _ in pieces for token in [*PROMPTS[slot][1:], -1]]
+    targets_T[: len(following)] = following
+    (expected,) = start().step(pieces, 0, targets_T).prompt
+    assert np.isfinite(expected.logprob_T[targets_T >= 0]).all()
+    monkeypatch.setattr("jaxinfer.decode.step.SCORED", ROWS // 4)
+    tiles = compiler()().step(pieces, SLOTS, targets_T).prompt
+    assert [len(tile.logprob_T) for tile in tiles] == [ROWS // 4] * 4
+    scored = jax.tree.map(lambda *parts: np.concatenate(parts), *tiles)
+    np.testing.assert_allclose(scored.logprob_T, expected.logprob_T, **CLOSE)
+    np.testing.assert_allclose(scored.top_logprobs_TL, expected.top_logprobs_TL, **CLOSE)
 
 
 def test_a_released_slot_stops_and_leaves_its_neighbour_alone(start):
