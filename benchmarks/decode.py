@@ -1,7 +1,9 @@
 """Prefill and decoding of a whole model with random normal weights.
 
     python -m benchmarks.decode [--model llama-3-8b] [--batches 1 16 64 256] [--prompts 512 2048 8192]
+        [--attention xla]
 
+Writes `decode.json` to the results of the device, or `decode_xla.json` where attention is asked for by that name.
 Decoding: prompts of 128 tokens, 256 new tokens, greedy, no stop; new tokens over all sequences by the time of the 256
 steps. First token: one prompt, from the upload to the token on the host. Medians of three after a warm-up.
 """
@@ -31,6 +33,7 @@ from jaxinfer.roofline import (
     MEASURED,
     Cost,
     Hardware,
+    activation_memory,
     decode_step,
     find_by_device,
     page_bytes,
@@ -39,6 +42,7 @@ from jaxinfer.roofline import (
 )
 from jaxinfer.roofline.precision import BF16
 from pallas_kernels import dispatch
+from pallas_kernels.flash_decoding import IMPLEMENTATIONS
 
 MODELS = Path(__file__).parents[1] / "configs" / "models"
 PROMPT, NEW, REPEATS = 128, 256, 3
@@ -52,7 +56,7 @@ class Subject:
     Attributes:
         name: of the model in the records.
         steps: decode steps of one dispatch.
-        attention: the implementation that runs here, as `pallas_kernels` chooses it.
+        implementation: of attention that is asked for.
         machine: as timed at the start of this run; predictions are made with it.
         ceilings: those that all figures of such a machine are set against; fractions are of them.
     """
@@ -62,9 +66,14 @@ class Subject:
     params: Params
     page_size: int
     steps: int
-    attention: str
+    implementation: str
     machine: Hardware
     ceilings: Hardware
+
+    @property
+    def attention(self) -> str:
+        """The implementation that runs here, as `pallas_kernels` chooses it."""
+        return dispatch.automatic()[0] if self.implementation == "auto" else self.implementation
 
     @property
     def plan(self) -> str:
@@ -78,7 +87,8 @@ class Bench:
     def __init__(self, subject: Subject, slots: int, length: int):
         config, row = subject.model.config, -(-length // subject.page_size)
         pages = (slots * row + 1,) * len(config.windows)
-        self.subject, self.layout = subject, Layout(slots, subject.page_size, pages, length, config.dtype)
+        self.subject, self.peak_before = subject, memory_statistics().get("peak_bytes_in_use", 0)
+        self.layout = Layout(slots, subject.page_size, pages, length, config.dtype, subject.implementation)
         self.programs = Programs(subject.model, self.layout)
         self.state, self.cache = self.programs.new_state()
         self.random = np.random.default_rng(0)
@@ -123,10 +133,10 @@ def measure(subject: Subject, batches: list[int], prompts: list[int]) -> Iterato
         Record("machine", "measured", "bf16 matmul", subject.machine.rate("bf16") / 1e12, "TFLOP/s"),
         Record("machine", "measured", "kernel overhead", subject.machine.overhead * 1e6, "us"),
     ]
+    for tokens in prompts:  # they need less memory, and a peak is only seen when it is the highest so far
+        yield run_first_token(subject, tokens)
     for batch in batches:
         yield run_decode(subject, batch)
-    for tokens in prompts:
-        yield run_first_token(subject, tokens)
 
 
 def run_decode(subject: Subject, batch: int) -> list[Record]:
@@ -143,7 +153,7 @@ def run_decode(subject: Subject, batch: int) -> list[Record]:
         Record(case, subject.attention, "decode", batch / step, "tok/s", fraction),
         Record(case, subject.attention, "decode step", step * 1e3, "ms", fraction),
         Record(case, subject.plan, "decode step", predicted.predict(subject.machine) * 1e3, "ms"),
-        *memory_records(case, bench),
+        *memory_records(case, bench, batch * PROMPT),
     ]
 
 
@@ -159,14 +169,31 @@ def predicted_prefill(config: ModelConfig, tokens: int, attention: str) -> Cost:
     return prefill(config, tokens, attention="materialized" if attention == "xla" else "flash")
 
 
-def memory_records(case: str, bench: Bench) -> list[Record]:
-    """Weights and cache as the device counts them, where it does, and as they are planned."""
-    stats, config = jax.devices()[0].memory_stats(), bench.programs.model.config
-    pages = bench.layout.num_pages[0]
-    cache = pages * sum(page_bytes(config, window, bench.layout.page_size, BF16) for window in config.windows)
-    planned = weight_memory(config, BF16) + cache
-    measured = [Record(case, "device", "memory in use", stats["bytes_in_use"] / 1e9, "GB")] if stats else []
-    return [*measured, Record(case, bench.subject.plan, "memory in use", planned / 1e9, "GB")]
+def memory_records(case: str, bench: Bench, tokens: int) -> list[Record]:
+    """Weights and cache, and the most that was in use during a prefill of `tokens` tokens over all slots: as the
+    device counts them, and as they are planned. A peak that an earlier case has exceeded cannot be seen."""
+    statistics, config, layout = memory_statistics(), bench.programs.model.config, bench.layout
+    cache = layout.num_pages[0] * sum(page_bytes(config, window, layout.page_size, BF16) for window in config.windows)
+    held = weight_memory(config, BF16) + cache
+    planned = {
+        "memory in use": held,
+        "memory at peak": held + activation_memory(config, layout.slots, tokens, BF16),
+    }
+    measured = {}
+    if statistics:
+        measured["memory in use"] = statistics["bytes_in_use"]
+        if statistics["peak_bytes_in_use"] > bench.peak_before:
+            measured["memory at peak"] = statistics["peak_bytes_in_use"]
+    return [
+        Record(case, who, metric, count / 1e9, "GB")
+        for who, figures in (("device", measured), (bench.subject.plan, planned))
+        for metric, count in figures.items()
+    ]
+
+
+def memory_statistics() -> dict[str, int]:
+    """Of the device; empty where it keeps none."""
+    return jax.devices()[0].memory_stats() or {}
 
 
 def run_first_token(subject: Subject, tokens: int) -> list[Record]:
@@ -178,6 +205,7 @@ def run_first_token(subject: Subject, tokens: int) -> list[Record]:
     return [
         Record(case, subject.attention, "first token", seconds * 1e3, "ms", fraction),
         Record(case, subject.plan, "first token", predicted.predict(subject.machine) * 1e3, "ms"),
+        *memory_records(case, bench, tokens),
     ]
 
 
@@ -186,6 +214,9 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3-8b", help="a folder of configs/models")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64, 256])
     parser.add_argument("--prompts", type=int, nargs="*", default=[512, 2048, 8192])
+    parser.add_argument(
+        "--attention", choices=["auto", *IMPLEMENTATIONS], default="auto", help="its implementation by name"
+    )
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--steps-per-dispatch", type=int, default=16)
     parser.add_argument("--output", type=Path, help="folder of the JSON file")
@@ -194,14 +225,14 @@ def main() -> None:
     model = Model(read_config(MODELS / arguments.model), make_mesh(devices=jax.devices()[:1]))
     subject = Subject(
         arguments.model, model, model.random_params(), arguments.page_size, arguments.steps_per_dispatch,
-        dispatch.automatic()[0], machine, find_by_device(machine.device_kind, MEASURED) or machine,
+        arguments.attention, machine, find_by_device(machine.device_kind, MEASURED) or machine,
     )  # fmt: skip
+    name = "decode" if arguments.attention == "auto" else f"decode_{arguments.attention}"
     records: list[Record] = []
     for group in measure(subject, arguments.batches, arguments.prompts):
         records += group
-        print(*group, sep="\n", flush=True)
-        write("decode", records, arguments.output)  # a run cut short leaves the cases that it has done
-    print("written to", write("decode", records, arguments.output))
+        path = write(name, records, arguments.output)  # a run cut short leaves the cases that it has done
+        print(*group, f"written to {path}", sep="\n", flush=True)
 
 
 if __name__ == "__main__":

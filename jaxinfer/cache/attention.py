@@ -45,7 +45,10 @@ def _local(q_TKgH, k_TKH, v_TKH, pages, view, sinks_Kg, **scores):
     sinks_N = None if sinks_Kg is None else sinks_Kg.reshape(-1)
     q_TNH = rearrange(q_TKgH, "T K g H -> T (K g) H")
     rectangle = view.decode_lengths_B.shape[0] * view.queries
-    options = {"k_scales_PKS": pages.k_scales_PKS, "v_scales_PKS": pages.v_scales_PKS, "sinks_N": sinks_N, **scores}
+    options = {
+        "k_scales_PKS": pages.k_scales_PKS, "v_scales_PKS": pages.v_scales_PKS, "sinks_N": sinks_N,
+        "implementation": view.implementation, **scores,
+    }  # fmt: skip
     parts = []
     if rectangle:
         q_BQNH = q_TNH[:rectangle].reshape(-1, view.queries, *q_TNH.shape[1:])
@@ -64,21 +67,27 @@ def _local(q_TKgH, k_TKH, v_TKH, pages, view, sinks_Kg, **scores):
     return jnp.concatenate(parts).reshape(q_TKgH.shape), pages
 
 
-def scheduled(view: View, q_NH: jax.ShapeDtypeStruct, page_SKH: jax.ShapeDtypeStruct, window: int | None) -> View:
-    """The view with what the layers of its group have in common computed once: the schedule of the decode kernel,
-    where that runs.
+def scheduled(
+    view: View, q_NH: jax.ShapeDtypeStruct, page_SKH: jax.ShapeDtypeStruct, window: int | None, implementation: str
+) -> View:
+    """The view with what the layers of its group have in common: the implementation, and the schedule of the decode
+    kernel, where that runs, computed once.
 
     Args:
         q_NH: shape and dtype of a token's queries, on one device.
         page_SKH: of a page of keys, on one device.
         window: of the group's layers.
+        implementation: as for `flash_decoding`.
     """
+    view = replace(view, implementation=implementation)
     slots = view.decode_lengths_B.shape[0]
     if slots == 0:
         return view
     q_BQNH = jax.ShapeDtypeStruct((slots, view.queries, *q_NH.shape), q_NH.dtype)
     pages_PSKH = jax.ShapeDtypeStruct((1, *page_SKH.shape), page_SKH.dtype)
-    schedule = plan(q_BQNH, pages_PSKH, view.decode_tables_BJ, view.decode_lengths_B, window=window)
+    schedule = plan(
+        q_BQNH, pages_PSKH, view.decode_tables_BJ, view.decode_lengths_B, window=window, implementation=implementation
+    )
     return replace(view, schedule=schedule)
 
 

@@ -49,6 +49,7 @@ class View:
         queries: tokens per slot of the rectangle.
         tree_mask_BQW: which of its slot's tokens each token of the rectangle sees, where they form a tree, as
             `flash_decoding` takes it; None if each sees those before it.
+        implementation: of attention, as `flash_attention` and `flash_decoding` take it.
         schedule: of the decode kernel, which the layers of the group share (`scheduled`); None where each makes its
             own, or has no need of one.
     """
@@ -61,6 +62,7 @@ class View:
     prefill_lengths_R: jax.Array
     queries: int = field(default=1, metadata={"static": True})
     tree_mask_BQW: jax.Array | None = None
+    implementation: str = field(default="auto", metadata={"static": True})
     schedule: Schedule | None = None
 
 

@@ -39,11 +39,13 @@ class Batch:
         )  # fmt: skip
 
     def scheduled(
-        self, q_NH: jax.ShapeDtypeStruct, page_SKH: jax.ShapeDtypeStruct, windows: tuple[int | None, ...]
-    ) -> Batch:
-        """With the schedules of attention made, one for all layers of a cache group; see `cache.scheduled`."""
+        self, q_NH: jax.ShapeDtypeStruct, page_SKH: jax.ShapeDtypeStruct, windows: tuple[int | None, ...],
+        implementation: str,
+    ) -> Batch:  # fmt: skip
+        """With what the attention of a cache group's layers has in common; see `cache.scheduled`."""
         views = zip(self.views, windows, strict=True)
-        return replace(self, views=tuple(scheduled(view, q_NH, page_SKH, window) for view, window in views))
+        shared = tuple(scheduled(view, q_NH, page_SKH, window, implementation) for view, window in views)
+        return replace(self, views=shared)
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,8 @@ class Layout:
         num_pages: pages of each cache group, the null page included.
         max_tokens: tokens of the longest sequence, prompt and output.
         cache_dtype: of keys and values.
+        attention: the implementation of attention, by its name in `pallas_kernels`; by default chosen by hardware
+            and input.
     """
 
     slots: int
@@ -65,6 +67,7 @@ class Layout:
     num_pages: tuple[int, ...]
     max_tokens: int
     cache_dtype: str
+    attention: str = "auto"
 
     @property
     def pages_per_row(self) -> int:
@@ -200,7 +203,7 @@ class Programs:
     def _run(self, params, state, cache, prefill, decode):
         """The model's part of a step: logits of the rows that need them, and hidden states of all tokens."""
         batch, rows = make_batch(state, decode, prefill, self.layout.page_size)
-        batch = batch.scheduled(*self._heads(), self.model.config.windows)
+        batch = batch.scheduled(*self._heads(), self.model.config.windows, self.layout.attention)
         hidden_TD, _, cache = self.model.forward(params, batch, cache)
         return cache, self.model.logits(params, hidden_TD[rows.tokens_W]), rows, hidden_TD
 

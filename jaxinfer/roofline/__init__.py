@@ -11,7 +11,14 @@ tensor-parallel group.
 
 from jaxinfer.roofline.cost import Cost, Work
 from jaxinfer.roofline.hardware import DATASHEETS, MEASURED, Hardware, find_by_device, find_hardware
-from jaxinfer.roofline.memory import MemoryPlan, page_bytes, plan_memory, sequence_bytes, weight_memory
+from jaxinfer.roofline.memory import (
+    MemoryPlan,
+    activation_memory,
+    page_bytes,
+    plan_memory,
+    sequence_bytes,
+    weight_memory,
+)
 from jaxinfer.roofline.precision import Precision
 from jaxinfer.roofline.shapes import parameters
 from jaxinfer.roofline.step import compute_bound_batch, decode_step, experts_touched, prefill
@@ -24,6 +31,7 @@ __all__ = [
     "MemoryPlan",
     "Precision",
     "Work",
+    "activation_memory",
     "compute_bound_batch",
     "decode_step",
     "experts_touched",

@@ -1,0 +1,37 @@
+"""The benchmark of a whole model, on a small one."""
+
+import pytest
+
+from benchmarks import decode
+from jaxinfer.model import Model, read_config
+from jaxinfer.parallel import make_mesh
+from jaxinfer.roofline import find_hardware
+from tests.engine.tiny import CONFIG
+
+
+def subject(implementation: str) -> decode.Subject:
+    model, machine = Model(read_config(CONFIG), make_mesh(1)), find_hardware("h200")
+    return decode.Subject("tiny", model, model.random_params(), 4, 2, implementation, machine, machine)
+
+
+def test_the_records_of_a_model(monkeypatch):
+    monkeypatch.setattr(decode, "PROMPT", 5)
+    monkeypatch.setattr(decode, "NEW", 4)
+    records = [record for group in decode.measure(subject("auto"), batches=[2], prompts=[7]) for record in group]
+    found = {(record.case, record.implementation, record.metric) for record in records}
+    assert found >= {
+        ("tiny B2", "xla", "decode"),
+        ("tiny B2", "xla", "decode step"),
+        ("tiny B2", "plan with XLA attention", "decode step"),
+        ("tiny B2", "plan with XLA attention", "memory at peak"),
+        ("tiny prompt 7", "xla", "first token"),
+        ("tiny prompt 7", "plan with XLA attention", "first token"),
+    }
+    assert all(record.value > 0 for record in records if record.case != "machine")
+
+
+def test_attention_runs_as_it_is_named():
+    """The kernel takes no float32, and says so."""
+    with pytest.raises(ValueError, match=r"'mosaic_gpu' of flash_attention cannot run: q\.dtype is float32"):
+        decode.run_first_token(subject("mosaic_gpu"), 7)
+    assert decode.run_first_token(subject("reference"), 7)[0].implementation == "reference"
