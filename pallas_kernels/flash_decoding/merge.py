@@ -19,7 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.blockwise import LOWEST, ceil_div
 
 WIDTH = 128  # columns that a warpgroup loads at once; parts are padded to a multiple of it
-ROWS_AT_ONCE, PARTS_AT_ONCE = 4, 8  # whose loads are under way together
+# Rows whose loads are under way together, and parts of each: the parts of a unit with many rows are few.
+MOST_ROWS_AT_ONCE, MOST_PARTS_AT_ONCE, AT_ONCE = 16, 8, 32
 
 
 def merge(results: Any, merge_C4: jax.Array, sinks_UR: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -40,7 +41,7 @@ def merge(results: Any, merge_C4: jax.Array, sinks_UR: jax.Array | None) -> tupl
 
     run = plgpu.kernel(
         kernel,
-        scratch_types=(rows_scratch(out.shape[-1], out.dtype),),
+        scratch_types=(rows_scratch(out.shape[1], out.shape[2], out.dtype),),
         grid=(len(merge_C4),),
         grid_names=("cta",),
         kernel_name="flash_decoding_merge",
@@ -50,21 +51,25 @@ def merge(results: Any, merge_C4: jax.Array, sinks_UR: jax.Array | None) -> tupl
     return jax.freeze(out_ref), jax.freeze(lse_ref)
 
 
+def rows_at_once(rows: int) -> int:
+    return min(rows, MOST_ROWS_AT_ONCE)
+
+
 def padded(head_size: int) -> int:
     """Columns of a part in memory."""
     return ceil_div(head_size, WIDTH) * WIDTH
 
 
-def rows_scratch(head_size: int, dtype: jnp.dtype) -> Any:
-    """Shared memory that `join` needs."""
-    return plgpu.SMEM((ROWS_AT_ONCE, padded(head_size)), dtype)
+def rows_scratch(rows: int, head_size: int, dtype: jnp.dtype) -> Any:
+    """Shared memory that `join` needs for units of so many rows."""
+    return plgpu.SMEM((rows_at_once(rows), padded(head_size)), dtype)
 
 
 def join(merge_ref, part_ref, part_lse_ref, sinks_ref, out_ref, lse_ref, rows_smem) -> None:
     """Joins the parts of the unit that begins in this CTA's stretch and ends in another's, if there is one."""
     unit, first, rest, count = (merge_ref[lax.axis_index("cta"), i] for i in range(4))
     rows, head_size = out_ref.shape[1:]
-    at_once = min(rows, ROWS_AT_ONCE)
+    at_once = rows_at_once(rows)
 
     @pl.when(unit >= 0)
     def _():
@@ -91,8 +96,10 @@ def join(merge_ref, part_ref, part_lse_ref, sinks_ref, out_ref, lse_ref, rows_sm
 def _join_rows(part_ref, part_lse_ref, first, rest, count, rows: list) -> list[tuple[Any, Any]]:
     """Values and log-sum-exp of some rows of a unit, from its beginning and the `count` parts from `rest` on."""
 
+    at_once = min(MOST_PARTS_AT_ONCE, AT_ONCE // len(rows))
+
     def add(i, carry):
-        numbers = [i * PARTS_AT_ONCE + j for j in range(PARTS_AT_ONCE)]
+        numbers = [i * at_once + j for j in range(at_once)]
         index = [(j, rest + jnp.minimum(j, count - 1)) for j in numbers]
         lses = [[jnp.where(j < count, part_lse_ref[p, row], -jnp.inf) for j, p in index] for row in rows]
         loaded = [list(zip(lses[i], [part_ref[p, row] for _, p in index], strict=True)) for i, row in enumerate(rows)]
@@ -101,7 +108,7 @@ def _join_rows(part_ref, part_lse_ref, first, rest, count, rows: list) -> list[t
     begin = tuple(
         (part_ref[first, row], jnp.maximum(part_lse_ref[first, row], LOWEST), jnp.float32(1)) for row in rows
     )
-    states = lax.fori_loop(0, ceil_div(count, PARTS_AT_ONCE), add, begin)
+    states = lax.fori_loop(0, ceil_div(count, at_once), add, begin)
     return [
         (values * (1 / total), jnp.where(maximum > LOWEST, maximum + jnp.log(total), -jnp.inf))
         for values, maximum, total in states

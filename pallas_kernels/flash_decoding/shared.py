@@ -116,7 +116,9 @@ def scratch_memory(shape: Shape, config: Config) -> Scratch:
         operands=operands,
         meeting=meeting,
         results=plgpu.RefUnion(
-            plgpu.SMEM((ROWS, H), shape.dtype), plgpu.SMEM((ROWS, H), jnp.float32), rows_scratch(H, shape.dtype)
+            plgpu.SMEM((ROWS, H), shape.dtype),
+            plgpu.SMEM((ROWS, H), jnp.float32),
+            rows_scratch(shape.stored_rows, H, shape.dtype),
         ),
         statistics=plgpu.SMEM((2, ROWS), jnp.float32),
         q_ready=plgpu.Barrier(num_barriers=config.q_buffers),
