@@ -65,6 +65,9 @@ def malformed(error: ValidationError, fields: set[str]) -> ApiError:
         fields: names that a path can be made of; what else pydantic names is the type that it tried.
     """
     first, *others = error.errors(include_url=False, include_context=False)
+    # Of the types that a value may have, the one that fits further is meant.
+    inside = [other for other in others if _path(other["loc"], fields).startswith(_path(first["loc"], fields) + "[")]
+    first = inside[0] if inside else first
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['msg'].partition(': ')[2]}", code="invalid_json")
     param = _path(first["loc"], fields)
