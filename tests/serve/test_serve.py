@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import threading
 import time
@@ -213,6 +214,16 @@ def test_metrics_count_what_was_asked(server, client):
     assert grown["jaxinfer_time_to_first_token_seconds_count"] == 2
     assert after["jaxinfer_cache_pages"] > 0
     assert after["jaxinfer_cache_pages_used"] == 0
+
+
+def test_the_page_draws_what_the_metrics_have(server):
+    """Its script names figures that are there, under no name but these."""
+    status, headers, page = server.ask("GET", "/")
+    assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
+    named = re.findall(r"\bjaxinfer_\w+", page.decode())
+    found = server.figures()
+    assert len(named) >= 7
+    assert [name for name in named if name not in found and f"{name}_sum" not in found] == []
 
 
 # --- what cannot be served
