@@ -230,7 +230,6 @@ def _handle_errors(app: FastAPI, service: Service) -> None:
     async def gone(request: Request, error: HangUp) -> Response:
         return Response(status_code=499)  # nobody reads it
 
-    @app.exception_handler(Exception)
+    @app.exception_handler(Exception)  # a bug, which Uvicorn writes to the log
     async def bug(request: Request, error: Exception) -> Response:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return told(_internal())

@@ -347,6 +347,17 @@ def test_a_request_whose_caller_hangs_up_is_aborted(server):
     assert server.figures()[ABORTED] == before + 2
 
 
+def test_a_caller_who_hangs_up_within_the_body_is_no_error(server):
+    """The last test sees that the log has nothing of it."""
+    connection = server.connect()
+    connection.putrequest("POST", COMPLETION)
+    for name, value in (("Content-Type", "application/json"), ("Content-Length", "1000")):
+        connection.putheader(name, value)
+    connection.endheaders(b'{"prompt": ')
+    connection.close()
+    assert server.ask("GET", "/health")[0] == 200
+
+
 def test_a_full_queue_says_when_to_come_again(server, client):
     """Four run and four wait; then those that wait hang up, and there is room again."""
     stream = client.completions.create(model="demo", prompt="a", stream=True, n=4, **LONG)
