@@ -11,6 +11,7 @@ import pytest
 from tests.pallas_kernels.sanitized import KERNELS
 
 SANITIZER = shutil.which("compute-sanitizer")
+OURS = "kernel_substring=mosaic_gpu"  # in the name of every kernel of Mosaic GPU
 FOUND = 9  # the exit code that the tool is told to give
 
 pytestmark = [
@@ -23,9 +24,14 @@ def sanitized(tool: str, name: str) -> subprocess.CompletedProcess[str]:
     """Every allocation is one of the driver's own, so that the tool knows its end."""
     environment = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     program = [sys.executable, "-m", "tests.pallas_kernels.sanitized", name]
-    command = [SANITIZER or "", "--tool", tool, "--error-exitcode", str(FOUND), *program]
+    options = ["--tool", tool, "--kernel-name", OURS, "--error-exitcode", str(FOUND)]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env=environment, cwd=Path(__file__).parents[2]
+        [SANITIZER or "", *options, *program],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+        cwd=Path(__file__).parents[2],
     )
 
 
