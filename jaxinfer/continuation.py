@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Self
 
 from jaxinfer.engine import Request, TokenLogprobs, Update
 from jaxinfer.engine.request import FinishReason
 from jaxinfer.outputs import CompletionOutput
-from jaxinfer.text import IncrementalDecoder, StopChecker
+from jaxinfer.text import IncrementalDecoder, StopChecker, Tokenizer
 
 
 @dataclass
@@ -25,6 +26,11 @@ class Continuation:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     sent: tuple[int, int] = (0, 0)  # tokens and characters that `piece` has handed out
+
+    @classmethod
+    def start(cls, request: Request, index: int, tokenizer: Tokenizer) -> Self:
+        """Nothing yet of the continuation `index` of a prompt."""
+        return cls(request, index, IncrementalDecoder(tokenizer), StopChecker(request.params.stop_strings))
 
     def push(self, update: Update) -> None:
         """Takes the new tokens, up to the one that completes a stop string."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
@@ -15,15 +14,15 @@ import numpy as np
 from jaxinfer import checkpoint
 from jaxinfer.continuation import Continuation
 from jaxinfer.decode.sampling import MAX_EOS_IDS
-from jaxinfer.decode.sampling_params import SamplingParams, first_few
+from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Engine, Options, Request
+from jaxinfer.intake import Intake, Limits, Prompt, is_integer, is_list
 from jaxinfer.model import Model, ModelConfig, read_config
 from jaxinfer.model.rope import Dynamic, LongRope, Yarn
 from jaxinfer.outputs import CompletionOutput, RequestOutput
 from jaxinfer.parallel import make_mesh
-from jaxinfer.text import ChatTemplate, IncrementalDecoder, StopChecker, Tokenizer
+from jaxinfer.text import ChatTemplate, Tokenizer
 
-Prompt = str | Sequence[int]
 DEMO = Path(__file__).parent / "assets" / "demo"
 """The checkpoint that ships with the package: a small model of Python code."""
 
@@ -33,7 +32,7 @@ class LLM:
 
     Attributes:
         folder: where the checkpoint lies on this machine.
-        model, engine, tokenizer: the pieces, for those who want to look inside.
+        model, engine, tokenizer, intake: the pieces, for those who want to look inside.
     """
 
     def __init__(
@@ -70,8 +69,9 @@ class LLM:
         config = read_config(self.folder)
         _check_context(max_model_len, config)
         self.tokenizer = Tokenizer.from_folder(self.folder)
-        self._eos_ids = _checked_eos(self.folder, self.tokenizer, config.vocab_size)
+        eos_ids = _checked_eos(self.folder, self.tokenizer, config.vocab_size)
         self.model = Model(config, make_mesh(tensor_parallel_size), max_model_len, dtype)
+        self.intake = Intake(self.tokenizer, Limits(config.vocab_size, self.model.context, eos_ids))
         params = self.model.params(checkpoint.load(self.folder, self.model))
         self.engine = Engine(self.model, params, options)
         if warm_up:
@@ -96,7 +96,7 @@ class LLM:
         Raises:
             ValueError: lists every prompt and parameter that cannot be served; nothing has run then.
         """
-        return self._answer("prompt", _listed(prompts), sampling_params, self._tokens)
+        return self._answer("prompt", _listed(prompts), sampling_params, self.intake.tokens)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[CompletionOutput]:
         """Continues one prompt and yields each piece as it comes: new text and new tokens only.
@@ -106,7 +106,7 @@ class LLM:
         Raises:
             ValueError: as `generate`; also where `n` is not 1, or `prompt_logprobs` are asked for.
         """
-        ((tokens, params),) = self._checked("prompt", [prompt], sampling_params, self._tokens, _stream_problems)
+        ((tokens, params),) = self._checked("prompt", [prompt], sampling_params, self.intake.tokens, _stream_problems)
         return self._stream(tokens, params)
 
     def chat(
@@ -123,7 +123,7 @@ class LLM:
             ValueError: there is no template; or as `generate`, also for every message that is malformed.
         """
         template = ChatTemplate.from_folder(self.folder)
-        several = _is_list(messages) and len(messages) > 0 and not isinstance(messages[0], Mapping)
+        several = is_list(messages) and len(messages) > 0 and not isinstance(messages[0], Mapping)
 
         def encode(conversation: Sequence[Mapping[str, Any]]) -> list[int]:
             return self.tokenizer.encode(template.render(conversation), add_special_tokens=False)
@@ -184,37 +184,20 @@ class LLM:
             raise ValueError("; ".join(problems))
         return requests
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str):
-            return _checked_ids(prompt)
-        return self.tokenizer.encode(prompt) if prompt else []  # a lone beginning-of-sequence token is no prompt
-
     def _problems(self, ids: list[int], params: SamplingParams | None) -> list[str]:
         """What cannot be served of a prompt, and of its parameters unless they are already refused (None)."""
-        vocab, context = self.model.config.vocab_size, self.model.context
-        if not ids:
-            return ["the prompt is empty; it must have at least one token"]
-        wrong = [(at, i) for at, i in enumerate(ids) if not 0 <= i < vocab]
-        found = first_few([f"token id {i} at position {at} must be in 0..{vocab - 1}" for at, i in wrong])
-        if len(ids) >= context:
-            found.append(
-                f"the prompt has {len(ids)} tokens; at most {context - 1} leave room in a context of {context}"
-            )
+        found = self.intake.problems(ids, params)
+        if found or params is None:
             return found
-        if params is None:
-            return found
-        found += params.problems(vocab, context, len(ids))
-        return found or self.engine.problems(Request(-1, tuple(ids), params, self._eos_ids, 0))
+        return self.engine.problems(Request(-1, tuple(ids), params, self.intake.limits.eos_ids, 0))
 
     def _start(self, ids: list[int], params: SamplingParams) -> list[Continuation]:
         """Queues the n continuations of one prompt."""
         seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
         group = []
-        for index in range(params.n):
-            request = Request(next(self._ids), tuple(ids), params, self._eos_ids, (seed + index) % 2**32)
+        for index, request in enumerate(self.intake.requests(self._ids, ids, params, seed)):
             self.engine.add(request)
-            decoder, checker = IncrementalDecoder(self.tokenizer), StopChecker(params.stop_strings)
-            self._running[request.id] = Continuation(request, index, decoder, checker)
+            self._running[request.id] = Continuation.start(request, index, self.tokenizer)
             group.append(self._running[request.id])
         return group
 
@@ -253,12 +236,12 @@ def _check_arguments(
 ) -> None:  # fmt: skip
     if dtype is not None and (not isinstance(dtype, str) or dtype not in ("bfloat16", "float16", "float32")):
         raise ValueError(f"dtype = {dtype!r} must be bfloat16, float16 or float32")
-    if max_model_len is not None and not _is_integer(max_model_len, 2):
+    if max_model_len is not None and not is_integer(max_model_len, 2):
         raise ValueError(
             f"max_model_len = {max_model_len!r} must be an integer, at least 2 (a prompt and a new token)"
         )
     for name, value, least in (("tensor_parallel_size", tensor_parallel_size, 1), ("seed", seed, 0)):
-        if not _is_integer(value, least):
+        if not is_integer(value, least):
             raise ValueError(f"{name} = {value!r} must be an integer, at least {least}")
     if not isinstance(warm_up, bool):
         raise ValueError(f"warm_up = {warm_up!r} must be True or False")
@@ -291,7 +274,7 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt is a list of one; a list of numbers is one prompt."""
     if isinstance(prompts, str):
         return [prompts]
-    if not _is_list(prompts):
+    if not is_list(prompts):
         allowed = "a string, a list of integer token ids, or a list of either"
         raise ValueError(f"prompts = {reprlib.repr(prompts)} must be {allowed}")
     one = len(prompts) > 0 and isinstance(prompts[0], Number)
@@ -302,7 +285,7 @@ def _paired(params: Any, count: int, what: str) -> tuple[list[SamplingParams | N
     """The parameters of each input, None where they cannot be told, and what is wrong with what was given."""
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count, []
-    if not _is_list(params):
+    if not is_list(params):
         given = reprlib.repr(params)
         return [None] * count, [f"sampling_params = {given} must be a SamplingParams, or one for each {what}"]
     entries = [entry if isinstance(entry, SamplingParams) else None for entry in params]
@@ -324,20 +307,3 @@ def _stream_problems(params: SamplingParams) -> list[str]:
     if params.prompt_logprobs is not None:
         found.append(f"prompt_logprobs = {params.prompt_logprobs} must be None in a stream of new tokens")
     return found
-
-
-def _checked_ids(prompt: Sequence[int]) -> list[int]:
-    if not _is_list(prompt) or not all(_is_integer(i) for i in prompt):
-        raise ValueError(f"the prompt {reprlib.repr(prompt)} must be a string or a list of integer token ids")
-    return [int(i) for i in prompt]
-
-
-def _is_list(value: Any) -> bool:
-    """Whether it holds one thing after the other; bytes are sequences of integers, but no token ids."""
-    if isinstance(value, np.ndarray):
-        return value.ndim > 0
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
-
-
-def _is_integer(value: Any, least: float = -math.inf) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= least

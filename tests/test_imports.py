@@ -34,8 +34,8 @@ MORE_ROOMS = {
     "dims": set(),  # the letters of array names: documentation
     "machine": {"roofline"},  # measures this machine as an entry of the hardware table, which itself needs no device
 }
-# Files beside `llm.py` that are the front door too: what it returns, and the text of a request as it grows.
-PART_OF = {"outputs": "llm", "continuation": "llm"}
+# Files beside `llm.py` that are the front door too: prompts in, the text of a request as it grows, what is returned.
+PART_OF = {"intake": "llm", "outputs": "llm", "continuation": "llm"}
 DEVIATIONS = {
     ("roofline", "model"): "for types alone: costs are counted of a ModelConfig; nothing is imported when it runs",
     ("engine", "model"): "an Engine is given the model that it runs",
