@@ -3,7 +3,7 @@
 The weight takes the side of the tensor cores that is 64 rows deep, the few tokens the other one: y^T = w^T x^T. Each
 block multiplies `tile_n` columns by its part of D, and goes on to other columns without a pause in its reading; the
 blocks of a cluster that share the columns send each other their partial sums. This file launches, for one product or
-a row of them; program.py is what a block does.
+a row of them; stream.py and epilogue.py are what a block does.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.streaming_matmul import xla
 from pallas_kernels.streaming_matmul.arguments import Arguments
+from pallas_kernels.streaming_matmul.block import Block
 from pallas_kernels.streaming_matmul.config import (
     MAX_TOKENS,
     ROWS,
@@ -32,7 +33,7 @@ from pallas_kernels.streaming_matmul.config import (
     row_refusal,
 )
 from pallas_kernels.streaming_matmul.mlp import MLPArguments, Result, compose, products
-from pallas_kernels.streaming_matmul.program import Block, run
+from pallas_kernels.streaming_matmul.stream import run
 from pallas_kernels.streaming_matmul.weights import Ref, Tiles
 
 OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
