@@ -119,7 +119,7 @@ def _meet(blocks: Sequence[Block], index: int, position: jax.Array) -> None:
         return
     hopper.meet(block.gmem.counters.at[index - 1], block.blocks)
     if index == len(blocks) - 1:
-        hopper.count_in(block.gmem.counters.at[index])
+        hopper.signal(block.gmem.counters.at[index])
 
 
 def _leave(blocks: Sequence[Block]) -> None:
@@ -132,7 +132,7 @@ def _leave(blocks: Sequence[Block]) -> None:
         @pl.when(is_first)
         def _():
             # Every block has left the last meeting, so nobody reads the counters any more.
-            hopper.count_out(block.gmem.counters.at[last], block.blocks)
+            hopper.wait_for(block.gmem.counters.at[last], block.blocks)
             for meeting in range(last):
                 block.gmem.counters[meeting] = 0
 
