@@ -48,7 +48,7 @@ class Shape:
             return None if array is None else jnp.dtype(array.dtype)
 
         return cls(
-            tokens=arguments.x.shape[-2],
+            tokens=arguments.tokens,
             hidden=arguments.hidden,
             outputs=arguments.outputs,
             w_axes=arguments.w_axes,
