@@ -46,6 +46,13 @@ DEVIATIONS = {
     ("llm", "decode"): "a request's SamplingParams, which are checked before there is a request",
     ("training", "parallel"): "training runs on the same mesh, with attention over whole sequences in place of pages",
     ("training", "checkpoint"): "the demo model is written as a checkpoint",
+    (
+        "serve",
+        "text",
+    ): "the HTTP process makes prompts and text, and imports no JAX: `LLM` stays in the engine process",
+    ("serve", "decode"): "a body becomes SamplingParams",
+    ("serve", "machine"): "an engine that does not fit tells the memory of its device",
+    ("cli", "serve"): "`serve` starts the server",
     ("cli", "checkpoint"): "`convert` reads one checkpoint and writes another",
     ("cli", "parallel"): "`convert` places the weights on a mesh to write them",
     ("cli", "model"): "`plan` reads a config without loading a model",
