@@ -2,11 +2,14 @@
 
     python -m benchmarks.serving offline [--model llama-3-8b] [--static]
     python -m benchmarks.serving online --url http://127.0.0.1:8000/v1 --model NAME [--rates 1 2 4 8] [--key KEY]
+    python -m benchmarks.serving soak [--requests 10000] [--rate 20]
 
 Offline: requests of a workload that are all there at once, greedy, no stop, through the engine on random normal
 weights; `--static` adds static batching by the same engine, which gives out the next batch when the last has ended.
 Online: the workload "256 requests", arriving at each rate (a Poisson process), at any OpenAI-compatible server, ours
-or another; `inf` sends all at once. Writes `serving.json`, and online a plot of throughput against latency.
+or another; `inf` sends all at once. Soak: a server of the demo model under random arrivals, lengths, callers who hang
+up and overload; it must account for all of them, lose no page and compile nothing. Writes `serving.json`, and online a
+plot of throughput against latency.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import jax
 
 from benchmarks.decode import MODELS
 from benchmarks.record import RESULTS, Failure, Record, device_folder, environment, update
-from benchmarks.serving import offline, online
+from benchmarks.serving import offline, online, soak
 from benchmarks.serving.latency import Objective, summarize
 from benchmarks.serving.plot import plot_curve
 from benchmarks.serving.workload import WORKLOADS, Workload, longest
@@ -35,7 +38,7 @@ OURS = "jaxinfer"
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     records, made_in = [], environment()
-    for group in measure_offline(options) if options.how == "offline" else measure_online(options):
+    for group in WAYS[options.how](options):
         records += group
         path = update("serving", made_in, records, list[Failure](), options.output)
         print(*group, f"written to {path}", sep="\n", flush=True)
@@ -70,6 +73,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     served.add_argument("--vocabulary", type=int, default=1000, help="prompts are token ids below it")
     served.add_argument("--first-token", type=float, default=1.0, help="seconds; more is not served well")
     served.add_argument("--per-token", type=float, default=0.05, help="seconds; likewise")
+    soaked = ways.add_parser("soak")
+    soaked.add_argument("--requests", type=int, default=10_000)
+    soaked.add_argument("--rate", type=float, default=20.0, help="requests/s")
     return parser.parse_args(arguments)
 
 
@@ -119,6 +125,14 @@ def measure_online(options: argparse.Namespace) -> Iterator[list[Record]]:
     for rate in options.rates:
         timelines = asyncio.run(online.arrive(target, jobs, rate))
         yield summarize(f"{options.model} at {rate:g} requests/s", options.name, timelines, objective)
+
+
+def measure_soak(options: argparse.Namespace) -> Iterator[list[Record]]:
+    with soak.serving() as server:
+        yield soak.soak(server, options.requests, options.rate)
+
+
+WAYS = {"offline": measure_offline, "online": measure_online, "soak": measure_soak}
 
 
 if __name__ == "__main__":
