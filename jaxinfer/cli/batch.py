@@ -34,7 +34,9 @@ def batch(
         raise typer.BadParameter(f"{error.name} is not installed: pip install 'jaxinfer[serve]'") from error
     from jaxinfer.engine import Options
     from jaxinfer.llm import DEMO, LLM
+    from jaxinfer.machine import keep_compiled
 
+    keep_compiled()
     try:
         lines = read_lines(requests)
         earlier = done(answers)
