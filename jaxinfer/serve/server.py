@@ -128,11 +128,19 @@ def run(setup: Setup, settings: Settings, bound: socket.socket, say: Callable[[s
     """
     with engine_process(setup) as (process, connection):
         ready = wait_until_ready(process, connection)
-        return asyncio.run(_Serving(ready, settings, process, connection, say).serve(bound))
+        return asyncio.run(_Serving(ready, settings, process, connection, _address(bound, settings), say).serve(bound))
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn, with signals left to `_Serving`."""
+    """Uvicorn, which tells when it listens, and leaves signals to `_Serving`."""
+
+    def __init__(self, config: uvicorn.Config, listens: Callable[[], None]):
+        super().__init__(config)
+        self._listens = listens
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._listens()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -144,7 +152,7 @@ class _Serving:
 
     def __init__(
         self, ready: Ready, settings: Settings, process: BaseProcess, connection: Connection,
-        say: Callable[[str], None],
+        address: str, say: Callable[[str], None],
     ):  # fmt: skip
         self._settings, self._process, self._connection, self._say = settings, process, connection, say
         tokenizer = Tokenizer.from_folder(ready.folder)
@@ -167,7 +175,8 @@ class _Serving:
                 ssl_keyfile=settings.ssl_keyfile,
                 timeout_graceful_shutdown=_GRACE,
                 server_header=False,
-            )
+            ),
+            listens=lambda: say(f"serving {settings.name} at {address}"),
         )
         self._code, self._over = 0, False
         self._draining: asyncio.Task[None] | None = None
@@ -181,9 +190,6 @@ class _Serving:
         )
         for number in (signal.SIGINT, signal.SIGTERM):
             self._loop.add_signal_handler(number, self._stop)
-        scheme = "https" if self._settings.ssl_certfile else "http"
-        host, port = bound.getsockname()[:2]
-        self._say(f"serving {self._settings.name} at {scheme}://{f'[{host}]' if ':' in host else host}:{port}")
         await self._server.serve(sockets=[bound])
         self._over = True
         self._channel.send(Stop())
@@ -240,3 +246,8 @@ class _Serving:
     def _end(self) -> None:
         self._client.fail_all(503, "the server was shut down before the request ended")
         self._server.should_exit = True
+
+
+def _address(bound: socket.socket, settings: Settings) -> str:
+    host, port = bound.getsockname()[:2]
+    return f"{'https' if settings.ssl_certfile else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"

@@ -44,7 +44,8 @@ def client(server):
 
 @pytest.fixture(scope="module")
 def llm():
-    return LLM(dtype=DTYPE, options=Options(**OPTIONS))
+    """One request at a time: what the server runs together must be the same."""
+    return LLM(dtype=DTYPE, options=Options(**OPTIONS | {"max_num_seqs": 1}))
 
 
 @pytest.fixture(scope="module")
