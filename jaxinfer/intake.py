@@ -6,7 +6,8 @@ import math
 import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from numbers import Number
+from typing import Any, cast
 
 import numpy as np
 
@@ -67,6 +68,46 @@ class Intake:
         """The n continuations of one prompt, named by the next of `names`; each draws from a seed of its own."""
         prompt_ids, seeds = tuple(ids), [(seed + index) % 2**32 for index in range(params.n)]
         return [Request(next(names), prompt_ids, params, self.limits.eos_ids, seed) for seed in seeds]
+
+
+def listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt is a list of one; a list of numbers is one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not is_list(prompts):
+        allowed = "a string, a list of integer token ids, or a list of either"
+        raise ValueError(f"prompts = {reprlib.repr(prompts)} must be {allowed}")
+    one = len(prompts) > 0 and isinstance(prompts[0], Number)
+    return [cast("Prompt", prompts)] if one else list(cast("Sequence[Prompt]", prompts))
+
+
+def paired(params: Any, count: int, what: str) -> tuple[list[SamplingParams | None], list[str]]:
+    """The parameters of each input, None where they cannot be told, and what is wrong with what was given."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count, []
+    if not is_list(params):
+        given = reprlib.repr(params)
+        return [None] * count, [f"sampling_params = {given} must be a SamplingParams, or one for each {what}"]
+    entries = [entry if isinstance(entry, SamplingParams) else None for entry in params]
+    problems = [
+        f"sampling_params[{index}] = {reprlib.repr(given)} must be a SamplingParams"
+        for index, (given, entry) in enumerate(zip(params, entries, strict=True))
+        if entry is None
+    ]
+    if len(entries) == count:
+        return entries, problems
+    wrong = f"sampling_params has {len(entries)} entries for {count} {what}s; give one, or one for each"
+    return [None] * count, [wrong, *problems]
+
+
+def stream_problems(params: SamplingParams) -> list[str]:
+    """What one stream cannot bring."""
+    found = []
+    if params.n != 1:
+        found.append(f"n = {params.n} must be 1 in a stream")
+    if params.prompt_logprobs is not None:
+        found.append(f"prompt_logprobs = {params.prompt_logprobs} must be None in a stream of new tokens")
+    return found
 
 
 def is_list(value: Any) -> bool:

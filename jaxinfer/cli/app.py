@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import typer
 
+from jaxinfer.cli.batch import batch
 from jaxinfer.cli.convert import convert
 from jaxinfer.cli.doctor import doctor
 from jaxinfer.cli.generate import generate
@@ -18,6 +19,7 @@ app = typer.Typer(help="A full-stack transformer inference engine in JAX.", no_a
 app.command()(generate)
 app.command()(plan)
 app.command()(serve)
+app.command()(batch)
 app.command()(doctor)
 app.command()(convert)
 app.add_typer(train_app, name="train")

@@ -13,22 +13,19 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.intake import Intake
 from jaxinfer.outputs import CompletionOutput
 from jaxinfer.serve.client import Client, Group
 from jaxinfer.serve.errors import ApiError
 from jaxinfer.serve.http import EventStream, HangUp, key_check, read, unless_gone
-from jaxinfer.serve.protocol import ChatBody, CompletionBody, SamplingBody, TokenizeBody, conversation
+from jaxinfer.serve.prompts import Asked, Prompts
+from jaxinfer.serve.protocol import ChatBody, CompletionBody, SamplingBody, TokenizeBody
 from jaxinfer.serve.responses import DONE, Answer, Chat, Completion, event, usage
-from jaxinfer.text import ChatTemplate
 
 PAGE = Path(__file__).parent / "page.html"
 PAGE_HEADERS = {  # the page asks this server alone, and nobody may frame it
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 }
-COMPLETION_TOKENS = 16  # of a completion that does not say, as OpenAI has it; a chat fills the context
 
 logger = logging.getLogger(__name__)
 
@@ -39,17 +36,13 @@ class Service:
 
     Attributes:
         name: of the model, in requests and answers.
-        template: of chats; a checkpoint without one gives the reason in its place.
+        created: when it began to, in seconds since 1970.
     """
 
     name: str
     client: Client
-    template: ChatTemplate | str
+    prompts: Prompts
     created: int
-
-    @property
-    def intake(self) -> Intake:
-        return self.client.intake
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.name:
@@ -57,23 +50,6 @@ class Service:
                 404, f"the model {name[:200]!r} does not exist here; this server has {self.name!r}",
                 param="model", code="model_not_found",
             )  # fmt: skip
-
-    def encode(self, prompt: str | list[int], param: str) -> list[int]:
-        """Token ids of a prompt; an ApiError names the field `param` where it has none."""
-        try:
-            return self.intake.tokens(prompt)
-        except ValueError as error:
-            raise ApiError(400, str(error), param=param) from error
-
-    def encode_chat(self, messages: list[dict[str, str]], opened: bool, variables: dict[str, Any]) -> list[int]:
-        """Token ids of a conversation; `opened` begins the assistant's turn."""
-        if isinstance(self.template, str):
-            raise ApiError(400, self.template, param="messages", code="no_chat_template")
-        try:
-            text = self.template.render(messages, add_generation_prompt=opened, **variables)
-            return self.intake.tokenizer.encode(text, add_special_tokens=False)
-        except ValueError as error:
-            raise ApiError(400, str(error), param="messages") from error
 
 
 def make_app(service: Service, api_key: str | None = None) -> FastAPI:
@@ -86,30 +62,18 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
     async def completions(request: Request) -> Response:
         body = await read(request, CompletionBody)
         service.check_model(body.model)
-        params = body.sampling_params(COMPLETION_TOKENS)
-        prompts = body.prompts
-        if not prompts:
-            raise ApiError(400, "prompt is empty; it must have at least one token", param="prompt")
-        encoded = [await asyncio.to_thread(service.encode, prompt, "prompt") for prompt in prompts]
-        for ids in encoded:
-            service.client.check(ids, params, "prompt", body.spelled)
-        return await _answer(request, body, params, encoded, Completion(service.name, service.intake.tokenizer))
+        asked = await asyncio.to_thread(service.prompts.completion, body)
+        return await _answer(request, body, asked, Completion(service.name, service.prompts.intake.tokenizer))
 
     @app.post("/v1/chat/completions", dependencies=guarded)
     async def chat(request: Request) -> Response:
         body = await read(request, ChatBody)
         service.check_model(body.model)
-        messages = conversation(body.messages, body.chat_template_kwargs)
-        ids = await asyncio.to_thread(
-            service.encode_chat, messages, body.add_generation_prompt, body.chat_template_kwargs
-        )
-        params = body.sampling_params(service.client.longest - len(ids))
-        service.client.check(ids, params, "messages", body.spelled)
-        return await _answer(request, body, params, [ids], Chat(service.name, service.intake.tokenizer))
+        asked = await asyncio.to_thread(service.prompts.chat, body)
+        return await _answer(request, body, asked, Chat(service.name, service.prompts.intake.tokenizer))
 
-    async def _answer(
-        request: Request, body: SamplingBody, params: SamplingParams, prompts: list[list[int]], answer: Answer
-    ) -> Response:
+    async def _answer(request: Request, body: SamplingBody, asked: Asked, answer: Answer) -> Response:
+        prompts, params = asked
         group = service.client.start(prompts, params)
         used = sum(map(len, prompts))
         try:
@@ -128,19 +92,8 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
     async def tokenize(request: Request) -> Response:
         body = await read(request, TokenizeBody)
         service.check_model(body.model)
-        if body.messages is not None and body.prompt is not None:
-            raise ApiError(400, "give a prompt or messages, not both", param="prompt")
-        if body.messages is not None:
-            messages = conversation(body.messages, body.chat_template_kwargs)
-            ids = await asyncio.to_thread(
-                service.encode_chat, messages, body.add_generation_prompt, body.chat_template_kwargs
-            )
-        elif body.prompt is not None:
-            encode = service.intake.tokenizer.encode
-            ids = await asyncio.to_thread(encode, body.prompt, add_special_tokens=body.add_special_tokens)
-        else:
-            raise ApiError(400, "prompt is missing", param="prompt", code="missing_field")
-        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.intake.limits.context})
+        ids, limits = await asyncio.to_thread(service.prompts.tokens, body), service.prompts.intake.limits
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": limits.context})
 
     @app.get("/v1/models", dependencies=guarded)
     async def models() -> Response:
@@ -196,7 +149,7 @@ async def _events(
 
 
 def _model(service: Service) -> dict[str, Any]:
-    context = service.intake.limits.context
+    context = service.prompts.intake.limits.context
     return {
         "id": service.name,
         "object": "model",

@@ -97,18 +97,16 @@ class Client:
         self,
         send: Callable[[Any], None],
         intake: Intake,
-        longest: int,
         max_num_seqs: int,
         max_waiting: int,
         metrics: Metrics,
     ):
         """Args:
         send: to the engine process.
-        longest: tokens of a prompt and its output together, at most.
         max_num_seqs: continuations that run at once.
         max_waiting: continuations that may wait besides.
         """
-        self.intake, self.longest, self.metrics, self.usage = intake, longest, metrics, Usage()
+        self.intake, self.metrics, self.usage = intake, metrics, Usage()
         self._send, self._max_num_seqs, self._capacity = send, max_num_seqs, max_num_seqs + max_waiting
         self._running: dict[int, _Running] = {}
         self._groups: set[Group] = set()
@@ -155,19 +153,6 @@ class Client:
                 f"try again in {seconds} s",
                 code="queue_full",
                 headers={"Retry-After": str(seconds)},
-            )
-
-    def check(self, ids: Sequence[int], params: SamplingParams, param: str, spelled: dict[str, str]) -> None:
-        """Raises an ApiError that says what the model or the cache cannot serve of a prompt."""
-        if problems := self.intake.problems(ids, params):
-            raise refused(problems, param, spelled)
-        if len(ids) + params.max_tokens > self.longest:
-            raise ApiError(
-                400,
-                f"prompt and max_tokens have {len(ids)} + {params.max_tokens} tokens; the cache holds at most "
-                f"{self.longest} for one request",
-                param=spelled.get("max_tokens", "max_tokens"),
-                code="context_length_exceeded",
             )
 
     def drop(self, group: Group) -> None:

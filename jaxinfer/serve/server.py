@@ -23,7 +23,8 @@ from jaxinfer.serve.channel import Channel
 from jaxinfer.serve.client import Client
 from jaxinfer.serve.messages import Failed, Ready, Refused, Setup, Step, Stop
 from jaxinfer.serve.metrics import Metrics
-from jaxinfer.text import ChatTemplate, Tokenizer
+from jaxinfer.serve.prompts import Prompts, template_or_reason
+from jaxinfer.text import Tokenizer
 
 _POLL = 0.05  # seconds between looks at who still waits, while the server drains
 _GRACE = 5  # seconds for what was told to end
@@ -159,12 +160,12 @@ class _Serving:
         self._client = Client(
             lambda message: self._channel.send(message),
             intake,
-            ready.longest,
             ready.max_num_seqs,
             settings.max_waiting,
             Metrics(),
         )
-        service = Service(settings.name, self._client, _template(ready.folder), int(time.time()))
+        prompts = Prompts(intake, template_or_reason(ready.folder), ready.longest)
+        service = Service(settings.name, self._client, prompts, int(time.time()))
         self._server = _Server(
             uvicorn.Config(
                 make_app(service, settings.api_key),
@@ -250,11 +251,3 @@ class _Serving:
 def _address(bound: socket.socket, settings: Settings) -> str:
     host, port = bound.getsockname()[:2]
     return f"{'https' if settings.ssl_certfile else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def _template(folder: str) -> ChatTemplate | str:
-    """The chat template of a checkpoint, or why there is none."""
-    try:
-        return ChatTemplate.from_folder(folder)
-    except ValueError as error:
-        return str(error)

@@ -53,7 +53,9 @@ def load(setup: Setup) -> LLM | Failed:
     from jaxinfer.engine import Options
     from jaxinfer.engine.memory import NoRoomError
     from jaxinfer.llm import DEMO, LLM
+    from jaxinfer.machine import keep_compiled
 
+    keep_compiled()
     try:
         model = DEMO if setup.model is None else setup.model
         return LLM(model, options=Options(**setup.options), **setup.llm)
