@@ -147,6 +147,7 @@ class Engine:
             idle = SamplingParams(max_tokens=1, repetition_penalty=penalty)
             row = self.programs.admission(idle, [()] * len(self.layout.num_pages), prompt_ids=(0,))
             self._state = self.programs.admit(self._state, 0, row)
+        self._state = self.programs.extend(self._state, [(0, self.layout.slots, 0, 0)])  # of no slot
         self._state = self.programs.release(self._state, 0)
         for decode in (0, self.layout.slots):
             for tokens in _powers(SMALLEST_BUCKET, self.options.max_num_batched_tokens):
