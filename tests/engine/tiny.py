@@ -86,5 +86,6 @@ def assert_clean(llm: LLM) -> None:
     scheduler = llm.engine.scheduler
     assert not scheduler.waiting
     assert not scheduler.running
-    assert [pool.free for pool in scheduler.pools] == [pool.usable for pool in scheduler.pools]
+    assert not scheduler.sequences
+    assert [pool.used for pool in scheduler.paging.pools] == [0] * len(scheduler.paging.pools)
     assert not jax.device_get(llm.engine._state.active_B).any()
