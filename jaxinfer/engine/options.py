@@ -50,9 +50,7 @@ class Options:
         if not isinstance(self.enable_prefix_caching, bool):
             raise ValueError(f"enable_prefix_caching = {self.enable_prefix_caching!r} must be True or False")
         if self.max_waiting_time is not None and not _is_duration(self.max_waiting_time):
-            raise ValueError(
-                f"max_waiting_time = {self.max_waiting_time!r} must be seconds above 0, or None"
-            )
+            raise ValueError(f"max_waiting_time = {self.max_waiting_time!r} must be seconds above 0, or None")
 
 
 def _is_integer(value: object) -> bool:
