@@ -47,6 +47,7 @@ class Scheduler:
     """The queues of an engine, and the pages of those that run.
 
     Attributes:
+        budget: tokens that one program prefills at most; from the options, and not above them.
         waiting: sequences without a slot that want one, by rank.
         running: sequences by slot.
         sequences: all that have not ended, by request id. Those that neither wait nor run have all their tokens on
@@ -58,6 +59,7 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
         self.slots, self.options, self.clock = layout.slots, options, clock
+        self.budget = options.max_num_batched_tokens
         self.counters = counters or Counters()
         self.paging = Paging(layout, windows, options.enable_prefix_caching)
         self.waiting: list[Sequence] = []
@@ -160,7 +162,7 @@ class Scheduler:
 
         Adds the slots that were taken for that to `released`. Nobody begins when somebody was preempted.
         """
-        budget, chunks, admitted = self.options.max_num_batched_tokens, [], []
+        budget, chunks, admitted = self.budget, [], []
         for sequence in self._by_rank():
             if sequence.slot is not None and sequence.prompt_left and budget:
                 while (chunk := self._chunk(sequence, budget)) is None and self._last() is not sequence:
@@ -214,7 +216,7 @@ class Scheduler:
     def _has_room(self, sequence: Sequence, found: int) -> bool:
         """Whether the pages suffice for a sequence's known text, beside what those who run have yet to prefill and one
         more page for each of them: else it would soon be preempted."""
-        paging, ahead = self.paging, self.options.max_num_batched_tokens
+        paging, ahead = self.paging, self.budget
         for group, pool in enumerate(paging.pools):
             promised = sum(
                 max(paging.most(group, other.goal, ahead) - other.columns + other.first[group], 0)

@@ -181,6 +181,7 @@ def test_requests_of_random_arrivals(sharing, monkeypatch):
         monkeypatch.setattr("jaxinfer.engine.engine.IN_FLIGHT", random.choice([1, 2, 4]))
         options = dataclasses.replace(OPTIONS, enable_prefix_caching=sharing, num_pages=random.choice([37, 44, 90]))
         engine, requests, told = fake_engine(options, CONTEXT), [], {}
+        engine.scheduler.budget = random.choice([3, 17, 64])
         while len(requests) < 40:
             stops, priority = random.random() < 0.5, random.choice([0, 0, 0, 1])
             prompt = random_prompt(random, requests)
