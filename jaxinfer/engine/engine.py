@@ -20,6 +20,7 @@ from jaxinfer.engine.commit import keep_prompt_logprobs, read_row
 from jaxinfer.engine.memory import fitting_pages
 from jaxinfer.engine.metrics import Counters, Metrics
 from jaxinfer.engine.options import SMALLEST_BUCKET, Options
+from jaxinfer.engine.paging import most_pages
 from jaxinfer.engine.prefill import lay_out, next_tokens
 from jaxinfer.engine.request import Request, Update
 from jaxinfer.engine.scheduler import Plan, Scheduler
@@ -233,13 +234,18 @@ class Engine:
 
 
 def _layout(model: Model, options: Options) -> Layout:
-    dtype = options.cache_dtype or model.config.dtype
-    wanted = options.max_num_seqs * -(-model.context // options.page_size) + 1
-    pages = options.num_pages or min(wanted, fitting_pages(model, options.page_size, dtype))
+    dtype, windows = options.cache_dtype or model.config.dtype, model.config.windows
+    if options.num_pages is not None:
+        num_pages = (options.num_pages,) * len(windows)
+    else:
+        ahead = max(options.max_num_batched_tokens, options.steps_per_dispatch)
+        longest = [most_pages(model.context, options.page_size, window, ahead) for window in windows]
+        wanted = tuple(options.max_num_seqs * pages + 1 for pages in longest)
+        num_pages = fitting_pages(model, options.page_size, dtype, wanted)
     return Layout(
         slots=options.max_num_seqs,
         page_size=options.page_size,
-        num_pages=(pages,) * len(model.config.windows),
+        num_pages=num_pages,
         max_tokens=model.context,
         cache_dtype=dtype,
     )

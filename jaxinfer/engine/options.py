@@ -18,7 +18,8 @@ class Options:
         max_num_seqs: sequences that run at once; a power of two.
         max_num_batched_tokens: prompt tokens of one step; a power of two, at least 64.
         page_size: tokens per page of the cache.
-        num_pages: pages of each cache group; None gives every slot its longest sequence, as far as memory goes.
+        num_pages: pages of each cache group, the null page included; None gives every slot its longest sequence, as
+            far as memory goes.
         steps_per_dispatch: decode steps in one program.
         cache_dtype: of keys and values, float32, bfloat16 or float16; None takes the model's.
         enable_prefix_caching: texts that begin alike share the pages of their common beginning.

@@ -19,6 +19,15 @@ from jaxinfer.engine.pages import PagePool
 from jaxinfer.engine.sequence import Sequence
 
 
+def most_pages(tokens: int, page_size: int, window: int | None, ahead: int) -> int:
+    """Pages that a sequence of `tokens` tokens has at once, of which it computes `ahead` at a time."""
+    columns = -(-tokens // page_size)
+    if window is None:
+        return columns
+    span = window - 1 + ahead  # tokens, of which the first may be the last of its page
+    return min(columns, (span - 2) // page_size + 2)
+
+
 class Paging:
     """The pages of all cache groups.
 
@@ -36,12 +45,8 @@ class Paging:
         return -(-tokens // self.page_size)
 
     def most(self, group: int, tokens: int, ahead: int) -> int:
-        """Pages of a group that a sequence of `tokens` tokens has at once, of which it computes `ahead` at a time."""
-        window = self.windows[group]
-        if window is None:
-            return self.columns(tokens)
-        span = window - 1 + ahead  # tokens, of which the first may be the last of its page
-        return min(self.columns(tokens), (span - 2) // self.page_size + 2)
+        """Pages of a group that a sequence has at once; see `most_pages`."""
+        return most_pages(tokens, self.page_size, self.windows[group], ahead)
 
     # --- growth
 

@@ -71,6 +71,8 @@ class Scheduler:
 
     def problems(self, request: Request) -> list[str]:
         """Why a request could never run, in words; empty if it can."""
+        if not isinstance(request.priority, int) or isinstance(request.priority, bool):
+            return [f"priority = {request.priority!r} must be an integer"]
         size, ahead = self.paging.page_size, self.options.steps_per_dispatch
         for group, pool in enumerate(self.paging.pools):
             if (needed := self.paging.most(group, request.capacity, ahead)) > pool.usable:

@@ -233,3 +233,56 @@ def test_under_four_percent_of_the_pool_is_wasted():
     assert len(used) > 100
     assert np.mean(used) > 0.7
     assert max(wasted) < 0.04
+
+
+def test_what_can_never_run_is_refused():
+    engine = fake_engine(OPTIONS, 400, (None, 9))
+    engine.add(request(0, 60, 100))
+    with pytest.raises(ValueError, match=r"id = 0 is that of a request that has not ended"):
+        engine.add(request(0, 5, 5))
+    with pytest.raises(ValueError, match=r"need 41 pages of 4 tokens; the cache has 40"):
+        engine.add(request(1, 61, 100))
+    with pytest.raises(ValueError, match=r"priority = 0.5 must be an integer"):
+        engine.add(request(1, 5, 5, priority=0.5))
+    run(engine, {})
+    engine.add(request(0, 5, 5))
+
+
+def test_metrics_say_what_there_is():
+    engine = fake_engine(replace(OPTIONS, max_num_seqs=2), 160, (None, 9))
+    for number in range(3):
+        engine.add(request(number, 10, 20))
+    engine.step()
+    metrics = engine.metrics
+    assert (metrics.waiting, metrics.running) == (1, 2)
+    assert (metrics.pages_total, metrics.pages_used, metrics.pages_cached) == (80, 2 * 2 * 3, 0)
+    assert metrics.wasted_slots == 2 * 2 * 2
+    assert metrics.cache_use == 12 / 80
+    run(engine, {})
+    metrics = engine.metrics
+    assert (metrics.waiting, metrics.running, metrics.pages_used, metrics.wasted_slots) == (0, 0, 0, 0)
+    assert metrics.pages_cached > 0
+    assert metrics.counters.output_tokens == 3 * 20
+    assert metrics.counters.prefilled_tokens == 3 * 10
+
+
+@pytest.mark.parametrize("moment", range(12))
+def test_a_request_can_be_dropped_at_any_moment(moment):
+    """While it waits, is prefilled, decodes, was preempted, or has its last tokens on their way."""
+    engine = fake_engine(replace(OPTIONS, max_num_seqs=2, num_pages=19), 72, (None,))
+    engine.scheduler.budget = 5
+    for number in range(3):
+        engine.add(request(number, 8, [10, 50, 8][number]))
+    told: Told = {}
+    for _ in range(moment):
+        gather(told, engine.step())
+    running = [number for number in range(3) if told.get(number, ([], None))[1] is None]
+    for number in running:
+        engine.abort(number)
+        engine.abort(number)
+    assert not engine.scheduler.sequences
+    assert [pool.used for pool in engine.scheduler.paging.pools] == [0]
+    assert not any(slot.active for slot in engine._state)
+    before = {number: list(told.get(number, ([], None))[0]) for number in running}
+    run(engine, told)
+    assert {number: told.get(number, ([], None))[0] for number in running} == before
