@@ -3,7 +3,8 @@
     python -m benchmarks.decode [--model llama-3-8b] [--batches 1 16 64 256] [--prompts 512 2048 8192]
         [--attention xla]
 
-Writes `decode.json` to the results of the device, or `decode_xla.json` where attention is asked for by that name.
+Writes `decode.json` to the results of the device, or `decode_xla.json` where attention is asked for by that name; what
+the file holds of other cases stays in it, with the environment that it was measured in.
 Decoding: prompts of 128 tokens, 256 new tokens, greedy, no stop; new tokens over all sequences by the time of the 256
 steps. First token: one prompt, from the upload to the token on the host. Medians of three after a warm-up.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks.record import Record, write
+from benchmarks.record import MACHINE, Record, environment, update
 from jaxinfer.decode.sampling import needs
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import Layout, Programs
@@ -130,9 +131,9 @@ class Bench:
 def measure(subject: Subject, batches: list[int], prompts: list[int]) -> Iterator[list[Record]]:
     """The records of one case after the other, as they come."""
     yield [
-        Record("machine", "measured", "bandwidth", subject.machine.bandwidth / 1e12, "TB/s"),
-        Record("machine", "measured", "bf16 matmul", subject.machine.rate("bf16") / 1e12, "TFLOP/s"),
-        Record("machine", "measured", "kernel overhead", subject.machine.overhead * 1e6, "us"),
+        Record(MACHINE, "measured", "bandwidth", subject.machine.bandwidth / 1e12, "TB/s"),
+        Record(MACHINE, "measured", "bf16 matmul", subject.machine.rate("bf16") / 1e12, "TFLOP/s"),
+        Record(MACHINE, "measured", "kernel overhead", subject.machine.overhead * 1e6, "us"),
     ]
     for tokens in prompts:  # they need less memory, and a peak is only seen when it is the highest so far
         yield run_first_token(subject, tokens)
@@ -224,15 +225,16 @@ def main() -> None:
     arguments = parser.parse_args()
     machine = measure_machine()
     model = Model(read_config(MODELS / arguments.model), make_mesh(devices=jax.devices()[:1]))
+    params = jax.block_until_ready(model.random_params())  # drawing them must not count as a case's memory
     subject = Subject(
-        arguments.model, model, model.random_params(), arguments.page_size, arguments.steps_per_dispatch,
-        arguments.attention, machine, find_by_device(machine.device_kind, MEASURED) or machine,
+        arguments.model, model, params, arguments.page_size, arguments.steps_per_dispatch, arguments.attention,
+        machine, find_by_device(machine.device_kind, MEASURED) or machine,
     )  # fmt: skip
     name = "decode" if arguments.attention == "auto" else f"decode_{arguments.attention}"
-    records: list[Record] = []
+    records, made_in = [], environment()
     for group in measure(subject, arguments.batches, arguments.prompts):
         records += group
-        path = write(name, records, arguments.output)  # a run cut short leaves the cases that it has done
+        path = update(name, made_in, records, [], arguments.output)  # a run cut short leaves what it has done
         print(*group, f"written to {path}", sep="\n", flush=True)
 
 

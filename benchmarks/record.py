@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 RESULTS = Path(__file__).parent / "results"
+MACHINE = "machine"  # the case of what the device itself was timed at
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
 
@@ -69,12 +70,6 @@ def environment() -> dict[str, str]:
     }
 
 
-def write(name: str, records: list[Record], folder: Path | None = None) -> Path:
-    """Writes `<folder>/<name>.json`, by default under the results of this machine's device."""
-    content = {"environment": environment(), "records": [_entry(record) for record in records]}
-    return _write(name, content, folder)
-
-
 def update(
     name: str,
     made_in: dict[str, str],
@@ -84,8 +79,9 @@ def update(
 ) -> Path:
     """Writes `<folder>/<name>.json` with what is new, and what it held of other cases or implementations.
 
-    That stays with the environment that it was measured in: a file is a part, of an environment, its records and
-    failures, and under `earlier` a list of such parts.
+    That stays with the environment that it was measured in, and with what the machine was timed at then: a file is a
+    part, of an environment, its records and failures, and under `earlier` a list of such parts. By default the folder
+    is that of this machine's device.
     """
     new = {(item.case, item.implementation) for item in (*records, *failures)}
     first = {
@@ -95,13 +91,15 @@ def update(
     }
     path, earlier = (folder or RESULTS / device_folder()) / f"{name}.json", []
     for part in parts(json.loads(path.read_text())) if path.exists() else []:
+        same = part["environment"] == made_in
+        replaced = new if same else {key for key in new if key[0] != MACHINE}
         kept = {
-            kind: [item for item in part[kind] if (item["case"], item["implementation"]) not in new]
+            kind: [item for item in part[kind] if (item["case"], item["implementation"]) not in replaced]
             for kind in ("records", "failures")
         }
-        if part["environment"] == made_in:
+        if same:
             first |= {kind: kept[kind] + first[kind] for kind in kept}
-        elif any(kept.values()):
+        elif any(item["case"] != MACHINE for items in kept.values() for item in items):
             earlier.append({"environment": part["environment"], **kept})
     return _write(name, first | {"earlier": earlier}, path.parent)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 from jaxinfer.engine import Request, TokenLogprobs, Update
 from jaxinfer.engine.request import FinishReason
-from jaxinfer.outputs import CompletionOutput
-from jaxinfer.text import IncrementalDecoder, StopChecker
+from jaxinfer.outputs import CompletionOutput, RequestOutput
+from jaxinfer.text import IncrementalDecoder, StopChecker, Tokenizer
 
 
 @dataclass
@@ -25,6 +27,11 @@ class Continuation:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     sent: tuple[int, int] = (0, 0)  # tokens and characters that `piece` has handed out
+
+    @classmethod
+    def start(cls, request: Request, index: int, tokenizer: Tokenizer) -> Self:
+        """Nothing yet of the continuation `index` of a prompt."""
+        return cls(request, index, IncrementalDecoder(tokenizer), StopChecker(request.params.stop_strings))
 
     def push(self, update: Update) -> None:
         """Takes the new tokens, up to the one that completes a stop string."""
@@ -65,3 +72,13 @@ class Continuation:
         new = self.output(*self.sent)
         self.sent = (len(self.token_ids), len(self.text))
         return new if new.token_ids or new.text or new.finish_reason else None
+
+
+def answer(given: Any, group: Sequence[Continuation]) -> RequestOutput:
+    """What came of one prompt, as it was given, in its n continuations."""
+    return RequestOutput(
+        prompt=given if isinstance(given, str) else None,
+        prompt_token_ids=list(group[0].request.prompt_ids),
+        prompt_logprobs=group[0].prompt_logprobs,
+        outputs=[continuation.output() for continuation in group],
+    )

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,20 @@ def measure_machine() -> Hardware:
     bandwidth = _bandwidth(platform)
     flops = {name: _matmul_rate(platform, name) for name in _DTYPES}
     return _datasheet(bandwidth, flops).with_ceilings(bandwidth, flops, _kernel_overhead())
+
+
+def keep_compiled() -> None:
+    """Keeps what XLA compiles from now on for later processes, which then start without compiling it.
+
+    In `jaxinfer/compiled` of the user's cache folder, unless JAX was given another (`JAX_COMPILATION_CACHE_DIR`);
+    `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing. This is for programs of their own, such as commands: it is a
+    setting of the whole process.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "jaxinfer" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # much is fast
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def device_memory(stats: dict[str, int] | None) -> int:

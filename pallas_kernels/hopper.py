@@ -72,41 +72,44 @@ def store_in_rows(x: jax.Array, ref: Any, layout: Any = plgpu.Layout.WGMMA) -> N
     plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()))(instruction)(x, ref)
 
 
+def signal(counter_ref: Any) -> None:
+    """Adds one to a counter in device memory; who waits for it sees what this warpgroup has written before."""
+
+    def instruction(_, counter):
+        utils.warpgroup_barrier()
+        utils.SemaphoreRef(utils.memref_ptr(counter)).signal(1, memory_scope="gpu")
+
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(instruction)(counter_ref)
+
+
+def wait_for(counter_ref: Any, count: int | jax.Array, *, take: bool = True) -> None:
+    """Waits until a counter that began at zero has had `count` signals.
+
+    Takes them off again, so that the next launch finds a zero; without `take`, others may wait for them too.
+    """
+
+    def instruction(_, counter, count):
+        semaphore = utils.SemaphoreRef(utils.memref_ptr(counter))
+        semaphore.wait(count.registers.item(), decrement=take, memory_scope="gpu")
+
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))(instruction)(counter_ref, count)
+
+
 def meet(counter_ref: Any, blocks: int) -> None:
     """Waits until `blocks` blocks, all of the launch, are here; each then sees what the others have written before.
 
     They must all be on the card at once. `counter_ref` is a zero in device memory, which stays at `blocks`.
     """
-
-    def wait(_, counter):
-        semaphore = utils.SemaphoreRef(utils.memref_ptr(counter))
-        _fence_copies()
-        utils.warpgroup_barrier()
-        semaphore.signal(1, memory_scope="gpu")
-        semaphore.wait(blocks, decrement=False, memory_scope="gpu")
-        _fence_copies()
-
-    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(wait)(counter_ref)
-
-
-def count_in(counter_ref: Any) -> None:
-    """Counts this block in, and goes on."""
-
-    def signal(_, counter):
-        utils.SemaphoreRef(utils.memref_ptr(counter)).signal(1, memory_scope="gpu")
-
-    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(signal)(counter_ref)
-
-
-def count_out(counter_ref: Any, blocks: int) -> None:
-    """Waits until `blocks` blocks have counted themselves in, and sets the counter to zero."""
-
-    def wait(_, counter):
-        utils.SemaphoreRef(utils.memref_ptr(counter)).wait(blocks, memory_scope="gpu")
-
-    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(wait)(counter_ref)
+    _fence_copies()
+    signal(counter_ref)
+    wait_for(counter_ref, blocks, take=False)
+    _fence_copies()
 
 
 def _fence_copies() -> None:
     """Orders what TMA copied and what instructions read and write."""
-    utils.inline_ptx("fence.proxy.async.global;", has_side_effects=True)
+
+    def instruction(_):
+        utils.inline_ptx("fence.proxy.async.global;", has_side_effects=True)
+
+    plgpu.inline_mgpu()(instruction)()

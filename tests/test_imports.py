@@ -34,8 +34,8 @@ MORE_ROOMS = {
     "dims": set(),  # the letters of array names: documentation
     "machine": {"roofline"},  # measures this machine as an entry of the hardware table, which itself needs no device
 }
-# Files beside `llm.py` that are the front door too: what it returns, and the text of a request as it grows.
-PART_OF = {"outputs": "llm", "continuation": "llm"}
+# Files beside `llm.py` that are the front door too: prompts in, the text of a request as it grows, what is returned.
+PART_OF = {"intake": "llm", "outputs": "llm", "continuation": "llm"}
 DEVIATIONS = {
     ("roofline", "model"): "for types alone: costs are counted of a ModelConfig; nothing is imported when it runs",
     ("engine", "model"): "an Engine is given the model that it runs",
@@ -46,6 +46,13 @@ DEVIATIONS = {
     ("llm", "decode"): "a request's SamplingParams, which are checked before there is a request",
     ("training", "parallel"): "training runs on the same mesh, with attention over whole sequences in place of pages",
     ("training", "checkpoint"): "the demo model is written as a checkpoint",
+    (
+        "serve",
+        "text",
+    ): "the HTTP process makes prompts and text, and imports no JAX: `LLM` stays in the engine process",
+    ("serve", "decode"): "a body becomes SamplingParams",
+    ("serve", "machine"): "an engine that does not fit tells the memory of its device",
+    ("cli", "serve"): "`serve` starts the server",
     ("cli", "checkpoint"): "`convert` reads one checkpoint and writes another",
     ("cli", "parallel"): "`convert` places the weights on a mesh to write them",
     ("cli", "model"): "`plan` reads a config without loading a model",

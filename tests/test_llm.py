@@ -209,6 +209,46 @@ def test_logprobs_are_those_of_the_model(llm):
 # --- streams
 
 
+def test_outputs_come_as_they_are_whole(llm):
+    prompts, counts = ["first", "second", "third"], [12, 2, 5]
+    params = [SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True) for count in counts]
+    found = list(llm.generate_iter(prompts, params))
+    assert [index for index, _ in found] == [1, 2, 0]  # the shortest first
+    assert [output for _, output in sorted(found, key=lambda pair: pair[0])] == llm.generate(prompts, params)
+    assert_warm(llm)
+
+
+def test_outputs_that_another_caller_brings_along_are_not_lost(llm):
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    outputs = llm.generate_iter(["one", "two", "three", "four", "five", "six"], params)
+    first = next(outputs)
+    llm.generate("another", SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True))
+    assert sorted(index for index, _ in [first, *outputs]) == list(range(6))
+
+
+def test_leaving_the_outputs_early_frees_what_runs(llm):
+    outputs = llm.generate_iter(["one", "two", "three", "four", "five", "six"], SamplingParams(max_tokens=8))
+    next(outputs)
+    outputs.close()
+    assert not llm.engine.scheduler.sequences
+    assert_warm(llm)
+
+
+def test_every_prompt_is_checked_before_the_first_output(llm):
+    with pytest.raises(ValueError, match="prompt 1: the prompt is empty"):
+        llm.generate_iter(["fine", ""])
+
+
+def test_progress_is_shown_where_it_is_asked_for(llm, capsys):
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    llm.generate(["one", "two"], params)
+    assert capsys.readouterr().out == ""
+    llm.generate(["one", "two"], params, progress=True)
+    shown = capsys.readouterr().out
+    assert "prompts" in shown
+    assert "2/2" in shown
+
+
 def test_a_stream_is_what_generate_gives(llm):
     params = SamplingParams(seed=11, top_k=60, max_tokens=30)  # é comes in halves
     (request,) = llm.generate(PROMPT, params)

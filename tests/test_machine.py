@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
 from jaxinfer.machine import device_memory, host_memory, measure_machine
@@ -16,3 +20,28 @@ def test_a_measured_machine_has_plausible_ceilings():
 def test_memory_is_the_allocators_limit_or_the_hosts(stats):
     assert device_memory({"bytes_limit": 123}) == 123
     assert device_memory(stats) == host_memory() > 2**30
+
+
+PROGRAM = """
+from collections import Counter
+import jax
+from jaxinfer.machine import keep_compiled
+
+events = Counter()
+jax.monitoring.register_event_listener(lambda event, **_: events.update([event.rpartition("/")[2]]))
+keep_compiled()
+jax.jit(lambda x: x + 1)(1.0)
+print(events["cache_hits"], events["cache_misses"])
+"""
+
+
+def test_a_second_process_compiles_nothing_again(tmp_path):
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+    command = [sys.executable, "-c", PROGRAM]
+    first, second = (
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+        for _ in range(2)
+    )
+    assert first == ["0", "1"]
+    assert second == ["1", "0"]
+    assert any((tmp_path / "jaxinfer" / "compiled").iterdir())

@@ -25,7 +25,7 @@ from benchmarks.kernels.ops import OPS
 from benchmarks.kernels.plot import lines, plot_speeds
 from benchmarks.kernels.timing import Effort
 from benchmarks.kernels.tune import tune
-from benchmarks.record import RESULTS, Failure, Record, device_folder, environment, parts, update
+from benchmarks.record import MACHINE, RESULTS, Failure, Record, device_folder, environment, parts, update
 from jaxinfer.machine import measure_machine
 from jaxinfer.roofline import MEASURED, Hardware, find_by_device
 
@@ -161,8 +161,8 @@ def measure_all(
 
 def machine_records(machine: Hardware) -> list[Record]:
     return [
-        Record("machine", "measured", "bandwidth", machine.bandwidth / 1e12, "TB/s"),
-        Record("machine", "measured", "bf16 matmul", machine.rate("bf16") / 1e12, "TFLOP/s"),
+        Record(MACHINE, "measured", "bandwidth", machine.bandwidth / 1e12, "TB/s"),
+        Record(MACHINE, "measured", "bf16 matmul", machine.rate("bf16") / 1e12, "TFLOP/s"),
     ]
 
 

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import typer
 
+from jaxinfer.cli.batch import batch
 from jaxinfer.cli.convert import convert
 from jaxinfer.cli.doctor import doctor
 from jaxinfer.cli.generate import generate
 from jaxinfer.cli.plan import plan
+from jaxinfer.cli.serve import serve
 from jaxinfer.cli.train import train_app
 
 app = typer.Typer(help="A full-stack transformer inference engine in JAX.", no_args_is_help=True)
 app.command()(generate)
 app.command()(plan)
+app.command()(serve)
+app.command()(batch)
 app.command()(doctor)
 app.command()(convert)
 app.add_typer(train_app, name="train")

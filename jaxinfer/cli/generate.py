@@ -37,7 +37,9 @@ def generate(
     from jaxinfer.decode.sampling_params import SamplingParams
     from jaxinfer.engine import Options
     from jaxinfer.llm import DEMO, LLM
+    from jaxinfer.machine import keep_compiled
 
+    keep_compiled()
     try:
         llm = LLM(
             DEMO if model is None else model,

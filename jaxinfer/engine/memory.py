@@ -10,6 +10,10 @@ DEVICE_FRACTION = 0.9  # of a device's memory that weights and cache may take; s
 HOST_FRACTION = 1 / 8  # of the host's memory that the cache may take where the device is the host
 
 
+class NoRoomError(ValueError):
+    """The weights leave no room for a cache."""
+
+
 def fitting_pages(model: Model, page_size: int, dtype: str, wanted: tuple[int, ...]) -> tuple[int, ...]:
     """Pages of every cache group, the null pages included, that fit beside what is on the devices already.
 
@@ -19,7 +23,7 @@ def fitting_pages(model: Model, page_size: int, dtype: str, wanted: tuple[int, .
         wanted: pages of every group that would be enough.
 
     Raises:
-        ValueError: not even two pages of each fit.
+        NoRoomError: not even two pages of each fit.
     """
     per_layer = page_bytes(page_size, model.kv_slots_per_device, model.config.head_size, dtype)
     groups = [model.config.group(layer) for layer in range(model.config.num_layers)]
@@ -27,7 +31,7 @@ def fitting_pages(model: Model, page_size: int, dtype: str, wanted: tuple[int, .
     room = min(_room(device) for device in model.mesh.local_devices)
     pages = share_room(room, sizes, wanted)
     if min(pages) < 2:
-        raise ValueError(
+        raise NoRoomError(
             f"the devices have {room / 1e9:.2f} GB left for the cache, and a page of {page_size} tokens takes "
             f"{sum(sizes) / 1e9:.4f} GB; at least 2 must fit"
         )

@@ -14,7 +14,7 @@ from pallas_kernels import hopper
 from pallas_kernels.blockwise import LOWEST, Options
 from pallas_kernels.flash_decoding import quantized
 from pallas_kernels.flash_decoding.config import ROWS, TILE_KEYS, Config
-from pallas_kernels.flash_decoding.merge import join, signal, wait_for, with_sink
+from pallas_kernels.flash_decoding.merge import join, with_sink
 from pallas_kernels.flash_decoding.schedule import partial_index
 from pallas_kernels.flash_decoding.shared import Inputs, Outputs, Part, Scratch
 from pallas_kernels.flash_decoding.tree import WORD, first_new_tile
@@ -358,7 +358,7 @@ def _store(
             @pl.when((part.done == 0) & (owner != cta))
             def _():
                 plgpu.wait_smem_to_gmem(0)
-                signal(inputs.tickets.at[owner, 0])
+                hopper.signal(inputs.tickets.at[owner, 0])
 
 
 def join_own(inputs: Inputs, outputs: Outputs, rows_smem) -> None:
@@ -368,7 +368,7 @@ def join_own(inputs: Inputs, outputs: Outputs, rows_smem) -> None:
     @pl.when(inputs.merge[cta, 0] >= 0)
     def _():
         plgpu.wait_smem_to_gmem(0)
-        wait_for(inputs.tickets.at[cta, 0], inputs.merge.at[cta, 3])
+        hopper.wait_for(inputs.tickets.at[cta, 0], inputs.merge[cta, 3])
 
     join(inputs.merge, outputs.part, outputs.part_lse, inputs.sinks, outputs.out, outputs.lse, rows_smem)
 

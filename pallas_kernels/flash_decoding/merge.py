@@ -11,9 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax._src.lib.mlir.dialects import memref
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blockwise import LOWEST, ceil_div
@@ -137,23 +135,3 @@ def with_sink(lse, sink):
     joint = top + jnp.log(jnp.exp(lse - top) + jnp.exp(sink - top))
     seen = lse > LOWEST
     return jnp.where(seen, joint, -jnp.inf), jnp.where(seen, jnp.exp(lse - joint), 0.0)
-
-
-def signal(ticket_ref) -> None:
-    """Tells another CTA that what this warpgroup wrote is in device memory."""
-
-    def add_one(_, ticket):
-        mgpu.utils.warpgroup_barrier()
-        mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(ticket)).signal(1, memory_scope="gpu")
-
-    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(add_one)(ticket_ref)
-
-
-def wait_for(ticket_ref, count_ref) -> None:
-    """Waits for `count` signals, and leaves the ticket at 0, as it was."""
-
-    def take(_, ticket, count):
-        semaphore = mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(ticket))
-        semaphore.wait(memref.load(count, []), memory_scope="gpu")
-
-    plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))(take)(ticket_ref, count_ref)

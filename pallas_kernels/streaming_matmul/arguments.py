@@ -1,7 +1,9 @@
 """What `streaming_matmul` is asked: its arrays and static options as one pytree, and their checks."""
 
+from __future__ import annotations
+
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.core
@@ -30,6 +32,11 @@ class Arguments:
     out_dtype: jnp.dtype = field(metadata={"static": True})
 
     @property
+    def tokens(self) -> int:
+        """M; of one group, if there are groups."""
+        return self.x.shape[-2]
+
+    @property
     def gated(self) -> bool:
         return "c" in self.w_axes
 
@@ -52,6 +59,15 @@ class Arguments:
         """The einsum of x and the weights: for experts, of each group's expert."""
         group, w_axes = ("A" if self.of_experts else ""), self.w_axes.replace("E", "A")
         return f"{group}MD,{w_axes}->{group}M{'c' if self.gated else ''}N"
+
+    def padded(self, tokens: int) -> Arguments:
+        """With so many tokens more, all zeros."""
+        return replace(self, x=pad(self.x, tokens), residual_MN=pad(self.residual_MN, tokens))
+
+
+def pad[Given: (jax.Array, jax.Array | None)](given: Given, tokens: int) -> Given:
+    """With so many rows of zeros at the end of the second to last axis, if it is an array."""
+    return jax.tree.map(lambda x: jnp.pad(x, (*((0, 0),) * (x.ndim - 2), (0, tokens), (0, 0))), given)
 
 
 def check(arguments: Arguments) -> None:
@@ -88,7 +104,7 @@ def _check_experts(arguments: Arguments) -> None:
 
 
 def _check_extras(arguments: Arguments) -> None:
-    M, N = arguments.x.shape[-2], arguments.outputs
+    M, N = arguments.tokens, arguments.outputs
     experts = arguments.w.shape[:1] if arguments.of_experts else ()
     expected = {
         "norm_scale": (arguments.norm_scale_D, (arguments.hidden,)),

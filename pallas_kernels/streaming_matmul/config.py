@@ -48,7 +48,7 @@ class Shape:
             return None if array is None else jnp.dtype(array.dtype)
 
         return cls(
-            tokens=arguments.x.shape[-2],
+            tokens=arguments.tokens,
             hidden=arguments.hidden,
             outputs=arguments.outputs,
             w_axes=arguments.w_axes,
@@ -101,12 +101,8 @@ class Config:
         require(1 <= self.split <= 8, "split", self.split, "1 to 8, the blocks of a portable cluster")
         require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
         require(self.split == 1 or self.rounds == 1, "rounds", self.rounds, "1 where blocks share columns")
-        require(
-            self.tile_d % (64 * self.pieces) == 0,
-            "pieces",
-            self.pieces,
-            f"divisors of tile_d / 64 = {self.tile_d // 64}",
-        )
+        divides = self.pieces >= 1 and self.tile_d % (64 * self.pieces) == 0
+        require(divides, "pieces", self.pieces, f"divisors of tile_d / 64 = {self.tile_d // 64}")
         require(self.exchange in ("smem", "gmem"), "exchange", repr(self.exchange), "'smem', 'gmem'")
 
     def tiles(self, shape: Shape) -> int:
@@ -183,6 +179,10 @@ def smem_bytes(*problems: tuple[Config, Shape]) -> int:
     return SMEM_OVERHEAD + max(found["w"].bytes for found in every) + sum(buffer.bytes for _, buffer in rest)
 
 
+CLUSTER = 2  # blocks of one, in a launch of a row of products
+MOST_CLUSTERS = SMS // CLUSTER
+
+
 @dataclass(frozen=True)
 class MLPConfig:
     """How one launch runs a row of products: all with the same ring of buffers, on the same clusters of two blocks.
@@ -196,12 +196,17 @@ class MLPConfig:
     clusters: int
     exchange: str = "smem"
 
+    def __post_init__(self):
+        require(self.stages >= 2, "stages", self.stages, "at least 2")
+        fits = 1 <= self.clusters <= MOST_CLUSTERS
+        require(fits, "clusters", self.clusters, f"1 to {MOST_CLUSTERS}, which are on the card at once")
+
     def of(self, shapes: Sequence[Shape]) -> list[Config]:
         """The config of each product."""
         return [
             Config(256, 64, self.stages, exchange=self.exchange)
             if shape.halves == 2
-            else Config(64, 256, self.stages, split=2, exchange=self.exchange, pieces=2)
+            else Config(64, 256, self.stages, split=CLUSTER, exchange=self.exchange, pieces=2)
             for shape in shapes
         ]
 
@@ -218,27 +223,28 @@ class MLPConfig:
         return sum(self._steps(config, shape) for config, shape in zip(self.of(shapes), shapes, strict=True))
 
     def _steps(self, config: Config, shape: Shape) -> int:
-        return math.ceil(config.tiles(shape) * config.split / (2 * self.clusters)) * config.steps(shape)
+        return math.ceil(config.tiles(shape) * config.split / (CLUSTER * self.clusters)) * config.steps(shape)
 
 
 def row_refusal(shapes: Sequence[Shape]) -> str | None:
     """Why products that each can be a launch cannot be one together; None if they can."""
     if shapes[0].tokens > MAX_TOKENS_OF_ROW:
         return f"x has {shapes[0].tokens} tokens; at most {MAX_TOKENS_OF_ROW}"
-    for name, shape, split in zip("EDF"[-len(shapes) :], shapes, (2, 1, 2)[-len(shapes) :], strict=True):
-        least = 2 * split * (256 if split == 2 else 64)
+    shallow = MLPConfig(2, MOST_CLUSTERS)
+    for name, shape, config in zip("EDF"[-len(shapes) :], shapes, shallow.of(shapes), strict=True):
+        least = shallow.stages * config.split * config.tile_d
         if shape.hidden < least:
-            blocks = "a block" if split == 1 else "each of two blocks"
-            return f"{name} is {shape.hidden}; at least {least}, two tiles for {blocks}"
-    if not _fits(MLPConfig(2, SMS // 2), shapes):
-        return "two tiles of a weight do not fit the shared memory beside the norm's scale"
+            blocks = "a block" if config.split == 1 else f"each of {config.split} blocks"
+            return f"{name} is {shape.hidden}; at least {least}, {shallow.stages} tiles for {blocks}"
+    if not _fits(shallow, shapes):
+        return f"{shallow.stages} tiles of a weight do not fit the shared memory beside the norm's scale"
     return None
 
 
 def mlp_config_for(shapes: Sequence[Shape]) -> MLPConfig:
     """As many stages as fit; the fewest clusters whose busiest block has least to do."""
-    deepest = next(config for n in range(6, 1, -1) if _fits(config := MLPConfig(n, SMS // 2), shapes))
-    options = [replace(deepest, clusters=clusters) for clusters in range(FEWEST_BLOCKS // 2, SMS // 2 + 1)]
+    deepest = next(config for n in range(6, 1, -1) if _fits(config := MLPConfig(n, MOST_CLUSTERS), shapes))
+    options = [replace(deepest, clusters=clusters) for clusters in range(FEWEST_BLOCKS // CLUSTER, MOST_CLUSTERS + 1)]
     return min(options, key=lambda config: (config.steps(shapes), config.clusters))
 
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.checks import require
-from pallas_kernels.streaming_matmul.arguments import Arguments, check
+from pallas_kernels.streaming_matmul.arguments import Arguments, check, pad
 
 
 @jax.tree_util.register_dataclass
@@ -26,13 +25,14 @@ class MLPArguments:
     o_ED: jax.Array | None
     norm_eps: float = field(metadata={"static": True})
 
+    @property
+    def tokens(self) -> int:
+        """M."""
+        return len(self.x_MD)
+
     def padded(self, tokens: int) -> MLPArguments:
-        """With so many tokens more."""
-
-        def padded(array: jax.Array | None) -> jax.Array | None:
-            return None if array is None else jnp.pad(array, ((0, tokens), (0, 0)))
-
-        return replace(self, x_MD=padded(self.x_MD), attended_ME=padded(self.attended_ME))
+        """With so many tokens more, all zeros."""
+        return replace(self, x_MD=pad(self.x_MD, tokens), attended_ME=pad(self.attended_ME, tokens))
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 The weight takes the side of the tensor cores that is 64 rows deep, the few tokens the other one: y^T = w^T x^T. Each
 block multiplies `tile_n` columns by its part of D, and goes on to other columns without a pause in its reading; the
 blocks of a cluster that share the columns send each other their partial sums. This file launches, for one product or
-a row of them; program.py is what a block does.
+a row of them; stream.py and epilogue.py are what a block does.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.streaming_matmul import xla
 from pallas_kernels.streaming_matmul.arguments import Arguments
+from pallas_kernels.streaming_matmul.block import Block
 from pallas_kernels.streaming_matmul.config import (
     MAX_TOKENS,
     ROWS,
@@ -32,7 +33,7 @@ from pallas_kernels.streaming_matmul.config import (
     row_refusal,
 )
 from pallas_kernels.streaming_matmul.mlp import MLPArguments, Result, compose, products
-from pallas_kernels.streaming_matmul.program import Block, run
+from pallas_kernels.streaming_matmul.stream import run
 from pallas_kernels.streaming_matmul.weights import Ref, Tiles
 
 OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
@@ -41,11 +42,16 @@ OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyrig
 @partial(jax.jit, static_argnames=("config",))
 def streaming_matmul(arguments: Arguments, *, config: Config | None = None) -> jax.Array:
     """See the public op; `unsupported` says what this one does not take."""
-    M = arguments.x.shape[-2]
-    if M > 8 and M % 8:  # copies beyond the first 8 tokens take whole groups of 8
-        arguments = _padded(arguments, -M % 8)
-    y: Any = _product(config, arguments)
-    return y if y.shape[-2] == M else y[..., :M, :]
+    return _in_groups_of_8(partial(_product, config), arguments)
+
+
+def _in_groups_of_8(compute: Callable[[Any], Any], arguments: Arguments | MLPArguments) -> jax.Array:
+    """`compute` of the arguments with tokens added and their results cut off: beyond the first 8, a copy takes whole
+    groups of 8 tokens."""
+    M = arguments.tokens
+    if M <= 8 or M % 8 == 0:
+        return compute(arguments)
+    return compute(arguments.padded(-M % 8))[..., :M, :]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -90,11 +96,7 @@ def unsupported(arguments: Arguments) -> str | None:
 @partial(jax.jit, static_argnames=("config",))
 def streaming_mlp(arguments: MLPArguments, *, config: MLPConfig | None = None) -> jax.Array:
     """See the public op; `unsupported_mlp` says what this one does not take."""
-    M = len(arguments.x_MD)
-    if M > 8 and M % 8:
-        arguments = arguments.padded(-M % 8)
-    y: Any = _row(config, arguments)
-    return y if len(y) == M else y[:M]
+    return _in_groups_of_8(partial(_row, config), arguments)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -227,14 +229,6 @@ def _operands(arguments: Arguments) -> dict[str, jax.Array | Result | None]:
         "bias": leading(bias),
         "residual": leading(arguments.residual_MN),
     }
-
-
-def _padded(arguments: Arguments, tokens: int) -> Arguments:
-    def padded(array: jax.Array) -> jax.Array:
-        return jnp.pad(array, ((0, 0),) * (array.ndim - 2) + ((0, tokens), (0, 0)))
-
-    residual_MN = None if arguments.residual_MN is None else padded(arguments.residual_MN)
-    return replace(arguments, x=padded(arguments.x), residual_MN=residual_MN)
 
 
 def _shared(products: Sequence[Product]) -> dict[str, Any]:

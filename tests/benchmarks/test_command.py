@@ -147,6 +147,18 @@ def test_a_file_keeps_what_a_run_did_not_measure_again(tmp_path):
     assert len(parts(json.loads(path.read_text()))) == 1
 
 
+def test_what_the_machine_was_timed_at_stays_with_the_figures_of_its_run(tmp_path):
+    old, new = {"commit": "old"}, {"commit": "new"}
+    update("decode", old, [entry("machine", 1), entry("a", 1), entry("b", 2)], [], tmp_path)
+    path = update("decode", new, [entry("machine", 2), entry("b", 3)], [], tmp_path)
+    first, earlier = parts(json.loads(path.read_text()))
+    assert [Record(**record) for record in first["records"]] == [entry("machine", 2), entry("b", 3)]
+    assert [Record(**record) for record in earlier["records"]] == [entry("machine", 1), entry("a", 1)]
+    update("decode", new, [entry("machine", 3), entry("a", 4)], [], tmp_path)
+    (part,) = parts(json.loads(path.read_text()))
+    assert [record["value"] for record in part["records"]] == [3, 3, 4]
+
+
 def test_a_failure_takes_the_place_of_an_old_figure(tmp_path):
     op = replace(TINY["flash_decoding"], implementations={"xla": lambda problem: 1 / 0})
     update("kernels", {}, [entry("flash_decoding small 2x32", 1)], [], tmp_path)

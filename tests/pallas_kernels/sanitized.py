@@ -25,7 +25,6 @@ from pallas_kernels.models import Heads
 from pallas_kernels.streaming_matmul import streaming_matmul, streaming_mlp
 from pallas_kernels.streaming_matmul.problems import Problem as Product
 from pallas_kernels.streaming_matmul.problems import Row
-from tests.pallas_kernels.test_gpu_program import hand_over
 
 KEY, BF16 = jax.random.key(0), jnp.dtype(jnp.bfloat16)
 HEADS = Heads(8, 2, 128)
@@ -101,11 +100,7 @@ def unordered() -> jax.Array:
     return run(jnp.arange(128, dtype=jnp.float32))
 
 
-def unordered2() -> jax.Array:
-    return hand_over(jnp.arange(128, dtype=jnp.float32), ordered=False)
-
-
-PLANTED = {"out_of_bounds": out_of_bounds, "unordered": unordered, "unordered2": unordered2}
+PLANTED = {"out_of_bounds": out_of_bounds, "unordered": unordered}
 
 
 def main(name: str) -> None:

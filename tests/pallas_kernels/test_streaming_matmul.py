@@ -351,6 +351,8 @@ def test_the_kernel_says_what_it_does_not_take(name):
         ({"rounds": 2, "split": 2}, "rounds is 2; allowed: 1 where blocks share columns"),
         ({"split": 9}, "split is 9"),
         ({"exchange": "l2"}, "exchange is 'l2'"),
+        ({"pieces": 0}, "pieces is 0; allowed: divisors of tile_d / 64 = 1"),
+        ({"pieces": 2}, "pieces is 2; allowed: divisors of tile_d / 64 = 1"),
     ],
 )
 def test_a_config_is_valid(change, message):

@@ -104,9 +104,22 @@ def test_all_blocks_fit_the_card_and_most_work_all_the_time(tokens):
     config = configs.mlp_config_for(shapes)
     assert config is not None
     config.check(shapes)
-    assert 2 * config.clusters <= configs.SMS
+    assert configs.CLUSTER * config.clusters <= configs.SMS
     tiles = sum(c.tiles(shape) * c.steps(shape) * c.split for c, shape in zip(config.of(shapes), shapes, strict=True))
-    assert tiles / (2 * config.clusters * config.steps(shapes)) >= 0.9
+    assert tiles / (configs.CLUSTER * config.clusters * config.steps(shapes)) >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stages": 1}, "stages is 1; allowed: at least 2"),
+        ({"clusters": 0}, "clusters is 0; allowed: 1 to 66"),
+        ({"clusters": 67}, "clusters is 67; allowed: 1 to 66"),
+    ],
+)
+def test_a_config_is_valid(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(MLPConfig(2, 1), **change)
 
 
 def test_shared_memory_is_what_the_launch_takes(monkeypatch):
@@ -171,7 +184,7 @@ def evaluate(change: dict) -> jax.ShapeDtypeStruct:
         ({"x_MD": floats(33, 1024), "attended_ME": floats(33, 1024)}, "33 tokens; at most 32"),
         (
             {"up_DcF": floats(1024, 2, 512), "down_FD": floats(512, 1024)},
-            r"F is 512; at least 1024, two tiles for each of two blocks",
+            r"F is 512; at least 1024, 2 tiles for each of 2 blocks",
         ),
     ],
 )

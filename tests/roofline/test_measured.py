@@ -6,14 +6,17 @@ from dataclasses import dataclass
 import pytest
 
 from benchmarks.decode import predicted_decode, predicted_prefill
-from benchmarks.record import RESULTS
+from benchmarks.record import RESULTS, parts
 from jaxinfer.model import ModelConfig
 from jaxinfer.roofline import Hardware, find_by_device
 
-FILES = {
-    f"{path.parent.name} {path.stem}": json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/decode*.json"))
+# The runs that the files hold: each with the ceilings of its own machine.
+RUNS = {
+    f"{path.parent.name} {path.stem} {part['environment']['commit'][:7]}": part
+    for path in sorted(RESULTS.glob("*/decode*.json"))
+    for part in parts(json.loads(path.read_text()))
 }
-H200_OVERHEAD = 1.9  # us, for the one file that was written before the overhead was timed
+H200_OVERHEAD = 1.9  # us, for the one run that was made before the overhead was timed
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Case:
     Attributes:
         model: in configs/models.
         size: the batch of a decode step, or the tokens of a prompt.
-        planned: what the file says was predicted; None where that was before the overhead was timed.
+        planned: what the run says was predicted; None where that was before the overhead was timed.
     """
 
     machine: Hardware
@@ -39,19 +42,19 @@ class Case:
         return predicted(config, self.size, self.attention).predict(self.machine) * 1e3
 
 
-def values(file: str, case: str, metric: str) -> dict[str, float]:
+def values(run: str, case: str, metric: str) -> dict[str, float]:
     """Figures of a metric of a case, by implementation."""
-    found = (record for record in FILES[file]["records"] if (record["case"], record["metric"]) == (case, metric))
+    found = (record for record in RUNS[run]["records"] if (record["case"], record["metric"]) == (case, metric))
     return {record["implementation"]: record["value"] for record in found}
 
 
-def machine(file: str) -> tuple[Hardware, bool]:
-    """The file's device with the ceilings that were timed there, and whether the overhead was among them."""
-    ceilings = {record["metric"]: record["value"] for record in FILES[file]["records"] if record["case"] == "machine"}
-    device = find_by_device(FILES[file]["environment"]["device"])
+def machine(run: str) -> tuple[Hardware, bool]:
+    """The run's device with the ceilings that were timed there, and whether the overhead was among them."""
+    ceilings = {record["metric"]: record["value"] for record in RUNS[run]["records"] if record["case"] == "machine"}
+    device = find_by_device(RUNS[run]["environment"]["device"])
     assert device is not None
     recorded = "kernel overhead" in ceilings
-    assert recorded or file == "h200 decode"
+    assert recorded or run.startswith("h200 decode ")
     overhead = ceilings.get("kernel overhead", H200_OVERHEAD) * 1e-6
     flops = {"bf16": ceilings["bf16 matmul"] * 1e12}
     return device.with_ceilings(ceilings["bandwidth"] * 1e12, flops, overhead), recorded
@@ -60,27 +63,27 @@ def machine(file: str) -> tuple[Hardware, bool]:
 def cases(metric: str) -> list:
     """Every measured time of `metric` as a `Case`."""
     found = []
-    for file, content in FILES.items():
-        hardware, recorded = machine(file)
+    for run, content in RUNS.items():
+        hardware, recorded = machine(run)
         for name in dict.fromkeys(record["case"] for record in content["records"] if record["metric"] == metric):
-            figures = values(file, name, metric)
+            figures = values(run, name, metric)
             planned = next(figures.pop(plan) for plan in list(figures) if plan.startswith("plan"))
             ((attention, measured),) = figures.items()
             size = int(name.split()[-1].removeprefix("B"))
             case = Case(hardware, name.split()[0], metric, size, attention, measured, planned if recorded else None)
-            found.append(pytest.param(case, id=f"{file} {name}"))
+            found.append(pytest.param(case, id=f"{run} {name}"))
     return found
 
 
-def memory() -> list:
+def memory(metric: str) -> list:
     """Planned and measured bytes of every case."""
     found = []
-    for file, content in FILES.items():
+    for run, content in RUNS.items():
         for name in dict.fromkeys(record["case"] for record in content["records"]):
-            figures = values(file, name, "memory in use")
+            figures = values(run, name, metric)
             if "device" in figures:
                 planned = next(value for plan, value in figures.items() if plan.startswith("plan"))
-                found.append(pytest.param(planned, figures["device"], id=f"{file} {name}"))
+                found.append(pytest.param(planned, figures["device"], id=f"{run} {name} {metric}"))
     return found
 
 
@@ -92,7 +95,7 @@ def test_predicted_times(published, case):
         assert predicted == pytest.approx(case.planned, rel=1e-3)
 
 
-@pytest.mark.parametrize(("planned", "measured"), memory())
+@pytest.mark.parametrize(("planned", "measured"), memory("memory in use") + memory("memory at peak"))
 def test_planned_memory(planned, measured):
     assert planned == pytest.approx(measured, rel=0.05)
 
@@ -106,4 +109,5 @@ def test_nothing_is_faster_than_its_limit(path):
 def test_something_was_compared():
     assert len(cases("decode step")) >= 12
     assert len(cases("first token")) >= 4
-    assert len(memory()) >= 12
+    assert len(memory("memory in use")) >= 12
+    assert memory("memory at peak")

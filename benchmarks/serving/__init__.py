@@ -1,0 +1,1 @@
+"""Many requests at once: offline through the engine, online through any OpenAI-compatible server."""

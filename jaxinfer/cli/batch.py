@@ -1,0 +1,62 @@
+"""`jaxinfer batch`: answers a file of requests in OpenAI's batch format, and goes on where it was interrupted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+
+def batch(
+    requests: Annotated[Path, typer.Argument(help="File of requests, one in a line.", exists=True, dir_okay=False)],
+    answers: Annotated[Path, typer.Argument(help="File of answers; what it has already is not asked again.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder of a checkpoint or Hugging Face id; the demo model by default.")
+    ] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="Name of the model in requests; MODEL's.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's by default.")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and output; the checkpoint's by default.")
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share the model.")] = 1,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences that run at once; a power of two.")] = 64,
+) -> None:
+    """Answer every request of REQUESTS into ANSWERS, a line each; a second run does what is left."""
+    try:
+        from jaxinfer.serve.batch import answer_lines, append, done, read_lines
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(f"{error.name} is not installed: pip install 'jaxinfer[serve]'") from error
+    from jaxinfer.engine import Options
+    from jaxinfer.llm import DEMO, LLM
+    from jaxinfer.machine import keep_compiled
+
+    keep_compiled()
+    try:
+        lines = read_lines(requests)
+        earlier = done(answers)
+        left = [line for line in lines if line.custom_id not in earlier]
+        llm = LLM(
+            DEMO if model is None else model,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            tensor_parallel_size=tensor_parallel,
+            options=Options(max_num_seqs=max_num_seqs),
+        )
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    name = served_model_name or ("demo" if model is None else model)
+    console, statuses = Console(stderr=True), Counter[int]()
+    with answers.open("a", encoding="utf-8") as file, Progress(console=console) as progress:
+        task = progress.add_task("requests", total=len(lines), completed=len(lines) - len(left))
+        for told in answer_lines(llm, name, left):
+            append(file, told)
+            statuses[told["response"]["status_code"]] += 1
+            progress.advance(task)
+    refused = statuses.total() - statuses[200]
+    console.print(f"{statuses[200]} answered, {refused} refused, {len(lines) - len(left)} were there already")

@@ -1,0 +1,50 @@
+"""What a model and its cache take of a device's memory, told where that was too much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from jaxinfer.cli.units import si
+from jaxinfer.roofline import Precision, find_by_device, find_hardware, plan_memory
+from jaxinfer.roofline.precision import ARRAY_DTYPES
+
+if TYPE_CHECKING:
+    from jaxinfer.serve.messages import Setup
+
+
+def memory_lines(setup: Setup, device: tuple[str, str, int]) -> Iterator[str]:
+    """The plan: weights, cache, and what would fit.
+
+    Args:
+        device: its kind, its platform, and bytes of its memory.
+    """
+    from jaxinfer import checkpoint
+    from jaxinfer.llm import DEMO
+    from jaxinfer.model import read_config
+
+    kind, _, memory = device
+    config = read_config(checkpoint.resolve(DEMO if setup.model is None else setup.model))
+    context, sequences = setup.llm["max_model_len"] or config.context, setup.options["max_num_seqs"]
+    dtype = setup.llm["dtype"] or config.dtype
+    cache = ARRAY_DTYPES.get(setup.options["cache_dtype"] or dtype, "fp8")  # all narrow formats take a byte
+    page_size, devices = setup.options["page_size"], setup.llm["tensor_parallel_size"]
+    hardware = replace(find_by_device(kind) or find_hardware("h200"), memory=memory)  # of which memory alone counts
+    plan = plan_memory(
+        config, hardware, sequences, context, replace(Precision.all_in(dtype), cache=cache),
+        devices, page_size, setup.options["max_num_batched_tokens"],
+    )  # fmt: skip
+    yield f"  memory of {kind}: {si(memory, 'B')}, of which {si(plan.reserved, 'B')} are left to the runtime"
+    yield f"  weights: {si(plan.weights, 'B')}; activations: {si(plan.activations, 'B')}"
+    if (pages := setup.options["num_pages"]) is not None:
+        yield f"  cache: {pages:,} pages of {page_size} tokens take {si(pages * page_size * plan.per_token, 'B')}"
+    else:
+        yield f"  cache: {sequences} x {context:,} tokens take {si(sequences * plan.per_sequence, 'B')}"
+    yield f"  left for the cache: {si(max(0, plan.cache), 'B')}"
+    tokens = int(plan.cache // plan.per_token)
+    if tokens < page_size:
+        yield "  would fit: no cache at all; use more devices (--tensor-parallel) or a smaller --dtype"
+        return
+    yield f"  would fit: {tokens:,} tokens, which are {tokens // page_size:,} pages (--num-pages), or"
+    yield f"  {tokens // context:,} sequences (--max-num-seqs) of {context:,} tokens (--max-model-len)"

@@ -1,0 +1,139 @@
+"""`jaxinfer serve`: an OpenAI-compatible server. This process imports no JAX; the engine has one of its own."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from jaxinfer.serve.messages import Failed, Setup
+
+_ENGINE, _NETWORK = "Engine", "Network"
+
+
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder of a checkpoint or Hugging Face id; the demo model by default.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.", rich_help_panel=_NETWORK)
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="0 takes any that is free.", rich_help_panel=_NETWORK)
+    ] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="JAXINFER_API_KEY", help="Callers must send it.", rich_help_panel=_NETWORK),
+    ] = None,
+    ssl_certfile: Annotated[
+        str | None, typer.Option(help="PEM file: serves over TLS.", rich_help_panel=_NETWORK)
+    ] = None,
+    ssl_keyfile: Annotated[str | None, typer.Option(help="PEM file of its key.", rich_help_panel=_NETWORK)] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name of the model in requests; MODEL by default.")
+    ] = None,
+    max_waiting: Annotated[
+        int, typer.Option(min=0, help="Requests that may wait; more are told to come again later.")
+    ] = 256,
+    shutdown_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that running requests have after SIGTERM.")
+    ] = 30,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; the checkpoint's by default.", rich_help_panel=_ENGINE),
+    ] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(help="Tokens of prompt and output; the checkpoint's by default.", rich_help_panel=_ENGINE),
+    ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="Devices that share the model.", rich_help_panel=_ENGINE)
+    ] = 1,
+    max_num_seqs: Annotated[
+        int, typer.Option(help="Sequences that run at once; a power of two.", rich_help_panel=_ENGINE)
+    ] = 64,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help="Prompt tokens of one step; a power of two.", rich_help_panel=_ENGINE)
+    ] = 1024,
+    page_size: Annotated[int, typer.Option(help="Tokens of a page of the cache.", rich_help_panel=_ENGINE)] = 16,
+    num_pages: Annotated[
+        int | None, typer.Option(help="Pages of the cache; as many as fit by default.", rich_help_panel=_ENGINE)
+    ] = None,
+    steps_per_dispatch: Annotated[
+        int, typer.Option(help="Decode steps in one program, and tokens in one event.", rich_help_panel=_ENGINE)
+    ] = 8,
+    cache_dtype: Annotated[
+        str | None, typer.Option(help="Of keys and values; the model's by default.", rich_help_panel=_ENGINE)
+    ] = None,
+    warm_up: Annotated[
+        bool, typer.Option(help="Compile everything before the first request.", rich_help_panel=_ENGINE)
+    ] = True,
+) -> None:
+    """Serve MODEL to OpenAI's clients: completions and chats, whole or streamed; SIGTERM ends it in order."""
+    try:
+        from jaxinfer.serve.messages import Setup
+        from jaxinfer.serve.server import Settings, StartError, bind, run
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(f"{error.name} is not installed: pip install 'jaxinfer[serve]'") from error
+    _check_tls(ssl_certfile, ssl_keyfile)
+    if api_key == "":
+        raise typer.BadParameter("api_key is empty; leave it out, or give one")
+    setup = Setup(
+        model,
+        {
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "tensor_parallel_size": tensor_parallel,
+            "warm_up": warm_up,
+        },
+        {
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "page_size": page_size,
+            "num_pages": num_pages,
+            "steps_per_dispatch": steps_per_dispatch,
+            "cache_dtype": cache_dtype,
+        },
+    )
+    name = served_model_name or ("demo" if model is None else model)
+    settings = Settings(name, max_waiting, shutdown_timeout, api_key, ssl_certfile, ssl_keyfile)
+    try:
+        bound = bind(host, port)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot listen on port {port} of {host}: {error.strerror or error}") from error
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        with bound:
+            code = run(setup, settings, bound, lambda line: console.print(line, markup=False))
+    except StartError as error:
+        _explain(error.failed, setup, console.print)
+        code = 1
+    raise typer.Exit(code)
+
+
+def _check_tls(certfile: str | None, keyfile: str | None) -> None:
+    if certfile is None and keyfile is None:
+        return
+    if certfile is None or keyfile is None:
+        raise typer.BadParameter("ssl_certfile and ssl_keyfile belong together; give both")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot use {certfile} with {keyfile}: {error}") from error
+
+
+def _explain(failed: Failed, setup: Setup, say: Callable[[str], None]) -> None:
+    """Says why the engine did not start; where memory was short, also what takes it and what would fit."""
+    if failed.reason == "input":
+        raise typer.BadParameter(failed.message)
+    say(f"[bold red]error:[/] {escape(failed.message)}")
+    if failed.reason == "memory" and failed.device is not None:
+        from jaxinfer.cli.room import memory_lines
+
+        for line in memory_lines(setup, failed.device):
+            say(line)

@@ -1,0 +1,162 @@
+"""Files of requests, in OpenAI's batch format: a line in, a line out, and none twice.
+
+A line of the input is `{"custom_id", "method": "POST", "url", "body"}`, with the body of a completion or a chat. Its
+line of the output is `{"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error": null}`, written
+as soon as it is whole, in the order in which they end. What the model cannot serve is answered with the status and the
+error body that the server would send.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import to_json
+
+from jaxinfer.llm import LLM
+from jaxinfer.outputs import CompletionOutput
+from jaxinfer.serve.errors import ApiError, malformed
+from jaxinfer.serve.prompts import Asked, Prompts, template_or_reason
+from jaxinfer.serve.protocol import BODY_FIELDS, ChatBody, CompletionBody
+from jaxinfer.serve.responses import Answer, Chat, Completion, usage
+from jaxinfer.serve.worker import longest
+
+BODIES = {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody}
+METHOD = "POST"
+
+
+class Line(BaseModel):
+    """A request of the file; its body is checked when its turn comes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    custom_id: str
+    method: str
+    url: str
+    body: dict[str, Any]
+
+
+@dataclass
+class Work:
+    """A request that runs.
+
+    Attributes:
+        left: prompts of its body that have no output yet.
+        outputs: what came of each prompt.
+    """
+
+    line: Line
+    asked: Asked
+    answer: Answer
+    left: int = 0
+    outputs: dict[int, list[CompletionOutput]] = field(default_factory=dict)
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The requests of a file.
+
+    Raises:
+        ValueError: a line is none, by number and field, or has the `custom_id` of another.
+    """
+    lines: dict[str, Line] = {}
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not text.strip():
+            continue
+        try:
+            line = Line.model_validate_json(text)
+        except ValidationError as error:
+            told = malformed(error, set(Line.model_fields))
+            raise ValueError(f"{path}, line {number}: {told.message}") from None
+        if line.custom_id in lines:
+            raise ValueError(f"{path}, line {number}: custom_id {line.custom_id[:80]!r} is that of an earlier line")
+        lines[line.custom_id] = line
+    return list(lines.values())
+
+
+def done(path: Path) -> set[str]:
+    """The `custom_id` of every line of an output file. A last line that a kill has cut short is taken off the file.
+
+    Raises:
+        ValueError: a line before the last is no answer: the file is another's.
+    """
+    if not path.exists():
+        return set()
+    whole, _, torn = path.read_bytes().rpartition(b"\n")
+    found = set()
+    for number, text in enumerate(whole.splitlines(), start=1):
+        try:
+            found.add(json.loads(text)["custom_id"])
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{path}, line {number}: it is no line of a batch's output") from None
+    if torn:
+        with path.open("r+b") as file:
+            file.truncate(len(whole) + 1 if whole else 0)
+    return found
+
+
+def answer_lines(llm: LLM, name: str, lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
+    """The output lines of requests, as they are whole; `name` is the model's in requests and answers."""
+    limits = llm.intake.limits
+    prompts = Prompts(llm.intake, template_or_reason(llm.folder), longest(llm.engine, limits.context))
+    works = []
+    for line in lines:
+        try:
+            works.append(_read(line, name, prompts))
+        except ApiError as error:
+            yield _told(line, error.status, error.body)
+    owners = [(work, index) for work in works for index in range(work.left)]
+    tokens = [work.asked[0][index] for work, index in owners]
+    for place, output in llm.generate_iter(tokens, [work.asked[1] for work, _ in owners]) if owners else ():
+        work, index = owners[place]
+        work.outputs[index], work.left = output.outputs, work.left - 1
+        if work.left == 0:
+            yield _told(work.line, 200, _body(work))
+
+
+def append(file: TextIO, told: dict[str, Any]) -> None:
+    """Writes one output line, which then is there whatever becomes of this process."""
+    file.write(to_json(told).decode() + "\n")
+    file.flush()
+
+
+def _read(line: Line, name: str, prompts: Prompts) -> Work:
+    """Raises ApiError where the request cannot be served."""
+    if line.method != METHOD:
+        raise ApiError(400, f"method is {line.method[:40]!r}; it must be {METHOD}", param="method")
+    if line.url not in BODIES:
+        raise ApiError(404, f"url is {line.url[:80]!r}; it must be one of {', '.join(BODIES)}", param="url")
+    try:
+        body = BODIES[line.url].model_validate_json(json.dumps(line.body))
+    except ValidationError as error:
+        raise malformed(error, BODY_FIELDS) from None
+    if body.model is not None and body.model != name:
+        raise ApiError(404, f"model is {body.model[:200]!r}; this is {name!r}", param="model", code="model_not_found")
+    if body.stream:
+        raise ApiError(400, "stream is true; a batch is answered whole", param="stream")
+    if isinstance(body, ChatBody):
+        asked, answer = prompts.chat(body), Chat(name, prompts.intake.tokenizer)
+    else:
+        asked, answer = prompts.completion(body), Completion(name, prompts.intake.tokenizer)
+    return Work(line, asked, answer, left=len(asked[0]))
+
+
+def _body(work: Work) -> dict[str, Any]:
+    """The whole answer: the n choices of the first prompt come first."""
+    prompts, params = work.asked
+    choices = [
+        CompletionOutput(params.n * place + one.index, one.text, one.token_ids, one.logprobs, one.finish_reason,
+                         one.stop_reason)
+        for place in range(len(prompts))
+        for one in work.outputs[place]
+    ]  # fmt: skip
+    used = usage(sum(map(len, prompts)), sum(len(choice.token_ids) for choice in choices))
+    return work.answer.body(choices, used)
+
+
+def _told(line: Line, status: int, body: dict[str, Any]) -> dict[str, Any]:
+    response = {"status_code": status, "request_id": uuid.uuid4().hex, "body": body}
+    return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id, "response": response, "error": None}

@@ -1,0 +1,233 @@
+"""The HTTP process's side of the engine: requests out, tokens in, and text from tokens.
+
+Everything here runs in the event loop's thread; messages of the engine are brought there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from jaxinfer.continuation import Continuation
+from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.intake import Intake
+from jaxinfer.outputs import CompletionOutput
+from jaxinfer.serve.errors import ApiError, refused
+from jaxinfer.serve.messages import Abort, Add, Failed, Refused, Step, Tokens
+from jaxinfer.serve.metrics import Metrics
+
+_SMOOTH = 0.1  # weight of the newest request in the mean duration
+_LONGEST_RETRY = 60  # seconds
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Group:
+    """The continuations that one HTTP request asked for, by their index among its choices."""
+
+    client: Client
+    continuations: list[Continuation]
+    started: float
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    error: ApiError | None = None
+
+    async def pieces(self) -> AsyncIterator[CompletionOutput]:
+        """New text and tokens as they come; a reader that is slow gets longer pieces.
+
+        Raises:
+            ApiError: the engine refused or lost a continuation. The others of the group have ended then, too.
+        """
+        open_ones = list(self.continuations)
+        while open_ones:
+            await self._change()
+            for continuation in list(open_ones):
+                if (piece := continuation.piece()) is not None:
+                    if piece.finish_reason is not None:
+                        open_ones.remove(continuation)
+                    yield piece
+
+    async def outputs(self) -> list[CompletionOutput]:
+        """The whole of every continuation, when all have ended; raises as `pieces`."""
+        while any(continuation.finish_reason is None for continuation in self.continuations):
+            await self._change()
+        return [continuation.output() for continuation in self.continuations]
+
+    async def _change(self) -> None:
+        await self.changed.wait()
+        self.changed.clear()
+        if self.error is not None:
+            raise self.error
+
+    @property
+    def new_tokens(self) -> int:
+        return sum(len(continuation.token_ids) for continuation in self.continuations)
+
+    def close(self) -> None:
+        """Drops what still runs: the answer is written, or nobody waits for it any more."""
+        self.client.drop(self)
+
+
+@dataclass(eq=False)
+class _Running:
+    """A continuation in the engine, the group that waits for it, and when its last tokens came."""
+
+    group: Group
+    continuation: Continuation
+    last: float | None = None
+
+
+class Client:
+    """Queues requests with the engine process, and gives what it brings to those who wait.
+
+    Attributes:
+        closed: what new requests are told, when no more are taken.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[Any], None],
+        intake: Intake,
+        max_num_seqs: int,
+        max_waiting: int,
+        metrics: Metrics,
+    ):
+        """Args:
+        send: to the engine process.
+        max_num_seqs: continuations that run at once.
+        max_waiting: continuations that may wait besides.
+        """
+        self.intake, self.metrics = intake, metrics
+        self._send, self._max_num_seqs, self._capacity = send, max_num_seqs, max_num_seqs + max_waiting
+        self._running: dict[int, _Running] = {}
+        self._groups: set[Group] = set()
+        self._ids, self._seeds = count(), np.random.default_rng()
+        self._mean_seconds = 1.0
+        self.closed: ApiError | None = None
+
+    # --- requests out
+
+    def start(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Group:
+        """Queues the n continuations of every prompt; those of the first prompt come first.
+
+        Raises:
+            ApiError: they are more than the queue has room for, now or ever, or the server takes none any more.
+        """
+        self._check_room(len(prompts) * params.n)
+        requests = []
+        for ids in prompts:
+            seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
+            requests += self.intake.requests(self._ids, ids, params, seed)
+        group = Group(self, [], time.monotonic())
+        for index, request in enumerate(requests):
+            group.continuations.append(Continuation.start(request, index, self.intake.tokenizer))
+            self._running[request.id] = _Running(group, group.continuations[-1])
+        self._groups.add(group)
+        self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
+        self._send(Add(tuple(requests)))
+        return group
+
+    def _check_room(self, wanted: int) -> None:
+        if self.closed is not None:
+            raise self.closed
+        if wanted > self._capacity:
+            raise ApiError(
+                400, f"prompts times n are {wanted}; this server takes at most {self._capacity} at once", param="n"
+            )
+        waiting = len(self._running) + wanted - self._max_num_seqs
+        if len(self._running) + wanted > self._capacity:
+            rounds = waiting / self._max_num_seqs
+            seconds = min(_LONGEST_RETRY, max(1, math.ceil(rounds * self._mean_seconds)))
+            raise ApiError(
+                429,
+                f"the queue is full: {len(self._running)} requests run or wait, at most {self._capacity} may; "
+                f"try again in {seconds} s",
+                code="queue_full",
+                headers={"Retry-After": str(seconds)},
+            )
+
+    def drop(self, group: Group) -> None:
+        """Forgets a group; what it still has in the engine is aborted."""
+        self._groups.discard(group)
+        names = tuple(one.request.id for one in group.continuations if one.request.id in self._running)
+        for name in names:
+            del self._running[name]
+            self.metrics.requests.labels("abort").inc()
+        if names:
+            self._send(Abort(names))
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits for an answer."""
+        return not self._groups
+
+    def close(self, status: int, message: str) -> None:
+        """Takes no more requests, and tells those who come this."""
+        self.closed = ApiError(status, message, code="shutting_down", headers={"Retry-After": "5"})
+
+    def fail_all(self, status: int, message: str) -> None:
+        """Ends every request with an error."""
+        for group in list(self._groups):
+            self._fail(group, ApiError(status, message, code="aborted"))
+
+    # --- tokens in
+
+    def receive(self, message: Step | Refused | Failed) -> None:
+        """Takes a message of the engine process."""
+        match message:
+            case Refused():
+                if (running := self._running.pop(message.id, None)) is not None:
+                    self._fail(running.group, refused([message.message], "prompt"))
+            case Step():
+                self.metrics.hold(message.engine)
+                now = time.monotonic()
+                stopped = [entry.id for entry in message.tokens if self._push(entry, now)]
+                if stopped:
+                    self._send(Abort(tuple(stopped)))
+
+    def _push(self, entry: Tokens, now: float) -> bool:
+        """Gives tokens to their continuation; true where that has ended, and the engine does not know."""
+        if (running := self._running.get(entry.id)) is None:
+            return False  # dropped meanwhile
+        continuation, group = running.continuation, running.group
+        try:
+            continuation.push(entry.update(continuation.request))
+        except Exception:  # of this request alone: the others go on
+            logger.exception("the text of request %d cannot be made", entry.id)
+            self._fail(group, ApiError(500, "the text of this request cannot be made", code="internal_error"))
+            return False
+        self._time(running, len(entry.tokens), now)
+        if continuation.finish_reason == "abort":
+            self._fail(group, ApiError(500, "the engine failed while the request ran; try again", code="aborted"))
+            return False
+        group.changed.set()
+        if continuation.finish_reason is None:
+            return False
+        del self._running[entry.id]
+        self.metrics.requests.labels(continuation.finish_reason).inc()
+        self.metrics.whole.observe(now - group.started)
+        self._mean_seconds += _SMOOTH * (now - group.started - self._mean_seconds)
+        return entry.finish_reason is None
+
+    def _time(self, running: _Running, tokens: int, now: float) -> None:
+        if not tokens:
+            return
+        self.metrics.tokens.inc(tokens)
+        if running.last is None:
+            self.metrics.first_token.observe(now - running.group.started)
+        else:
+            self.metrics.between.observe((now - running.last) / tokens)
+        running.last = now
+
+    def _fail(self, group: Group, error: ApiError) -> None:
+        self.drop(group)
+        group.error = error
+        group.changed.set()

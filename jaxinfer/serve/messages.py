@@ -1,0 +1,118 @@
+"""What the two processes tell each other. All of it is plain data, made to be pickled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jaxinfer.engine import Metrics, Request, TokenLogprobs, Update
+from jaxinfer.engine.request import FinishReason
+
+# --- to the engine
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How the engine process loads its model.
+
+    Attributes:
+        model: a folder or a Hugging Face id; None for the demo model.
+        llm: arguments of `LLM` by name.
+        options: of `Options` by name.
+    """
+
+    model: str | None
+    llm: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Add:
+    """Requests to queue, in order; those of one prompt share its token ids, and so does their pickle."""
+
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True)
+class Abort:
+    """Requests to drop, wherever they are; those that ended are left alone."""
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the process."""
+
+
+# --- from the engine
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The model is loaded and compiled.
+
+    Attributes:
+        folder: where the checkpoint lies, with its tokenizer.
+        vocab_size, context, eos_ids: as in `Limits`.
+        longest: tokens of prompt and output that the cache can hold for one request; at most `context`.
+        max_num_seqs: sequences that run at once.
+    """
+
+    folder: str
+    vocab_size: int
+    context: int
+    eos_ids: tuple[int, ...]
+    longest: int
+    max_num_seqs: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The engine process ends now.
+
+    Attributes:
+        reason: `input` where the model or an option is wrong, `memory` where the device's memory does not suffice,
+            `device` for all that goes wrong later.
+        message: one or a few lines for the terminal.
+        device: kind of the first device, its platform, and bytes of its memory, where they are known.
+    """
+
+    reason: Literal["input", "memory", "device"]
+    message: str
+    device: tuple[str, str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A request that was not queued, and why."""
+
+    id: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What one step brought to one request: an `Update` without the request itself, whose prompt may be long."""
+
+    id: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None
+    finish_reason: FinishReason | None
+
+    @classmethod
+    def of(cls, update: Update) -> Tokens:
+        return cls(update.request.id, update.tokens, update.logprobs, update.prompt_logprobs, update.finish_reason)
+
+    def update(self, request: Request) -> Update:
+        """The update again, of the request that `id` names."""
+        return Update(request, self.tokens, self.logprobs, self.prompt_logprobs, self.finish_reason)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step brought to all requests together, and how the engine is after it."""
+
+    tokens: tuple[Tokens, ...]
+    engine: Metrics

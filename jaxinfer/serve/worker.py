@@ -1,0 +1,174 @@
+"""The engine process: it loads the model, drives `Engine.step`, and takes requests between steps.
+
+The HTTP process imports this module, so that it can start the other one; JAX is imported only there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.engine import Metrics, Request
+from jaxinfer.serve.channel import Channel
+from jaxinfer.serve.messages import Abort, Add, Failed, Ready, Refused, Setup, Step, Stop, Tokens
+
+if TYPE_CHECKING:
+    from jaxinfer.engine import Engine
+    from jaxinfer.llm import LLM
+
+FAILURES = 3  # steps in a row that may fail on the host before the engine is given up
+
+logger = logging.getLogger(__name__)
+
+
+def main(connection: Connection, setup: Setup) -> None:
+    """Runs the engine until it is told to stop, or the HTTP process is gone; exits with 1 after an error."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the HTTP process says when to stop
+        signal.signal(number, signal.SIG_IGN)
+    inbox: SimpleQueue[Any] = SimpleQueue()
+    channel = Channel(connection, inbox.put, ended=lambda: os._exit(1))
+    loaded = load(setup)
+    if isinstance(loaded, Failed):
+        channel.send(loaded)
+        channel.flush()
+        sys.exit(1)
+    channel.send(ready(loaded))
+    failed = Worker(loaded.engine, inbox, channel.send).run()
+    channel.flush()
+    sys.exit(failed)
+
+
+def load(setup: Setup) -> LLM | Failed:
+    """The model, or what is wrong with it, the options or the machine."""
+    import jax
+
+    from jaxinfer.engine import Options
+    from jaxinfer.engine.memory import NoRoomError
+    from jaxinfer.llm import DEMO, LLM
+    from jaxinfer.machine import keep_compiled
+
+    keep_compiled()
+    try:
+        model = DEMO if setup.model is None else setup.model
+        return LLM(model, options=Options(**setup.options), **setup.llm)
+    except NoRoomError as error:
+        return Failed("memory", str(error), _device())
+    except (ValueError, OSError) as error:
+        return Failed("input", str(error))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        return Failed("memory", _first_line(error), _device())
+
+
+def ready(llm: LLM) -> Ready:
+    """What the HTTP process must know of the model."""
+    limits = llm.intake.limits
+    return Ready(
+        folder=str(llm.folder),
+        vocab_size=limits.vocab_size,
+        context=limits.context,
+        eos_ids=limits.eos_ids,
+        longest=longest(llm.engine, limits.context),
+        max_num_seqs=llm.engine.options.max_num_seqs,
+    )
+
+
+def longest(engine: Engine, context: int) -> int:
+    """Tokens of prompt and output that one request can have, by what the engine says of it: at most `context`."""
+    low, high = 1, context
+    while low < high:
+        middle = (low + high + 1) // 2
+        request = Request(-1, (0,), SamplingParams(max_tokens=middle - 1), (), 0)
+        low, high = (low, middle - 1) if engine.problems(request) else (middle, high)
+    return low
+
+
+class Worker:
+    """Drives an engine by the messages in `inbox`, and answers with `send`."""
+
+    def __init__(self, engine: Engine, inbox: SimpleQueue[Any], send: Callable[[Any], None]):
+        self._engine, self._inbox, self._send = engine, inbox, send
+        self._failures = 0
+        self._told: Metrics | None = None
+
+    def run(self) -> int:
+        """Works until it is told to stop (0), or the engine cannot go on (1)."""
+        self._tell([])
+        while self._take():
+            if not self._step():
+                return 1
+        return 0
+
+    def _take(self) -> bool:
+        """Takes all messages that there are, and waits for one where nothing runs; False when told to stop."""
+        wait = not self._engine.busy
+        while True:
+            try:
+                message = self._inbox.get(block=wait)
+            except Empty:
+                return True
+            if isinstance(message, Stop):
+                return False
+            self._obey(message)
+            wait = False
+
+    def _obey(self, message: Add | Abort) -> None:
+        if isinstance(message, Abort):
+            for name in message.ids:
+                self._engine.abort(name)
+            return
+        for request in message.requests:
+            try:
+                self._engine.add(request)
+            except Exception as error:  # of this request alone: the others go on
+                if not isinstance(error, ValueError):
+                    logger.exception("request %d cannot be queued", request.id)
+                self._send(Refused(request.id, str(error)))
+
+    def _step(self) -> bool:
+        """Runs the engine once and tells what that brought; False where it cannot go on."""
+        import jax
+
+        try:
+            updates = self._engine.step()
+        except jax.errors.JaxRuntimeError as error:
+            self._send(Failed("device", f"the device failed: {_first_line(error)}", _device()))
+            return False
+        except Exception as error:
+            logger.exception("a step failed; what ran is aborted")
+            self._failures += 1
+            if self._failures < FAILURES:
+                return True
+            self._send(Failed("device", f"{FAILURES} steps in a row failed: {_first_line(error)}", _device()))
+            return False
+        self._failures = 0
+        tokens = [Tokens.of(update) for update in updates]
+        self._tell(tokens)
+        return True
+
+    def _tell(self, tokens: list[Tokens]) -> None:
+        now = self._engine.metrics
+        if tokens or now != self._told:
+            self._send(Step(tuple(tokens), now))
+            self._told = now
+
+
+def _device() -> tuple[str, str, int]:
+    import jax
+
+    from jaxinfer.machine import device_memory
+
+    device = jax.devices()[0]
+    return device.device_kind, device.platform, device_memory(device.memory_stats())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

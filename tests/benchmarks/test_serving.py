@@ -1,0 +1,139 @@
+"""The serving benchmark: its workloads, the engine under them, and a server of its own to be measured."""
+
+import asyncio
+import itertools
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from benchmarks.record import Record
+from benchmarks.serving import offline
+from benchmarks.serving.latency import Objective, summarize
+from benchmarks.serving.online import Target, Timeline, arrive
+from benchmarks.serving.plot import curves, plot_curve
+from benchmarks.serving.workload import WORKLOADS, Job, Workload, longest, mixed
+from tests.engine.tiny import warm_llm
+
+JOBS = [Job((1, 2, 3), 3), Job((4, 5), 1), Job((6,), 2)]
+
+
+def test_the_mixed_workload_is_the_one_that_other_systems_are_measured_with():
+    import random
+
+    random.seed(0)
+    assert mixed(256).sizes == tuple((random.randint(100, 1024), random.randint(100, 1024)) for _ in range(256))
+
+
+def test_prompts_have_their_lengths_and_what_they_share():
+    jobs = Workload(((8, 2), (6, 3)), shared=5).jobs(vocabulary=50)
+    assert [(len(job.prompt), job.output) for job in jobs] == [(8, 2), (6, 3)]
+    assert jobs[0].prompt[:5] == jobs[1].prompt[:5]
+    assert jobs[0].prompt[5:7] != jobs[1].prompt[5:7]
+    assert all(0 <= token < 50 for job in jobs for token in job.prompt)
+    assert longest(list(WORKLOADS.values())) == 8192 + 64
+    assert Workload(((1, 2), (3, 4))).first(3).sizes == ((1, 2), (3, 4), (1, 2))
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_every_job_is_served_whole(tmp_path_factory, batch):
+    engine = warm_llm(tmp_path_factory.getbasetemp()).engine
+    found = offline.run(engine, JOBS, batch)
+    assert (found.tokens_in, found.tokens_out) == (6, 6)
+    assert found.total_rate == pytest.approx(2 * found.output_rate)
+    assert not engine.busy
+
+
+class Server(BaseHTTPRequestHandler):
+    """Answers with a piece for each token, a hundredth of a second apart; refuses prompts that begin with 6."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if body["prompt"][0] == 6:
+            self.send_error(429, "full")
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        for _ in range(body["max_tokens"]):
+            time.sleep(0.01)
+            self.event({"choices": [{"text": "x"}]})
+        self.event({"choices": [], "usage": {"completion_tokens": body["max_tokens"]}})
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def event(self, content: dict) -> None:
+        self.wfile.write(f"data: {json.dumps(content)}\n\n".encode())
+
+    def log_message(self, format, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[Target]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield Target(f"http://127.0.0.1:{server.server_port}/v1", "any")
+        server.shutdown()
+        thread.join()
+
+
+def test_timelines_of_a_server(target):
+    whole, short, refused = asyncio.run(arrive(target, JOBS, rate=float("inf")))
+    assert (whole.tokens, len(whole.pieces), whole.error) == (3, 3, None)
+    assert whole.first_token >= 0.01
+    assert whole.per_token == pytest.approx(sum(whole.gaps) / 2)
+    assert whole.whole >= 0.03
+    assert (short.tokens, short.gaps, short.per_token) == (1, [], 0.0)
+    assert refused.error is not None
+    assert refused.error.startswith("429")
+
+
+def test_arrivals_are_random_and_do_not_wait_for_answers(target):
+    jobs, rate = [Job((1,), 20)] * 30, 100.0
+    timelines = asyncio.run(arrive(target, jobs, rate))
+    sent = [timeline.sent for timeline in timelines]
+    gaps = [after - before for before, after in itertools.pairwise(sent)]
+    # The sum of 29 exponential gaps has a deviation of 19 % of its mean; a loaded machine only delays.
+    assert 0.5 / rate < sum(gaps) / len(gaps)
+    assert max(gaps) > 1.5 / rate
+    assert sent[3] < timelines[0].pieces[-1]  # while the first was being answered
+
+
+def test_a_server_that_is_not_there_is_an_error_of_the_request():
+    (timeline,) = asyncio.run(arrive(Target("http://127.0.0.1:1/v1", "any"), JOBS[:1], rate=1.0))
+    assert timeline.error is not None
+    assert "ConnectError" in timeline.error
+    with pytest.raises(RuntimeError, match=r"no request of 'a case' was answered: ConnectError"):
+        summarize("a case", "a server", [timeline], Objective())
+
+
+def test_percentiles_throughput_and_goodput():
+    timelines = [Timeline(0.0, [0.1 + 0.01 * slow, 0.2 + 0.1 * slow], 11) for slow in range(4)]
+    timelines.append(Timeline(0.0, error="429: full"))
+    records = summarize("a case", "a server", timelines, Objective(first_token=0.12, per_token=0.015))
+    found = {record.metric: record.value for record in records}
+    assert found["output throughput"] == pytest.approx(44 / 0.5)
+    assert found["goodput"] == pytest.approx(1 / 0.5)  # a token of the second takes 19 ms
+    assert found["failed"] == 1
+    assert found["first token p50"] == pytest.approx(115)
+    assert found["time per token p99"] == pytest.approx(36.7, abs=0.3)
+    assert found["gap p50"] == pytest.approx(235)
+    assert found["end to end p50"] == pytest.approx(350)
+
+
+def test_the_curve_goes_through_the_rates():
+    records = [
+        Record(f"at {rate}", "a server", metric, value, "")
+        for rate, throughput, token in ((2, 200.0, 20.0), (1, 100.0, 10.0))
+        for metric, value in (("output throughput", throughput), ("time per token p50", token))
+    ]
+    assert curves(records) == {("a server", "p50"): ([100.0, 200.0], [10.0, 20.0])}
+    (axes,) = plot_curve(records).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "a server, p50",
+        "people read at this speed",
+    ]

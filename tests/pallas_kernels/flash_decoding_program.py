@@ -1,0 +1,119 @@
+"""Problems of the Mosaic GPU kernel of flash_decoding, and how tests interpret it, lower it, and run it on a GPU.
+
+The interpreter has no register operand for wgmma and no signals between CTAs, so interpreted programs set
+`Config.interpretable`: weights go through shared memory, and a kernel of its own joins the parts of a unit. Loads,
+schedule, masks, hand-overs and stores are those of the GPU.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.blockwise import Options, PagedKV
+from pallas_kernels.flash_decoding import flash_decoding, mosaic_gpu
+from pallas_kernels.flash_decoding.config import QUANTIZED_DTYPES
+from tests.pallas_kernels.cases import ATOL, Case, Inputs, assert_close, oracle
+from tests.pallas_kernels.gpu_program import lower
+
+
+def slots(lengths: tuple[int, ...], queries: int = 1, **sizes) -> Case:
+    return Case(lengths, (queries,) * len(lengths), padding=0, **{"head_size": 64, "page_size": 64} | sizes)
+
+
+# With the number of CTAs: one has all units, some have parts of several, one unit is spread over many.
+CAUSAL = {
+    "lengths around a page, one CTA": (slots((200, 0, 64, 1, 129)), 1),
+    "units cut between CTAs": (slots((200, 0, 64, 1, 129)), 3),
+    "one unit over many CTAs": (slots((700,), kv_heads=1, g=1), 5),
+    "more CTAs than tiles": (slots((30, 70), kv_heads=1, g=3, page_size=16), 7),
+    "drafted tokens, soft cap, sinks": (slots((200, 2, 65), 3, page_size=16, soft_cap=2.0, sinks=True), 5),
+    "a window over pages": (slots((300, 40, 131), 2, page_size=16, window=70, sinks=True), 4),
+    "a window of one key": (slots((300, 64), page_size=32, window=1, g=5, kv_heads=1), 2),
+    "pages of two tiles": (slots((150, 260), g=3, kv_heads=1, page_size=128), 2),
+    "more rows than a block": (slots((90,), 20, g=4, kv_heads=1), 2),
+    "71 heads on one": (slots((90, 7), g=71, kv_heads=1), 2),
+    "more queries than keys": (slots((3, 0, 12), 5, page_size=16, sinks=True), 2),
+}
+TREES = {
+    "trees": (slots((200, 0, 70, 129, 4), 6, tree=True, page_size=16), 3),
+    "trees, a window, soft cap, sinks": (slots((300, 66, 131), 7, tree=True, window=5, soft_cap=2.0, sinks=True), 4),
+    "trees of two words in blocks of rows": (slots((150, 90), 40, g=4, kv_heads=1, tree=True, window=70), 3),
+    "trees over three tiles": (slots((193,), 128, g=1, kv_heads=1, tree=True), 2),
+}
+
+
+def run(inputs: Inputs, dtype, kv: PagedKV | None = None, **config):
+    """The case's queries, as many in every slot, through the kernel; as flat rows again."""
+    q, k, v, table, _, lengths = inputs.arguments(dtype)
+    B, (T, N, H) = len(lengths), q.shape
+    q_BQNH, options = q.reshape(B, T // B, N, H), Options(**inputs.case.options)
+    kv = PagedKV(k, v) if kv is None else kv
+    tree_mask, sinks = config.pop("tree_mask", inputs.tree_mask), inputs.options["sinks_N"]
+    out, lse = mosaic_gpu.flash_decoding(q_BQNH, kv, table, lengths, sinks, options, tree_mask, **config)
+    return out.reshape(T, N, H), lse.reshape(T, N)
+
+
+def check(inputs: Inputs, dtype, **config):
+    """Products of 16-bit numbers are exact in float32; the weights and the output are rounded once each."""
+    inputs.round_to(dtype)
+    (out, lse), (exact_out, exact_lse) = run(inputs, dtype, **config), oracle(inputs)
+    largest_value = max(np.nan_to_num(np.abs(kv[1])).max(initial=0) for kv in inputs.kv)
+    assert out.dtype == dtype
+    assert_close([out], [exact_out], atol=float(jnp.finfo(dtype).eps) * largest_value + ATOL)
+    assert_close([lse], [exact_lse])
+
+
+def program(q_BQNH, pages, table_BJ, lengths_B, sinks_N, tree_mask_BQW, scales_PKS, **options):
+    return flash_decoding(
+        q_BQNH, pages, pages, table_BJ, lengths_B, sinks_N=sinks_N, tree_mask_BQW=tree_mask_BQW, return_lse=True,
+        k_scales_PKS=scales_PKS, v_scales_PKS=scales_PKS, implementation="mosaic_gpu", **options,
+    )  # fmt: skip
+
+
+def shapes(
+    queries=1, g=4, kv_heads=2, head_size=128, page_size=64, dtype=jnp.bfloat16, sinks=False, kv_dtype=None, tree=False
+):  # fmt: skip
+    """Arguments of `program` that exist only as shapes."""
+    heads = g * kv_heads
+    return (
+        jax.ShapeDtypeStruct((3, queries, heads, head_size), dtype),
+        jax.ShapeDtypeStruct((9, page_size, kv_heads, head_size), kv_dtype or dtype),
+        jax.ShapeDtypeStruct((3, 4), jnp.int32),
+        jax.ShapeDtypeStruct((3,), jnp.int32),
+        jax.ShapeDtypeStruct((heads,), jnp.float32) if sinks else None,
+        jax.ShapeDtypeStruct((3, queries, -(-queries // 32)), jnp.uint32) if tree else None,
+        jax.ShapeDtypeStruct((9, kv_heads, page_size), jnp.float32) if kv_dtype in QUANTIZED_DTYPES else None,
+    )
+
+
+def assert_lowers(options: dict[str, Any]) -> None:
+    """As one kernel; `options` of the op, and sizes as of `shapes`."""
+    of_op = {key: options[key] for key in ("window", "soft_cap") if key in options}
+    sizes = {key: value for key, value in options.items() if key not in of_op}
+    text = lower(partial(program, scale=0.1, **of_op), *shapes(**sizes))
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+def rms(x, exact) -> float:
+    return float(np.sqrt(np.mean((np.asarray(x, np.float64) - exact) ** 2)))
+
+
+def assert_exact_on_a_gpu(inputs: Inputs, dtype, kv: PagedKV | None = None) -> None:
+    """As exact as 16 bits allow, and the same twice.
+
+    XLA is no measure for one query: it fuses the second product and leaves out the rounding of the weights.
+    """
+    out, lse = run(inputs, dtype, kv)
+    exact_out, exact_lse = oracle(inputs)
+    assert rms(out, exact_out) <= 1.1 * rms(oracle(inputs, dtype)[0], exact_out)
+    assert_close([lse], [exact_lse], atol=1e-3)  # tanh.approx and ex2.approx: 2^-11 and 2^-22 of scores up to soft_cap
+    assert_the_same((out, lse), run(inputs, dtype, kv))
+
+
+def assert_the_same(found, expected) -> None:
+    """Bit for bit."""
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(x, y)

@@ -1,0 +1,86 @@
+"""The Mosaic GPU kernel of flash_decoding with tree masks."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.flash_decoding import pack_tree_mask
+from pallas_kernels.flash_decoding.config import Config
+from tests.pallas_kernels.cases import Inputs
+from tests.pallas_kernels.flash_decoding_program import (
+    TREES,
+    assert_exact_on_a_gpu,
+    assert_lowers,
+    assert_the_same,
+    check,
+    run,
+    slots,
+)
+from tests.pallas_kernels.gpu_program import interpreted
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NaN of unused slots in the interpreter's numpy
+@pytest.mark.parametrize("name", TREES)
+def test_interpreted_kernel_is_the_float64_loop(name):
+    case, ctas = TREES[name]
+    with interpreted():
+        check(Inputs(case), jnp.bfloat16, config=Config(ctas, stages=2, interpretable=True))
+
+
+def causal_bits(slots: int, queries: int) -> jax.Array:
+    return pack_tree_mask(jnp.broadcast_to(jnp.tri(queries, dtype=jnp.bool_), (slots, queries, queries)))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("window", [None, 3])
+def test_causal_bits_are_the_causal_mask(window):
+    inputs = Inputs(slots((200, 66, 3), 5, g=1, kv_heads=1, window=window))
+    config = Config(2, stages=2, interpretable=True)
+    with interpreted():
+        with_bits, without = (
+            run(inputs, jnp.bfloat16, config=config, tree_mask=bits) for bits in (causal_bits(3, 5), None)
+        )
+    assert_the_same(with_bits, without)
+
+
+LOWERED = {
+    "Llama-3-8B, a tree of 64": {"queries": 64, "kv_heads": 8, "tree": True},
+    "gpt-oss, a tree of 8": {"queries": 8, "g": 8, "head_size": 64, "window": 128, "sinks": True, "tree": True},
+    "Gemma-2, a tree of 33": {
+        "queries": 33,
+        "g": 2,
+        "head_size": 256,
+        "page_size": 16,
+        "window": 100,
+        "soft_cap": 50.0,
+        "tree": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_lowers_for_a_gpu_as_one_kernel(name):
+    assert_lowers(LOWERED[name])
+
+
+ON_A_GPU = {
+    "trees": slots((1009, 7, 64, 130, 0, 700), 8, g=4, head_size=128, page_size=16, tree=True),
+    "trees, a window and sinks": slots((333, 1500, 65), 33, g=8, window=128, sinks=True, kv_heads=1, tree=True),
+    "trees of 128 and a short window": slots((1009, 200), 128, g=2, head_size=256, kv_heads=1, window=9, tree=True),
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_on_a_gpu_as_exact_as_16_bits_allow_and_the_same_twice(name):
+    inputs, dtype = Inputs(ON_A_GPU[name]), (jnp.bfloat16, jnp.float16)[list(ON_A_GPU).index(name) % 2]
+    inputs.round_to(dtype)
+    assert_exact_on_a_gpu(inputs, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 3, 100])
+def test_on_a_gpu_causal_bits_are_the_causal_mask(window):
+    inputs = Inputs(slots((1009, 66, 3, 640), 33, g=4, head_size=128, window=window))
+    with_bits, without = (run(inputs, jnp.bfloat16, tree_mask=bits) for bits in (causal_bits(4, 33), None))
+    assert_the_same(with_bits, without)

@@ -1,0 +1,144 @@
+"""Files of requests: every one is answered once, however often the command is interrupted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from jaxinfer.cli import app
+from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.serve.batch import answer_lines, append, done, read_lines
+from tests.engine.tiny import assert_clean, tiny_folder, warm_llm
+
+GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True}
+DRAWN: dict[str, Any] = {"temperature": 0.7, "seed": 3}
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture
+def llm(tmp_path_factory):
+    return warm_llm(tmp_path_factory.getbasetemp())
+
+
+def line(name: str, url: str = "/v1/completions", method: str = "POST", **body: Any) -> dict[str, Any]:
+    return {"custom_id": name, "method": method, "url": url, "body": GREEDY | body}
+
+
+def write(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    return path
+
+
+def answers(llm, path: Path) -> dict[str, Any]:
+    """Responses by `custom_id`."""
+    found = list(answer_lines(llm, "tiny", read_lines(path)))
+    assert all(told["error"] is None and told["id"].startswith("batch_req_") for told in found)
+    assert len({told["custom_id"] for told in found}) == len(found)
+    return {told["custom_id"]: told["response"] for told in found}
+
+
+def test_answers_are_those_of_the_model(llm, tmp_path):
+    path = write(tmp_path / "in.jsonl", [
+        line("text", prompt="abc"),
+        line("two prompts, twice each", prompt=["abc", "de"], n=2, **DRAWN),
+        line("a chat", "/v1/chat/completions", messages=MESSAGES, model="tiny"),
+    ])  # fmt: skip
+    found = answers(llm, path)
+    assert all(response["status_code"] == 200 for response in found.values()), found
+    params = SamplingParams(**GREEDY)
+    (text,) = [choice["text"] for choice in found["text"]["body"]["choices"]]
+    assert text == llm.generate("abc", params)[0].outputs[0].text
+    choices = found["two prompts, twice each"]["body"]["choices"]
+    drawn = llm.generate(["abc", "de"], SamplingParams(**(GREEDY | DRAWN), n=2))
+    texts = [one.text for output in drawn for one in output.outputs]
+    assert [(choice["index"], choice["text"]) for choice in choices] == list(enumerate(texts))
+    prompts = sum(len(output.prompt_token_ids) for output in drawn)
+    used = {"prompt_tokens": prompts, "completion_tokens": 24, "total_tokens": prompts + 24}
+    assert found["two prompts, twice each"]["body"]["usage"] == used
+    (chat,) = found["a chat"]["body"]["choices"]
+    assert chat["message"]["content"] == llm.chat(MESSAGES, params)[0].outputs[0].text
+    assert_clean(llm)
+
+
+@pytest.mark.parametrize(
+    ("given", "status", "param"),
+    [
+        (line("x", prompt="abc", temperature=-1.0), 400, "temperature"),
+        (line("x", prompt="abc", max_tokens=1000), 400, "max_tokens"),
+        (line("x", prompt=[500]), 400, "prompt"),
+        (line("x", prompt=[]), 400, "prompt"),
+        (line("x", prompt="abc", colour="red"), 400, "colour"),
+        (line("x", prompt="abc", stream=True), 400, "stream"),
+        (line("x", prompt="abc", model="another"), 404, "model"),
+        (line("x", "/v1/embeddings", input="abc"), 404, "url"),
+        (line("x", method="GET", prompt="abc"), 400, "method"),
+        (line("x", "/v1/chat/completions", messages=[{"role": "alien", "content": ""}]), 400, "messages[0].role"),
+    ],
+)
+def test_what_cannot_be_served_is_an_answer_too(llm, tmp_path, given, status, param):
+    path = write(tmp_path / "in.jsonl", [given, line("fine", prompt="abc")])
+    found = answers(llm, path)
+    assert found["x"]["status_code"] == status
+    assert found["x"]["body"]["error"]["param"] == param
+    assert found["fine"]["status_code"] == 200
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "line 2: "),
+        ('{"custom_id": "b", "method": "POST", "url": "/v1/completions"}', "line 2: body"),
+        ('{"custom_id": 7, "method": "POST", "url": "/v1/completions", "body": {}}', "line 2: custom_id"),
+        (json.dumps(line("a", prompt="abc")), "line 2: custom_id 'a' is that of an earlier line"),
+    ],
+)
+def test_a_file_of_other_lines_is_refused_by_its_line(tmp_path, text, words):
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps(line("a", prompt="abc")) + "\n" + text)
+    with pytest.raises(ValueError, match=r"in\.jsonl, line 2: ") as error:
+        read_lines(path)
+    assert words in str(error.value)
+
+
+def test_a_kill_loses_nothing_and_repeats_nothing(llm, tmp_path):
+    lines = [line(str(i), prompt="abc", max_tokens=1 + i) for i in range(7)]
+    asked, told = read_lines(write(tmp_path / "in.jsonl", lines)), tmp_path / "out.jsonl"
+    running = answer_lines(llm, "tiny", asked)
+    with told.open("a") as file:
+        for _ in range(3):
+            append(file, next(running))
+        file.write('{"id": "batch_req_1", "custom_id": "6", "resp')  # the kill came here
+    running.close()
+    earlier = done(told)
+    assert len(earlier) == 3
+    with told.open("a") as file:
+        for each in answer_lines(llm, "tiny", [one for one in asked if one.custom_id not in earlier]):
+            append(file, each)
+    found = [json.loads(text) for text in told.read_text().splitlines()]
+    assert sorted(each["custom_id"] for each in found) == [str(i) for i in range(7)]
+    used = {each["custom_id"]: each["response"]["body"]["usage"]["completion_tokens"] for each in found}
+    assert used == {str(i): 1 + i for i in range(7)}
+    assert_clean(llm)
+
+
+def test_a_file_that_is_no_output_is_left_alone(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("one\ntwo\nthree")
+    with pytest.raises(ValueError, match=r"notes\.txt, line 1: it is no line of a batch's output"):
+        done(path)
+    assert path.read_text() == "one\ntwo\nthree"
+    assert done(tmp_path / "absent.jsonl") == set()
+
+
+def test_the_command_does_what_is_left(tmp_path_factory, tmp_path):
+    asked = write(tmp_path / "in.jsonl", [line("a", prompt="abc"), line("b", prompt="abc", n=0)])
+    told = write(tmp_path / "out.jsonl", [{"custom_id": "a"}])
+    folder = str(tiny_folder(tmp_path_factory.getbasetemp()))
+    command = ["batch", str(asked), str(told), "--model", folder, "--max-num-seqs", "2"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "0 answered, 1 refused, 1 were there already" in result.output
+    assert [json.loads(text)["custom_id"] for text in told.read_text().splitlines()] == ["a", "b"]
+    assert "0 answered, 0 refused, 2 were there already" in CliRunner().invoke(app, command).output

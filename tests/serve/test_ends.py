@@ -1,0 +1,139 @@
+"""How a server begins and ends: keys, TLS, ports, deadlines, and an engine process that dies."""
+
+import json
+import os
+import re
+import signal
+import socket
+import ssl
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from jaxinfer.cli import app
+from tests.engine.tiny import CONFIG, write_checkpoint
+from tests.serve.running import serving
+
+PEM = Path(__file__).parent / "localhost.pem"  # a key that is no secret, and its certificate
+KEY = "a key"
+CONTEXT = 8192  # tokens that take longer than all else in a test
+LONG = {"prompt": "a", "max_tokens": CONTEXT - 2, "ignore_eos": True, "temperature": 0}
+HEADERS = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(
+        write_checkpoint(tmp_path_factory.mktemp("long") / "model", CONFIG | {"max_position_embeddings": CONTEXT})
+    )
+
+
+def engine_of(server) -> int:
+    """The process that runs the engine, a child of the server's."""
+    pid = server.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return next(int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes())
+
+
+def maps(pid: int) -> str:
+    return Path(f"/proc/{pid}/maps").read_text()
+
+
+def data(event: bytes):
+    """What an event says."""
+    return json.loads(event.strip().removeprefix(b"data: "))
+
+
+def begin(server, body):
+    """Asks for a stream, and reads its first event."""
+    connection = server.connect()
+    connection.request("POST", "/v1/completions", json.dumps(body | {"stream": True}), HEADERS)
+    response = connection.getresponse()
+    assert response.status == 200
+    return connection, response, response.readline()
+
+
+def test_a_server_with_a_key_and_tls_and_the_death_of_its_engine(folder):
+    context = ssl.create_default_context(cafile=PEM)
+    options = {"api_key": KEY, "ssl_certfile": PEM, "ssl_keyfile": PEM, "served_model_name": "tiny"}
+    with serving(folder, **options, context=context, steps_per_dispatch=1) as server:
+        assert server.url.startswith("https://127.0.0.1:")
+        for wrong in (
+            {},
+            {"authorization": "Bearer a kez"},
+            {"authorization": f"Basic {KEY}"},
+            {"authorization": "é"},
+        ):
+            for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
+                status, answer = server.post(path, {"prompt": "a"}, **wrong)
+                assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
+            assert server.ask("GET", "/v1/models", **wrong)[0] == 401
+            assert server.ask("GET", "/metrics", **wrong)[0] == 401
+        assert server.ask("GET", "/health")[0] == 200
+        status, _, models = server.ask("GET", "/v1/models", authorization=f"Bearer {KEY}")
+        assert (status, [model["id"] for model in json.loads(models)["data"]]) == (200, ["tiny"])
+
+        engine = engine_of(server)
+        assert "jaxlib" in maps(engine)
+        assert "jaxlib" not in maps(server.process.pid)
+
+        connection, response, first = begin(server, LONG)
+        assert data(first)["choices"][0]["finish_reason"] is None
+        os.kill(engine, signal.SIGKILL)
+        *_, error, done, _ = response.read().split(b"\n\n")
+        connection.close()
+        assert "the engine failed while the request ran" in data(error)["error"]["message"]
+        assert done == b"data: [DONE]"
+        assert server.wait() == 1
+    assert "error: the engine process was ended by SIGKILL" in "".join(server.said)
+
+
+def test_a_request_that_outlasts_the_deadline_is_told_so(folder):
+    with serving(folder, shutdown_timeout=0, steps_per_dispatch=1) as server:
+        connection, response, _ = begin(server, LONG)
+        server.process.send_signal(signal.SIGTERM)
+        *_, error, _, _ = response.read().split(b"\n\n")
+        connection.close()
+        assert "the server was shut down before" in data(error)["error"]["message"]
+        assert server.wait() == 0
+        assert "stopping: what runs has 0 s to end" in server.said[1]
+
+
+def run(*arguments: str):
+    result = CliRunner().invoke(app, ["serve", *arguments], env={"COLUMNS": "300", "TERM": "dumb", "NO_COLOR": "1"})
+    assert "Traceback" not in result.output
+    return result.exit_code, " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.output).split())
+
+
+def test_a_port_in_use_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, said = run("--port", str(port))
+    assert code == 2
+    assert f"cannot listen on port {port} of 127.0.0.1: Address already in use" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "256.0.0.1"], "cannot listen on port 8000 of 256.0.0.1"),
+        (["--port", "70000"], "Invalid value for '--port'"),
+        (["--api-key", ""], "api_key is empty"),
+        (["--ssl-certfile", str(PEM)], "ssl_certfile and ssl_keyfile belong together"),
+        (["--ssl-certfile", "no.pem", "--ssl-keyfile", "no.pem"], "cannot use no.pem with no.pem: "),
+        (["no-such-model", "--port", "0"], "no-such-model"),
+    ],
+)
+def test_bad_options_are_one_sentence(arguments, message):
+    code, said = run(*arguments)
+    assert code == 2
+    assert message in said
+
+
+def test_the_extra_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "jaxinfer.serve.server", raising=False)
+    code, said = run()
+    assert (code, "pip install 'jaxinfer[serve]'" in said) == (2, True)
