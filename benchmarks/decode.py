@@ -25,8 +25,9 @@ from benchmarks.record import MACHINE, Record, environment, update
 from jaxinfer.decode.sampling import needs
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import Layout, Programs
-from jaxinfer.engine.request import Request, Sequence
-from jaxinfer.engine.scheduler import Chunk, lay_out
+from jaxinfer.engine.prefill import lay_out
+from jaxinfer.engine.request import Request
+from jaxinfer.engine.sequence import Chunk, Sequence
 from jaxinfer.machine import measure_machine
 from jaxinfer.model import Model, ModelConfig, Params, read_config
 from jaxinfer.parallel import make_mesh
@@ -102,7 +103,7 @@ class Bench:
             admission = self.programs.admission(GREEDY, [pages] * len(self.layout.num_pages))
             self.state = self.programs.admit(self.state, slot, admission)
             prompt = tuple(self.random.integers(0, self.subject.model.config.vocab_size, tokens).tolist())
-            sequence = Sequence(Request(slot, prompt, GREEDY, (), 0), slot, ())
+            sequence = Sequence(Request(slot, prompt, GREEDY, (), 0), slot=slot)
             chunks.append(Chunk(sequence, 0, tokens))
         jax.block_until_ready(self.state)
         step = lay_out(chunks, tokens * self.layout.slots, self.layout.slots)

@@ -60,7 +60,7 @@ class LLM:
             tensor_parallel_size: devices that share the model.
             seed: of the requests that name none.
             warm_up: compile now whatever requests can meet, so that none waits for a compiler: by default 18 programs
-                of the model, for the sizes of prompts and of decoding, and 8 small ones. Without it each program is
+                of the model, for the sizes of prompts and of decoding, and 9 small ones. Without it each program is
                 compiled when a request first needs it.
             options: of the engine.
 

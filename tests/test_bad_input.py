@@ -208,6 +208,10 @@ def test_one_error_lists_every_conversation(llm):
     ({"max_num_batched_tokens": 32}, ["max_num_batched_tokens = 32", "at least 64"]),
     ({"page_size": 12}, ["page_size = 12", "power of two"]),
     ({"num_pages": 1}, ["num_pages = 1", "at least 2"]),
+    ({"enable_prefix_caching": 1}, ["enable_prefix_caching = 1", "True or False"]),
+    ({"max_waiting_time": 0}, ["max_waiting_time = 0", "above 0"]),
+    ({"max_waiting_time": float("nan")}, ["max_waiting_time = nan", "above 0"]),
+    ({"max_waiting_time": "1"}, ["max_waiting_time = '1'", "above 0"]),
     ({"steps_per_dispatch": 0}, ["steps_per_dispatch = 0", "at least 1"]),
 ])  # fmt: skip
 def test_options(options, words):

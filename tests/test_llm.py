@@ -230,7 +230,7 @@ def test_leaving_the_outputs_early_frees_what_runs(llm):
     outputs = llm.generate_iter(["one", "two", "three", "four", "five", "six"], SamplingParams(max_tokens=8))
     next(outputs)
     outputs.close()
-    assert not llm.engine.scheduler.requests
+    assert not llm.engine.scheduler.sequences
     assert_warm(llm)
 
 

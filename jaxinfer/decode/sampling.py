@@ -110,22 +110,24 @@ def install(
     slot: jax.Array | int,
     packed: Mapping[str, jax.Array | np.ndarray],
     prompt_ids_T: Int32[Array, "T"],
+    output_ids_T: Int32[Array, "_"],
 ) -> SamplingState:
-    """The state with a new request in one slot, its output counts at zero.
+    """The state with a request in one slot, whose output begins, or goes on after an interruption.
 
     Args:
       slot: int32 scalar; may be traced.
       packed: the request's row, from `pack`.
-      prompt_ids_T: int32 tokens of the prompt, padded with -1.
+      prompt_ids_T, output_ids_T: int32 tokens of the prompt, and of the output so far, padded with -1.
     """
     rows = {name: getattr(state, name).at[slot].set(row) for name, row in packed.items()}
     vocab = state.prompt_BV.shape[1]
     absent_V = jnp.zeros(vocab, jnp.bool_)
     prompt_V = absent_V.at[prompt_ids_T].set(True, mode="drop", wrap_negative_indices=False)
+    counts_V = jnp.zeros(vocab, jnp.int32).at[output_ids_T].add(1, mode="drop", wrap_negative_indices=False)
     return dataclasses.replace(
         state,
         **rows,
-        counts_BV=state.counts_BV.at[slot].set(0),
+        counts_BV=state.counts_BV.at[slot].set(counts_V),
         prompt_BV=state.prompt_BV.at[slot].set(prompt_V),
     )
 
@@ -163,8 +165,7 @@ def needs(batch: Iterable[SamplingParams]) -> Needs:
 
 
 def _adjusts(p: SamplingParams) -> bool:
-    penalized = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-    return penalized or bool(p.logit_bias) or p.min_tokens > 0
+    return p.penalized or bool(p.logit_bias) or p.min_tokens > 0
 
 
 def _filters(p: SamplingParams) -> bool:

@@ -73,6 +73,11 @@ class SamplingParams:
         return self.temperature < GREEDY_BELOW
 
     @property
+    def penalized(self) -> bool:
+        """Whether tokens that occurred before count."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple, whichever way it was given."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

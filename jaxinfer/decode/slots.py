@@ -43,15 +43,19 @@ class Admission:
 
     Attributes:
         tables: one row of page numbers for each cache group, filled with the null page.
+        index: int32 scalar, tokens of the output so far.
         max_tokens: int32 scalar.
         sampling: from `sampling.pack`.
-        prompt_T: the prompt's tokens, padded with -1; the sampler's penalties read them.
+        prompt_T, output_T: tokens of the prompt and of the output so far, padded with -1; the sampler's penalties
+            read them.
     """
 
     tables: tuple[np.ndarray, ...]
+    index: np.ndarray
     max_tokens: np.ndarray
     sampling: dict[str, np.ndarray]
     prompt_T: np.ndarray
+    output_T: np.ndarray
 
 
 def empty_slots(slots: int, groups: int, pages_per_row: int, vocab: int) -> SlotState:
@@ -73,12 +77,30 @@ def admit(state: SlotState, slot: jax.Array, row: Admission) -> SlotState:
     return replace(
         state,
         length_B=state.length_B.at[slot].set(0),
-        index_B=state.index_B.at[slot].set(0),
+        index_B=state.index_B.at[slot].set(row.index),
         max_tokens_B=state.max_tokens_B.at[slot].set(row.max_tokens),
         active_B=state.active_B.at[slot].set(False),
         tables=tuple(table.at[slot].set(new) for table, new in zip(state.tables, row.tables, strict=True)),
-        sampling=sampling.install(state.sampling, slot, row.sampling, jnp.asarray(row.prompt_T)),
+        sampling=sampling.install(
+            state.sampling, slot, row.sampling, jnp.asarray(row.prompt_T), jnp.asarray(row.output_T)
+        ),
     )
+
+
+def extend(tables: tuple[jax.Array, ...], entries_E4: jax.Array) -> tuple[jax.Array, ...]:
+    """Writes entries of page tables.
+
+    Args:
+        tables: of every cache group, [B, J].
+        entries_E4: cache group, slot, column and page of each; one past the last slot pads.
+    """
+    group_E, slot_E, column_E, page_E = entries_E4.T
+
+    def written(group: int, table_BJ: jax.Array) -> jax.Array:
+        own_E = jnp.where(group_E == group, slot_E, table_BJ.shape[0])
+        return table_BJ.at[own_E, column_E].set(page_E, mode="drop")
+
+    return tuple(written(group, table_BJ) for group, table_BJ in enumerate(tables))
 
 
 def release(state: SlotState, slot: jax.Array) -> SlotState:

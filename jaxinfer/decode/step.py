@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from jaxinfer.model import Model, Params
 Cache = tuple[Pages, ...]
 VOCABULARY_CHUNK = 8192
 SCORED = 64  # prompt tokens that one program gives log-probabilities
+ENTRIES = 256  # of page tables that one program writes
 
 
 @jax.tree_util.register_dataclass
@@ -89,6 +90,7 @@ class Programs:
         self._score = jax.jit(self._traced_score)
         self._loop = jax.jit(self._traced_loop, static_argnames=("decode", "steps", "needs"), donate_argnames=donated)
         self._admit = jax.jit(self._traced_admit, donate_argnames=("state",))
+        self._extend = jax.jit(self._traced_extend, donate_argnames=("tables",))
         self._release = jax.jit(self._traced_release, donate_argnames=("state",))
 
     def new_state(self) -> tuple[SlotState, Cache]:
@@ -133,31 +135,50 @@ class Programs:
 
     def admission(
         self, params: SamplingParams, pages: Sequence[Sequence[int]], prompt_ids: Sequence[int] = (),
-        eos_ids: Sequence[int] = (), seed: int = 0,
+        eos_ids: Sequence[int] = (), seed: int = 0, output_ids: Sequence[int] = (),
     ) -> Admission:  # fmt: skip
         """A request's row, on the host.
 
         Args:
             params: the request's parameters, valid for the model.
-            pages: the request's pages in each cache group, in order.
+            pages: the request's pages in each cache group, in order, as far as they are known.
             prompt_ids: the prompt, which only the repetition penalty reads.
             eos_ids, seed: see `sampling.pack`.
+            output_ids: tokens of an output that goes on.
         """
         width = self.layout.pages_per_row
-        # With a prompt and without are two widths, and two programs.
-        read = prompt_ids if params.repetition_penalty != 1 else ()
-        prompt_T = np.full(self.layout.max_tokens if read else 1, -1, np.int32)
-        prompt_T[: len(read)] = read
+        # Whether a penalty reads tokens makes two widths, and two programs.
+        reads_prompt = params.repetition_penalty != 1
+        wide = reads_prompt or (len(output_ids) > 0 and params.penalized)
+
+        def tokens(ids: Sequence[int]) -> np.ndarray:
+            row = np.full(self.layout.max_tokens if wide else 1, -1, np.int32)
+            row[: len(ids)] = ids
+            return row
+
         return Admission(
             tables=tuple(np.pad(np.asarray(group, np.int32), (0, width - len(group))) for group in pages),
+            index=np.asarray(len(output_ids), np.int32),
             max_tokens=np.asarray(params.max_tokens, np.int32),
             sampling=sampling.pack(params, eos_ids, seed),
-            prompt_T=prompt_T,
+            prompt_T=tokens(prompt_ids if reads_prompt else ()),
+            output_T=tokens(output_ids if wide else ()),
         )
 
     def admit(self, state: SlotState, slot: int, row: Admission) -> SlotState:
         with jax.set_mesh(self.model.mesh):
             return self._admit(state, np.int32(slot), row)
+
+    def extend(self, state: SlotState, entries: Sequence[tuple[int, int, int, int]]) -> SlotState:
+        """Writes entries of the page tables: cache group, slot, column and page of each."""
+        tables = state.tables
+        for first in range(0, len(entries), ENTRIES):
+            part = entries[first : first + ENTRIES]
+            entries_E4 = np.full((ENTRIES, 4), self.layout.slots, np.int32)
+            entries_E4[: len(part)] = part
+            with jax.set_mesh(self.model.mesh):
+                tables = self._extend(tables, entries_E4)
+        return replace(state, tables=tables)
 
     def release(self, state: SlotState, slot: int) -> SlotState:
         with jax.set_mesh(self.model.mesh):
@@ -195,6 +216,10 @@ class Programs:
     def _traced_admit(self, state, slot, row):
         self.traces["admit"] += 1
         return slots.admit(state, slot, row)
+
+    def _traced_extend(self, tables, entries_E4):
+        self.traces["extend"] += 1
+        return slots.extend(tables, entries_E4)
 
     def _traced_release(self, state, slot):
         self.traces["release"] += 1

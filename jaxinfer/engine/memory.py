@@ -14,23 +14,46 @@ class NoRoomError(ValueError):
     """The weights leave no room for a cache."""
 
 
-def fitting_pages(model: Model, page_size: int, dtype: str) -> int:
-    """Pages of every cache group, the null page included, that fit beside what is on the devices already.
+def fitting_pages(model: Model, page_size: int, dtype: str, wanted: tuple[int, ...]) -> tuple[int, ...]:
+    """Pages of every cache group, the null pages included, that fit beside what is on the devices already.
+
+    Groups have equally many, but none has more than is wanted: the others can use what it leaves.
+
+    Args:
+        wanted: pages of every group that would be enough.
 
     Raises:
-        NoRoomError: not even one page does.
+        NoRoomError: not even two pages of each fit.
     """
-    per_page = model.config.num_layers * page_bytes(
-        page_size, model.kv_slots_per_device, model.config.head_size, dtype
-    )
+    per_layer = page_bytes(page_size, model.kv_slots_per_device, model.config.head_size, dtype)
+    groups = [model.config.group(layer) for layer in range(model.config.num_layers)]
+    sizes = [groups.count(group) * per_layer for group in range(len(wanted))]
     room = min(_room(device) for device in model.mesh.local_devices)
-    pages = int(room // per_page)
-    if pages < 2:
+    pages = share_room(room, sizes, wanted)
+    if min(pages) < 2:
         raise NoRoomError(
             f"the devices have {room / 1e9:.2f} GB left for the cache, and a page of {page_size} tokens takes "
-            f"{per_page / 1e9:.4f} GB; at least 2 must fit"
+            f"{sum(sizes) / 1e9:.4f} GB; at least 2 must fit"
         )
     return pages
+
+
+def share_room(room: float, sizes: list[int], wanted: tuple[int, ...]) -> tuple[int, ...]:
+    """Equally many things of every kind, but no more than wanted, that fill the room.
+
+    Args:
+        room: bytes.
+        sizes: bytes of one thing of each kind.
+        wanted: things of each kind that would be enough.
+    """
+    counts = [0] * len(sizes)
+    left = sorted(range(len(sizes)), key=lambda kind: wanted[kind])
+    while left:
+        equally = int(room // sum(sizes[kind] for kind in left))
+        kind = left.pop(0)
+        counts[kind] = min(wanted[kind], equally)
+        room -= counts[kind] * sizes[kind]
+    return tuple(counts)
 
 
 def _room(device) -> float:

@@ -1,13 +1,14 @@
-"""A request, the sequence that it becomes while it runs, and what comes back of it."""
+"""A request, and what comes back of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from jaxinfer.decode.sampling_params import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "timeout"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Request:
         params: valid for the model; `n` is the caller's business.
         eos_ids: tokens that end the output, unless `params.ignore_eos`.
         seed: of the random draws.
+        priority: the lower, the sooner, as in vLLM; equal ones go by arrival.
     """
 
     id: int
@@ -27,13 +29,14 @@ class Request:
     params: SamplingParams
     eos_ids: tuple[int, ...]
     seed: int
+    priority: int = 0
 
     @property
     def capacity(self) -> int:
         """Tokens that the request's cache may have to hold."""
         return len(self.prompt_ids) + self.params.max_tokens
 
-    @property
+    @cached_property
     def stop_ids(self) -> frozenset[int]:
         own = frozenset(self.params.stop_token_ids or ())
         return own if self.params.ignore_eos else own | frozenset(self.eos_ids)
@@ -58,7 +61,8 @@ class Update:
         logprobs: one entry per new token, where `params.logprobs` asks for them.
         prompt_logprobs: one entry per prompt token, with the update of the first token; None for the first.
         finish_reason: `stop` after an end-of-sequence or stop token, `length` at `max_tokens`, `abort` where a
-            failed step took the request's cache with it; None goes on.
+            failed step took the request's cache with it, `timeout` where it waited longer than
+            `Options.max_waiting_time` and never ran; None goes on.
     """
 
     request: Request
@@ -66,34 +70,3 @@ class Update:
     logprobs: tuple[TokenLogprobs, ...]
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None
     finish_reason: FinishReason | None
-
-
-@dataclass
-class Sequence:
-    """A request that has a slot and pages.
-
-    0 <= prefilled <= prompt length; outputs <= scheduled; prompt length + outputs <= capacity.
-    """
-
-    request: Request
-    slot: int
-    pages: tuple[list[int], ...]
-    prefilled: int = 0  # prompt tokens that were dispatched
-    scheduled: int = 0  # output tokens that dispatched steps may bring
-    outputs: int = 0  # output tokens that were read
-    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
-    finished: bool = False
-
-    @property
-    def prompt_left(self) -> int:
-        return len(self.request.prompt_ids) - self.prefilled
-
-    @property
-    def decodes(self) -> bool:
-        """Whether another decode step may bring a token that is not on its way already."""
-        return self.prompt_left == 0 and self.scheduled < self.request.params.max_tokens
-
-    def check(self) -> None:
-        assert 0 <= self.prefilled <= len(self.request.prompt_ids), self
-        assert 0 <= self.outputs <= self.scheduled, self
-        assert len(self.request.prompt_ids) + self.outputs <= self.request.capacity, self

@@ -1,116 +1,280 @@
-"""What runs next: requests into slots, prompts into chunks."""
+"""What runs next: which sequences have slots and pages, and which of their tokens the next program computes.
+
+Sequences go by rank: lower priorities first, and within one first come, first served. Whoever is first by rank gets
+what it needs, if necessary from the last, who then waits and computes its text again; so the first always goes on, and
+every request ends. Those who wait take from nobody.
+"""
 
 from __future__ import annotations
 
-from collections import deque
+import time
+from bisect import bisect_left, insort
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
-from jaxinfer.decode.batch import Prefill
 from jaxinfer.decode.step import Layout
-from jaxinfer.engine.pages import PagePool
-from jaxinfer.engine.request import Request, Sequence
+from jaxinfer.engine.metrics import Counters
+from jaxinfer.engine.options import Options
+from jaxinfer.engine.paging import Paging
+from jaxinfer.engine.request import Request
+from jaxinfer.engine.sequence import Chunk, Sequence
+
+Entry = tuple[int, int, int, int]  # of a page table: cache group, slot, column, page
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """The next `tokens` tokens of a sequence's prompt."""
+class Plan:
+    """The next program, and what the device must know before it runs, in this order.
 
-    sequence: Sequence
-    start: int
-    tokens: int
+    Attributes:
+        released: slots that decode no more.
+        admitted: sequences that begin, and of which the device knows nothing yet.
+        entries: of the page tables of the others.
+        chunks: of texts that are prefilled; empty for a loop of decode steps.
+        decoding: sequences that get a token in each step.
+        steps: decode steps; 1 beside chunks.
+    """
+
+    released: list[int]
+    admitted: list[Sequence]
+    entries: list[Entry]
+    chunks: list[Chunk]
+    decoding: list[Sequence]
+    steps: int
 
 
 class Scheduler:
-    """First come, first served: a request runs as soon as a slot and pages for its longest outcome are free."""
+    """The queues of an engine, and the pages of those that run.
 
-    def __init__(self, layout: Layout):
-        self.layout = layout
-        self.waiting: deque[Request] = deque()
+    Attributes:
+        budget: tokens that one program prefills at most; from the options, and not above them.
+        waiting: sequences without a slot that want one, by rank.
+        running: sequences by slot.
+        sequences: all that have not ended, by request id. Those that neither wait nor run have all their tokens on
+            their way.
+    """
+
+    def __init__(
+        self, layout: Layout, windows: tuple[int | None, ...], options: Options, counters: Counters | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):  # fmt: skip
+        self.slots, self.options, self.clock = layout.slots, options, clock
+        self.budget = options.max_num_batched_tokens
+        self.counters = counters or Counters()
+        self.paging = Paging(layout, windows, options.enable_prefix_caching)
+        self.waiting: list[Sequence] = []
         self.running: dict[int, Sequence] = {}
-        self.pools = tuple(PagePool(count) for count in layout.num_pages)
+        self.sequences: dict[int, Sequence] = {}
+        self._arrivals = 0
+
+    # --- requests come and go
+
+    def problems(self, request: Request) -> list[str]:
+        """Why a request could never run, in words; empty if it can."""
+        if not isinstance(request.priority, int) or isinstance(request.priority, bool):
+            return [f"priority = {request.priority!r} must be an integer"]
+        size, ahead = self.paging.page_size, self.options.steps_per_dispatch
+        for group, pool in enumerate(self.paging.pools):
+            if (needed := self.paging.most(group, request.capacity, ahead)) > pool.usable:
+                return [f"prompt and max_tokens need {needed} pages of {size} tokens; the cache has {pool.usable}"]
+        return []
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        sequence = Sequence(request, self._arrivals, self.clock())
+        self._arrivals += 1
+        self.sequences[request.id] = sequence
+        self._wait(sequence)
 
-    def drop(self, request_id: int) -> Sequence | None:
-        """Forgets a request that waits, or finishes one that runs and returns its sequence."""
-        self.waiting = deque(request for request in self.waiting if request.id != request_id)
-        found = [sequence for sequence in self.running.values() if sequence.request.id == request_id]
-        for sequence in found:
+    def drop(self, request_id: int) -> int | None:
+        """Ends a request, wherever it is, if it has not ended; returns the slot that it had."""
+        if (sequence := self.sequences.get(request_id)) is None:
+            return None
+        slot = sequence.slot
+        self.finish(sequence)
+        return slot
+
+    def expired(self) -> list[Sequence]:
+        """Ends those that have waited too long for their first slot, and returns them."""
+        if (limit := self.options.max_waiting_time) is None:
+            return []
+        now = self.clock()
+        late = [sequence for sequence in self.waiting if not sequence.prefilled and now - sequence.arrived > limit]
+        for sequence in late:
             self.finish(sequence)
-        return found[0] if found else None
-
-    @property
-    def requests(self) -> list[Request]:
-        """All that run or wait."""
-        return [*(sequence.request for sequence in self.running.values()), *self.waiting]
-
-    def pages_needed(self, request: Request) -> int:
-        return -(-request.capacity // self.layout.page_size)
-
-    def admit(self) -> Sequence | None:
-        """Gives the longest waiting request the lowest free slot, if it and its pages are free."""
-        free = [slot for slot in range(self.layout.slots) if slot not in self.running]
-        if not self.waiting or not free:
-            return None
-        needed = self.pages_needed(self.waiting[0])
-        if any(pool.free < needed for pool in self.pools):
-            return None
-        pages = tuple(pool.allocate(needed) for pool in self.pools)
-        sequence = Sequence(self.waiting.popleft(), free[0], pages)
-        self.running[sequence.slot] = sequence
-        return sequence
-
-    def chunks(self, budget: int) -> list[Chunk]:
-        """The prompt tokens that go next, at most `budget` of them, oldest sequences first."""
-        chosen = []
-        for sequence in self.running.values():
-            tokens = min(sequence.prompt_left, budget)
-            if tokens > 0:
-                chosen.append(Chunk(sequence, sequence.prefilled, tokens))
-                budget -= tokens
-        return chosen
-
-    def decoding(self) -> list[Sequence]:
-        return [sequence for sequence in self.running.values() if sequence.decodes]
+        self.counters.timeouts += len(late)
+        return late
 
     def finish(self, sequence: Sequence) -> None:
-        """Frees slot and pages. Steps in flight may still name them, but run before any step that is yet to come."""
+        """Forgets a sequence. Its pages are free for programs yet to be scheduled, which run after those in flight."""
         sequence.finished = True
-        del self.running[sequence.slot]
-        for pool, pages in zip(self.pools, sequence.pages, strict=True):
-            pool.give_back(pages)
+        del self.sequences[sequence.request.id]
+        if sequence.slot is not None:
+            self._vacate(sequence)
+        elif self._waits(sequence):
+            self._stop_waiting(sequence)
+
+    def read(self, sequence: Sequence) -> None:
+        """Output tokens were read: pages that they fill can be found. The newest is not in the cache."""
+        if sequence.slot is not None:
+            self.paging.name(sequence, min(sequence.length, len(sequence.tokens) - 1))
+
+    # --- schedule
+
+    def schedule(self) -> Plan:
+        """Chooses the next program, and takes it for dispatched. It is empty if nothing can run."""
+        self._let_go()
+        decoding = [sequence for sequence in self._by_rank() if sequence.decodes]
+        released = self._hold(decoding, 1)
+        chunks, admitted = self._chunks(released)
+        steps = 1 if chunks else self.options.steps_per_dispatch
+        released += self._hold(decoding, steps)
+        decoding = [sequence for sequence in decoding if sequence.slot is not None]
+        continued = [chunk.sequence for chunk in chunks if chunk.sequence not in admitted]
+        entries = [entry for sequence in (*decoding, *continued) for entry in self._entries(sequence)]
+        for sequence in decoding:
+            sequence.scheduled += steps
+            sequence.in_flight += 1
+        for sequence in admitted:
+            sequence.told = sequence.columns
+        for chunk in chunks:
+            chunk.sequence.scheduled += chunk.last
+            chunk.sequence.in_flight += 1
+        return Plan(released, admitted, entries, chunks, decoding, steps)
+
+    def _let_go(self) -> None:
+        """Takes slots and pages from those who need no further program, before their last tokens are read."""
+        for sequence in list(self.running.values()):
+            if sequence.prompt_left == 0 and sequence.all_scheduled:
+                self._vacate(sequence)
+
+    def _hold(self, decoding: list[Sequence], steps: int) -> list[int]:
+        """Gives all that decode the pages of so many steps, first by rank; returns the slots that it took for that."""
+        released = []
+        for sequence in decoding:
+            if sequence.slot is None:  # preempted
+                continue
+            self.paging.give_back_unseen(sequence)
+            while sequence.slot is not None and not self.paging.grow(sequence, sequence.length_after(steps)):
+                assert len(self.running) > 1, "a request was admitted that the cache cannot hold"
+                released.append(self._preempt(self._last()))
+        return released
+
+    def _chunks(self, released: list[int]) -> tuple[list[Chunk], list[Sequence]]:
+        """The texts that are prefilled next, first of those that run, and those among them that begin to run.
+
+        Adds the slots that were taken for that to `released`. Nobody begins when somebody was preempted.
+        """
+        budget, chunks, admitted = self.budget, [], []
+        for sequence in self._by_rank():
+            if sequence.slot is not None and sequence.prompt_left and budget:
+                while (chunk := self._chunk(sequence, budget)) is None and self._last() is not sequence:
+                    released.append(self._preempt(self._last()))
+                if chunk is not None:
+                    chunks.append(chunk)
+                    budget -= chunk.tokens
+        while budget and not released and (sequence := self._admit()) is not None:
+            admitted.append(sequence)
+            chunk = self._chunk(sequence, budget)
+            assert chunk is not None, "a sequence was admitted without a page"
+            chunks.append(chunk)
+            budget -= chunk.tokens
+        return chunks, admitted
+
+    def _chunk(self, sequence: Sequence, budget: int) -> Chunk | None:
+        """As much of a sequence's text as the budget and the pages allow."""
+        self.paging.give_back_unseen(sequence)
+        start = sequence.prefilled
+        end = self.paging.reach(sequence, start + min(sequence.prompt_left, budget))
+        if end <= start:
+            return None
+        grown = self.paging.grow(sequence, end)
+        assert grown
+        sequence.prefilled = end
+        self.paging.name(sequence, end)
+        self.counters.prefilled_tokens += end - start
+        return Chunk(sequence, start, end - start)
+
+    def _admit(self) -> Sequence | None:
+        """Gives the first that waits the lowest free slot and the pages that can be found for it, if there is room.
+
+        One that was preempted first waits for the tokens that are on their way.
+        """
+        if not self.waiting or len(self.running) == self.slots or self.waiting[0].in_flight:
+            return None
+        sequence, paging, spare = self.waiting[0], self.paging, self._spare()
+        if self.running and min(spare) < 1:  # not worth a look for what could be found
+            return None
+        found = paging.found(sequence)
+        costs = [paging.cost(sequence, found, group, self.budget) for group in range(len(spare))]
+        if self.running and any(cost > left for cost, left in zip(costs, spare, strict=True)):
+            return None
+        self._stop_waiting(sequence)
+        slot = next(slot for slot in range(self.slots) if slot not in self.running)
+        sequence.start(slot, len(paging.pools))
+        self.running[slot] = sequence
+        paging.begin(sequence, found)
+        if paging.sharing and not sequence.scores_prompt:
+            self.counters.prefix_queries += len(sequence.tokens)
+            self.counters.prefix_hits += sequence.prefilled
+        return sequence
+
+    def _spare(self) -> list[int]:
+        """Pages of every group that remain beside what those who run have yet to prefill and one more page for each of
+        them. Whoever begins with more would soon be preempted."""
+        spare = []
+        for group, pool in enumerate(self.paging.pools):
+            promised = sum(
+                max(self.paging.most(group, other.goal, self.budget) - other.columns + other.first[group], 0)
+                for other in self.running.values()
+                if other.prompt_left
+            )
+            spare.append(pool.available - promised - len(self.running))
+        return spare
+
+    def _preempt(self, sequence: Sequence) -> int:
+        """Takes slot and pages from a sequence, which waits for new ones; returns the slot."""
+        slot = self._vacate(sequence)
+        self._wait(sequence)
+        self.counters.preemptions += 1
+        return slot
+
+    def _entries(self, sequence: Sequence) -> list[Entry]:
+        """What is new in a sequence's page tables."""
+        assert sequence.slot is not None
+        columns = range(sequence.told, sequence.columns)
+        sequence.told = sequence.columns
+        return [
+            (group, sequence.slot, column, pages[column])
+            for group, pages in enumerate(sequence.pages)
+            for column in columns
+        ]
+
+    # --- who is where
+
+    def _by_rank(self) -> list[Sequence]:
+        return sorted(self.running.values(), key=_rank)
+
+    def _last(self) -> Sequence:
+        return max(self.running.values(), key=_rank)
+
+    def _vacate(self, sequence: Sequence) -> int:
+        slot = sequence.slot
+        assert slot is not None
+        del self.running[slot]
+        self.paging.give_back(sequence)
+        sequence.slot = None
+        return slot
+
+    def _wait(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=_rank)
+
+    def _waits(self, sequence: Sequence) -> bool:
+        place = bisect_left(self.waiting, sequence.rank, key=_rank)
+        return place < len(self.waiting) and self.waiting[place] is sequence
+
+    def _stop_waiting(self, sequence: Sequence) -> None:
+        del self.waiting[bisect_left(self.waiting, sequence.rank, key=_rank)]
 
 
-def lay_out(chunks: list[Chunk], tokens: int, slots: int) -> Prefill:
-    """Chunks as the ragged part of a step, padded to `tokens` rows and `slots` chunks."""
-    prefill = Prefill(
-        tokens_T=np.zeros(tokens, np.int32),
-        starts_R1=np.zeros(slots + 1, np.int32),
-        slots_R=np.full(slots, slots, np.int32),
-        lengths_R=np.zeros(slots, np.int32),
-        last_R=np.zeros(slots, np.int32),
-    )
-    row = 0
-    for index, chunk in enumerate(chunks):
-        end = chunk.start + chunk.tokens
-        prefill.tokens_T[row : row + chunk.tokens] = chunk.sequence.request.prompt_ids[chunk.start : end]
-        row += chunk.tokens
-        prefill.slots_R[index] = chunk.sequence.slot
-        prefill.lengths_R[index] = end
-        prefill.last_R[index] = end == len(chunk.sequence.request.prompt_ids)
-        prefill.starts_R1[index + 1] = row
-    prefill.starts_R1[len(chunks) + 1 :] = row
-    return prefill
-
-
-def next_tokens(chunks: list[Chunk], tokens: int) -> np.ndarray:
-    """For each row of the ragged part the prompt token that follows it, -1 where none does."""
-    targets_T, row = np.full(tokens, -1, np.int32), 0
-    for chunk in chunks:
-        following = chunk.sequence.request.prompt_ids[chunk.start + 1 : chunk.start + chunk.tokens + 1]
-        targets_T[row : row + len(following)] = following
-        row += chunk.tokens
-    return targets_T
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank

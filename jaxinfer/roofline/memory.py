@@ -84,7 +84,7 @@ def plan_memory(
         weights=weight_memory(config, precision, tensor_parallel),
         activations=activation_memory(config, batch, chunk, precision, tensor_parallel),
         per_token=sum(page_bytes(config, window, 1, precision, tensor_parallel) for window in config.windows),
-        per_sequence=sequence_bytes(config, context, page_size, precision, tensor_parallel),
+        per_sequence=sequence_bytes(config, context, page_size, chunk, precision, tensor_parallel),
         batch=batch,
         context=context,
     )
@@ -139,12 +139,17 @@ def sequence_bytes(
     config: ModelConfig,
     context: int,
     page_size: int,
+    chunk: int,
     precision: Precision,
     tensor_parallel: int = 1,
 ) -> int:
-    """Bytes of cache that one sequence of `context` tokens holds on one device.
+    """Bytes of cache that one sequence of `context` tokens holds on one device, at the most at once.
 
-    Its pages are as many in window layers as in the others: the engine keeps each until the sequence ends.
+    Window layers give pages back as the window moves on, by `chunk` tokens at most in one step.
     """
-    pages = -(-context // page_size)
-    return pages * sum(page_bytes(config, window, page_size, precision, tensor_parallel) for window in config.windows)
+    whole, total = -(-context // page_size), 0
+    for window in config.windows:
+        # The first token in sight may be the last of its page.
+        pages = whole if window is None else min(whole, (window + chunk - 3) // page_size + 2)
+        total += pages * page_bytes(config, window, page_size, precision, tensor_parallel)
+    return total

@@ -21,7 +21,7 @@ from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.intake import Intake
 from jaxinfer.outputs import CompletionOutput
 from jaxinfer.serve.errors import ApiError, refused
-from jaxinfer.serve.messages import Abort, Add, Failed, Refused, Step, Tokens, Usage
+from jaxinfer.serve.messages import Abort, Add, Failed, Refused, Step, Tokens
 from jaxinfer.serve.metrics import Metrics
 
 _SMOOTH = 0.1  # weight of the newest request in the mean duration
@@ -89,7 +89,6 @@ class Client:
     """Queues requests with the engine process, and gives what it brings to those who wait.
 
     Attributes:
-        usage: what the engine held when it last told.
         closed: what new requests are told, when no more are taken.
     """
 
@@ -106,7 +105,7 @@ class Client:
         max_num_seqs: continuations that run at once.
         max_waiting: continuations that may wait besides.
         """
-        self.intake, self.metrics, self.usage = intake, metrics, Usage()
+        self.intake, self.metrics = intake, metrics
         self._send, self._max_num_seqs, self._capacity = send, max_num_seqs, max_num_seqs + max_waiting
         self._running: dict[int, _Running] = {}
         self._groups: set[Group] = set()
@@ -188,8 +187,7 @@ class Client:
                 if (running := self._running.pop(message.id, None)) is not None:
                     self._fail(running.group, refused([message.message], "prompt"))
             case Step():
-                self.usage = message.usage
-                self.metrics.hold(message.usage)
+                self.metrics.hold(message.engine)
                 now = time.monotonic()
                 stopped = [entry.id for entry in message.tokens if self._push(entry, now)]
                 if stopped:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jaxinfer.engine import Request, TokenLogprobs, Update
+from jaxinfer.engine import Metrics, Request, TokenLogprobs, Update
 from jaxinfer.engine.request import FinishReason
 
 # --- to the engine
@@ -111,18 +111,8 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Usage:
-    """Requests that run and wait in the engine; pages of the cache, in use and in all, over its groups."""
-
-    running: int = 0
-    waiting: int = 0
-    pages_used: int = 0
-    pages: int = 0
-
-
-@dataclass(frozen=True)
 class Step:
-    """What one step brought to all requests together, and what the engine holds after it."""
+    """What one step brought to all requests together, and how the engine is after it."""
 
     tokens: tuple[Tokens, ...]
-    usage: Usage
+    engine: Metrics

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from jaxinfer.serve.messages import Usage
+from jaxinfer import engine
 
 _LATENCY = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0)
 _BETWEEN = (0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+_OF_THE_ENGINE = {
+    "running_requests": "Sequences that the engine runs.",
+    "waiting_requests": "Sequences that wait for a slot or for pages.",
+    "cache_pages": "Pages of the cache.",
+    "cache_pages_used": "Pages of the cache that sequences hold.",
+    "cache_pages_cached": "Pages that nobody holds, whose text can be found.",
+    "prefix_queried_tokens": "Tokens of texts that were looked for in the cache, since the start.",
+    "prefix_found_tokens": "Of them, tokens that were found.",
+    "preemptions": "Sequences that gave their pages back before they had ended, since the start.",
+    "compiled_programs": "Programs that were traced, since the start.",
+}
 
 
 class Metrics:
@@ -24,17 +37,23 @@ class Metrics:
             "time_between_tokens_seconds", "Mean over the tokens that one step brought.", _BETWEEN
         )
         self.whole = self._histogram("request_seconds", "From queue to last token.", _LATENCY)
-        self._usage = {
-            "running": self._gauge("running_requests", "Sequences that the engine runs."),
-            "waiting": self._gauge("waiting_requests", "Sequences that wait for a slot or for pages."),
-            "pages_used": self._gauge("cache_pages_used", "Pages of the cache that sequences hold."),
-            "pages": self._gauge("cache_pages", "Pages of the cache."),
-        }
+        self._engine = {name: self._gauge(name, text) for name, text in _OF_THE_ENGINE.items()}
 
-    def hold(self, usage: Usage) -> None:
-        """Sets the gauges."""
-        for name, gauge in self._usage.items():
-            gauge.set(getattr(usage, name))
+    def hold(self, engine: engine.Metrics) -> None:
+        """Sets the gauges to how the engine is."""
+        figures = {
+            "running_requests": engine.running,
+            "waiting_requests": engine.waiting,
+            "cache_pages": engine.pages_total,
+            "cache_pages_used": engine.pages_used,
+            "cache_pages_cached": engine.pages_cached,
+            "prefix_queried_tokens": engine.counters.prefix_queries,
+            "prefix_found_tokens": engine.counters.prefix_hits,
+            "preemptions": engine.counters.preemptions,
+            "compiled_programs": engine.compilations,
+        }
+        for name, value in figures.items():
+            self._engine[name].set(value)
 
     def page(self) -> bytes:
         """All figures in Prometheus's text format."""

@@ -15,16 +15,15 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.engine import Request
+from jaxinfer.engine import Metrics, Request
 from jaxinfer.serve.channel import Channel
-from jaxinfer.serve.messages import Abort, Add, Failed, Ready, Refused, Setup, Step, Stop, Tokens, Usage
+from jaxinfer.serve.messages import Abort, Add, Failed, Ready, Refused, Setup, Step, Stop, Tokens
 
 if TYPE_CHECKING:
     from jaxinfer.engine import Engine
     from jaxinfer.llm import LLM
 
 FAILURES = 3  # steps in a row that may fail on the host before the engine is given up
-SETTLE = 2  # steps after the last request: what was in flight is read, and its pages are free
 
 logger = logging.getLogger(__name__)
 
@@ -97,26 +96,20 @@ class Worker:
 
     def __init__(self, engine: Engine, inbox: SimpleQueue[Any], send: Callable[[Any], None]):
         self._engine, self._inbox, self._send = engine, inbox, send
-        self._live: set[int] = set()  # requests that the engine has
-        self._steps_left = 0  # before the engine is idle
         self._failures = 0
-        self._told = Usage()
+        self._told: Metrics | None = None
 
     def run(self) -> int:
         """Works until it is told to stop (0), or the engine cannot go on (1)."""
         self._tell([])
         while self._take():
-            if self._live:
-                self._steps_left = SETTLE
-            elif self._steps_left:
-                self._steps_left -= 1
             if not self._step():
                 return 1
         return 0
 
     def _take(self) -> bool:
         """Takes all messages that there are, and waits for one where nothing runs; False when told to stop."""
-        wait = not self._live and not self._steps_left
+        wait = not self._engine.busy
         while True:
             try:
                 message = self._inbox.get(block=wait)
@@ -131,7 +124,6 @@ class Worker:
         if isinstance(message, Abort):
             for name in message.ids:
                 self._engine.abort(name)
-            self._live.difference_update(message.ids)
             return
         for request in message.requests:
             try:
@@ -140,8 +132,6 @@ class Worker:
                 if not isinstance(error, ValueError):
                     logger.exception("request %d cannot be queued", request.id)
                 self._send(Refused(request.id, str(error)))
-            else:
-                self._live.add(request.id)
 
     def _step(self) -> bool:
         """Runs the engine once and tells what that brought; False where it cannot go on."""
@@ -161,25 +151,14 @@ class Worker:
             return False
         self._failures = 0
         tokens = [Tokens.of(update) for update in updates]
-        self._live.difference_update(entry.id for entry in tokens if entry.finish_reason is not None)
         self._tell(tokens)
         return True
 
     def _tell(self, tokens: list[Tokens]) -> None:
-        now = usage(self._engine)
+        now = self._engine.metrics
         if tokens or now != self._told:
             self._send(Step(tuple(tokens), now))
             self._told = now
-
-
-def usage(engine: Engine) -> Usage:
-    scheduler = engine.scheduler
-    return Usage(
-        running=len(scheduler.running),
-        waiting=len(scheduler.waiting),
-        pages_used=sum(pool.usable - pool.free for pool in scheduler.pools),
-        pages=sum(pool.usable for pool in scheduler.pools),
-    )
 
 
 def _device() -> tuple[str, str, int]:

@@ -44,7 +44,7 @@ def test_every_job_is_served_whole(tmp_path_factory, batch):
     found = offline.run(engine, JOBS, batch)
     assert (found.tokens_in, found.tokens_out) == (6, 6)
     assert found.total_rate == pytest.approx(2 * found.output_rate)
-    assert not engine.scheduler.requests
+    assert not engine.busy
 
 
 class Server(BaseHTTPRequestHandler):

@@ -47,10 +47,12 @@ def test_installing_replaces_one_slot_and_nothing_else():
     everything = jnp.ones(3, jnp.bool_)
     before = empty(3, vocab)
     for slot in range(3):
-        before = install_jit(before, slot, pack(SamplingParams(top_k=7), EOS, slot), jnp.array([slot], jnp.int32))
+        row = pack(SamplingParams(top_k=7), EOS, slot)
+        before = install_jit(before, slot, row, jnp.array([slot], jnp.int32), jnp.array([-1], jnp.int32))
     before = count(before, jnp.array([1, 2, 3], jnp.int32), everything)
     params = SamplingParams(temperature=0.5, logit_bias={4: 2.0}, stop_token_ids=[8], seed=11)
-    after = install_jit(before, jnp.int32(1), pack(params, EOS, 11), jnp.array([19, 0, 19, -1, -1], jnp.int32))
+    prompt_T, output_T = jnp.array([19, 0, 19, -1, -1], jnp.int32), jnp.array([4, 6, 4, -1], jnp.int32)
+    after = install_jit(before, jnp.int32(1), pack(params, EOS, 11), prompt_T, output_T)
     for name in (field.name for field in dataclasses.fields(SamplingState)):
         old, new = np.asarray(getattr(before, name)), np.asarray(getattr(after, name))
         assert old.dtype == new.dtype
@@ -61,7 +63,7 @@ def test_installing_replaces_one_slot_and_nothing_else():
     assert after.bias_ids_BI[1, 0] == 4
     assert (after.bias_ids_BI[1, 1:] == -1).all()
     np.testing.assert_array_equal(after.stop_ids_BZ[1, :3], [8, EOS[0], -1])
-    assert after.counts_BV[1].sum() == 0
+    assert {token: int(n) for token, n in enumerate(after.counts_BV[1]) if n} == {4: 2, 6: 1}
     np.testing.assert_array_equal(np.flatnonzero(after.prompt_BV[1]), [0, 19])
 
 

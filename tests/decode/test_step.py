@@ -170,3 +170,20 @@ def test_a_released_slot_stops_and_leaves_its_neighbour_alone(start):
     assert released.emits_nW[0, :2].tolist() == [False, True]
     assert_same(released, 1, kept, 1)
     np.testing.assert_array_equal(run.state.length_B[:1], [len(PROMPTS[0])])
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_entries_of_page_tables_go_where_they_belong(devices):
+    """Also more of them than one program takes."""
+    model = Model(read_config(CONFIG), make_mesh(devices))
+    programs = Programs(model, Layout(SLOTS, 1, (400,) * 2, 100, "float32"))
+    state, _ = programs.new_state()
+    random = np.random.default_rng(0)
+    expected = np.zeros((2, SLOTS, 100), np.int32)
+    places = random.permutation(expected.size)[:300]
+    entries = [(*map(int, np.unravel_index(place, expected.shape)), page) for page, place in enumerate(places, 1)]
+    for group, slot, column, page in entries:
+        expected[group, slot, column] = page
+    state = programs.extend(state, entries)
+    np.testing.assert_array_equal(np.stack(jax.device_get(state.tables)), expected)
+    assert programs.traces == {"extend": 1}

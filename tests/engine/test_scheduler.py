@@ -1,131 +1,56 @@
-"""Pages and slots on the host: whatever is asked for, in whatever order, nothing is given out twice or lost."""
+"""Who runs, who waits and who gives way; on the host alone."""
+
+from dataclasses import replace
+from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from jaxinfer.cache import NULL_PAGE
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import Layout
-from jaxinfer.engine import Request
-from jaxinfer.engine.pages import PagePool
-from jaxinfer.engine.scheduler import Chunk, Scheduler, lay_out, next_tokens
+from jaxinfer.engine import Options, Request
+from jaxinfer.engine.prefill import lay_out, next_tokens
+from jaxinfer.engine.scheduler import Scheduler
+from jaxinfer.engine.sequence import Chunk, Sequence
+from tests.engine.fake import Told, fake_engine, gather, run
 
-FEW = settings(max_examples=30, stateful_step_count=30, suppress_health_check=[HealthCheck.too_slow])
-LAYOUT = Layout(slots=4, page_size=4, num_pages=(9, 13), max_tokens=32, cache_dtype="float32")
-
-
-class Pool(RuleBasedStateMachine):
-    """A pool against the set of pages that are out."""
-
-    def __init__(self):
-        super().__init__()
-        self.pool, self.out = PagePool(10), []
-
-    @rule(count=st.integers(0, 9))
-    def allocate(self, count):
-        if count > self.pool.free:
-            with pytest.raises(AssertionError):
-                self.pool.allocate(count)
-        else:
-            self.out.append(self.pool.allocate(count))
-
-    @precondition(lambda self: self.out)
-    @rule(data=st.data())
-    def give_back(self, data):
-        self.pool.give_back(self.out.pop(data.draw(st.integers(0, len(self.out) - 1))))
-
-    @precondition(lambda self: self.pool.free)
-    @rule()
-    def give_back_twice(self):
-        pages = self.pool.allocate(1)
-        self.pool.give_back(pages)
-        with pytest.raises(AssertionError):
-            self.pool.give_back(pages)
-
-    @invariant()
-    def every_page_is_in_one_place(self):
-        held = [page for pages in self.out for page in pages]
-        assert NULL_PAGE not in held
-        assert len(set(held)) == len(held)
-        assert set(held) <= set(range(10))
-        assert self.pool.free + len(held) == self.pool.usable == 9
+OPTIONS = Options(max_num_seqs=4, max_num_batched_tokens=64, page_size=4, num_pages=41, steps_per_dispatch=3)
 
 
-class Schedule(RuleBasedStateMachine):
-    """The scheduler driven as an engine would, without a device."""
+class Clock:
+    now = 0.0
 
-    def __init__(self):
-        super().__init__()
-        self.scheduler, self.submitted, self.admitted = Scheduler(LAYOUT), 0, []
-
-    @rule(prompt=st.integers(1, 20), new=st.integers(1, 12))
-    def submit(self, prompt, new):
-        params = SamplingParams(max_tokens=new)
-        self.scheduler.add(Request(self.submitted, (7,) * prompt, params, (), 0))
-        self.submitted += 1
-
-    @rule()
-    def admit(self):
-        while (sequence := self.scheduler.admit()) is not None:
-            self.admitted.append(sequence.request.id)
-
-    @rule(budget=st.integers(1, 16))
-    def prefill(self, budget):
-        chunks = self.scheduler.chunks(budget)
-        assert sum(chunk.tokens for chunk in chunks) <= budget
-        left = sum(sequence.prompt_left for sequence in self.scheduler.running.values())
-        assert sum(chunk.tokens for chunk in chunks) == min(left, budget)
-        for chunk in chunks:
-            assert chunk.start == chunk.sequence.prefilled
-            chunk.sequence.prefilled += chunk.tokens
-
-    @rule(steps=st.integers(1, 5))
-    def decode(self, steps):
-        for sequence in self.scheduler.decoding():
-            assert sequence.prompt_left == 0
-            sequence.scheduled += steps
-
-    @precondition(lambda self: self.scheduler.running)
-    @rule(data=st.data())
-    def finish(self, data):
-        slot = data.draw(st.sampled_from(sorted(self.scheduler.running)))
-        self.scheduler.finish(self.scheduler.running[slot])
-
-    @invariant()
-    def pages_belong_to_one_sequence(self):
-        for group, pool in enumerate(self.scheduler.pools):
-            held = [page for s in self.scheduler.running.values() for page in s.pages[group]]
-            assert len(set(held)) == len(held)
-            assert NULL_PAGE not in held
-            assert pool.free + len(held) == pool.usable
-
-    @invariant()
-    def pages_hold_the_longest_outcome(self):
-        for slot, sequence in self.scheduler.running.items():
-            assert sequence.slot == slot < LAYOUT.slots
-            assert all(len(pages) * LAYOUT.page_size >= sequence.request.capacity for pages in sequence.pages)
-            sequence.check()
-
-    @invariant()
-    def first_come_first_served(self):
-        assert self.admitted == list(range(len(self.admitted)))
+    def __call__(self) -> float:
+        return self.now
 
 
-TestPool = Pool.TestCase
-TestPool.settings = FEW
-TestSchedule = Schedule.TestCase
-TestSchedule.settings = FEW
+def request(number: int, prompt: int | tuple[int, ...], new: int, priority: int = 0) -> Request:
+    """A prompt of so many tokens that no other one has, or the given one."""
+    ids = prompt if isinstance(prompt, tuple) else tuple(range(100 * number, 100 * number + prompt))
+    return Request(number, ids, SamplingParams(max_tokens=new, ignore_eos=True), (), 0, priority)
+
+
+def scheduler(num_pages: int = 41, windows: tuple[int | None, ...] = (None,), **options) -> Scheduler:
+    given = replace(OPTIONS, **options)
+    layout = Layout(given.max_num_seqs, given.page_size, (num_pages,) * len(windows), 160, "float32")
+    return Scheduler(layout, windows, given)
+
+
+def ends(engine, requests: list[Request]) -> list[int]:
+    """The requests' ids in the order in which they end."""
+    order = []
+    for each in requests:
+        engine.add(each)
+    while engine.busy:
+        order += [update.request.id for update in engine.step() if update.finish_reason]
+    return order
 
 
 def test_chunks_are_laid_out_one_after_the_other():
-    scheduler = Scheduler(Layout(4, 4, (33,), 32, "float32"))
     prompts = [(1, 2, 3, 4, 5), (6, 7), (8, 9, 10, 11)]
-    for index, prompt in enumerate(prompts):
-        scheduler.add(Request(index, prompt, SamplingParams(), (), 0))
-    first, second, third = [scheduler.admit() for _ in prompts]
+    first, second, third = (
+        Sequence(Request(slot, prompt, SamplingParams(), (), 0), slot=slot) for slot, prompt in enumerate(prompts)
+    )
     chunks = [Chunk(first, 2, 3), Chunk(second, 0, 2), Chunk(third, 1, 2)]
     prefill = lay_out(chunks, 8, 4)
     assert prefill.tokens_T.tolist() == [3, 4, 5, 6, 7, 9, 10, 0]
@@ -138,3 +63,226 @@ def test_chunks_are_laid_out_one_after_the_other():
     assert packed.dtype == np.int32
     for sent, got in zip(vars(prefill).values(), vars(prefill.unpacked(packed, 8)).values(), strict=True):
         np.testing.assert_array_equal(sent, got)
+
+
+def test_pages_come_with_the_tokens():
+    plans = scheduler()
+    plans.add(request(0, 70, 50))
+    sequence = plans.schedule().chunks[0].sequence
+    assert sequence.columns == 16  # of a chunk of 64 tokens, not of 70, nor of 120
+    plans.schedule()
+    assert sequence.columns == 18
+    for step in range(1, 10):
+        plan = plans.schedule()
+        assert not plan.chunks
+        assert sequence.columns == -(-(70 + 3 * step) // 4)
+        assert sum(column >= 18 for *_, column, _ in plan.entries) == len(plan.entries) <= 1
+
+
+def test_slot_and_pages_are_free_when_the_last_token_is_on_its_way():
+    plans = scheduler(max_num_seqs=1)
+    plans.add(request(0, 5, 3))
+    plans.add(request(1, 5, 3))
+    assert [chunk.sequence.request.id for chunk in plans.schedule().chunks] == [0]
+    assert [sequence.request.id for sequence in plans.schedule().decoding] == [0]
+    assert [chunk.sequence.request.id for chunk in plans.schedule().chunks] == [1]
+    assert list(plans.sequences) == [0, 1]
+
+
+def test_the_last_gives_way_and_the_first_never_does():
+    engine = fake_engine(replace(OPTIONS, num_pages=19, enable_prefix_caching=False), 72, (None,))
+    assert ends(engine, [request(number, 8, 64) for number in range(2)]) == [0, 1]
+    assert engine.counters.preemptions == 1
+    recomputed = engine.counters.prefilled_tokens - 2 * 8
+    assert 8 < recomputed < 72  # the second one's, once
+
+
+def test_what_a_preempted_sequence_had_is_found_again():
+    """The third of them, when the second has ended."""
+    engine = fake_engine(replace(OPTIONS, num_pages=30), 72, (None,))
+    assert ends(engine, [request(number, 8, new) for number, new in enumerate([64, 32, 40])]) == [1, 2, 0]
+    assert engine.counters.preemptions == 1
+    assert engine.counters.prefix_hits == 32
+    assert engine.counters.prefilled_tokens == 3 * 8 + 4
+
+
+def test_lower_priorities_go_first_and_equal_ones_by_arrival():
+    engine = fake_engine(replace(OPTIONS, max_num_seqs=1), 160, (None,))
+    order = ends(engine, [request(number, 8, 8, priority) for number, priority in enumerate([0, 2, 1, -1, 1, 0])])
+    assert order == [3, 0, 5, 2, 4, 1]
+
+
+def test_of_two_that_run_the_one_of_higher_number_gives_way():
+    engine = fake_engine(replace(OPTIONS, num_pages=19), 72, (None,))
+    assert ends(engine, [request(0, 8, 64, priority=1), request(1, 8, 64, priority=0)]) == [1, 0]
+    assert engine.counters.preemptions >= 1
+
+
+def test_who_waits_too_long_is_told():
+    engine = fake_engine(replace(OPTIONS, max_num_seqs=1, max_waiting_time=5.0), 160, (None,))
+    engine.scheduler.clock = clock = Clock()
+    told: Told = {}
+    engine.add(request(0, 8, 40))
+    engine.add(request(1, 8, 8))
+    gather(told, engine.step())
+    clock.now = 4.0
+    engine.add(request(2, 8, 8))
+    clock.now = 5.5
+    run(engine, told)
+    assert told[1] == ([], "timeout")
+    assert [told[number][1] for number in (0, 2)] == ["length", "length"]
+    assert engine.counters.timeouts == 1
+
+
+def test_who_ran_once_may_wait_on():
+    engine = fake_engine(replace(OPTIONS, num_pages=19, max_waiting_time=5.0), 72, (None,))
+    engine.scheduler.clock = clock = Clock()
+    told: Told = {}
+    for number in range(2):
+        engine.add(request(number, 8, 64))
+    while not engine.counters.preemptions:
+        gather(told, engine.step())
+    clock.now = 100.0
+    run(engine, told)
+    assert [told[number][1] for number in range(2)] == ["length", "length"]
+
+
+def test_the_continuations_of_one_prompt_compute_it_once():
+    engine = fake_engine(OPTIONS, 160, (None, 7))
+    assert ends(engine, [request(number, tuple(range(30)), 8) for number in range(4)]) == [0, 1, 2, 3]
+    # All in one step; 28 of 30 tokens fill pages.
+    assert engine.counters.prefilled_tokens == 30 + 3 * 2
+    assert engine.metrics.prefix_hit_rate == 3 * 28 / (4 * 30)
+
+
+@pytest.mark.parametrize("length", [27, 28, 29])
+def test_the_last_token_of_a_prompt_is_always_computed(length):
+    engine = fake_engine(OPTIONS, 160, (None,))
+    for number in range(2):
+        engine.add(request(number, tuple(range(length)), 8))
+        run(engine, {})
+    assert engine.counters.prefix_hits == (length - 1) // 4 * 4
+
+
+def test_a_hit_must_hold_in_every_group():
+    """The window group lost its pages to other texts, the other one has them all."""
+    engine = fake_engine(OPTIONS, 160, (None, 7))
+    text = tuple(range(41))
+    engine.add(request(0, text, 4))
+    run(engine, {})
+    full, window = engine.scheduler.paging.pools
+    sequence = Sequence(request(1, text, 4))
+    assert engine.scheduler.paging.found(sequence) == 10
+    lost = window.find(sequence.key(9, 4))
+    while window.find(sequence.key(9, 4)) is not None:
+        window.allocate(1)
+    assert lost is not None
+    assert full.find(sequence.key(9, 4)) is not None
+    assert engine.scheduler.paging.found(sequence) < 10
+
+
+def test_prompt_logprobs_compute_the_whole_prompt():
+    plans = scheduler()
+    params = SamplingParams(max_tokens=4, prompt_logprobs=2)
+    for number, each in enumerate([SamplingParams(max_tokens=4), params]):
+        plans.add(Request(number, tuple(range(30)), each, (), 0))
+    assert [chunk.tokens for chunk in plans.schedule().chunks] == [30, 30]
+
+
+def test_a_window_keeps_no_more_pages_than_it_sees():
+    plans = scheduler(windows=(None, 9))
+    plans.add(request(0, 20, 100))
+    sequence = plans.schedule().chunks[0].sequence
+    for _ in range(20):
+        plans.schedule()
+    full, window = (len(pages) - first for pages, first in zip(sequence.pages, sequence.first, strict=True))
+    assert full == -(-(20 + 60) // 4)
+    assert window <= (9 - 1 + 3) // 4 + 2
+    assert plans.paging.pools[1].used == window
+
+
+def test_a_window_pool_need_not_hold_the_whole_text():
+    engine = fake_engine(replace(OPTIONS, num_pages=40), 156, (None, 9))
+    engine.scheduler.paging.pools[1].allocate(35)  # leaves 4
+    assert not engine.problems(request(0, 100, 50))
+    assert ends(engine, [request(0, 100, 50), request(1, 30, 20)]) == [0, 1]
+
+
+def test_under_four_percent_of_the_pool_is_wasted():
+    """32 sequences of 200 to 2000 tokens on pages of 64, in a pool that they nearly fill."""
+    options = Options(max_num_seqs=32, max_num_batched_tokens=8192, page_size=64, num_pages=661, steps_per_dispatch=8)
+    layout = Layout(32, 64, (661,), 2048, "float32")
+    random, plans = Random(0), Scheduler(layout, (None,), options)
+    wasted, used = [], []
+    for number in range(96):
+        prompt = random.randint(100, 1000)
+        plans.add(request(number, prompt, random.randint(100, 1000)))
+    while plans.sequences:
+        plan = plans.schedule()
+        for sequence in (*plan.decoding, *(chunk.sequence for chunk in plan.chunks)):
+            sequence.in_flight -= 1
+        for sequence in list(plans.sequences.values()):
+            sequence.tokens = list(sequence.request.prompt_ids) + [0] * min(
+                sequence.scheduled, sequence.request.params.max_tokens
+            )
+            if sequence.all_scheduled:
+                plans.finish(sequence)
+        if len(plans.running) == 32:
+            wasted.append(plans.paging.waste(list(plans.running.values())) / (660 * 64))
+            used.append(plans.paging.pools[0].used / 660)
+    assert len(used) > 100
+    assert np.mean(used) > 0.7
+    assert max(wasted) < 0.04
+
+
+def test_what_can_never_run_is_refused():
+    engine = fake_engine(OPTIONS, 400, (None, 9))
+    engine.add(request(0, 60, 100))
+    with pytest.raises(ValueError, match=r"id = 0 is that of a request that has not ended"):
+        engine.add(request(0, 5, 5))
+    with pytest.raises(ValueError, match=r"need 41 pages of 4 tokens; the cache has 40"):
+        engine.add(request(1, 61, 100))
+    with pytest.raises(ValueError, match=r"priority = 0.5 must be an integer"):
+        engine.add(request(1, 5, 5, priority=0.5))
+    run(engine, {})
+    engine.add(request(0, 5, 5))
+
+
+def test_metrics_say_what_there_is():
+    engine = fake_engine(replace(OPTIONS, max_num_seqs=2), 160, (None, 9))
+    for number in range(3):
+        engine.add(request(number, 10, 20))
+    engine.step()
+    metrics = engine.metrics
+    assert (metrics.waiting, metrics.running) == (1, 2)
+    assert (metrics.pages_total, metrics.pages_used, metrics.pages_cached) == (80, 2 * 2 * 3, 0)
+    assert metrics.wasted_slots == 2 * 2 * 2
+    assert metrics.cache_use == 12 / 80
+    run(engine, {})
+    metrics = engine.metrics
+    assert (metrics.waiting, metrics.running, metrics.pages_used, metrics.wasted_slots) == (0, 0, 0, 0)
+    assert metrics.pages_cached > 0
+    assert metrics.counters.output_tokens == 3 * 20
+    assert metrics.counters.prefilled_tokens == 3 * 10
+
+
+@pytest.mark.parametrize("moment", range(12))
+def test_a_request_can_be_dropped_at_any_moment(moment):
+    """While it waits, is prefilled, decodes, was preempted, or has its last tokens on their way."""
+    engine = fake_engine(replace(OPTIONS, max_num_seqs=2, num_pages=19), 72, (None,))
+    engine.scheduler.budget = 5
+    for number in range(3):
+        engine.add(request(number, 8, [10, 50, 8][number]))
+    told: Told = {}
+    for _ in range(moment):
+        gather(told, engine.step())
+    running = [number for number in range(3) if told.get(number, ([], None))[1] is None]
+    for number in running:
+        engine.abort(number)
+        engine.abort(number)
+    assert not engine.scheduler.sequences
+    assert [pool.used for pool in engine.scheduler.paging.pools] == [0]
+    assert not any(slot.active for slot in engine._state)
+    before = {number: list(told.get(number, ([], None))[0]) for number in running}
+    run(engine, told)
+    assert {number: told.get(number, ([], None))[0] for number in running} == before

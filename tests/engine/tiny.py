@@ -42,7 +42,7 @@ CHAT_TEMPLATE = (
 OPTIONS = Options(max_num_seqs=4, max_num_batched_tokens=64, page_size=8, num_pages=33, steps_per_dispatch=4)
 # What `warm_up` compiles for them. Admissions: with and without a prompt for the sampler. Steps: alone and beside the
 # rectangle, and their sampling, greedy and whole. Loops: of 1, 2 and 4 slots, greedy and with the whole sampler.
-TRACES = {"admit": 2, "release": 1, "step": 2, "sample": 2 * 2, "score": 1, "loop": 3 * 2}
+TRACES = {"admit": 2, "release": 1, "extend": 1, "step": 2, "sample": 2 * 2, "score": 1, "loop": 3 * 2}
 
 
 def write_checkpoint(folder: Path, config: dict = CONFIG) -> Path:
@@ -86,5 +86,6 @@ def assert_clean(llm: LLM) -> None:
     scheduler = llm.engine.scheduler
     assert not scheduler.waiting
     assert not scheduler.running
-    assert [pool.free for pool in scheduler.pools] == [pool.usable for pool in scheduler.pools]
+    assert not scheduler.sequences
+    assert [pool.used for pool in scheduler.paging.pools] == [0] * len(scheduler.paging.pools)
     assert not jax.device_get(llm.engine._state.active_B).any()

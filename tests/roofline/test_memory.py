@@ -7,10 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.cache import make_cache
-from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import Layout
-from jaxinfer.engine import Options, Request
-from jaxinfer.engine.scheduler import Scheduler
+from jaxinfer.engine import Options
+from jaxinfer.engine.paging import Paging
 from jaxinfer.model.config import MoEConfig
 from jaxinfer.model.model import Model
 from jaxinfer.parallel import make_mesh
@@ -81,12 +80,15 @@ def test_a_narrow_page_has_a_scale_for_every_key_and_value():
     assert page_bytes(WINDOWED, 20, 8, Precision(cache="int8")) == expected
 
 
-@given(prompt=st.integers(1, 300), new=st.integers(1, 200), page_size=st.sampled_from([1, 8, 16]))
-def test_a_sequence_is_planned_with_the_pages_that_the_scheduler_gives_it(prompt, new, page_size):
+@given(tokens=st.integers(1, 500), page_size=st.sampled_from([1, 8, 16]), chunk=st.sampled_from([1, 64, 100]))
+def test_a_sequence_is_planned_with_the_pages_that_the_engine_gives_it(tokens, page_size, chunk):
     layout = Layout(4, page_size, (9,) * len(WINDOWED.windows), WINDOWED.context, "bfloat16")
-    pages = Scheduler(layout).pages_needed(Request(0, (1,) * prompt, SamplingParams(max_tokens=new), (), 0))
-    page = sum(page_bytes(WINDOWED, window, page_size, BF16) for window in WINDOWED.windows)
-    assert sequence_bytes(WINDOWED, prompt + new, page_size, BF16) == pages * page
+    paging = Paging(layout, WINDOWED.windows, sharing=True)
+    expected = sum(
+        paging.most(group, tokens, chunk) * page_bytes(WINDOWED, window, page_size, BF16)
+        for group, window in enumerate(WINDOWED.windows)
+    )
+    assert sequence_bytes(WINDOWED, tokens, page_size, chunk, BF16) == expected
 
 
 def test_a_plan_is_made_for_the_engines_own_options():

@@ -12,10 +12,10 @@ import pytest
 
 from jaxinfer.cli.room import memory_lines
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.engine import Request, Update
+from jaxinfer.engine import Counters, Metrics, Request, Update
 from jaxinfer.engine.memory import NoRoomError
 from jaxinfer.serve import worker
-from jaxinfer.serve.messages import Abort, Add, Failed, Refused, Setup, Step, Stop, Tokens, Usage
+from jaxinfer.serve.messages import Abort, Add, Failed, Refused, Setup, Step, Stop, Tokens
 
 OPTIONS = {"max_num_seqs": 2, "max_num_batched_tokens": 64, "page_size": 16, "num_pages": None, "cache_dtype": None}
 LLM_ARGUMENTS = {"dtype": None, "max_model_len": 64, "tensor_parallel_size": 1, "warm_up": False}
@@ -23,6 +23,11 @@ LLM_ARGUMENTS = {"dtype": None, "max_model_len": 64, "tensor_parallel_size": 1, 
 
 def request(name: int, tokens: int = 3) -> Request:
     return Request(name, (1, 2), SamplingParams(max_tokens=tokens), (), 0)
+
+
+def held(running: int) -> Metrics:
+    """A page for each that runs."""
+    return Metrics(Counters(), 0, running, 9, running, 0, 0, 0, 0)
 
 
 @dataclass
@@ -34,10 +39,12 @@ class Engine:
     steps: int = 0
 
     @property
-    def scheduler(self):
-        return SimpleNamespace(
-            running=self.left, waiting=[], pools=[SimpleNamespace(usable=9, free=9 - len(self.left))]
-        )
+    def metrics(self):
+        return held(len(self.left))
+
+    @property
+    def busy(self):
+        return bool(self.left)
 
     def add(self, request):
         if request.id < 0:
@@ -71,11 +78,11 @@ def run(engine, *messages):
     code = []
     thread = threading.Thread(target=lambda: code.append(loop.run()))
     thread.start()
-    while thread.is_alive() and not (inbox.empty() and not engine.left and not loop._steps_left):
+    while thread.is_alive() and not (inbox.empty() and not engine.busy):
         thread.join(0.001)
     steps = engine.steps
     thread.join(0.05)
-    assert engine.steps - steps <= worker.SETTLE + 1  # an idle engine makes no steps
+    assert engine.steps - steps <= 1  # an idle engine makes no steps
     inbox.put(Stop())
     thread.join(10)
     assert not thread.is_alive()
@@ -86,17 +93,17 @@ def test_a_step_is_one_message_and_the_end_frees_everything():
     code, said = run(Engine(), Add((request(1), request(2, tokens=2))))
     assert code == 0
     assert said == [
-        Step((), Usage(pages=9)),
-        Step((Tokens(1, (7,), (), None, None), Tokens(2, (7,), (), None, None)), Usage(2, 0, 2, 9)),
-        Step((Tokens(1, (7,), (), None, None), Tokens(2, (7,), (), None, "length")), Usage(1, 0, 1, 9)),
-        Step((Tokens(1, (7,), (), None, "length"),), Usage(pages=9)),
+        Step((), held(0)),
+        Step((Tokens(1, (7,), (), None, None), Tokens(2, (7,), (), None, None)), held(2)),
+        Step((Tokens(1, (7,), (), None, None), Tokens(2, (7,), (), None, "length")), held(1)),
+        Step((Tokens(1, (7,), (), None, "length"),), held(0)),
     ]
 
 
 def test_an_abort_is_obeyed_before_the_next_step():
     _, said = run(Engine(), Add((request(1, tokens=100), request(2))), Abort((1, 5)))
     assert {entry.id for step in said for entry in step.tokens} == {2}
-    assert said[-1].usage == Usage(pages=9)
+    assert said[-1].engine == held(0)
 
 
 def test_a_request_that_cannot_be_queued_costs_no_other(caplog):
@@ -105,7 +112,7 @@ def test_a_request_that_cannot_be_queued_costs_no_other(caplog):
     assert said[1:] == [
         Refused(1, "too many tokens"),
         Refused(-2, "a bug"),
-        Step((Tokens(3, (7,), (), None, "length"),), Usage(pages=9)),
+        Step((Tokens(3, (7,), (), None, "length"),), held(0)),
     ]
     assert [record.message for record in caplog.records] == ["request -2 cannot be queued"]
 
@@ -123,7 +130,7 @@ def test_the_host_may_fail_now_and_then(failures, code):
     errors = [ZeroDivisionError("a bug")] * failures
     ended, said = run(Engine([*errors, None, *errors[:-1]]), Add((request(1, tokens=5),)))
     assert ended == code
-    assert (said[-1] == Step((Tokens(1, (7,), (), None, "length"),), Usage(pages=9))) == (not code)
+    assert (said[-1] == Step((Tokens(1, (7,), (), None, "length"),), held(0))) == (not code)
     assert isinstance(said[-1], Failed) == bool(code)
 
 

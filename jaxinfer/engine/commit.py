@@ -1,0 +1,67 @@
+"""What the host reads of a program, as the tokens and log-probabilities of sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jaxinfer.decode.prompt_logprobs import PromptLogprobs
+from jaxinfer.decode.sampling import Sampled
+from jaxinfer.decode.step import StepOutput
+from jaxinfer.engine.request import FinishReason, TokenLogprobs
+from jaxinfer.engine.sequence import Chunk, Sequence
+
+
+@dataclass(frozen=True)
+class Row:
+    """The tokens that one row of a program brought to a sequence, up to the one that ends it."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    reason: FinishReason | None
+
+
+def read_row(output: StepOutput, row: int, sequence: Sequence) -> Row:
+    """Appends what a row brought to the sequence's tokens."""
+    request, tokens, logprobs, reason = sequence.request, [], [], None
+    stop_ids = request.stop_ids
+    emitted = zip(output.emits_nW[:, row].tolist(), output.sampled.tokens_W[:, row].tolist(), strict=True)
+    for step, (emits, token) in enumerate(emitted):
+        if not emits:
+            continue
+        tokens.append(token)
+        if request.params.logprobs is not None:
+            logprobs.append(_chosen(output.sampled, (step, row), request.params.logprobs))
+        if token in stop_ids:
+            reason = "stop"
+        elif sequence.outputs + len(tokens) == request.params.max_tokens:
+            reason = "length"
+        if reason:
+            break
+    sequence.tokens += tokens
+    return Row(tuple(tokens), tuple(logprobs), reason)
+
+
+def keep_prompt_logprobs(chunks: list[Chunk], tiles: tuple[PromptLogprobs, ...]) -> None:
+    """Gives each chunk's sequence the log-probabilities of the prompt tokens that follow the chunk's own.
+
+    A prompt that is computed again, after a preemption, gets them again.
+    """
+    scored = jax.tree.map(lambda *arrays: np.concatenate(arrays), *tiles)
+    row = 0
+    for chunk in chunks:
+        request = chunk.sequence.request
+        if (top := request.params.prompt_logprobs) is not None:
+            for offset, token in enumerate(request.prompt_ids[chunk.start + 1 : chunk.end + 1]):
+                ids, values = scored.top_ids_TL[row + offset], scored.top_logprobs_TL[row + offset]
+                likeliest = tuple(zip(ids[:top].tolist(), values[:top].tolist(), strict=True))
+                entry = TokenLogprobs(token, float(scored.logprob_T[row + offset]), likeliest)
+                chunk.sequence.prompt_logprobs[chunk.start + 1 + offset] = entry
+        row += chunk.tokens
+
+
+def _chosen(sampled: Sampled, at: tuple[int, int], top: int) -> TokenLogprobs:
+    likeliest = zip(sampled.top_ids_WL[at][:top].tolist(), sampled.top_logprobs_WL[at][:top].tolist(), strict=True)
+    return TokenLogprobs(int(sampled.tokens_W[at]), float(sampled.logprobs_W[at]), tuple(likeliest))

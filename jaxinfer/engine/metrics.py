@@ -1,0 +1,63 @@
+"""What an engine has done, and what it holds, as plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Counters:
+    """What an engine has done since it was made.
+
+    Attributes:
+        preemptions: sequences that gave their pages back before they had ended.
+        timeouts: requests that waited too long.
+        prefix_queries: tokens of texts that were looked for in the cache, vLLM's `prefix_cache_queries`.
+        prefix_hits: of these, tokens that were found.
+        prefilled_tokens: tokens computed in chunks, those of a preempted sequence again.
+        output_tokens: tokens told.
+    """
+
+    preemptions: int = 0
+    timeouts: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    prefilled_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """An engine at one moment.
+
+    Attributes:
+        counters: a copy.
+        waiting: requests without a slot that want one, those preempted included.
+        running: sequences that have a slot.
+        pages_total: of all cache groups, without the null pages.
+        pages_used: of them, those that sequences have.
+        pages_cached: those that nobody has, whose text can be found; the rest is empty.
+        evictions: cached pages that were taken away for other texts.
+        wasted_slots: slots of used pages that hold no token.
+        compilations: programs that were traced.
+    """
+
+    counters: Counters
+    waiting: int
+    running: int
+    pages_total: int
+    pages_used: int
+    pages_cached: int
+    evictions: int
+    wasted_slots: int
+    compilations: int
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """Tokens found, of those looked for; 0 where none were."""
+        return self.counters.prefix_hits / max(self.counters.prefix_queries, 1)
+
+    @property
+    def cache_use(self) -> float:
+        """Fraction of the pages that sequences have."""
+        return self.pages_used / self.pages_total

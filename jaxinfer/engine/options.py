@@ -1,0 +1,62 @@
+"""How an engine runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jaxinfer.decode.step import SCORED
+
+SMALLEST_BUCKET = SCORED  # the larger ones are whole multiples: one program scores all prompts
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an engine runs, in vLLM's names where it has them.
+
+    Attributes:
+        max_num_seqs: sequences that run at once; a power of two.
+        max_num_batched_tokens: prompt tokens of one step; a power of two, at least 64.
+        page_size: tokens per page of the cache.
+        num_pages: pages of each cache group, the null page included; None gives every slot its longest sequence, as
+            far as memory goes.
+        steps_per_dispatch: decode steps in one program.
+        cache_dtype: of keys and values, float32, bfloat16 or float16; None takes the model's.
+        enable_prefix_caching: texts that begin alike share the pages of their common beginning.
+        max_waiting_time: seconds after which a request that has not begun to run ends with the reason `timeout`; None
+            lets it wait.
+    """
+
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 1024
+    page_size: int = 16
+    num_pages: int | None = None
+    steps_per_dispatch: int = 8
+    cache_dtype: str | None = None
+    enable_prefix_caching: bool = True
+    max_waiting_time: float | None = None
+
+    def __post_init__(self):
+        powers = {"max_num_seqs": (self.max_num_seqs, 1), "page_size": (self.page_size, 1),
+                  "max_num_batched_tokens": (self.max_num_batched_tokens, SMALLEST_BUCKET)}  # fmt: skip
+        for name, (value, least) in powers.items():
+            if not _is_integer(value) or value < least or value & (value - 1):
+                raise ValueError(f"{name} = {value!r} must be an integer power of two, at least {least}")
+        if not _is_integer(self.steps_per_dispatch) or self.steps_per_dispatch < 1:
+            raise ValueError(f"steps_per_dispatch = {self.steps_per_dispatch!r} must be an integer, at least 1")
+        if self.cache_dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"cache_dtype = {self.cache_dtype!r} must be float32, bfloat16 or float16")
+        if self.num_pages is not None and (not _is_integer(self.num_pages) or self.num_pages < 2):
+            raise ValueError(f"num_pages = {self.num_pages!r} must be an integer, at least 2, the null page included")
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise ValueError(f"enable_prefix_caching = {self.enable_prefix_caching!r} must be True or False")
+        if self.max_waiting_time is not None and not _is_duration(self.max_waiting_time):
+            raise ValueError(f"max_waiting_time = {self.max_waiting_time!r} must be seconds above 0, or None")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_duration(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0

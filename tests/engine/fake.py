@@ -1,0 +1,178 @@
+"""A device in plain Python, for the engine: a key says which text it ends, so that whoever reads a wrong one is found.
+
+A text is a number: `longer` makes that of a text and one more token, from 0, the empty one.
+
+Programs run when they are dispatched, which is the order in which a device runs them.
+"""
+
+import functools
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+
+from jaxinfer.cache import NULL_PAGE
+from jaxinfer.decode.sampling import Sampled
+from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.decode.step import Layout, StepOutput
+from jaxinfer.engine import Engine, Options, Request, Update
+
+VOCABULARY = 50
+WINDOWS = (None, 6, 13)
+Told = dict[int, tuple[list[int], str | None]]  # by request: its tokens, and how it ended
+
+
+class Sent(np.ndarray):
+    """An array that is on the host already."""
+
+    def copy_to_host_async(self):
+        pass
+
+
+def longer(text: int, token: int) -> int:
+    return hash((text, token))
+
+
+def next_token(text: int, seed: int, index: int) -> int:
+    """The fake model: what follows a text, by the seed and the token's index."""
+    return hash((text, seed, index)) % VOCABULARY
+
+
+def expected_tokens(request: Request) -> list[int]:
+    """The request's whole output, as nothing but the request decides it."""
+    text, output = functools.reduce(longer, request.prompt_ids, 0), []
+    while len(output) < request.params.max_tokens and not (output and output[-1] in request.stop_ids):
+        output.append(next_token(text, request.seed, len(output)))
+        text = longer(text, output[-1])
+    return output
+
+
+@dataclass
+class Slot:
+    tables: list[np.ndarray]
+    request: tuple[SamplingParams, tuple[int, ...], int] | None = None
+    token: int = 0
+    length: int = 0
+    index: int = 0
+    active: bool = False
+
+
+@dataclass
+class FakePrograms:
+    """`jaxinfer.decode.step.Programs` without a model. A page's slot holds a token, and the text before it."""
+
+    model: SimpleNamespace
+    layout: Layout
+    traces: dict = field(default_factory=dict)
+
+    def new_state(self):
+        layout, groups = self.layout, range(len(self.layout.num_pages))
+        state = [Slot([np.zeros(layout.pages_per_row, int) for _ in groups]) for _ in range(layout.slots)]
+        return state, [[[None] * layout.page_size for _ in range(count)] for count in layout.num_pages]
+
+    def admission(self, params, pages, prompt_ids, eos_ids, seed, output_ids):
+        return [list(group) for group in pages], (params, tuple(eos_ids), seed), len(output_ids)
+
+    def admit(self, state, slot, row):
+        pages, request, index = row
+        assert not state[slot].active
+        state[slot] = Slot(state[slot].tables, request, index=index)
+        for table, group in zip(state[slot].tables, pages, strict=True):
+            table[: len(group)] = group
+        return state
+
+    def extend(self, state, entries):
+        for group, slot, column, page in entries:
+            state[slot].tables[group][column] = page
+        return state
+
+    def release(self, state, slot):
+        state[slot].active = False
+        return state
+
+    def step(self, params, state, cache, prefill, targets_T, decode, needs):
+        tokens_W, emits_W = self._decode(state, cache, decode)
+        for chunk, number in enumerate(prefill.slots_R):
+            begin, end = prefill.starts_R1[chunk : chunk + 2]
+            token, last = 0, bool(prefill.last_R[chunk])
+            if number < self.layout.slots:
+                slot, start = state[number], prefill.lengths_R[chunk] - (end - begin)
+                for position, given in enumerate(prefill.tokens_T[begin:end].tolist(), int(start)):
+                    text = self._run(slot, cache, position, given)
+                slot.length = int(prefill.lengths_R[chunk])
+                if last:
+                    token = self._draw(slot, text)
+            tokens_W.append(token)
+            emits_W.append(last)
+        return state, cache, _output([tokens_W], [emits_W])
+
+    def loop(self, params, state, cache, *, decode, steps, needs):
+        ran = [self._decode(state, cache, decode) for _ in range(steps)]
+        return state, cache, _output([tokens for tokens, _ in ran], [emits for _, emits in ran])
+
+    def _decode(self, state, cache, decode):
+        emits_B = [slot.active for slot in state[:decode]]
+        texts = [self._run(slot, cache, slot.length, slot.token) if slot.active else None for slot in state[:decode]]
+        for slot in state[:decode]:
+            slot.length += slot.active
+        return [
+            0 if text is None else self._draw(slot, text) for slot, text in zip(state, texts, strict=False)
+        ], emits_B
+
+    def _run(self, slot, cache, position, token):
+        """Writes a token's key, then reads all that it sees, back to the first: each must begin the one after it."""
+        size = self.layout.page_size
+        column, place = divmod(position, size)
+        before = longer(*self._read(cache[0], slot.tables[0], position - 1)) if position else 0
+        for table, pages, window in zip(slot.tables, cache, self.model.config.windows, strict=True):
+            assert table[column] != NULL_PAGE
+            pages[table[column]][place] = before, token
+            expected = before
+            for key in range(position - 1, max(position - window, -1) if window else -1, -1):
+                seen = self._read(pages, table, key)
+                assert longer(*seen) == expected
+                expected, _ = seen
+            assert window or expected == 0
+        return longer(before, token)
+
+    def _read(self, pages, table, key):
+        column, place = divmod(key, self.layout.page_size)
+        return pages[table[column]][place]
+
+    def _draw(self, slot, text):
+        params, eos_ids, seed = slot.request
+        slot.token = next_token(text, seed, slot.index)
+        slot.index += 1
+        stops = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else eos_ids)}
+        slot.active = slot.token not in stops and slot.index < params.max_tokens
+        return slot.token
+
+
+def _output(tokens_nW, emits_nW):
+    nothing = np.zeros(0).view(Sent)
+    tokens = np.array(tokens_nW, np.int32).view(Sent)
+    return StepOutput(Sampled(tokens, nothing, nothing, nothing), np.array(emits_nW, bool).view(Sent), ())
+
+
+def fake_engine(options: Options, context: int, windows: tuple[int | None, ...] = WINDOWS) -> Engine:
+    """An engine without a device. The first window is None, since that group tells the whole text."""
+    config = SimpleNamespace(windows=windows, dtype="float32")
+    with mock.patch("jaxinfer.engine.engine.Programs", FakePrograms):
+        return Engine(SimpleNamespace(config=config, context=context), [], options)
+
+
+def run(engine: Engine, told: Told, most: int = 10_000) -> None:
+    """Steps until all is told."""
+    for _ in range(most):
+        if not engine.busy:
+            return
+        gather(told, engine.step())
+    raise AssertionError(f"requests that never end: {engine.scheduler.sequences}")
+
+
+def gather(told: Told, updates: list[Update]) -> None:
+    for update in updates:
+        tokens, ended = told.setdefault(update.request.id, ([], None))
+        assert ended is None
+        told[update.request.id] = (tokens + list(update.tokens), update.finish_reason)
