@@ -27,11 +27,14 @@ def read_row(output: StepOutput, row: int, sequence: Sequence) -> Row:
     """Appends what a row brought to the sequence's tokens."""
     request, tokens, logprobs, reason = sequence.request, [], [], None
     stop_ids = request.stop_ids
-    for step in np.flatnonzero(output.emits_nW[:, row]).tolist():
-        tokens.append(int(output.sampled.tokens_W[step, row]))
+    emitted = zip(output.emits_nW[:, row].tolist(), output.sampled.tokens_W[:, row].tolist(), strict=True)
+    for step, (emits, token) in enumerate(emitted):
+        if not emits:
+            continue
+        tokens.append(token)
         if request.params.logprobs is not None:
             logprobs.append(_chosen(output.sampled, (step, row), request.params.logprobs))
-        if tokens[-1] in stop_ids:
+        if token in stop_ids:
             reason = "stop"
         elif sequence.outputs + len(tokens) == request.params.max_tokens:
             reason = "length"

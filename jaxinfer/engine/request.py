@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from jaxinfer.decode.sampling_params import SamplingParams
@@ -35,7 +36,7 @@ class Request:
         """Tokens that the request's cache may have to hold."""
         return len(self.prompt_ids) + self.params.max_tokens
 
-    @property
+    @cached_property
     def stop_ids(self) -> frozenset[int]:
         own = frozenset(self.params.stop_token_ids or ())
         return own if self.params.ignore_eos else own | frozenset(self.eos_ids)

@@ -201,9 +201,12 @@ class Scheduler:
         """
         if not self.waiting or len(self.running) == self.slots or self.waiting[0].in_flight:
             return None
-        sequence, paging = self.waiting[0], self.paging
+        sequence, paging, spare = self.waiting[0], self.paging, self._spare()
+        if self.running and min(spare) < 1:  # not worth a look for what could be found
+            return None
         found = paging.found(sequence)
-        if self.running and not self._has_room(sequence, found):
+        costs = [paging.cost(sequence, found, group, self.budget) for group in range(len(spare))]
+        if self.running and any(cost > left for cost, left in zip(costs, spare, strict=True)):
             return None
         self._stop_waiting(sequence)
         slot = next(slot for slot in range(self.slots) if slot not in self.running)
@@ -215,19 +218,18 @@ class Scheduler:
             self.counters.prefix_hits += sequence.prefilled
         return sequence
 
-    def _has_room(self, sequence: Sequence, found: int) -> bool:
-        """Whether the pages suffice for a sequence's known text, beside what those who run have yet to prefill and one
-        more page for each of them: else it would soon be preempted."""
-        paging, ahead = self.paging, self.budget
-        for group, pool in enumerate(paging.pools):
+    def _spare(self) -> list[int]:
+        """Pages of every group that remain beside what those who run have yet to prefill and one more page for each of
+        them. Whoever begins with more would soon be preempted."""
+        spare = []
+        for group, pool in enumerate(self.paging.pools):
             promised = sum(
-                max(paging.most(group, other.goal, ahead) - other.columns + other.first[group], 0)
+                max(self.paging.most(group, other.goal, self.budget) - other.columns + other.first[group], 0)
                 for other in self.running.values()
                 if other.prompt_left
             )
-            if paging.cost(sequence, found, group, ahead) + promised + len(self.running) > pool.available:
-                return False
-        return True
+            spare.append(pool.available - promised - len(self.running))
+        return spare
 
     def _preempt(self, sequence: Sequence) -> int:
         """Takes slot and pages from a sequence, which waits for new ones; returns the slot."""

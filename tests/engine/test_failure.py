@@ -8,7 +8,7 @@ from tests.engine.tiny import assert_warm, warm_llm
 PARAMS = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
 
 
-@pytest.mark.parametrize("program", ["step", "loop", "admit"])
+@pytest.mark.parametrize("program", ["step", "loop", "admit", "extend"])
 def test_an_interrupt_after_the_cache_was_donated(tmp_path_factory, monkeypatch, program):
     llm = warm_llm(tmp_path_factory.getbasetemp())
     expected = llm.generate("hello", PARAMS)

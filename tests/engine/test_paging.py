@@ -136,6 +136,7 @@ class Requests(RuleBasedStateMachine):
     def start(self, sharing, pages):
         options = dataclasses.replace(OPTIONS, enable_prefix_caching=sharing, num_pages=pages)
         self.engine, self.requests, self.told, self.aborted = fake_engine(options, CONTEXT), [], {}, set()
+        self.add(shift=False, common=24, own=(9,), new=20, stops=False, priority=0, n=4)
 
     @rule(
         shift=st.booleans(), common=st.sampled_from([0, 3, 8, 24, 31, 40]), own=st.sampled_from([(9,), (9, 8, 7, 6)]),

@@ -83,7 +83,7 @@ def test_random_arrivals_change_no_token(llm, seed):
 
 
 def test_preempted_log_probabilities_are_told_once(llm):
-    """Those of a prompt too, whose sequence is preempted before or after its first token."""
+    """Those of a prompt too, although it is computed again."""
     params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True, logprobs=2, prompt_logprobs=1)
     asked = [Request(number, COMMON[number:], params, (), 0) for number in range(3)]
     updates = {}
