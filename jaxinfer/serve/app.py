@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -19,6 +20,12 @@ from jaxinfer.serve.http import EventStream, HangUp, key_check, read, unless_gon
 from jaxinfer.serve.prompts import Asked, Prompts
 from jaxinfer.serve.protocol import ChatBody, CompletionBody, SamplingBody, TokenizeBody
 from jaxinfer.serve.responses import DONE, Answer, Chat, Completion, event, usage
+
+PAGE = Path(__file__).parent / "page.html"
+PAGE_HEADERS = {  # the page asks this server alone, and nobody may frame it
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+}
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +53,7 @@ class Service:
 
 
 def make_app(service: Service, api_key: str | None = None) -> FastAPI:
-    """The application; with a key, all but `/health` asks for it."""
+    """The application; with a key, all but the page at `/` and `/health` asks for it."""
     app = FastAPI(title="jaxinfer", openapi_url=None, docs_url=None, redoc_url=None)
     guarded = [Depends(key_check(api_key))]
     _handle_errors(app, service)
@@ -100,6 +107,10 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
     @app.get("/metrics", dependencies=guarded)
     async def metrics() -> Response:
         return Response(service.client.metrics.page(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/")
+    async def page() -> Response:
+        return Response(PAGE.read_bytes(), media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
     @app.get("/health")
     async def health() -> Response:
@@ -172,7 +183,6 @@ def _handle_errors(app: FastAPI, service: Service) -> None:
     async def gone(request: Request, error: HangUp) -> Response:
         return Response(status_code=499)  # nobody reads it
 
-    @app.exception_handler(Exception)
+    @app.exception_handler(Exception)  # a bug, which Uvicorn writes to the log
     async def bug(request: Request, error: Exception) -> Response:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return told(_internal())

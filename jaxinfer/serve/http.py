@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from jaxinfer.serve.errors import ApiError, malformed
@@ -27,18 +28,22 @@ async def read[Body: BaseModel](request: Request, kind: type[Body]) -> Body:
 
     Raises:
         ApiError: it is too large, no JSON, or none of `kind`.
+        HangUp: the caller did before its end.
     """
     declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if declared != "application/json":
         # Also: a page of another site can send any other type here from a browser, without asking.
         raise ApiError(415, f"content-type is {declared[:80]!r}; it must be application/json")
     body, size = bytearray(), 0
-    async for part in request.stream():
-        size += len(part)
-        if size <= MAX_BODY:
-            body += part
-        elif size > _READ_ON * MAX_BODY:
-            break
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size <= MAX_BODY:
+                body += part
+            elif size > _READ_ON * MAX_BODY:
+                break
+    except ClientDisconnect:
+        raise HangUp from None
     if size > MAX_BODY:
         raise ApiError(413, f"the body has more than {MAX_BODY} bytes, the most that is taken", code="body_too_large")
     try:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import threading
 import time
@@ -215,6 +216,16 @@ def test_metrics_count_what_was_asked(server, client):
     assert after["jaxinfer_cache_pages_used"] == 0
 
 
+def test_the_page_draws_what_the_metrics_have(server):
+    """Its script names figures that are there, under no name but these."""
+    status, headers, page = server.ask("GET", "/")
+    assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
+    named = re.findall(r"\bjaxinfer_\w+", page.decode())
+    found = server.figures()
+    assert len(named) >= 7
+    assert [name for name in named if name not in found and f"{name}_sum" not in found] == []
+
+
 # --- what cannot be served
 
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -334,6 +345,17 @@ def test_a_request_whose_caller_hangs_up_is_aborted(server):
     connection.close()
     server.wait_for(running_requests=0, cache_pages_used=0)
     assert server.figures()[ABORTED] == before + 2
+
+
+def test_a_caller_who_hangs_up_within_the_body_is_no_error(server):
+    """The last test sees that the log has nothing of it."""
+    connection = server.connect()
+    connection.putrequest("POST", COMPLETION)
+    for name, value in (("Content-Type", "application/json"), ("Content-Length", "1000")):
+        connection.putheader(name, value)
+    connection.endheaders(b'{"prompt": ')
+    connection.close()
+    assert server.ask("GET", "/health")[0] == 200
 
 
 def test_a_full_queue_says_when_to_come_again(server, client):
