@@ -48,7 +48,7 @@ def check_pages(model: Model, page_size: int, dtype: str, num_pages: int) -> Non
     most = min(fitting_pages(model, page_size, dtype, (num_pages,) * groups))
     if num_pages > most:
         raise NoRoomError(
-            f"num_pages = {num_pages} must be in 2..{most}, which fit beside the weights; a page has {page_size} tokens"
+            f"num_pages = {num_pages} must be in 2..{most}, which fit beside the weights, {page_size} tokens each"
         )
 
 
