@@ -204,20 +204,31 @@ def test_one_error_lists_every_conversation(llm):
 
 @pytest.mark.parametrize(("options", "words"), [
     ({"max_num_seqs": 3}, ["max_num_seqs = 3", "power of two"]),
-    ({"max_num_seqs": 0}, ["max_num_seqs = 0", "at least 1"]),
-    ({"max_num_batched_tokens": 32}, ["max_num_batched_tokens = 32", "at least 64"]),
+    ({"max_num_seqs": 0}, ["max_num_seqs = 0", "1..4096"]),
+    ({"max_num_seqs": 2**30}, ["max_num_seqs = 1073741824", "1..4096"]),
+    ({"max_num_batched_tokens": 2**40}, ["max_num_batched_tokens = 1099511627776", "64..1048576"]),
+    ({"steps_per_dispatch": 10**9}, ["steps_per_dispatch = 1000000000", "1..1024"]),
+    ({"max_num_batched_tokens": 32}, ["max_num_batched_tokens = 32", "64..1048576"]),
     ({"page_size": 12}, ["page_size = 12", "power of two"]),
     ({"num_pages": 1}, ["num_pages = 1", "at least 2"]),
     ({"enable_prefix_caching": 1}, ["enable_prefix_caching = 1", "True or False"]),
     ({"max_waiting_time": 0}, ["max_waiting_time = 0", "above 0"]),
     ({"max_waiting_time": float("nan")}, ["max_waiting_time = nan", "above 0"]),
     ({"max_waiting_time": "1"}, ["max_waiting_time = '1'", "above 0"]),
-    ({"steps_per_dispatch": 0}, ["steps_per_dispatch = 0", "at least 1"]),
+    ({"steps_per_dispatch": 0}, ["steps_per_dispatch = 0", "1..1024"]),
 ])  # fmt: skip
 def test_options(options, words):
     with pytest.raises(ValueError, match=words[0]) as error:
         Options(**options)
     assert_names(error, words)
+
+
+def test_more_pages_than_fit_are_refused_before_they_are_allocated(tmp_path_factory):
+    folder = tiny_folder(tmp_path_factory.getbasetemp())
+    with pytest.raises(
+        ValueError, match=r"num_pages = 1000000000000 must be in 2\.\.\d+, which fit beside the weights"
+    ):
+        LLM(folder, options=Options(num_pages=10**12))
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

@@ -17,7 +17,7 @@ from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import SCORED, Layout, Programs, StepOutput
 from jaxinfer.engine.commit import keep_prompt_logprobs, read_row
-from jaxinfer.engine.memory import fitting_pages
+from jaxinfer.engine.memory import check_pages, fitting_pages
 from jaxinfer.engine.metrics import Counters, Metrics
 from jaxinfer.engine.options import SMALLEST_BUCKET, Options
 from jaxinfer.engine.paging import most_pages
@@ -236,6 +236,7 @@ class Engine:
 def _layout(model: Model, options: Options) -> Layout:
     dtype, windows = options.cache_dtype or model.config.dtype, model.config.windows
     if options.num_pages is not None:
+        check_pages(model, options.page_size, dtype, options.num_pages)
         num_pages = (options.num_pages,) * len(windows)
     else:
         ahead = max(options.max_num_batched_tokens, options.steps_per_dispatch)

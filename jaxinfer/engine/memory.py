@@ -38,6 +38,20 @@ def fitting_pages(model: Model, page_size: int, dtype: str, wanted: tuple[int, .
     return pages
 
 
+def check_pages(model: Model, page_size: int, dtype: str, num_pages: int) -> None:
+    """Holds pages that were asked for to what fits.
+
+    Raises:
+        NoRoomError: they do not fit.
+    """
+    groups = len(model.config.windows)
+    most = min(fitting_pages(model, page_size, dtype, (num_pages,) * groups))
+    if num_pages > most:
+        raise NoRoomError(
+            f"num_pages = {num_pages} must be in 2..{most}, which fit beside the weights, {page_size} tokens each"
+        )
+
+
 def share_room(room: float, sizes: list[int], wanted: tuple[int, ...]) -> tuple[int, ...]:
     """Equally many things of every kind, but no more than wanted, that fill the room.
 

@@ -8,6 +8,13 @@ from dataclasses import dataclass
 from jaxinfer.decode.step import SCORED
 
 SMALLEST_BUCKET = SCORED  # the larger ones are whole multiples: one program scores all prompts
+# Least and most of each: what is beyond serves nobody, and would take its time to fail.
+POWERS = {
+    "max_num_seqs": (1, 4096),
+    "page_size": (1, 4096),
+    "max_num_batched_tokens": (SMALLEST_BUCKET, 2**20),
+}
+MOST_STEPS = 1024
 
 
 @dataclass(frozen=True)
@@ -15,12 +22,11 @@ class Options:
     """How an engine runs, in vLLM's names where it has them.
 
     Attributes:
-        max_num_seqs: sequences that run at once; a power of two.
-        max_num_batched_tokens: prompt tokens of one step; a power of two, at least 64.
-        page_size: tokens per page of the cache.
+        max_num_seqs, page_size, max_num_batched_tokens: sequences that run at once, tokens per page of the cache, and
+            prompt tokens of one step; powers of two in the ranges of POWERS.
         num_pages: pages of each cache group, the null page included; None gives every slot its longest sequence, as
             far as memory goes.
-        steps_per_dispatch: decode steps in one program.
+        steps_per_dispatch: decode steps in one program, at most MOST_STEPS.
         cache_dtype: of keys and values, float32, bfloat16 or float16; None takes the model's.
         enable_prefix_caching: texts that begin alike share the pages of their common beginning.
         max_waiting_time: seconds after which a request that has not begun to run ends with the reason `timeout`; None
@@ -37,13 +43,12 @@ class Options:
     max_waiting_time: float | None = None
 
     def __post_init__(self):
-        powers = {"max_num_seqs": (self.max_num_seqs, 1), "page_size": (self.page_size, 1),
-                  "max_num_batched_tokens": (self.max_num_batched_tokens, SMALLEST_BUCKET)}  # fmt: skip
-        for name, (value, least) in powers.items():
-            if not _is_integer(value) or value < least or value & (value - 1):
-                raise ValueError(f"{name} = {value!r} must be an integer power of two, at least {least}")
-        if not _is_integer(self.steps_per_dispatch) or self.steps_per_dispatch < 1:
-            raise ValueError(f"steps_per_dispatch = {self.steps_per_dispatch!r} must be an integer, at least 1")
+        for name, (least, most) in POWERS.items():
+            value = getattr(self, name)
+            if not _is_integer(value) or not least <= value <= most or value & (value - 1):
+                raise ValueError(f"{name} = {value!r} must be an integer power of two in {least}..{most}")
+        if not _is_integer(self.steps_per_dispatch) or not 1 <= self.steps_per_dispatch <= MOST_STEPS:
+            raise ValueError(f"steps_per_dispatch = {self.steps_per_dispatch!r} must be an integer in 1..{MOST_STEPS}")
         if self.cache_dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"cache_dtype = {self.cache_dtype!r} must be float32, bfloat16 or float16")
         if self.num_pages is not None and (not _is_integer(self.num_pages) or self.num_pages < 2):

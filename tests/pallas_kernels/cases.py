@@ -90,12 +90,12 @@ class Inputs:
         return jnp.asarray(np.packbits(padded, axis=2, bitorder="little").view(np.uint32))
 
     def arguments(self, dtype=jnp.float32) -> tuple[jax.Array, ...]:
-        floats = (jnp.asarray(x, dtype) for x in (self.q, *self.pool))
+        floats = (jnp.asarray(x.astype(dtype)) for x in (self.q, *self.pool))
         return *floats, *map(jnp.asarray, (self.table, self.cu_q, self.lengths))
 
     def round_to(self, dtype) -> None:
         """Makes the values what `arguments(dtype)` holds, so that the oracle sees the same numbers."""
-        self.q, *self.kv = (np.asarray(jnp.asarray(x, dtype), np.float32) for x in (self.q, *self.kv))
+        self.q, *self.kv = (x.astype(dtype).astype(np.float32) for x in (self.q, *self.kv))
 
     def quantize(self, dtype, seed: int = 0) -> tuple[jax.Array, jax.Array]:
         """The pool [2, P, S, K, H] as `dtype` and its scales [2, P, K, S]; the oracle's keys become what they mean.
@@ -105,12 +105,12 @@ class Inputs:
         rng = np.random.default_rng(seed)
         scales = rng.uniform(0.01, 0.02, self.pool.shape[:-1]).astype(np.float32)
         values = (self.pool / scales[..., None]).clip(-127, 127)
-        values = jnp.asarray(np.nan_to_num(values) if dtype == "int8" else values).astype(dtype)
+        values = (np.nan_to_num(values) if dtype == "int8" else values).astype(jnp.dtype(dtype))
         scales[np.isnan(self.pool[..., 0])] = np.nan
         exact = np.asarray(values, np.float32) * scales[..., None]
         for r, length in enumerate(self.case.lengths):
             self.kv[r] = exact[:, self.table[r]].reshape(2, -1, *exact.shape[-2:])[:, :length]
-        return values, jnp.asarray(scales.swapaxes(2, 3))
+        return jnp.asarray(values), jnp.asarray(scales.swapaxes(2, 3))
 
     @property
     def options(self) -> dict:

@@ -33,14 +33,13 @@ CAUSAL = {
     "a window over pages": (slots((300, 40, 131), 2, page_size=16, window=70, sinks=True), 4),
     "a window of one key": (slots((300, 64), page_size=32, window=1, g=5, kv_heads=1), 2),
     "pages of two tiles": (slots((150, 260), g=3, kv_heads=1, page_size=128), 2),
-    "more rows than a block": (slots((90,), 20, g=4, kv_heads=1), 2),
-    "71 heads on one": (slots((90, 7), g=71, kv_heads=1), 2),
+    "more rows than a block, 71 heads on one": (slots((90,), 2, g=71, kv_heads=1), 2),
     "more queries than keys": (slots((3, 0, 12), 5, page_size=16, sinks=True), 2),
 }
 TREES = {
     "trees": (slots((200, 0, 70, 129, 4), 6, tree=True, page_size=16), 3),
     "trees, a window, soft cap, sinks": (slots((300, 66, 131), 7, tree=True, window=5, soft_cap=2.0, sinks=True), 4),
-    "trees of two words in blocks of rows": (slots((150, 90), 40, g=4, kv_heads=1, tree=True, window=70), 3),
+    "trees of two words in blocks of rows": (slots((150, 90), 33, kv_heads=1, tree=True, window=70), 3),
     "trees over three tiles": (slots((193,), 128, g=1, kv_heads=1, tree=True), 2),
 }
 

@@ -80,8 +80,17 @@ def attend(in_plain_jax):
     return partial(cudnn.attend)
 
 
-@pytest.mark.parametrize("sizes", [(4, 16), (7, 8), (64, 1000)], ids=str)
-@pytest.mark.parametrize("name", CHUNKS)
+MANY, ODD, ONE = (4, 16), (7, 8), (64, 1000)  # queries and keys of a tile
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        *((name, MANY) for name in CHUNKS),
+        *((name, ODD) for name in ("chunk tails", "window", "window of some pages and sinks", "sinks, odd page size")),
+        *((name, ONE) for name in ("whole prompts", "window", "window beyond the table", "more queries than keys")),
+    ],
+)
 def test_tiles_of_prefill_are_the_float64_loop(attend, name, sizes):
     inputs, (tile_queries, block_keys) = Inputs(CHUNKS[name]), sizes
     q, k, v, *rest = inputs.arguments()

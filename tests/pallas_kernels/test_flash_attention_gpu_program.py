@@ -75,7 +75,7 @@ def test_interpreted_kernel_with_the_sizes_of_a_gpu():
 def check_quantized(inputs: Inputs, dtype, kv_dtype, **config):
     """A quantized key or value is exact in 16 bits, and its scale multiplies float32."""
     (k, v), (k_scales, v_scales) = inputs.quantize(kv_dtype)
-    inputs.q = np.asarray(jnp.asarray(inputs.q, dtype), np.float32)
+    inputs.q = inputs.q.astype(dtype).astype(np.float32)
     q, _, _, table, cu_q, lengths = inputs.arguments(dtype)
     options, sinks = Options(**inputs.case.options), inputs.options["sinks_N"]
     out, lse = mosaic_gpu.flash_attention(

@@ -58,7 +58,7 @@ def test_every_row_is_in_one_tile_and_every_visible_key_in_its_blocks(sequences,
 @given(st.integers(1, 9), st.integers(1, 60), st.integers(0, 8))
 def test_shares_are_complete_and_even(blocks, items, seed):
     work = np.sort(np.random.default_rng(seed).integers(1, 50, items))[::-1]
-    rounds = jnp.arange(-(-items // blocks), dtype=jnp.int32)
+    rounds = jnp.arange(60, dtype=jnp.int32)  # as many whatever is drawn, so that little is compiled
     taken = []
     for i in map(jnp.int32, range(blocks)):
         share = schedule.share(i, blocks, jnp.int32(items))

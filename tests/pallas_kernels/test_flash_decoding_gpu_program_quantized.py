@@ -22,7 +22,7 @@ from tests.pallas_kernels.gpu_program import interpreted
 
 def quantized_pages(inputs: Inputs, dtype, kv_dtype) -> PagedKV:
     """The case's pages in 8 bits; the oracle sees the queries as `dtype`, and the keys that those bits mean."""
-    inputs.q = np.asarray(jnp.asarray(inputs.q, dtype), np.float32)
+    inputs.q = inputs.q.astype(dtype).astype(np.float32)
     (k, v), (k_scales, v_scales) = inputs.quantize(kv_dtype)
     return PagedKV(k, v, k_scales, v_scales)
 
@@ -43,7 +43,7 @@ QUANTIZED = {
     "int8, units cut between CTAs": (CAUSAL["units cut between CTAs"], jnp.bfloat16, "int8", 2),
     "fp8, a window over pages": (CAUSAL["a window over pages"], jnp.bfloat16, "float8_e4m3fn", 2),
     "fp8, drafted tokens, soft cap": (CAUSAL["drafted tokens, soft cap, sinks"], jnp.float16, "float8_e4m3fn", 2),
-    "int8, more rows than a block": (CAUSAL["more rows than a block"], jnp.float16, "int8", 2),
+    "int8, more rows than a block": (CAUSAL["more rows than a block, 71 heads on one"], jnp.float16, "int8", 2),
     "fp8, trees, a window": (TREES["trees, a window, soft cap, sinks"], jnp.bfloat16, "float8_e4m3fn", 2),
     "int8, trees in blocks of rows": (TREES["trees of two words in blocks of rows"], jnp.bfloat16, "int8", 2),
     "int8, more queries than keys": (CAUSAL["more queries than keys"], jnp.bfloat16, "int8", 2),

@@ -14,6 +14,7 @@ from pallas_kernels.streaming_matmul import mosaic_gpu, streaming_matmul, takes
 from pallas_kernels.streaming_matmul.arguments import Arguments
 from pallas_kernels.streaming_matmul.config import Config, Shape
 from pallas_kernels.streaming_matmul.problems import LLAMA_3_8B, PROBLEMS, Problem
+from tests.pallas_kernels.draws import Normal, on_the_device, on_the_host
 from tests.pallas_kernels.gpu_program import interpreted, lower
 
 BF16, F16, F32, INT32 = (jnp.dtype(dtype) for dtype in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int32))
@@ -32,23 +33,19 @@ class Case:
     out_dtype: jnp.dtype = BF16
 
 
-def arguments(case: Case, seed: int = 0) -> Arguments:
-    """Random arguments; where a scale or a bias is float32 and where it is not alternates with the dtype."""
-    keys = jax.random.split(jax.random.key(seed), 4)
-    sizes = {"E": EXPERTS, "D": case.hidden, "c": 2, "N": case.outputs}
+def arguments(case: Case, normal: Normal | None = None) -> Arguments:
+    """Random arguments; the scale of a norm is float32, a bias is not."""
+    normal, dtype, D = normal or on_the_device(), case.dtype, case.hidden
+    sizes = {"E": EXPERTS, "D": D, "c": 2, "N": case.outputs}
     groups = (len(case.experts_of_groups),) if case.experts_of_groups else ()
-    x = jax.random.normal(keys[0], (*groups, case.tokens, case.hidden), case.dtype)
-    w = jax.random.normal(keys[1], tuple(sizes[axis] for axis in case.w_axes), case.dtype)
-    w *= jnp.asarray(case.hidden**-0.5, case.dtype)
     bias_shape = tuple(sizes[axis] for axis in case.w_axes if axis != "D")
-    scale = 1 + jax.random.normal(keys[2], (case.hidden,), F32) / 4
     return Arguments(
-        x,
-        w,
+        normal((*groups, case.tokens, D), dtype),
+        normal(tuple(sizes[axis] for axis in case.w_axes), dtype, D**-0.5),
         jnp.asarray(case.experts_of_groups, jnp.int32) if groups else None,
-        scale if "norm" in case.extras else None,
-        jax.random.normal(keys[2], bias_shape, case.dtype) if "bias" in case.extras else None,
-        jax.random.normal(keys[3], (case.tokens, case.outputs), case.dtype) if "residual" in case.extras else None,
+        normal((D,), F32, 1 / 4, 1.0) if "norm" in case.extras else None,
+        normal(bias_shape, dtype) if "bias" in case.extras else None,
+        normal((case.tokens, case.outputs), dtype) if "residual" in case.extras else None,
         case.w_axes,
         1e-5,
         case.out_dtype,
@@ -127,7 +124,7 @@ INTERPRETED = {
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_interpreted_equals_float64(name):
     case = INTERPRETED[name]
-    given = arguments(case)
+    given = arguments(case, on_the_host())
     with interpreted():
         found = jax.block_until_ready(mosaic_gpu.streaming_matmul(given, config=case.config))
     assert_close(found, given)
@@ -136,7 +133,7 @@ def test_interpreted_equals_float64(name):
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("name", ["gated, in rounds", "groups of two experts", "three parts, two owners"])
 def test_other_implementations_equal_float64(name, implementation):
-    given = arguments(replace(INTERPRETED[name], dtype=F32, out_dtype=F32))
+    given = arguments(replace(INTERPRETED[name], dtype=F32, out_dtype=F32), on_the_host())
     assert_close(call(given, implementation), given)
 
 
@@ -163,7 +160,7 @@ def assert_gradients_agree(given: Arguments, found: list[np.ndarray]) -> None:
 @pytest.mark.parametrize("name", DIFFERENTIATED)
 def test_the_kernel_has_a_derivative(name):
     case = INTERPRETED[name]
-    given = arguments(case)
+    given = arguments(case, on_the_host())
     with interpreted():
         found = gradients(given, lambda given: mosaic_gpu.streaming_matmul(given, config=case.config))
     assert_gradients_agree(given, found)
@@ -171,7 +168,7 @@ def test_the_kernel_has_a_derivative(name):
 
 def test_a_tangent_goes_forward_too():
     case = INTERPRETED["output head"]
-    given = arguments(case)
+    given = arguments(case, on_the_host())
     with interpreted():
         y, tangent = jax.jit(
             lambda given: jax.jvp(

@@ -145,7 +145,7 @@ def test_a_model_that_is_not_there_is_named():
     failed = worker.load(Setup("no-such-model", LLM_ARGUMENTS, OPTIONS))
     assert (failed.reason, "no-such-model" in failed.message) == ("input", True)
     failed = worker.load(Setup(None, LLM_ARGUMENTS, OPTIONS | {"max_num_seqs": 3}))
-    assert failed == Failed("input", "max_num_seqs = 3 must be an integer power of two, at least 1")
+    assert failed == Failed("input", "max_num_seqs = 3 must be an integer power of two in 1..4096")
 
 
 @pytest.mark.parametrize(
