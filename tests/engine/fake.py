@@ -158,7 +158,8 @@ def _output(tokens_nW, emits_nW):
 def fake_engine(options: Options, context: int, windows: tuple[int | None, ...] = WINDOWS) -> Engine:
     """An engine without a device. The first window is None, since that group tells the whole text."""
     config = SimpleNamespace(windows=windows, dtype="float32")
-    with mock.patch("jaxinfer.engine.engine.Programs", FakePrograms):
+    fits_always = mock.patch("jaxinfer.engine.engine.check_pages")
+    with mock.patch("jaxinfer.engine.engine.Programs", FakePrograms), fits_always:
         return Engine(SimpleNamespace(config=config, context=context), [], options)
 
 
