@@ -131,7 +131,22 @@ def test_every_model_of_the_repository_can_be_planned():
             ["llama-3-8b", "--hardware", "tpu-v5e", "--weights", "fp32", "--cache", "fp32"],
             "tpu-v5e has no fp32 matmul; it has bf16, int8; pass --weights bf16 --cache bf16 --activations bf16",
         ),
-        (["llama-3-8b", "--batch", "0"], "Invalid value for '--batch'"),
+        (["llama-3-8b", "--batch", "0"], "Invalid value for '--batch': 0 must be an integer, at least 1"),
+        (["llama-3-8b", "--batch", "-5"], "Invalid value for '--batch': -5 must be an integer, at least 1"),
+        (["llama-3-8b", "--batch", "x"], "Invalid value for '--batch': 'x' must be an integer, at least 1"),
+        (["llama-3-8b", "--context", "0"], "Invalid value for '--context': 0 must be an integer, at least 1"),
+        (
+            ["llama-3-8b", "--tensor-parallel", "0"],
+            "Invalid value for '--tensor-parallel': 0 must be an integer, at least 1",
+        ),
+        (
+            ["llama-3-8b", "--plot", "/nonexistent/x.png"],
+            "Invalid value for '--plot': cannot write an image to /nonexistent/x.png: No such file or directory",
+        ),
+        (
+            ["llama-3-8b", "--plot", "x.exe"],
+            "Invalid value for '--plot': cannot write an image to x.exe: Format 'exe' is not supported",
+        ),
     ],
 )
 def test_bad_input_is_an_error_of_usage(arguments, message):
