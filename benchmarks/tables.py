@@ -27,8 +27,8 @@ FILES = (
 NAMES = {
     "mosaic_gpu": "**jaxinfer**",
     "xla": "**jaxinfer**, XLA attention",
-    "plan": "*predicted by `jaxinfer plan`*",
-    "plan with XLA attention": "*predicted by `jaxinfer plan`, XLA attention*",
+    "plan": "*predicted*",
+    "plan with XLA attention": "*predicted*, XLA attention",
 }
 KERNEL_NAMES = {
     "mosaic_gpu": "**jaxinfer**",

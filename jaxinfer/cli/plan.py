@@ -13,6 +13,7 @@ from rich.table import Table
 from jaxinfer.cli.options import integer
 from jaxinfer.cli.units import si
 from jaxinfer.roofline import (
+    Attention,
     Cost,
     Hardware,
     MemoryPlan,
@@ -49,6 +50,9 @@ def plan(
     activations: Annotated[
         str | None, typer.Option(help="Dtype of the matmuls' operands; by default 16 bits or the weights'.")
     ] = None,
+    attention: Annotated[
+        Attention, typer.Option(help="flash, or materialized as XLA's is, of a row of pages of --context tokens.")
+    ] = "flash",
     tensor_parallel: Annotated[int, integer(least=1, help="Devices that share the model.")] = 1,
     plot: Annotated[Path | None, typer.Option(help="Save the roofline as an image.")] = None,
 ) -> None:
@@ -58,7 +62,7 @@ def plan(
     try:
         machine = measure_machine() if hardware == "here" else find_hardware(hardware)
         precision = Precision(weights, cache, activations or _operands(weights))
-        made = make_plan(find_model(model), machine, batch, context, precision, tensor_parallel)
+        made = make_plan(find_model(model), machine, batch, context, precision, tensor_parallel, attention)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     if plot:
@@ -116,6 +120,7 @@ def make_plan(
     context: int,
     precision: Precision,
     tensor_parallel: int = 1,
+    attention: Attention = "flash",
 ) -> Plan:
     """Plans decoding of `batch` sequences of `context` tokens, and the prefill of one prompt as long.
 
@@ -132,10 +137,10 @@ def make_plan(
         precision,
         tensor_parallel,
         memory=plan_memory(config, hardware, batch, context, precision, tensor_parallel),
-        decode=decode_step(config, batch, context, precision, tensor_parallel),
-        prefill=prefill(config, context, precision=precision, tensor_parallel=tensor_parallel),
-        turning_point=compute_bound_batch(config, context, hardware, precision, tensor_parallel),
-        short_turning_point=compute_bound_batch(config, 1, hardware, precision, tensor_parallel),
+        decode=decode_step(config, batch, context, precision, tensor_parallel, attention=attention),
+        prefill=prefill(config, context, precision=precision, tensor_parallel=tensor_parallel, attention=attention),
+        turning_point=compute_bound_batch(config, context, hardware, precision, tensor_parallel, attention),
+        short_turning_point=compute_bound_batch(config, 1, hardware, precision, tensor_parallel, attention),
     )
 
 
@@ -165,7 +170,10 @@ def verdict(plan: Plan) -> list[str]:
     ]
     if hardware.overhead:
         expected = _speed(decode.tokens, decode.predict(hardware))
-        lines.append(f"With {si(hardware.overhead, 's')} for each kernel, decode is expected at {expected}.")
+        lines.append(
+            f"With {si(hardware.overhead, 's')} for each kernel, decode is expected at {expected} "
+            f"and the first token after {si(first.predict(hardware), 's')}."
+        )
     return lines
 
 
