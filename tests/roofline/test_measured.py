@@ -54,7 +54,7 @@ def machine(run: str) -> tuple[Hardware, bool]:
     device = find_by_device(RUNS[run]["environment"]["device"])
     assert device is not None
     recorded = "kernel overhead" in ceilings
-    assert recorded or run.startswith("h200 decode ")
+    assert recorded or run.startswith("h200 decode_xla ")
     overhead = ceilings.get("kernel overhead", H200_OVERHEAD) * 1e-6
     flops = {"bf16": ceilings["bf16 matmul"] * 1e12}
     return device.with_ceilings(ceilings["bandwidth"] * 1e12, flops, overhead), recorded
