@@ -3,15 +3,16 @@
     python -m benchmarks.tables
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`; that of another card than the H200 is named
-`CARD/NAME`, by the folder of its results. Its figures come from the records of a file that
-a benchmark writes, and of one beside it with other systems' figures, which stand only where there are our own. The
-marked table `sources` states the environment of each file, its `what` without the key.
+`CARD/NAME`, by the folder of its results. Its figures come from the records of the files that a benchmark writes, and
+of one beside them with other systems' figures, which stand only where there are our own. The marked table `sources`
+states the environment of each file, its `what` without the key.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,15 @@ from typing import Any
 from benchmarks.record import RESULTS, Record, parts
 
 README = Path(__file__).parents[1] / "README.md"
-FILES = (
-    ("decode_kernels.json",),
-    ("decode.json", "anchors.json"),
-    ("kernels.json", "kernel_anchors.json"),
-)  # rows come in this order
+FILES = (  # our own, then those of other systems; rows come in this order
+    (("decode.json", "decode_xla.json"), ("anchors.json",)),
+    (("kernels.json",), ("kernel_anchors.json",)),
+)
 NAMES = {
     "mosaic_gpu": "**jaxinfer**",
     "xla": "**jaxinfer**, XLA attention",
-    "plan": "*predicted by `jaxinfer plan`*",
-    "plan with XLA attention": "*predicted by `jaxinfer plan`, XLA attention*",
+    "plan": "*predicted*",
+    "plan with XLA attention": "*predicted*, XLA attention",
 }
 KERNEL_NAMES = {
     "mosaic_gpu": "**jaxinfer**",
@@ -123,10 +123,12 @@ def section(name: str, folder: Path) -> str:
     return markdown(TABLES[name], [Record(**record) for part in files for record in part["records"]])
 
 
-def read(folder: Path, ours: str, *others: str) -> list[dict[str, Any]]:
-    """The parts of our own file and of that of other systems; none without our own."""
-    paths = [folder / name for name in (ours, *others) if (folder / ours).exists()]
-    return [part for path in paths if path.exists() for part in parts(json.loads(path.read_text()))]
+def read(folder: Path, ours: Sequence[str], others: Sequence[str]) -> list[dict[str, Any]]:
+    """The parts of our own files and of those of other systems; none without one of our own."""
+    paths = [path for name in ours if (path := folder / name).exists()]
+    if paths:
+        paths += [path for name in others if (path := folder / name).exists()]
+    return [part for path in paths for part in parts(json.loads(path.read_text()))]
 
 
 def markdown(table: Table, records: list[Record]) -> str:

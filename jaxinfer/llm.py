@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
+import jax
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -281,9 +282,13 @@ def _check_arguments(
         raise ValueError(
             f"max_model_len = {max_model_len!r} must be an integer, at least 2 (a prompt and a new token)"
         )
-    for name, value, least in (("tensor_parallel_size", tensor_parallel_size, 1), ("seed", seed, 0)):
-        if not is_integer(value, least):
-            raise ValueError(f"{name} = {value!r} must be an integer, at least {least}")
+    devices = len(jax.devices())
+    if not is_integer(tensor_parallel_size, 1) or tensor_parallel_size > devices:
+        raise ValueError(
+            f"tensor_parallel_size = {tensor_parallel_size!r} must be an integer in 1..{devices}, the devices here"
+        )
+    if not is_integer(seed, 0):
+        raise ValueError(f"seed = {seed!r} must be an integer, at least 0")
     if not isinstance(warm_up, bool):
         raise ValueError(f"warm_up = {warm_up!r} must be True or False")
     if not isinstance(options, Options | None):

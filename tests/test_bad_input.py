@@ -247,8 +247,8 @@ def test_more_pages_than_fit_are_refused_before_they_are_allocated(tmp_path_fact
     ({"seed": "1"}, ["seed = '1'", "integer"]),
     ({"warm_up": 1}, ["warm_up = 1", "True or False"]),
     ({"options": {"max_num_seqs": 2}}, ["options = {'max_num_seqs': 2}", "Options"]),
-    ({"tensor_parallel_size": 0}, ["tensor", "0", "at least 1"]),
-    ({"tensor_parallel_size": 16}, ["16 devices", "8"]),
+    ({"tensor_parallel_size": 0}, ["tensor_parallel_size = 0", "in 1..8, the devices here"]),
+    ({"tensor_parallel_size": 16}, ["tensor_parallel_size = 16", "in 1..8, the devices here"]),
     ({"tensor_parallel_size": 8}, ["tensor has 8", "num_heads", "4"]),
 ])  # fmt: skip
 def test_arguments(tmp_path_factory, arguments, words):

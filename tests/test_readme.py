@@ -46,13 +46,19 @@ def test_the_pipeline_runs_the_readmes_test_command():
     assert command in (ROOT / ".ci" / "run").read_text()
 
 
-def write_results(folder: Path, value: float) -> None:
-    record = {"case": "llama-3-8b B1", "implementation": "xla", "metric": "decode", "value": value, "unit": "tok/s"}
+def write_results(folder: Path, value: float, name: str = "decode", implementation: str = "xla") -> None:
+    record = {
+        "case": "llama-3-8b B1",
+        "implementation": implementation,
+        "metric": "decode",
+        "value": value,
+        "unit": "tok/s",
+    }
     results = {
         "environment": {"what": "our own system", "device": "a card"},
-        "records": [record | {"roofline_fraction": 0.754}],
+        "records": [record],
     }
-    (folder / "decode.json").write_text(json.dumps(results))
+    (folder / f"{name}.json").write_text(json.dumps(results))
 
 
 @pytest.mark.parametrize(
@@ -67,6 +73,19 @@ def test_a_table_follows_its_file(tmp_path, value, cell):
     assert f"| **jaxinfer**, XLA attention | {cell} |  |  |  |\n" in rendered
     assert "- our own system, device a card\n" in rendered
     assert render(rendered, tmp_path) == rendered
+
+
+@pytest.mark.parametrize("own", [["decode"], ["decode_xla"], ["decode", "decode_xla"]])
+def test_rows_are_the_kernels_then_xlas_then_other_systems(tmp_path, own):
+    names = {"decode": "mosaic_gpu", "decode_xla": "xla"}
+    write_results(tmp_path, 3, "anchors", "another")
+    for name in own:
+        write_results(tmp_path, 1, name, names[name])
+    titles = {"decode": "**jaxinfer**", "decode_xla": "**jaxinfer**, XLA attention"}
+    rows = re.findall(
+        r"^\| (\S.*?) \| \d", render("<!-- table: decode -->\n<!-- /table -->\n", tmp_path), re.MULTILINE
+    )
+    assert rows == [*(titles[name] for name in own), "another"]
 
 
 def test_an_unknown_table_is_named(tmp_path):

@@ -65,7 +65,10 @@ def save(folder: Path, model: Model, arrays: Mapping[str, jax.Array], beside: Pa
                 if file.name not in (INDEX, SIZES):
                     shutil.copyfile(file, staging / file.name)
         with context:
-            ocp.save(_orbax_path(staging / PARAMETERS), {path: _stored(model, path, array) for path, array in arrays.items()})
+            ocp.save(
+                _orbax_path(staging / PARAMETERS),
+                {path: _stored(model, path, array) for path, array in arrays.items()},
+            )
         (staging / SIZES).write_text(json.dumps(_sizes(staging / PARAMETERS), indent=2), encoding="utf-8")
 
 

@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from jaxinfer.cli.options import bad_argument, integer
+
 
 def batch(
     requests: Annotated[Path, typer.Argument(help="File of requests, one in a line.", exists=True, dir_okay=False)],
@@ -22,10 +24,10 @@ def batch(
         str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's by default.")
     ] = None,
     max_model_len: Annotated[
-        int | None, typer.Option(help="Tokens of prompt and output; the checkpoint's by default.")
+        int | None, integer(help="Tokens of prompt and output; the checkpoint's by default.")
     ] = None,
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share the model.")] = 1,
-    max_num_seqs: Annotated[int, typer.Option(help="Sequences that run at once; a power of two.")] = 64,
+    tensor_parallel: Annotated[int, integer(least=1, help="Devices that share the model.")] = 1,
+    max_num_seqs: Annotated[int, integer(help="Sequences that run at once; a power of two.")] = 64,
 ) -> None:
     """Answer every request of REQUESTS into ANSWERS, a line each; a second run does what is left."""
     try:
@@ -49,7 +51,7 @@ def batch(
             options=Options(max_num_seqs=max_num_seqs),
         )
     except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+        raise bad_argument(error) from error
     name = served_model_name or ("demo" if model is None else model)
     console, statuses = Console(stderr=True), Counter[int]()
     with answers.open("a", encoding="utf-8") as file, Progress(console=console) as progress:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from jaxinfer.cli.options import bad_argument, integer, number
 from jaxinfer.cli.units import si
 from jaxinfer.roofline import Precision, decode_step
 
@@ -21,17 +22,17 @@ def generate(
     model: Annotated[
         str | None, typer.Option(help="Folder of a checkpoint or Hugging Face id; the demo model by default.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of the continuation, at most.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that hold this probability.")] = 0.9,
-    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
+    max_tokens: Annotated[int, integer(help="Tokens of the continuation, at most.")] = 200,
+    temperature: Annotated[float, number(help="0 always takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, number(help="Keep the likeliest tokens that hold this probability.")] = 0.9,
+    seed: Annotated[int, integer(help="Of the random draws.")] = 0,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's by default.")
     ] = None,
     max_model_len: Annotated[
-        int | None, typer.Option(help="Tokens of prompt and continuation; the checkpoint's context by default.")
+        int | None, integer(help="Tokens of prompt and continuation; the checkpoint's context by default.")
     ] = None,
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share the model.")] = 1,
+    tensor_parallel: Annotated[int, integer(least=1, help="Devices that share the model.")] = 1,
 ) -> None:
     """Continue PROMPT and stream the text; then print tokens/s, the bandwidth that is, and the machine's limit."""
     from jaxinfer.decode.sampling_params import SamplingParams
@@ -52,7 +53,7 @@ def generate(
         stream = llm.stream(prompt, params)
         llm.generate(prompt, replace(params, max_tokens=min(2, max_tokens)))  # compiles, so that the stream is timed
     except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+        raise bad_argument(error) from error
     typer.echo(prompt, nl=False)
     clock = Clock()
     for piece in stream:

@@ -10,8 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jaxinfer.cli.options import integer
 from jaxinfer.cli.units import si
 from jaxinfer.roofline import (
+    Attention,
     Cost,
     Hardware,
     MemoryPlan,
@@ -41,14 +43,17 @@ def plan(
     hardware: Annotated[
         str, typer.Option(help="h200, a100-80, tpu-v5e, ...; h200-measured; here measures this machine.")
     ] = "h200",
-    batch: Annotated[int, typer.Option(min=1, help="Sequences that decode together.")] = 1,
-    context: Annotated[int, typer.Option(min=1, help="Tokens in each sequence.")] = 4096,
+    batch: Annotated[int, integer(least=1, help="Sequences that decode together.")] = 1,
+    context: Annotated[int, integer(least=1, help="Tokens in each sequence.")] = 4096,
     weights: Annotated[str, typer.Option(help="Dtype of the weights: bf16, fp8, int8, int4, ...")] = "bf16",
     cache: Annotated[str, typer.Option(help="Dtype of keys and values.")] = "bf16",
     activations: Annotated[
         str | None, typer.Option(help="Dtype of the matmuls' operands; by default 16 bits or the weights'.")
     ] = None,
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share the model.")] = 1,
+    attention: Annotated[
+        Attention, typer.Option(help="flash, or materialized as XLA's is, of a row of pages of --context tokens.")
+    ] = "flash",
+    tensor_parallel: Annotated[int, integer(least=1, help="Devices that share the model.")] = 1,
     plot: Annotated[Path | None, typer.Option(help="Save the roofline as an image.")] = None,
 ) -> None:
     """Print memory, limits and bounds of MODEL on a machine; exit with 1 if it does not fit."""
@@ -57,12 +62,11 @@ def plan(
     try:
         machine = measure_machine() if hardware == "here" else find_hardware(hardware)
         precision = Precision(weights, cache, activations or _operands(weights))
-        made = make_plan(find_model(model), machine, batch, context, precision, tensor_parallel)
-        if plot:
-            steps = {"decode": made.decode, "prefill": made.prefill}
-            plot_roofline(machine, steps, precision.activations).savefig(plot, dpi=150)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+        made = make_plan(find_model(model), machine, batch, context, precision, tensor_parallel, attention)
+    except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
+    if plot:
+        _save_plot(made, plot)
     console = Console()
     for table in plan_tables(made):
         console.print(table)
@@ -116,6 +120,7 @@ def make_plan(
     context: int,
     precision: Precision,
     tensor_parallel: int = 1,
+    attention: Attention = "flash",
 ) -> Plan:
     """Plans decoding of `batch` sequences of `context` tokens, and the prefill of one prompt as long.
 
@@ -132,10 +137,10 @@ def make_plan(
         precision,
         tensor_parallel,
         memory=plan_memory(config, hardware, batch, context, precision, tensor_parallel),
-        decode=decode_step(config, batch, context, precision, tensor_parallel),
-        prefill=prefill(config, context, precision=precision, tensor_parallel=tensor_parallel),
-        turning_point=compute_bound_batch(config, context, hardware, precision, tensor_parallel),
-        short_turning_point=compute_bound_batch(config, 1, hardware, precision, tensor_parallel),
+        decode=decode_step(config, batch, context, precision, tensor_parallel, attention=attention),
+        prefill=prefill(config, context, precision=precision, tensor_parallel=tensor_parallel, attention=attention),
+        turning_point=compute_bound_batch(config, context, hardware, precision, tensor_parallel, attention),
+        short_turning_point=compute_bound_batch(config, 1, hardware, precision, tensor_parallel, attention),
     )
 
 
@@ -165,8 +170,23 @@ def verdict(plan: Plan) -> list[str]:
     ]
     if hardware.overhead:
         expected = _speed(decode.tokens, decode.predict(hardware))
-        lines.append(f"With {si(hardware.overhead, 's')} for each kernel, decode is expected at {expected}.")
+        lines.append(
+            f"With {si(hardware.overhead, 's')} for each kernel, decode is expected at {expected} "
+            f"and the first token after {si(first.predict(hardware), 's')}."
+        )
     return lines
+
+
+def _save_plot(plan: Plan, path: Path) -> None:
+    """Draws both steps on the machine's roofline; the format is that of the path's suffix."""
+    steps = {"decode": plan.decode, "prefill": plan.prefill}
+    try:
+        plot_roofline(plan.hardware, steps, plan.precision.activations).savefig(path, dpi=150)
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(str(error), param_hint="'--plot'") from error
+    except (ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise typer.BadParameter(f"cannot write an image to {path}: {reason}", param_hint="'--plot'") from error
 
 
 def _check_matmuls(hardware: Hardware, precision: Precision) -> None:

@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from jaxinfer.cli.options import bad_argument, integer, number
+
 if TYPE_CHECKING:
     from jaxinfer.serve.messages import Failed, Setup
 
@@ -24,7 +26,7 @@ def serve(
         str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.", rich_help_panel=_NETWORK)
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="0 takes any that is free.", rich_help_panel=_NETWORK)
+        int, integer(least=0, most=65535, help="0 takes any that is free.", rich_help_panel=_NETWORK)
     ] = 8000,
     api_key: Annotated[
         str | None,
@@ -38,34 +40,32 @@ def serve(
         str | None, typer.Option(help="Name of the model in requests; MODEL by default.")
     ] = None,
     max_waiting: Annotated[
-        int, typer.Option(min=0, help="Requests that may wait; more are told to come again later.")
+        int, integer(least=0, help="Requests that may wait; more are told to come again later.")
     ] = 256,
-    shutdown_timeout: Annotated[
-        float, typer.Option(min=0, help="Seconds that running requests have after SIGTERM.")
-    ] = 30,
+    shutdown_timeout: Annotated[float, number(least=0, help="Seconds that running requests have after SIGTERM.")] = 30,
     dtype: Annotated[
         str | None,
         typer.Option(help="float32, bfloat16 or float16; the checkpoint's by default.", rich_help_panel=_ENGINE),
     ] = None,
     max_model_len: Annotated[
         int | None,
-        typer.Option(help="Tokens of prompt and output; the checkpoint's by default.", rich_help_panel=_ENGINE),
+        integer(help="Tokens of prompt and output; the checkpoint's by default.", rich_help_panel=_ENGINE),
     ] = None,
     tensor_parallel: Annotated[
-        int, typer.Option(min=1, help="Devices that share the model.", rich_help_panel=_ENGINE)
+        int, integer(least=1, help="Devices that share the model.", rich_help_panel=_ENGINE)
     ] = 1,
     max_num_seqs: Annotated[
-        int, typer.Option(help="Sequences that run at once; a power of two.", rich_help_panel=_ENGINE)
+        int, integer(help="Sequences that run at once; a power of two.", rich_help_panel=_ENGINE)
     ] = 64,
     max_num_batched_tokens: Annotated[
-        int, typer.Option(help="Prompt tokens of one step; a power of two.", rich_help_panel=_ENGINE)
+        int, integer(help="Prompt tokens of one step; a power of two.", rich_help_panel=_ENGINE)
     ] = 1024,
-    page_size: Annotated[int, typer.Option(help="Tokens of a page of the cache.", rich_help_panel=_ENGINE)] = 16,
+    page_size: Annotated[int, integer(help="Tokens of a page of the cache.", rich_help_panel=_ENGINE)] = 16,
     num_pages: Annotated[
-        int | None, typer.Option(help="Pages of the cache; as many as fit by default.", rich_help_panel=_ENGINE)
+        int | None, integer(help="Pages of the cache; as many as fit by default.", rich_help_panel=_ENGINE)
     ] = None,
     steps_per_dispatch: Annotated[
-        int, typer.Option(help="Decode steps in one program, and tokens in one event.", rich_help_panel=_ENGINE)
+        int, integer(help="Decode steps in one program, and tokens in one event.", rich_help_panel=_ENGINE)
     ] = 8,
     cache_dtype: Annotated[
         str | None, typer.Option(help="Of keys and values; the model's by default.", rich_help_panel=_ENGINE)
@@ -130,7 +130,7 @@ def _check_tls(certfile: str | None, keyfile: str | None) -> None:
 def _explain(failed: Failed, setup: Setup, say: Callable[[str], None]) -> None:
     """Says why the engine did not start; where memory was short, also what takes it and what would fit."""
     if failed.reason == "input":
-        raise typer.BadParameter(failed.message)
+        raise bad_argument(failed.message)
     say(f"[bold red]error:[/] {escape(failed.message)}")
     if failed.reason == "memory" and failed.device is not None:
         from jaxinfer.cli.room import memory_lines

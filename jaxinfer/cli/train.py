@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from jaxinfer.cli.options import integer
+
 train_app = typer.Typer(help="Train the small models that ship with the package.", no_args_is_help=True)
 
 
@@ -17,9 +19,11 @@ def _group() -> None:
 
 @train_app.command()
 def demo(
-    output: Annotated[Path, typer.Argument(help="Folder of the finished checkpoint; must be absent or empty.")] = Path("demo"),
-    steps: Annotated[int, typer.Option(min=1, help="Steps of 32 rows of 1024 tokens.")] = 2400,
-    seed: Annotated[int, typer.Option(help="Of the first weights and of the order of the text.")] = 0,
+    output: Annotated[Path, typer.Argument(help="Folder of the finished checkpoint; must be absent or empty.")] = Path(
+        "demo"
+    ),
+    steps: Annotated[int, integer(least=1, help="Steps of 32 rows of 1024 tokens.")] = 2400,
+    seed: Annotated[int, integer(help="Of the first weights and of the order of the text.")] = 0,
 ) -> None:
     """Train the demo model: minutes on an H200, about a day on a CPU."""
     from jaxinfer.training.demo import train_demo

@@ -21,11 +21,12 @@ from jaxinfer.roofline.memory import (
 )
 from jaxinfer.roofline.precision import Precision
 from jaxinfer.roofline.shapes import parameters
-from jaxinfer.roofline.step import compute_bound_batch, decode_step, experts_touched, prefill
+from jaxinfer.roofline.step import Attention, compute_bound_batch, decode_step, experts_touched, prefill
 
 __all__ = [
     "DATASHEETS",
     "MEASURED",
+    "Attention",
     "Cost",
     "Hardware",
     "MemoryPlan",

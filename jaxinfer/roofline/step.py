@@ -145,6 +145,7 @@ def compute_bound_batch(
     hardware: Hardware,
     precision: Precision = BF16,
     tensor_parallel: int = 1,
+    attention: Attention = "flash",
 ) -> int | None:
     """The smallest batch whose decode step keeps arithmetic busy for longer than memory.
 
@@ -153,7 +154,8 @@ def compute_bound_batch(
     """
 
     def is_compute_bound(batch: int) -> bool:
-        times = decode_step(config, batch, context, precision, tensor_parallel).times(hardware)
+        step = decode_step(config, batch, context, precision, tensor_parallel, attention=attention)
+        times = step.times(hardware)
         return times["compute"] >= times["memory"]
 
     if not is_compute_bound(_LARGEST_BATCH):

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from jaxinfer.cli.plan import MODELS, find_model, make_plan, plan, plan_tables
 from jaxinfer.cli.units import si
-from jaxinfer.roofline import DATASHEETS, Precision, find_hardware
+from jaxinfer.roofline import DATASHEETS, Precision, decode_step, find_hardware, prefill
 from jaxinfer.roofline.precision import BITS
 
 app = typer.Typer()
@@ -92,6 +92,17 @@ def test_here_is_the_measured_machine(monkeypatch):
     assert "for each kernel, decode is expected at" in result.output
 
 
+@pytest.mark.parametrize("attention", ["flash", "materialized"])
+def test_the_attention_is_that_of_the_prediction(attention):
+    config, machine = find_model("llama-3-8b"), find_hardware("h200-measured")
+    step = decode_step(config, 64, 4096, attention=attention).predict(machine)
+    first = prefill(config, 4096, attention=attention).predict(machine)
+    options = ["--hardware", "h200-measured", "--batch", "64", "--attention", attention]
+    said = " ".join(run("llama-3-8b", *options).output.split())
+    assert f"expected at {64 / step:,.0f} tokens/s ({si(step, 's')} a step) and the first token after" in said
+    assert f"the first token after {si(first, 's')}." in said
+
+
 def test_a_folder_a_file_and_a_name_give_the_same_model(tmp_path):
     text = (MODELS / "llama-3.2-1b" / "config.json").read_text()
     (tmp_path / "config.json").write_text(text)
@@ -131,7 +142,23 @@ def test_every_model_of_the_repository_can_be_planned():
             ["llama-3-8b", "--hardware", "tpu-v5e", "--weights", "fp32", "--cache", "fp32"],
             "tpu-v5e has no fp32 matmul; it has bf16, int8; pass --weights bf16 --cache bf16 --activations bf16",
         ),
-        (["llama-3-8b", "--batch", "0"], "Invalid value for '--batch'"),
+        (["llama-3-8b", "--batch", "0"], "Invalid value for '--batch': 0 must be an integer, at least 1"),
+        (["llama-3-8b", "--batch", "-5"], "Invalid value for '--batch': -5 must be an integer, at least 1"),
+        (["llama-3-8b", "--attention", "xla"], "'xla' is not one of 'flash', 'materialized'"),
+        (["llama-3-8b", "--batch", "x"], "Invalid value for '--batch': 'x' must be an integer, at least 1"),
+        (["llama-3-8b", "--context", "0"], "Invalid value for '--context': 0 must be an integer, at least 1"),
+        (
+            ["llama-3-8b", "--tensor-parallel", "0"],
+            "Invalid value for '--tensor-parallel': 0 must be an integer, at least 1",
+        ),
+        (
+            ["llama-3-8b", "--plot", "/nonexistent/x.png"],
+            "Invalid value for '--plot': cannot write an image to /nonexistent/x.png: No such file or directory",
+        ),
+        (
+            ["llama-3-8b", "--plot", "x.exe"],
+            "Invalid value for '--plot': cannot write an image to x.exe: Format 'exe' is not supported",
+        ),
     ],
 )
 def test_bad_input_is_an_error_of_usage(arguments, message):

@@ -119,7 +119,8 @@ def test_a_port_in_use_is_named():
     ("arguments", "message"),
     [
         (["--host", "256.0.0.1"], "cannot listen on port 8000 of 256.0.0.1"),
-        (["--port", "70000"], "Invalid value for '--port'"),
+        (["--port", "70000"], "Invalid value for '--port': 70000 must be an integer in 0..65535"),
+        (["--shutdown-timeout", "nan"], "Invalid value for '--shutdown-timeout': nan must be a number, at least 0"),
         (["--api-key", ""], "api_key is empty"),
         (["--ssl-certfile", str(PEM)], "ssl_certfile and ssl_keyfile belong together"),
         (["--ssl-certfile", "no.pem", "--ssl-keyfile", "no.pem"], "cannot use no.pem with no.pem: "),

@@ -1,0 +1,34 @@
+"""The files of results say where each figure comes from."""
+
+import json
+
+import pytest
+
+from benchmarks.record import PACKAGES, RESULTS, environment, parts
+
+ANCHORS = ("anchors.json", "kernel_anchors.json")  # other systems' figures, as stated
+WRITTEN = {
+    f"{path.parent.name}/{path.name} {part['environment'].get('commit')}": part["environment"]
+    for path in sorted(RESULTS.glob("*/*.json"))
+    if path.name not in ANCHORS
+    for part in parts(json.loads(path.read_text()))
+}
+# Rounded figures, not as the benchmark writes them: it states neither the driver nor all versions.
+INCOMPLETE = "h200/decode.json 16ac6f3d4c8002e109d08d0429d7fde15ddbf9e3"
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_every_measured_file_states_its_environment(name):
+    made_in = WRITTEN[name]
+    wanted = ("device", "date", "commit") if name == INCOMPLETE else tuple(environment())
+    assert [key for key in wanted if made_in.get(key) in (None, "", "unknown")] == []
+    assert len(made_in["commit"]) == 40
+
+
+def test_the_exception_is_still_one():
+    assert {"driver", *PACKAGES} - WRITTEN[INCOMPLETE].keys()
+
+
+def test_every_card_has_its_decoding_figures_in_the_same_file():
+    cards = {path for path in RESULTS.iterdir() if path.is_dir()}
+    assert {path.parent for path in RESULTS.glob("*/decode.json")} == cards
