@@ -64,10 +64,12 @@ class Intake:
             return found
         return found if params is None else found + params.problems(vocab, context, len(ids))
 
-    def requests(self, names: Iterator[int], ids: Sequence[int], params: SamplingParams, seed: int) -> list[Request]:
+    def requests(
+        self, names: Iterator[int], ids: Sequence[int], params: SamplingParams, seed: int, priority: int = 0
+    ) -> list[Request]:
         """The n continuations of one prompt, named by the next of `names`; each draws from a seed of its own."""
-        prompt_ids, seeds = tuple(ids), [(seed + index) % 2**32 for index in range(params.n)]
-        return [Request(next(names), prompt_ids, params, self.limits.eos_ids, seed) for seed in seeds]
+        prompt_ids, eos_ids, seeds = tuple(ids), self.limits.eos_ids, [(seed + i) % 2**32 for i in range(params.n)]
+        return [Request(next(names), prompt_ids, params, eos_ids, seed, priority) for seed in seeds]
 
 
 def listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

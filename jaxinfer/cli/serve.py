@@ -70,6 +70,12 @@ def serve(
     cache_dtype: Annotated[
         str | None, typer.Option(help="Of keys and values; the model's by default.", rich_help_panel=_ENGINE)
     ] = None,
+    prefix_caching: Annotated[
+        bool, typer.Option(help="Prompts that begin alike share the pages of it.", rich_help_panel=_ENGINE)
+    ] = True,
+    max_waiting_time: Annotated[
+        float | None, typer.Option(help="Seconds that a request may wait to run.", rich_help_panel=_ENGINE)
+    ] = None,
     warm_up: Annotated[
         bool, typer.Option(help="Compile everything before the first request.", rich_help_panel=_ENGINE)
     ] = True,
@@ -98,6 +104,8 @@ def serve(
             "num_pages": num_pages,
             "steps_per_dispatch": steps_per_dispatch,
             "cache_dtype": cache_dtype,
+            "enable_prefix_caching": prefix_caching,
+            "max_waiting_time": max_waiting_time,
         },
     )
     name = served_model_name or ("demo" if model is None else model)

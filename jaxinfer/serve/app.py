@@ -74,7 +74,7 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
 
     async def _answer(request: Request, body: SamplingBody, asked: Asked, answer: Answer) -> Response:
         prompts, params = asked
-        group = service.client.start(prompts, params)
+        group = service.client.start(prompts, params, body.priority or 0)
         used = sum(map(len, prompts))
         try:
             if body.stream:

@@ -50,6 +50,8 @@ class Group:
         while open_ones:
             await self._change()
             for continuation in list(open_ones):
+                if self.error is not None:  # it may also come while the reader has a piece
+                    raise self.error
                 if (piece := continuation.piece()) is not None:
                     if piece.finish_reason is not None:
                         open_ones.remove(continuation)
@@ -57,15 +59,15 @@ class Group:
 
     async def outputs(self) -> list[CompletionOutput]:
         """The whole of every continuation, when all have ended; raises as `pieces`."""
-        while any(continuation.finish_reason is None for continuation in self.continuations):
+        while self.error is None and any(one.finish_reason is None for one in self.continuations):
             await self._change()
+        if self.error is not None:
+            raise self.error
         return [continuation.output() for continuation in self.continuations]
 
     async def _change(self) -> None:
         await self.changed.wait()
         self.changed.clear()
-        if self.error is not None:
-            raise self.error
 
     @property
     def new_tokens(self) -> int:
@@ -115,8 +117,11 @@ class Client:
 
     # --- requests out
 
-    def start(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Group:
+    def start(self, prompts: Sequence[Sequence[int]], params: SamplingParams, priority: int = 0) -> Group:
         """Queues the n continuations of every prompt; those of the first prompt come first.
+
+        Args:
+            priority: the lower, the sooner the engine lets them run.
 
         Raises:
             ApiError: they are more than the queue has room for, now or ever, or the server takes none any more.
@@ -125,7 +130,7 @@ class Client:
         requests = []
         for ids in prompts:
             seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
-            requests += self.intake.requests(self._ids, ids, params, seed)
+            requests += self.intake.requests(self._ids, ids, params, seed, priority)
         group = Group(self, [], time.monotonic())
         for index, request in enumerate(requests):
             group.continuations.append(Continuation.start(request, index, self.intake.tokenizer))
@@ -205,8 +210,8 @@ class Client:
             self._fail(group, ApiError(500, "the text of this request cannot be made", code="internal_error"))
             return False
         self._time(running, len(entry.tokens), now)
-        if continuation.finish_reason == "abort":
-            self._fail(group, ApiError(500, "the engine failed while the request ran; try again", code="aborted"))
+        if (error := _never_ended(continuation)) is not None:
+            self._fail(group, error)
             return False
         group.changed.set()
         if continuation.finish_reason is None:
@@ -231,3 +236,13 @@ class Client:
         self.drop(group)
         group.error = error
         group.changed.set()
+
+
+def _never_ended(continuation: Continuation) -> ApiError | None:
+    """What the caller is told of a continuation that the engine gave up."""
+    if continuation.finish_reason == "abort":
+        return ApiError(500, "the engine failed while the request ran; try again", code="aborted")
+    if continuation.finish_reason == "timeout":
+        message = "the request waited longer than this server lets one wait; try again later"
+        return ApiError(503, message, code="timeout", headers={"Retry-After": "10"})
+    return None

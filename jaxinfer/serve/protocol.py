@@ -59,6 +59,7 @@ class SamplingBody(_Body):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None  # the lower, the sooner; 0 by default
     # For OpenAI's own records: without effect here.
     user: str | None = None
     metadata: dict[str, Any] | None = None

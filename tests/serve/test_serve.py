@@ -24,7 +24,8 @@ CASES = {
     "greedy": ("def fibonacci(n):", {"max_tokens": 24, "temperature": 0}, {}),
     "sampled": ("import os\n", {"max_tokens": 20, "temperature": 0.9, "top_p": 0.9, "seed": 7}, {"top_k": 40}),
     "several": ("class Stack:", {"max_tokens": 12, "n": 3, "seed": 11}, {"min_p": 0.05}),
-    "stop": ("def f(x):", {"max_tokens": 40, "temperature": 0, "stop": ["return", "never"]}, {"min_tokens": 1}),
+    "stop": ("def f(x):", {"max_tokens": 40, "temperature": 0, "stop": ["return", "never"]},
+             {"min_tokens": 1, "priority": -1}),
     "logprobs": ("for i in", {"max_tokens": 9, "temperature": 0, "logprobs": 3}, {"ignore_eos": True}),
     "penalties": ("x = [1, 2", {"max_tokens": 12, "temperature": 0, "frequency_penalty": 1.0, "logit_bias": {"7": -5}},
                   {"repetition_penalty": 1.2}),
@@ -59,6 +60,7 @@ def expected(llm):
 
 def sampling_params(options):
     bias = {int(token): value for token, value in options.get("logit_bias", {}).items()} or None
+    options = {name: value for name, value in options.items() if name != "priority"}
     return SamplingParams(**options | {"logit_bias": bias})
 
 
@@ -264,6 +266,7 @@ BAD = {  # path, body, status, param, words of the message
     "options of no stream": (COMPLETION, {"prompt": "a", "stream_options": {}}, 400, "stream_options", "stream"),
     "an inner field": (COMPLETION, {"prompt": "a", "stream": True, "stream_options": {"x": 1}}, 400,
                        "stream_options.x", "not a field"),
+    "a priority": (COMPLETION, {"prompt": "a", "priority": 2**31}, 400, "priority", "less than 2147483648"),
     "echo": (COMPLETION, {"prompt": "a", "echo": True}, 400, "echo", "not supported"),
     "no messages": (CHAT, {"messages": []}, 400, "messages", "at least one message"),
     "no list": (CHAT, {"messages": "hello"}, 400, "messages", "valid array"),

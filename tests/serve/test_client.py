@@ -1,0 +1,93 @@
+"""The HTTP process's side of the engine, told by hand what the engine brings."""
+
+import asyncio
+
+import pytest
+
+from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.engine import Counters, Metrics
+from jaxinfer.intake import Intake, Limits
+from jaxinfer.llm import DEMO
+from jaxinfer.serve import metrics
+from jaxinfer.serve.client import Client
+from jaxinfer.serve.errors import ApiError
+from jaxinfer.serve.messages import Abort, Add, Refused, Step, Tokens
+from jaxinfer.text import Tokenizer
+
+INTAKE = Intake(Tokenizer.from_folder(DEMO), Limits(4096, 1024, (0,)))
+IDLE = Metrics(Counters(), 0, 0, 9, 0, 0, 0, 0, 0)
+PARAMS = SamplingParams(max_tokens=4)
+
+
+def made():
+    """A client, and what it sends."""
+    sent = []
+    return Client(sent.append, INTAKE, max_num_seqs=2, max_waiting=1, metrics=metrics.Metrics()), sent
+
+
+def step(*tokens):
+    return Step(tokens, IDLE)
+
+
+@pytest.mark.parametrize(("reason", "status"), [("timeout", 503), ("abort", 500)])
+def test_what_the_engine_gave_up_is_an_error(reason, status):
+    async def ask():
+        client, sent = made()
+        given_up, other = client.start([[1]], PARAMS), client.start([[2]], PARAMS, priority=-1)
+        assert [request.priority for message in sent for request in message.requests] == [0, -1]
+        client.receive(step(Tokens(0, (), (), None, reason), Tokens(1, (5, 6, 7, 8), (), None, "length")))
+        with pytest.raises(ApiError, match="try again") as caught:
+            await given_up.outputs()
+        (output,) = await other.outputs()
+        assert (caught.value.status, output.token_ids) == (status, [5, 6, 7, 8])
+        other.close()
+        assert client.idle
+
+    asyncio.run(ask())
+
+
+def test_a_text_that_cannot_be_made_ends_no_other(monkeypatch, caplog):
+    async def ask():
+        client, sent = made()
+        broken, other = client.start([[1]], SamplingParams(max_tokens=4, n=2)), client.start([[2]], PARAMS)
+        monkeypatch.setattr(broken.continuations[1], "decoder", None)
+        client.receive(step(*(Tokens(name, (5,), (), None, None) for name in range(3))))
+        with pytest.raises(ApiError, match="the text of this request cannot be made") as caught:
+            await broken.outputs()
+        assert (caught.value.status, sent[-1]) == (500, Abort((0, 1)))
+        client.receive(step(Tokens(0, (6,), (), None, "length"), Tokens(2, (6,), (), None, "length")))
+        (output,) = await other.outputs()
+        assert output.token_ids == [5, 6]
+
+    asyncio.run(ask())
+    assert [record.message for record in caplog.records] == ["the text of request 1 cannot be made"]
+
+
+def test_a_request_that_the_engine_refuses():
+    async def ask():
+        client, _ = made()
+        group = client.start([[1]], PARAMS)
+        client.receive(Refused(0, "max_tokens = 4 must be less"))
+        with pytest.raises(ApiError, match="must be less") as caught:
+            await anext(group.pieces())
+        assert (caught.value.status, caught.value.param) == (400, "max_tokens")
+        assert client.idle
+
+    asyncio.run(ask())
+
+
+def test_a_slow_reader_gets_longer_pieces_and_a_stop_string_aborts():
+    async def ask():
+        client, sent = made()
+        ids = INTAKE.tokenizer.encode("for i in range", add_special_tokens=False)
+        group = client.start([[1]], SamplingParams(max_tokens=99, stop="range"))
+        for token in ids[:-1]:
+            client.receive(step(Tokens(0, (token,), (), None, None)))
+        pieces = group.pieces()
+        assert (await anext(pieces)).text == "for i in"
+        client.receive(step(Tokens(0, (ids[-1],), (), None, None)))
+        rest = [piece async for piece in pieces]
+        assert [(piece.text, piece.finish_reason, piece.stop_reason) for piece in rest] == [(" ", "stop", "range")]
+        assert [type(message) for message in sent] == [Add, Abort]
+
+    asyncio.run(ask())
