@@ -65,8 +65,16 @@ def save(folder: Path, model: Model, arrays: Mapping[str, jax.Array], beside: Pa
                 if file.name not in (INDEX, SIZES):
                     shutil.copyfile(file, staging / file.name)
         with context:
-            ocp.save(str(staging / PARAMETERS), {path: _stored(model, path, array) for path, array in arrays.items()})
+            ocp.save(
+                _orbax_path(staging / PARAMETERS),
+                {path: _stored(model, path, array) for path, array in arrays.items()},
+            )
         (staging / SIZES).write_text(json.dumps(_sizes(staging / PARAMETERS), indent=2), encoding="utf-8")
+
+
+def _orbax_path(store: Path) -> str:
+    """Orbax takes no relative path; what else names the store names it as the caller did."""
+    return str(store.resolve())
 
 
 def _stored(model: Model, path: str, array: jax.Array) -> jax.Array | np.ndarray:
@@ -109,7 +117,7 @@ def _check_sizes(folder: Path) -> None:
 def _read_metadata(store: Path) -> dict[str, Tensor]:
     kinds = {dtype: name for name, dtype in DTYPES.items()}
     with _readable(store):
-        leaves = ocp.metadata(str(store)).metadata
+        leaves = ocp.metadata(_orbax_path(store)).metadata
     if not isinstance(leaves, dict):
         raise ValueError(f"{store} cannot be read: its metadata is damaged")
     return {
@@ -124,7 +132,7 @@ def _read(group: list[Planned]) -> dict[str, jax.Array]:
     wanted = [pair for parameter in group for pair in parameter.wanted()]
     store = wanted[0][0].file
     with context, _readable(store):
-        return ocp.load(str(store), {tensor.name: leaf for tensor, leaf in wanted})
+        return ocp.load(_orbax_path(store), {tensor.name: leaf for tensor, leaf in wanted})
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import resource
 import shutil
 from collections import namedtuple
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +25,21 @@ def same(arrays, expected):
     for path, array in arrays.items():
         assert array.sharding == expected[path].sharding
         np.testing.assert_array_equal(array, expected[path], strict=True, err_msg=path)
+
+
+@pytest.mark.parametrize("prefix", ["", "./", "../here/"])
+def test_paths_may_be_relative(publish, tmp_path, monkeypatch, prefix):
+    source, mesh = publish("qwen2"), make_mesh()
+    here = tmp_path / "here"
+    here.mkdir()
+    source.rename(here / "qwen2")
+    monkeypatch.chdir(here)
+    checkpoint.convert(Path(f"{prefix}qwen2"), Path(f"{prefix}ours"), mesh)
+    assert left_in(here) == ["ours", "qwen2"]
+    model = Model(read_config(here / "ours"), mesh)
+    expected = checkpoint.load(here / "qwen2", model)
+    for folder in ("ours", "qwen2"):
+        same(checkpoint.load(f"{prefix}{folder}", model), expected)
 
 
 def left_in(folder):
