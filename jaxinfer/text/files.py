@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_OLDER, _NEWER = "special_tokens_map.json", "tokenizer_config.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -32,11 +33,16 @@ def special_tokens(folder: Path) -> dict[str, str]:
     """
     tokens = {
         role: _token(path, role, value)
-        for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json")
+        for path in (folder / _OLDER, folder / _NEWER)
         for role, value in read_json(path).items()
         if role.endswith("_token") and not role.startswith("add_")
     }
     return {role: token for role, token in tokens.items() if token is not None}
+
+
+def special_token_file(folder: Path, role: str) -> Path:
+    """The file that decides about one of the `special_tokens`."""
+    return folder / (_NEWER if role in read_json(folder / _NEWER) else _OLDER)
 
 
 def _token(path: Path, role: str, value: Any) -> str | None:

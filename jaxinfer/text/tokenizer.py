@@ -1,5 +1,6 @@
 """The tokenizer of a Hugging Face checkpoint: `tokenizer.json` and the small files beside it."""
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Self
 
 import tokenizers
 
-from jaxinfer.text.files import check_text, read_json, special_tokens
+from jaxinfer.text.files import check_text, read_json, special_token_file, special_tokens
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,13 @@ class Tokenizer:
 
         Raises:
           FileNotFoundError: there is no `tokenizer.json`.
-          ValueError: a file is malformed; the message names it.
+          ValueError: a file is malformed, or names a token that is not in the vocabulary to begin or end a
+            sequence with; the message names file, field and value.
         """
         folder = Path(folder)
         backend = _read_backend(folder)
         special = special_tokens(folder)
-        bos_id = backend.token_to_id(special["bos_token"]) if "bos_token" in special else None
+        bos_id = _token_id(backend, special, "bos_token")
         # A flag written down decides; else the post-processor of tokenizer.json does.
         config = folder / "tokenizer_config.json"
         adds_bos = read_json(config).get("add_bos_token")
@@ -49,6 +51,8 @@ class Tokenizer:
             raise ValueError(f"{config}: add_bos_token is {adds_bos!r}; it must be true, false or null")
         if adds_bos is None:
             adds_bos = _post_processor_adds(backend, bos_id)
+        for role in ("bos_token", "eos_token") if adds_bos else ("eos_token",):
+            _check_known(folder, backend, special, role)
         return cls(
             backend=backend,
             vocab_size=max(backend.get_vocab().values()) + 1,
@@ -93,6 +97,18 @@ def _read_backend(folder: Path) -> tokenizers.Tokenizer:
     return backend
 
 
+def _token_id(backend: tokenizers.Tokenizer, special: dict[str, str], role: str) -> int | None:
+    """The id of a special token; None where there is none, or the vocabulary lacks it."""
+    return backend.token_to_id(special[role]) if role in special else None
+
+
+def _check_known(folder: Path, backend: tokenizers.Tokenizer, special: dict[str, str], role: str) -> None:
+    """Refuses a special token that the vocabulary lacks: it would be dropped without a word."""
+    if role in special and _token_id(backend, special, role) is None:
+        file, found = special_token_file(folder, role), reprlib.repr(special[role])
+        raise ValueError(f"{file}: {role} is {found}; it must be in the vocabulary of tokenizer.json")
+
+
 def _post_processor_adds(backend: tokenizers.Tokenizer, bos_id: int | None) -> bool:
     return backend.encode("").ids[:1] == [bos_id]
 
@@ -102,7 +118,7 @@ def _eos_ids(folder: Path, backend: tokenizers.Tokenizer, special: dict[str, str
 
     Chat checkpoints end a turn with a token that often only one of the two names, so both count.
     """
-    own = backend.token_to_id(special["eos_token"]) if "eos_token" in special else None
+    own = _token_id(backend, special, "eos_token")
     ids = frozenset() if own is None else frozenset([own])
     for name in ("generation_config.json", "config.json"):
         listed = read_json(folder / name).get("eos_token_id")

@@ -75,6 +75,27 @@ def test_malformed_eos_is_named(checkpoint, value):
         Tokenizer.from_folder(folder)
 
 
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("role", ["bos_token", "eos_token"])
+def test_a_token_outside_the_vocabulary_is_named_where_it_would_be_used(checkpoint, role, adds_bos):
+    folder = checkpoint(add_bos_token=adds_bos, **{role: {"content": "<|none|>"}})
+    if role == "bos_token" and not adds_bos:
+        tokenizer = Tokenizer.from_folder(folder)
+        assert tokenizer.encode("the") == tokenizer.encode("the", add_special_tokens=False)
+        return
+    message = rf"tokenizer_config\.json: {role} is '<\|none\|>'; it must be in the vocabulary of tokenizer\.json"
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_folder(folder)
+
+
+def test_a_token_outside_the_vocabulary_is_named_with_the_older_map(checkpoint):
+    folder = checkpoint()
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|none|>"}))
+    with pytest.raises(ValueError, match=r"special_tokens_map\.json: eos_token is '<\|none\|>'"):
+        Tokenizer.from_folder(folder)
+
+
 def test_truncation_and_padding_of_the_file_are_switched_off(checkpoint):
     folder = checkpoint()
     path = folder / "tokenizer.json"
