@@ -17,7 +17,7 @@ def _group() -> None:
 
 @train_app.command()
 def demo(
-    output: Annotated[Path, typer.Argument(help="Folder of the finished checkpoint.")] = Path("demo"),
+    output: Annotated[Path, typer.Argument(help="Folder to write; must be absent or empty.")] = Path("demo"),
     steps: Annotated[int, typer.Option(min=1, help="Steps of 32 rows of 1024 tokens.")] = 2400,
     seed: Annotated[int, typer.Option(help="Of the first weights and of the order of the text.")] = 0,
 ) -> None:

@@ -48,14 +48,25 @@ def train_demo(output: Path, recipe: Recipe | None = None) -> None:
     """Makes the demo model and writes it to `output`: minutes on an H200, about a day on a CPU.
 
     Raises:
-      ValueError: the running interpreter comes without the source of its standard library.
+      ValueError: `output` is neither absent nor an empty folder, or the running interpreter comes without the
+        source of its standard library.
       ModuleNotFoundError: matplotlib, from the extra `plots`, is missing.
     """
-    figure_class()  # else its lack would show only after the training
+    # What stands in the way of `export` would otherwise show only after the training.
+    _check_output(output)
+    figure_class()
     with TemporaryDirectory() as work:
         prepare(Path(work))
         fit(Path(work), Recipe() if recipe is None else recipe)
         export(Path(work), output)
+
+
+def _check_output(output: Path) -> None:
+    """Refuses a place that holds something: a checkpoint of old and new files would be none."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; it must be absent or an empty folder")
+    if output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty; it must be absent or an empty folder")
 
 
 def prepare(work: Path, root: Path | None = None, vocab_size: int = SIZES["vocab_size"]) -> None:

@@ -83,6 +83,7 @@ def test_convert_keeps_every_bit(tmp_path):
         (["convert", "no-such-model", "own"], "no-such-model"),
         (["convert", str(DEMO), str(DEMO)], "demo"),
         (["plan", "no-such-model"], "no-such-model"),
+        (["train", "demo", str(DEMO)], "demo is not empty; it must be absent or an empty folder"),
         (["train", "demo", "--steps", "0"], "Invalid value for '--steps'"),
         (["fly"], "No such command 'fly'"),
     ],

@@ -145,3 +145,29 @@ def test_without_matplotlib_nothing_is_trained_or_written(tmp_path, monkeypatch)
             call(tmp_path / "output")
     assert not started
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("held", ["a file in it", "a file in its place"])
+def test_what_the_output_holds_is_found_before_anything_is_computed(tmp_path, monkeypatch, held):
+    started = []
+    monkeypatch.setattr(demo, "prepare", started.append)
+    output = tmp_path / "output"
+    if held == "a file in it":
+        output.mkdir()
+    kept = output if held == "a file in its place" else output / "config.json"
+    kept.write_text("mine")
+    with pytest.raises(ValueError, match=rf"{output} is .*; it must be absent or an empty folder"):
+        demo.train_demo(output)
+    assert not started
+    assert kept.read_text() == "mine"
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_an_absent_or_empty_output_is_trained_into(tmp_path, monkeypatch, exists):
+    calls = []
+    for step in ("prepare", "fit", "export"):
+        monkeypatch.setattr(demo, step, lambda *arguments, step=step: calls.append(step))
+    if exists:
+        (tmp_path / "output").mkdir()
+    demo.train_demo(tmp_path / "output")
+    assert calls == ["prepare", "fit", "export"]
