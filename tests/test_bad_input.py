@@ -285,12 +285,44 @@ def test_end_of_sequence_tokens(tmp_path, tmp_path_factory, eos, words):
     assert_names(error, [str(tmp_path), *words])
 
 
+MIXTRAL = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8}
+GEMMA2 = {"architectures": ["Gemma2ForCausalLM"]}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+
+
 @pytest.mark.parametrize(("change", "words"), [
     ({"hidden_size": -1}, ["hidden_size", "-1", "at least 1"]),
     ({"architectures": ["Unknown"]}, ["Unknown", "MistralForCausalLM"]),
     ({"num_attention_heads": "4"}, ["num_attention_heads", "'4'"]),
     ({"num_key_value_heads": 3}, ["config.json", "num_key_value_heads is 3", "num_attention_heads, 4"]),
     ({"moe_layers": 2}, ["moe_layers"]),
+    (MIXTRAL | {"num_experts_per_tok": 9},
+     ["config.json: num_experts_per_tok is 9; expected at most num_local_experts, 8"]),
+    ({"architectures": ["GptOssForCausalLM"], "experts_per_token": 129},
+     ["config.json: experts_per_token is 129; expected at most num_local_experts, 128"]),
+    ({"rope_scaling": LONGROPE | {"short_factor": [1.0]}},
+     ["config.json: rope_scaling.short_factor has 1 entries; expected 4"]),
+    ({"rope_scaling": LONGROPE | {"long_factor": [1.0, 1.0, 0.0, 1.0]}},
+     ["config.json: rope_scaling.long_factor[2] is 0.0; expected a number"]),
+    ({"rope_scaling": {"type": "linear"}}, ["config.json: rope_scaling.factor is missing or null; expected a number"]),
+    ({"rope_scaling": {"type": "cubic"}}, ["config.json: rope_scaling.type is 'cubic'; expected one of"]),
+    ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": -1.0}}},
+     ["config.json: rope_parameters.full_attention.factor is -1.0; expected a number"]),
+    ({"original_max_position_embeddings": 1, "rope_scaling": LONGROPE},
+     ["config.json: original_max_position_embeddings is 1; expected an integer of at least 2"]),
+    ({"partial_rotary_factor": 0.4}, ["config.json: partial_rotary_factor 0.4 of head_dim 8"]),
+    ({"rope_parameters": {"partial_rotary_factor": 0.4}}, ["config.json: rope_parameters.partial_rotary_factor 0.4"]),
+    ({"rope_parameters": {"rope_theta": 1.0}}, ["config.json: rope_parameters.rope_theta is 1.0", "at least 2"]),
+    ({"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling"]),
+    (GEMMA2 | {"sliding_window": None, "sliding_window_size": 4096},
+     ["config.json: sliding_window is null; expected an integer of at least 1", "1 local layers"]),
+    (GEMMA2 | {"sliding_window_size": 9}, ["config.json: sliding_window_size is 9; expected sliding_window's 8"]),
+    ({"architectures": ["Gemma3ForCausalLM"], "sliding_window": None}, ["config.json: sliding_window is null"]),
+    ({"architectures": ["GptOssForCausalLM"], "sliding_window": None}, ["config.json: sliding_window is null"]),
+    ({"torch_dtype": "float64"}, ["config.json: torch_dtype is 'float64'; expected one of", "bfloat16"]),
+    ({"torch_dtype": None, "dtype": "float64"}, ["config.json: dtype is 'float64'; expected one of", "bfloat16"]),
+    ({"dtype": "float64"}, ["config.json: dtype is 'float64'; expected one of", "bfloat16"]),
+    ({"dtype": "bfloat16"}, ["config.json: torch_dtype is 'float32' and dtype is 'bfloat16'; expected one dtype"]),
 ])  # fmt: skip
 def test_a_malformed_config(tmp_path, change, words):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | change))

@@ -14,7 +14,7 @@ from typing import Any
 from jaxinfer.model.config import LayerConfig, ModelConfig, MoEConfig
 from jaxinfer.model.reader import ConfigReader, parse
 from jaxinfer.model.rope import Rope
-from jaxinfer.model.rope_config import read_rope, rope_from
+from jaxinfer.model.rope_config import LEAST_THETA, read_rope, rope_from
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -97,10 +97,15 @@ def _common(read: ConfigReader, architecture: str) -> ModelConfig:
 
 
 def _dtype(read: ConfigReader) -> str:
-    name = read.get("torch_dtype") or read.get("dtype") or "bfloat16"
-    if name not in _DTYPES:
-        raise ValueError(f"config.json: torch_dtype is {name!r}; expected one of {_DTYPES}")
-    return name
+    """From `torch_dtype`, or `dtype` as transformers 5 names it."""
+    stated = {key: read.get(key) for key in ("torch_dtype", "dtype") if read.get(key) is not None}
+    for key, value in stated.items():
+        if value not in _DTYPES:
+            raise ValueError(f"config.json: {key} is {value!r}; expected one of {_DTYPES}")
+    if len(set(stated.values())) > 1:
+        both = " and ".join(f"{key} is {value!r}" for key, value in stated.items())
+        raise ValueError(f"config.json: {both}; expected one dtype in both")
+    return next(iter(stated.values()), "bfloat16")
 
 
 def _activation(read: ConfigReader) -> Any:
@@ -125,6 +130,17 @@ def _windowed(config: ModelConfig, is_local: list[bool], window: int | None, loc
 def _window(read: ConfigReader, default: int | None) -> int | None:
     value = read.get("sliding_window", default)
     return None if value is None else read.integer("sliding_window", default)
+
+
+def _local_window(read: ConfigReader, default: int, is_local: list[bool]) -> int | None:
+    """The window of a family whose local layers always have one."""
+    window = _window(read, default)
+    if window is None and any(is_local):
+        raise ValueError(
+            "config.json: sliding_window is null; expected an integer of at least 1, "
+            f"the keys that a query of the {sum(is_local)} local layers sees"
+        )
+    return window
 
 
 def _local_layers(read: ConfigReader, depth: int, default: list[bool]) -> list[bool]:
@@ -171,14 +187,23 @@ def _qwen3(read: ConfigReader, config: ModelConfig) -> ModelConfig:
 def _qwen3_moe(read: ConfigReader, config: ModelConfig) -> ModelConfig:
     config = _qwen3(read, config)
     moe = MoEConfig(
-        num_experts=read.integer("num_experts", 128),
-        experts_per_token=read.integer("num_experts_per_tok", 8),
+        *_expert_counts(read, "num_experts", 128, "num_experts_per_tok", 8),
         intermediate_size=read.integer("moe_intermediate_size", 768),
         renormalize=read.flag("norm_topk_prob", False),
     )
     every, dense = read.integer("decoder_sparse_step", 1), set(read.listed("mlp_only_layers", int))
     sparse = [i not in dense and (i + 1) % every == 0 for i in range(config.num_layers)]
     return _with_experts(config, moe, sparse)
+
+
+def _expert_counts(
+    read: ConfigReader, total: str, total_default: int, chosen: str, chosen_default: int
+) -> tuple[int, int]:
+    """How many experts there are, and how many of them a token takes, from the fields of these names."""
+    experts, per_token = read.integer(total, total_default), read.integer(chosen, chosen_default)
+    if per_token > experts:
+        raise ValueError(f"config.json: {chosen} is {per_token}; expected at most {total}, {experts}")
+    return experts, per_token
 
 
 def _with_experts(config: ModelConfig, moe: MoEConfig, sparse: list[bool]) -> ModelConfig:
@@ -188,8 +213,7 @@ def _with_experts(config: ModelConfig, moe: MoEConfig, sparse: list[bool]) -> Mo
 
 def _mixtral(read: ConfigReader, config: ModelConfig) -> ModelConfig:
     moe = MoEConfig(
-        num_experts=read.integer("num_local_experts", 8),
-        experts_per_token=read.integer("num_experts_per_tok", 2),
+        *_expert_counts(read, "num_local_experts", 8, "num_experts_per_tok", 2),
         intermediate_size=config.intermediate_size,
     )
     everywhere = [True] * config.num_layers
@@ -204,8 +228,7 @@ def _olmo2(read: ConfigReader, config: ModelConfig) -> ModelConfig:
 
 def _olmoe(read: ConfigReader, config: ModelConfig) -> ModelConfig:
     moe = MoEConfig(
-        num_experts=read.integer("num_experts", 64),
-        experts_per_token=read.integer("num_experts_per_tok", 8),
+        *_expert_counts(read, "num_experts", 64, "num_experts_per_tok", 8),
         intermediate_size=config.intermediate_size,
         renormalize=read.flag("norm_topk_prob", False),
     )
@@ -246,10 +269,12 @@ def _gemma2(read: ConfigReader, config: ModelConfig) -> ModelConfig:
         attention_soft_cap=read.optional("attn_logit_softcapping", 50.0),
         final_soft_cap=read.optional("final_logit_softcapping", 30.0),
     )
-    window = _window(read, 4096)
-    read.require("sliding_window_size", window)  # written twice in the published files
-    alternate = [i % 2 == 0 for i in range(config.num_layers)]
-    return _windowed(config, _local_layers(read, config.num_layers, alternate), window)
+    local = _local_layers(read, config.num_layers, [i % 2 == 0 for i in range(config.num_layers)])
+    window = _local_window(read, 4096, local)
+    again = read.get("sliding_window_size", window)  # the published files state it twice
+    if window is not None and again != window:
+        raise ValueError(f"config.json: sliding_window_size is {again!r}; expected sliding_window's {window}")
+    return _windowed(config, local, window)
 
 
 def _gemma3(read: ConfigReader, config: ModelConfig) -> ModelConfig:
@@ -264,13 +289,15 @@ def _gemma3(read: ConfigReader, config: ModelConfig) -> ModelConfig:
     read.require("use_bidirectional_attention", False)
     every = read.integer("sliding_window_pattern", read.get("_sliding_window_pattern") or 6)
     local = [(i + 1) % every != 0 for i in range(config.num_layers)]
-    local_theta = read.number("rope_local_base_freq", 10000.0)
-    stated = ConfigReader(read.object("rope_parameters")).object("sliding_attention")
+    local_theta = read.number("rope_local_base_freq", 10000.0, least=LEAST_THETA)
+    stated = ConfigReader(read.object("rope_parameters"), "rope_parameters").object("sliding_attention")
+    stated = ConfigReader(stated, "rope_parameters.sliding_attention")
     local_rope = rope_from(stated, local_theta, 1.0, config.head_size, config.context, read)
     if "rope_theta" not in read.fields and "rope_parameters" not in read.fields:
         rope = replace(config.layers[0].rope, theta=1_000_000.0)
         config = replace(config, layers=tuple(replace(layer, rope=rope) for layer in config.layers))
-    return _windowed(config, _local_layers(read, config.num_layers, local), _window(read, 4096), local_rope)
+    local = _local_layers(read, config.num_layers, local)
+    return _windowed(config, local, _local_window(read, 4096, local), local_rope)
 
 
 def _falcon(read: ConfigReader, config: ModelConfig) -> ModelConfig:
@@ -318,9 +345,10 @@ def _starcoder2(read: ConfigReader, config: ModelConfig) -> ModelConfig:
 def _gpt_oss(read: ConfigReader, config: ModelConfig) -> ModelConfig:
     if read.get("quantization_config") is not None:
         raise ValueError("config.json: quantization_config is set; gpt-oss is supported with bfloat16 weights")
+    older = read.get("experts_per_token") is not None and read.get("num_experts_per_tok") is None
+    per_token = "experts_per_token" if older else "num_experts_per_tok"
     moe = MoEConfig(
-        num_experts=read.integer("num_local_experts", 128),
-        experts_per_token=read.integer("num_experts_per_tok", read.get("experts_per_token") or 4),
+        *_expert_counts(read, "num_local_experts", 128, per_token, 4),
         intermediate_size=config.intermediate_size,
         bias=True,
     )
@@ -335,7 +363,8 @@ def _gpt_oss(read: ConfigReader, config: ModelConfig) -> ModelConfig:
         activation_limit=read.number("swiglu_limit", 7.0),
     )
     alternate = [i % 2 == 0 for i in range(config.num_layers)]
-    config = _windowed(config, _local_layers(read, config.num_layers, alternate), _window(read, 128))
+    local = _local_layers(read, config.num_layers, alternate)
+    config = _windowed(config, local, _local_window(read, 128, local))
     return _with_experts(config, moe, [True] * config.num_layers)
 
 

@@ -30,9 +30,17 @@ class ConfigReader:
     Every method raises a ValueError that names the field, its value and what is allowed.
     """
 
-    def __init__(self, fields: dict[str, Any]):
+    def __init__(self, fields: dict[str, Any], within: str = "", outer: dict[str, Any] | None = None):
+        """Reads the fields of the file, or those of the object `within` it; `outer` holds what they inherit."""
         self.fields = fields
+        self._within = within
+        self._outer = outer or {}
         self._asked: set[str] = set()
+
+    def path(self, name: str) -> str:
+        """Where a field stands in the file, or would stand: `rope_scaling.factor`."""
+        inherited = name not in self.fields and name in self._outer
+        return f"{self._within}.{name}" if self._within and not inherited else name
 
     def get(self, name: str, default: Any = None) -> Any:
         self._asked.add(name)
@@ -43,12 +51,12 @@ class ConfigReader:
         value = self.get(name)
         value = default if value is None else value
         if type(value) is not int or not least <= value <= most:
-            raise _refused(name, value, f"an integer of at least {least} and at most {most}")
+            raise _refused(self.path(name), value, f"an integer of at least {least} and at most {most}")
         return value
 
     def number(self, name: str, default: float | None = None, least: float = _TINY) -> float:
         """A positive number that float32 holds; a field that is absent without a default, or null, is an error."""
-        return _number(name, self.get(name, default), least)
+        return _number(self.path(name), self.get(name, default), least)
 
     def optional(self, name: str, default: float | None = None, least: float = _TINY) -> float | None:
         """A number, or None where the field is null."""
@@ -57,48 +65,49 @@ class ConfigReader:
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name, default)
         if not isinstance(value, bool):
-            raise _refused(name, value, "true or false")
+            raise _refused(self.path(name), value, "true or false")
         return value
 
     def choice(self, name: str, allowed: dict[str, Any], default: str) -> Any:
         value = self.get(name, default)
         if not isinstance(value, str) or value not in allowed:
-            raise _refused(name, value, f"one of {sorted(allowed)}")
+            raise _refused(self.path(name), value, f"one of {sorted(allowed)}")
         return allowed[value]
 
     def require(self, name: str, needed: Any) -> None:
         """Refuses a variant of a family that the supported checkpoints do not use; null counts as false."""
         value = self.get(name, needed)
         if (value or False) != (needed or False):
-            raise _refused(name, value, f"{needed!r}, the only one supported")
+            raise _refused(self.path(name), value, f"{needed!r}, the only one supported")
 
     def listed(self, name: str, kind: type) -> tuple[Any, ...]:
         """The items of a list, all of one kind; none where the field is absent or null."""
         value = self.get(name)
         value = [] if value is None else value
         if not isinstance(value, list) or not all(type(item) is kind for item in value):
-            raise _refused(name, value, f"a list of {kind.__name__}")
+            raise _refused(self.path(name), value, f"a list of {kind.__name__}")
         return tuple(value)
 
-    def numbers(self, name: str) -> tuple[float, ...]:
-        """The items of a list of positive numbers; none where the field is absent or null."""
-        value = self.get(name)
-        value = [] if value is None else value
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """The items of a list of `count` positive numbers."""
+        value, path = self.get(name), self.path(name)
         if not isinstance(value, list):
-            raise _refused(name, value, "a list of numbers")
-        return tuple(_number(f"{name}[{i}]", item, _TINY) for i, item in enumerate(value))
+            raise _refused(path, value, f"a list of {count} numbers")
+        if len(value) != count:
+            raise ValueError(f"config.json: {path} has {len(value)} entries; expected {count}")
+        return tuple(_number(f"{path}[{i}]", item, _TINY) for i, item in enumerate(value))
 
     def object(self, name: str) -> dict[str, Any]:
         """Named values; none where the field is absent or null."""
         value = self.get(name)
         value = {} if value is None else value
         if not isinstance(value, dict):
-            raise _refused(name, value, "an object")
+            raise _refused(self.path(name), value, "an object")
         return value
 
     def refuse_unread(self, architecture: str) -> None:
         unread = self.fields.keys() - self._asked - _WITHOUT_EFFECT
-        odd = {name: self.fields[name] for name in sorted(unread) if self.fields[name] not in (None, False)}
+        odd = {self.path(name): self.fields[name] for name in sorted(unread) if self.fields[name] not in (None, False)}
         if odd:
             raise ValueError(
                 f"config.json: unsupported fields for {architecture}: {odd}; expected them absent, null or false"

@@ -126,7 +126,10 @@ class Yarn:
 
 @dataclass(frozen=True)
 class LongRope:
-    """LongRoPE (Ding et al. 2024): a searched factor per dimension, one set for short contexts and one for long."""
+    """LongRoPE (Ding et al. 2024): a searched factor per dimension, one set for short contexts and one for long.
+
+    Each set has dim / 2 factors.
+    """
 
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
@@ -135,9 +138,6 @@ class LongRope:
     attention_factor: float | None = None
 
     def __call__(self, rope, inverse, context):
-        for name in ("short_factor", "long_factor"):
-            if (count := len(getattr(self, name))) != rope.dim // 2:
-                raise ValueError(f"{name} has {count} entries; expected {rope.dim // 2}, half of what rotates")
         chosen = self.long_factor if context > self.original_context else self.short_factor
         return inverse / np.asarray(chosen, np.float32), self._attention_factor()
 
