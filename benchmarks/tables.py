@@ -37,6 +37,7 @@ KERNEL_NAMES = {
     "cudnn_paged": "cuDNN in JAX, paged",
     "streaming_matmul": "jaxinfer, a launch for each product",
 }
+GATHERED = ("cudnn", "tokamax")  # take keys in one piece: pages are gathered into one before the clock starts
 _MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -48,7 +49,7 @@ class Table:
         metric: of the records that the table shows.
         head: what stands above the names of the rows.
         columns: titles by case.
-        variants: what the case of a row may add to a column's, and what its name adds then.
+        variants: what the case of a row may add to a column's, and what its title adds then.
         names: of implementations, in the order of their rows; others follow under their own.
     """
 
@@ -79,8 +80,8 @@ ROW = {
     for tokens in (1, 16, 32)
 }
 MATMUL = {f"streaming_matmul llama-3-8b {x}": x for x in ("qkv", "o", "up", "down", "head")}
-SHUFFLED, PAGES_OF_16 = {"": "", " shuffled": ", shuffled pages of 64"}, {"": "", " pages of 16": ", pages of 16"}
-TOKENS = {f" M={M}": f", {M} token{'s' * (M > 1)}" for M in (1, 16, 64)}
+SHUFFLED, PAGES_OF_16 = {"": "", " shuffled": "shuffled pages of 64"}, {"": "", " pages of 16": "pages of 16"}
+TOKENS = {f" M={M}": f"{M} token{'s' * (M > 1)}" for M in (1, 16, 64)}
 SOURCES = "sources"
 TABLES = {
     "decode": Table("decode", "tokens/s", BATCHES),
@@ -142,8 +143,15 @@ def markdown(table: Table, records: list[Record]) -> str:
         cases = [case + variant for case in table.columns]
         names = dict.fromkeys(name for case, name in cells if case in cases)
         for name in sorted(names, key=lambda name: rank.get(name, len(rank))):
-            lines.append([table.names.get(name, name) + addition, *(cells.get((case, name), "") for case in cases)])
+            lines.append([title(table, name, addition), *(cells.get((case, name), "") for case in cases)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) if len(lines) > 2 else ""
+
+
+def title(table: Table, name: str, addition: str) -> str:
+    """Of the row of an implementation: what ran, and on what."""
+    if "pages" in addition and name in GATHERED:
+        addition = f"gathered beforehand from {addition}"
+    return ", ".join(filter(None, (table.names.get(name, name), addition)))
 
 
 def figure(record: Record) -> str:

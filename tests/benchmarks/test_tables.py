@@ -1,6 +1,7 @@
 """The README's tables of the kernels, from a fixture, and other systems' figures in them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,26 @@ def test_other_systems_stand_only_beside_our_own_figures(tmp_path):
     write_results(tmp_path)
     (tmp_path / "kernels.json").unlink()
     assert render(TEXT, tmp_path) == TEXT
+
+
+def test_a_title_says_that_keys_in_one_piece_were_gathered(tmp_path):
+    name = "flash_attention llama-3-8b 4x2048"
+    records = [
+        Record(name + case, implementation, "arithmetic", 500, "TFLOP/s")
+        for case in ("", " shuffled")
+        for implementation in ("mosaic_gpu", "cudnn", "cudnn_paged")
+    ]
+    update("kernels", {"commit": "new"}, records, [], tmp_path)
+    rendered = render("<!-- table: prefill-kernel -->\n<!-- /table -->\n", tmp_path)
+    titles = re.findall(r"^\| (\S.*?) \| 500 ", rendered, re.MULTILINE)
+    assert titles == [
+        "**jaxinfer**",
+        "cuDNN in JAX, contiguous",
+        "cuDNN in JAX, paged",
+        "**jaxinfer**, shuffled pages of 64",
+        "cuDNN in JAX, contiguous, gathered beforehand from shuffled pages of 64",
+        "cuDNN in JAX, paged, shuffled pages of 64",
+    ]
 
 
 @pytest.mark.parametrize("name", TABLES)
