@@ -83,13 +83,15 @@ def listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [cast("Prompt", prompts)] if one else list(cast("Sequence[Prompt]", prompts))
 
 
-def paired(params: Any, count: int, what: str) -> tuple[list[SamplingParams | None], list[str]]:
+def paired(
+    params: Any, count: int, what: str, may_be_list: bool = True
+) -> tuple[list[SamplingParams | None], list[str]]:
     """The parameters of each input, None where they cannot be told, and what is wrong with what was given."""
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count, []
-    if not is_list(params):
-        given = reprlib.repr(params)
-        return [None] * count, [f"sampling_params = {given} must be a SamplingParams, or one for each {what}"]
+    if not may_be_list or not is_list(params):
+        allowed = f"a SamplingParams, or one for each {what}" if may_be_list else "one SamplingParams in a stream"
+        return [None] * count, [f"sampling_params = {reprlib.repr(params)} must be {allowed}"]
     entries = [entry if isinstance(entry, SamplingParams) else None for entry in params]
     problems = [
         f"sampling_params[{index}] = {reprlib.repr(given)} must be a SamplingParams"

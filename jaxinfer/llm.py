@@ -130,7 +130,7 @@ class LLM:
         Raises:
             ValueError: as `generate`; also where `n` is not 1, or `prompt_logprobs` are asked for.
         """
-        ((tokens, params),) = self._checked("prompt", [prompt], sampling_params, self.intake.tokens, stream_problems)
+        ((tokens, params),) = self._checked("prompt", [prompt], sampling_params, self.intake.tokens, streamed=True)
         return self._stream(tokens, params)
 
     def chat(
@@ -202,13 +202,13 @@ class LLM:
         inputs: Sequence[Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         encode: Callable[[Any], list[int]],
-        more_problems: Callable[[SamplingParams], list[str]] = lambda params: [],
+        streamed: bool = False,
     ) -> list[tuple[list[int], SamplingParams]]:
         """Token ids and parameters of all inputs, every one of them checked before any runs."""
-        each, problems = paired(sampling_params, len(inputs), what)
+        each, problems = paired(sampling_params, len(inputs), what, may_be_list=not streamed)
         requests = []
         for index, (given, params) in enumerate(zip(inputs, each, strict=True)):
-            found = [] if params is None else more_problems(params)
+            found = stream_problems(params) if streamed and params is not None else []
             try:
                 ids = encode(given)
                 found += self._problems(ids, params)

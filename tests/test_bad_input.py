@@ -82,7 +82,7 @@ def test_prompts_of_another_type(llm, prompts):
 @pytest.mark.parametrize(("params", "words"), [
     ({"temperature": 0}, ["sampling_params = {'temperature': 0}", "SamplingParams"]),
     (0.5, ["sampling_params = 0.5", "SamplingParams"]),
-    ([None], ["sampling_params[0] = None", "SamplingParams"]),
+    ([None], ["sampling_params", "None", "SamplingParams"]),
 ])  # fmt: skip
 def test_sampling_params_of_another_type(llm, params, words):
     calls = (llm.generate, llm.stream, lambda text, params: llm.chat([{"role": "user", "content": text}], params))
@@ -137,12 +137,17 @@ def test_a_stream_is_checked_when_it_is_asked_for(llm):
         llm.stream("hello", SamplingParams(n=2))
     with pytest.raises(ValueError, match=r"prompt_logprobs = 0 must be None in a stream"):
         llm.stream("hello", SamplingParams(prompt_logprobs=0))
+    with pytest.raises(ValueError, match=r"sampling_params = \[.+\] must be one SamplingParams in a"):
+        llm.stream("hello", [SamplingParams()])
 
 
 def test_a_stream_lists_the_problems_of_prompt_and_params(llm):
     with pytest.raises(ValueError, match="n = 2") as error:
         llm.stream([VOCABULARY], SamplingParams(n=2, prompt_logprobs=0))
     assert_names(error, [f"token id {VOCABULARY}", "prompt_logprobs = 0"])
+    with pytest.raises(ValueError, match="sampling_params = ") as error:
+        llm.stream([VOCABULARY], [SamplingParams()])
+    assert_names(error, [f"token id {VOCABULARY}"])
 
 
 def test_of_many_bad_tokens_the_first_few_are_named(llm):

@@ -39,11 +39,13 @@ def convert(source: Path, destination: Path, mesh: Mesh) -> None:
     Loading `destination` then gives the same bits as loading `source`, on any mesh and in any dtype.
 
     Raises:
-        ValueError: `source` cannot be loaded, or `destination` exists.
+        ValueError: `source` cannot be loaded or is our own already, or `destination` exists.
         OSError: the disk is full; nothing is left behind.
     """
     if destination.exists():
         raise ValueError(f"{destination} exists; checkpoints are written to a new folder")
+    if is_native(source):
+        raise ValueError(f"{source} is in our own layout already; expected the folder of a Hugging Face checkpoint")
     model = Model(read_config(source), mesh)
     save(destination, model, huggingface.load(source, model, stored_dtypes=True), source)
 

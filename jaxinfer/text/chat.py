@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.runtime import Context
+from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
 
 from jaxinfer.text.files import check_text, read_json, special_tokens
 
@@ -113,11 +114,37 @@ def _default(config: Path, templates: Mapping[str, str]) -> str:
     return templates["default"]
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Bounds what one product or power makes, as the sandbox bounds ranges; else ten characters fill the memory."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        size, unit = _size_of_product(left, right) if operator == "*" else _size_of_power(left, right)
+        if size > MAX_RANGE:
+            raise OverflowError(f"{operator!r} makes {size} {unit}; at most {MAX_RANGE} are allowed")
+        return super().call_binop(context, operator, left, right)
+
+
+def _size_of_product(left: Any, right: Any) -> tuple[int, str]:
+    """How much a product makes, and of what: integers grow, and sequences repeat from either side."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left.bit_length() + right.bit_length(), "bits of an integer"
+    count, repeated = (left, right) if isinstance(left, int) else (right, left)
+    if isinstance(count, int) and isinstance(repeated, str | bytes | list | tuple):
+        return len(repeated) * max(count, 0), "characters or items"
+    return 0, ""
+
+
+def _size_of_power(left: Any, right: Any) -> tuple[int, str]:
+    if isinstance(left, int) and isinstance(right, int):
+        return left.bit_length() * max(right, 0), "bits of an integer"
+    return 0, ""  # floats overflow by themselves
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     """The language that templates are written for: whitespace and functions as Hugging Face has them."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now

@@ -149,6 +149,13 @@ def test_an_existing_folder_is_kept(converted):
     checkpoint.load(ours, Model(read_config(ours), make_mesh()))
 
 
+def test_our_own_layout_is_not_converted_again(converted, tmp_path):
+    _, ours = converted
+    with pytest.raises(ValueError, match=f"{ours} is in our own layout already; expected the folder of a Hugging"):
+        checkpoint.convert(ours, tmp_path / "again", make_mesh())
+    assert left_in(tmp_path) == ["ours", "qwen2"]
+
+
 @pytest.fixture
 def full_disk(monkeypatch):
     usage = namedtuple("usage", ["total", "used", "free"])

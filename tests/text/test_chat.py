@@ -73,6 +73,26 @@ def test_template_cannot_leave_the_sandbox(template, attack):
     assert messages == MESSAGES
 
 
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{{ 'a' * 10**10 }}", r"'\*' makes 10000000000 characters or items; at most 100000"),
+        ("{{ 10**10 * 'ab' }}", r"'\*' makes 20000000000 characters or items"),
+        ("{{ ([1, 2] * 50001) | length }}", r"'\*' makes 100002 characters or items"),
+        ("{{ (9 ** (9 ** 9)) > 1 }}", r"'\*\*' makes \d+ bits of an integer"),
+        ("{% set ns = namespace(x=3) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}", r"bits of"),
+    ],
+)
+def test_what_an_operator_makes_is_bounded(template, source, words):
+    with pytest.raises(ValueError, match=f"chat_template cannot render these messages: .*{words}"):
+        template(source).render(MESSAGES)
+
+
+def test_what_templates_multiply_is_computed(template):
+    source = "{{ '=' * 3 }}{{ 3 * '-' }}{{ '=' * -1 }}{{ 6 * 7 }}{{ 2 ** 10 }}{{ 0.5 * 3 }}{{ 2 ** -1 }}{{ 2.0 ** 3 }}"
+    assert template(source).render(MESSAGES) == "===---4210241.50.58.0"
+
+
 def test_refusal_of_the_template_is_told(template):
     with pytest.raises(ValueError, match="unknown role root"):
         template(CHATML).render([{"role": "root", "content": ""}])
