@@ -142,7 +142,13 @@ def scratch(config: Config, head_size: int, page_size: int, dtype: jnp.dtype, kv
     if config.interpretable:
         to_consumers = plgpu.Barrier(num_barriers=CONSUMERS)
         free = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
-        types |= {"turn": to_consumers, "cleaned": to_consumers, "q_free": free, "k_free": free, "v_free": free}
+        types |= {
+            "turn": to_consumers,
+            "cleaned": plgpu.Barrier(num_arrivals=CONSUMERS),
+            "q_free": free,
+            "k_free": free,
+            "v_free": free,
+        }
         types["p"] = _swizzled((CONSUMERS, config.block_q, config.block_kv), dtype)
     return types
 

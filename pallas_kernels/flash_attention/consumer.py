@@ -17,7 +17,7 @@ from pallas_kernels.blockwise import LOWEST, Options
 from pallas_kernels.flash_attention import schedule
 from pallas_kernels.flash_attention.config import CONSUMERS, TMA_ALIGNMENT
 from pallas_kernels.flash_attention.schedule import ROW_ALIGNMENT, Blocks, Tile
-from pallas_kernels.flash_attention.shared import LOG2E, Problem, Refs, Signal, Signals
+from pallas_kernels.flash_attention.shared import LOG2E, Meeting, Problem, Refs, Signals
 
 LAYOUT_QC = plgpu.Layout.WGMMA
 LAYOUT_Q, LAYOUT_C = LAYOUT_QC.reduce(1), LAYOUT_QC.reduce(0)
@@ -210,7 +210,7 @@ def _row_softmax(options: Options, distance, masked: bool, scores_QC, max_Q, sum
     return new_max_Q, sum_Q8, decay_Q, p_QC
 
 
-def _clean(problem: Problem, warpgroup, v, cleaned: Signal, tile: Tile, block):
+def _clean(problem: Problem, warpgroup, v, cleaned: Meeting, tile: Tile, block):
     """Zeroes those values of a block that no query of the sequence sees.
 
     Their weights are 0, but they may be NaN, and 0 times NaN is NaN. Both consumers read them: each cleans its part
@@ -232,8 +232,7 @@ def _clean(problem: Problem, warpgroup, v, cleaned: Signal, tile: Tile, block):
                 v[rows] = jnp.where((key_CH >= seen.begin) & (key_CH < seen.end), value_CH, jnp.zeros_like(value_CH))
 
         plgpu.commit_smem()
-        cleaned.send(1 - warpgroup)
-        cleaned.wait(warpgroup)
+        cleaned.meet()
 
 
 def _finish(softmax: Softmax, sink) -> tuple[jax.Array, jax.Array]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -75,21 +75,37 @@ class Signal:
             plgpu.barrier_wait(self.barrier.at[slot])
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """All consumers wait until each of them is there. None can come twice before another has come once, as it could
+    with a signal for each, where one that is slow between its send and its wait would miss the first of two."""
+
+    barrier: Any  # a reference, or the number of a named barrier
+
+    def meet(self) -> None:
+        if isinstance(self.barrier, int):
+            hopper.wait(self.barrier, CONSUMERS * hopper.WARPGROUP)
+        else:
+            plgpu.barrier_arrive(self.barrier)
+            plgpu.barrier_wait(self.barrier)
+
+
 class Signals(NamedTuple):
     turn: Signal  # to consumer i, in slot i: the tensor cores are yours
-    cleaned: Signal  # to consumer i, in slot i: my half of the values is without NaN
+    cleaned: Meeting  # my half of the values is without NaN
     q_free: Signal  # to the producer: these queries, keys or values are no longer needed
     k_free: Signal
     v_free: Signal
 
     @classmethod
     def of(cls, config: Config, smem: dict) -> Signals:
-        senders = (1, 1, CONSUMERS, CONSUMERS, CONSUMERS)
         if config.interpretable:
-            return cls(*(Signal(n, smem[name]) for n, name in zip(senders, cls._fields, strict=True)))
-        slots = (CONSUMERS, CONSUMERS, 1, config.stages, config.stages)
-        first = (hopper.FIRST_BARRIER + sum(slots[:i]) for i in range(len(slots)))
-        return cls(*map(Signal, senders, first))
+            barriers = [smem[name] for name in cls._fields]
+        else:
+            slots = (CONSUMERS, 1, 1, config.stages, config.stages)
+            barriers = [hopper.FIRST_BARRIER + sum(slots[:i]) for i in range(len(slots))]
+        turn, cleaned, *free = barriers
+        return cls(Signal(1, turn), Meeting(cleaned), *(Signal(CONSUMERS, barrier) for barrier in free))
 
     def of_memory(self, config: Config) -> list[tuple[Signal, int]]:
         """The signals that memory is free, each with the slots it has."""

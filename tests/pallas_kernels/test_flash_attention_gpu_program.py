@@ -5,6 +5,7 @@ The interpreter has no register operand for wgmma and no named barriers, so inte
 masks, hand-overs and stores are those of the GPU.
 """
 
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 
 from pallas_kernels.blockwise import Options, PagedKV
 from pallas_kernels.flash_attention import flash_attention, mosaic_gpu, xla
@@ -217,6 +219,21 @@ ON_A_GPU = {
 
 def rms(x, exact) -> float:
     return float(np.sqrt(np.mean((np.asarray(x, np.float64) - exact) ** 2)))
+
+
+@pytest.mark.parametrize("slow", [1, 2])
+def test_a_slow_consumer_misses_no_signal(monkeypatch, slow):
+    """Whatever a warpgroup does late, the others must not run ahead of it by more than the barriers can tell."""
+    original = shared_memory.Barrier.wait
+
+    def wait(self, thread, *arguments, **options):
+        if f"warpgroup_id={slow}" in str(thread):
+            time.sleep(0.1)
+        return original(self, thread, *arguments, **options)
+
+    monkeypatch.setattr(shared_memory.Barrier, "wait", wait)
+    with interpreted():
+        check(Inputs(replace(CASES["window shorter than a page"], head_size=64)), jnp.bfloat16, config=INTERPRETED)
 
 
 @pytest.mark.gpu
