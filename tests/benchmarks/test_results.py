@@ -21,7 +21,8 @@ INCOMPLETE = "h200/decode.json 16ac6f3d4c8002e109d08d0429d7fde15ddbf9e3"
 def test_every_measured_file_states_its_environment(name):
     made_in = WRITTEN[name]
     wanted = ("device", "date", "commit") if name == INCOMPLETE else tuple(environment())
-    assert [key for key in wanted if made_in.get(key) in (None, "", "unknown")] == []
+    without = {"driver"} if made_in["device"] == "cpu" else set()
+    assert [key for key in wanted if key not in without and made_in.get(key) in (None, "", "unknown")] == []
     assert len(made_in["commit"]) == 40
 
 
@@ -30,5 +31,5 @@ def test_the_exception_is_still_one():
 
 
 def test_every_card_has_its_decoding_figures_in_the_same_file():
-    cards = {path for path in RESULTS.iterdir() if path.is_dir()}
+    cards = {path for path in RESULTS.iterdir() if path.is_dir() and path.name != "cpu"}
     assert {path.parent for path in RESULTS.glob("*/decode.json")} == cards
