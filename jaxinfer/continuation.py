@@ -74,7 +74,7 @@ class Continuation:
         return new if new.token_ids or new.text or new.finish_reason else None
 
 
-def answer(given: Any, group: Sequence[Continuation]) -> RequestOutput:
+def request_output(given: Any, group: Sequence[Continuation]) -> RequestOutput:
     """What came of one prompt, as it was given, in its n continuations."""
     return RequestOutput(
         prompt=given if isinstance(given, str) else None,

@@ -14,7 +14,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxinfer import checkpoint
-from jaxinfer.continuation import Continuation, answer
+from jaxinfer.continuation import Continuation, request_output
 from jaxinfer.decode.sampling import MAX_EOS_IDS
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Engine, Options, Request
@@ -190,7 +190,7 @@ class LLM:
                     index = places[ended.popleft().request.id]
                     left[index] -= 1
                     if left[index] == 0:
-                        yield index, answer(inputs[index], groups[index])
+                        yield index, request_output(inputs[index], groups[index])
         finally:
             self._drop([one for group in groups for one in group])
 

@@ -45,7 +45,7 @@ def keep_compiled() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "jaxinfer" / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # much is fast
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # of a model's many programs most are fast
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 

@@ -41,6 +41,7 @@ DEVIATIONS = {
     ("engine", "model"): "an Engine is given the model that it runs",
     ("engine", "cache"): "the allocator gives out the cache's pages: it must know the null page, and a page's bytes",
     ("engine", "machine"): "how many pages fit on a CPU depends on the host's memory",
+    ("engine", "roofline"): "how many pages a sequence has at once is one formula, for the plan and the allocator",
     ("llm", "model"): "the front door builds the model that it loads a checkpoint into",
     ("llm", "parallel"): "and the mesh that the model lies on",
     ("llm", "decode"): "a request's SamplingParams, which are checked before there is a request",

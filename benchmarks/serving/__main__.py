@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -103,10 +104,10 @@ def engine_options(options: argparse.Namespace) -> Options:
 
 
 def run_workload(engine: Engine, case: str, workload: Workload, static: bool) -> list[Record]:
-    jobs = workload.jobs(engine.model.config.vocab_size)
-    runs = {OURS: offline.run(engine, jobs)}
-    if static:
-        runs[f"{OURS}, static batching"] = offline.run(engine, jobs, engine.layout.slots)
+    draw = partial(workload.jobs, engine.model.config.vocab_size)
+    runs = {OURS: offline.run(engine, draw(seed=0))}
+    if static:  # with other prompts: those of the first run can be found in the cache
+        runs[f"{OURS}, static batching"] = offline.run(engine, draw(seed=1), engine.layout.slots)
     return [
         record
         for name, run in runs.items()
@@ -121,9 +122,9 @@ def measure_online(options: argparse.Namespace) -> Iterator[list[Record]]:
     """The records of each rate of arrival."""
     target = online.Target(options.url.rstrip("/"), options.model, options.key)
     objective = Objective(options.first_token, options.per_token)
-    jobs = WORKLOADS["256 requests"].first(options.requests).jobs(options.vocabulary)
-    for rate in options.rates:
-        timelines = asyncio.run(online.arrive(target, jobs, rate))
+    workload = WORKLOADS["256 requests"].first(options.requests)
+    for seed, rate in enumerate(options.rates):  # no prompt twice: it would be found in the server's cache
+        timelines = asyncio.run(online.arrive(target, workload.jobs(options.vocabulary, seed), rate))
         yield summarize(f"{options.model} at {rate:g} requests/s", options.name, timelines, objective)
 
 

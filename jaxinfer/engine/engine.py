@@ -20,12 +20,12 @@ from jaxinfer.engine.commit import keep_prompt_logprobs, read_row
 from jaxinfer.engine.memory import check_pages, fitting_pages
 from jaxinfer.engine.metrics import Counters, Metrics
 from jaxinfer.engine.options import SMALLEST_BUCKET, Options
-from jaxinfer.engine.paging import most_pages
 from jaxinfer.engine.prefill import lay_out, next_tokens
 from jaxinfer.engine.request import Request, Update
 from jaxinfer.engine.scheduler import Plan, Scheduler
 from jaxinfer.engine.sequence import Sequence
 from jaxinfer.model import Model, Params
+from jaxinfer.roofline import most_pages
 
 IN_FLIGHT = 2  # steps dispatched before the oldest is read
 WARM = (sampling.GREEDY, sampling.EVERYTHING)

@@ -17,15 +17,7 @@ from jaxinfer.cache import NULL_PAGE
 from jaxinfer.decode.step import Layout
 from jaxinfer.engine.pages import PagePool
 from jaxinfer.engine.sequence import Sequence
-
-
-def most_pages(tokens: int, page_size: int, window: int | None, ahead: int) -> int:
-    """Pages that a sequence of `tokens` tokens has at once, of which it computes `ahead` at a time."""
-    columns = -(-tokens // page_size)
-    if window is None:
-        return columns
-    span = window - 1 + ahead  # tokens, of which the first may be the last of its page
-    return min(columns, (span - 2) // page_size + 2)
+from jaxinfer.roofline import most_pages
 
 
 class Paging:

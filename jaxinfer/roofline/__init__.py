@@ -14,6 +14,7 @@ from jaxinfer.roofline.hardware import DATASHEETS, MEASURED, Hardware, find_by_d
 from jaxinfer.roofline.memory import (
     MemoryPlan,
     activation_memory,
+    most_pages,
     page_bytes,
     plan_memory,
     sequence_bytes,
@@ -38,6 +39,7 @@ __all__ = [
     "experts_touched",
     "find_by_device",
     "find_hardware",
+    "most_pages",
     "page_bytes",
     "parameters",
     "plan_memory",

@@ -147,9 +147,17 @@ def sequence_bytes(
 
     Window layers give pages back as the window moves on, by `chunk` tokens at most in one step.
     """
-    whole, total = -(-context // page_size), 0
-    for window in config.windows:
-        # The first token in sight may be the last of its page.
-        pages = whole if window is None else min(whole, (window + chunk - 3) // page_size + 2)
-        total += pages * page_bytes(config, window, page_size, precision, tensor_parallel)
-    return total
+    return sum(
+        most_pages(context, page_size, window, chunk)
+        * page_bytes(config, window, page_size, precision, tensor_parallel)
+        for window in config.windows
+    )
+
+
+def most_pages(tokens: int, page_size: int, window: int | None, ahead: int) -> int:
+    """Pages that a sequence of `tokens` tokens has at once, of which it computes `ahead` at a time."""
+    columns = -(-tokens // page_size)
+    if window is None:
+        return columns
+    span = window - 1 + ahead  # tokens, of which the first may be the last of its page
+    return min(columns, (span - 2) // page_size + 2)

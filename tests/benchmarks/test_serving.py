@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -22,8 +23,6 @@ JOBS = [Job((1, 2, 3), 3), Job((4, 5), 1), Job((6,), 2)]
 
 
 def test_the_mixed_workload_is_the_one_that_other_systems_are_measured_with():
-    import random
-
     random.seed(0)
     assert mixed(256).sizes == tuple((random.randint(100, 1024), random.randint(100, 1024)) for _ in range(256))
 
