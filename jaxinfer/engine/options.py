@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from jaxinfer.cache import CACHE_DTYPES
 from jaxinfer.decode.step import SCORED
 
 SMALLEST_BUCKET = SCORED  # the larger ones are whole multiples: one program scores all prompts
@@ -27,7 +28,8 @@ class Options:
         num_pages: pages of each cache group, the null page included; None gives every slot its longest sequence, as
             far as memory goes.
         steps_per_dispatch: decode steps in one program, at most MOST_STEPS.
-        cache_dtype: of keys and values, float32, bfloat16 or float16; None takes the model's.
+        cache_dtype: of keys and values, one of CACHE_DTYPES; None takes the model's. In int8 and float8_e4m3fn every
+            key and value of a head has a float32 scale of its own.
         enable_prefix_caching: texts that begin alike share the pages of their common beginning.
         max_waiting_time: seconds after which a request that has not begun to run ends with the reason `timeout`; None
             lets it wait.
@@ -49,8 +51,8 @@ class Options:
                 raise ValueError(f"{name} = {value!r} must be an integer power of two in {least}..{most}")
         if not _is_integer(self.steps_per_dispatch) or not 1 <= self.steps_per_dispatch <= MOST_STEPS:
             raise ValueError(f"steps_per_dispatch = {self.steps_per_dispatch!r} must be an integer in 1..{MOST_STEPS}")
-        if self.cache_dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ValueError(f"cache_dtype = {self.cache_dtype!r} must be float32, bfloat16 or float16")
+        if self.cache_dtype not in (None, *CACHE_DTYPES):
+            raise ValueError(f"cache_dtype = {self.cache_dtype!r} must be one of {', '.join(CACHE_DTYPES)}")
         if self.num_pages is not None and (not _is_integer(self.num_pages) or self.num_pages < 2):
             raise ValueError(f"num_pages = {self.num_pages!r} must be an integer, at least 2, the null page included")
         if not isinstance(self.enable_prefix_caching, bool):
