@@ -120,7 +120,7 @@ def section(name: str, folder: Path) -> str:
     """One table of one card, or where all of its figures come from."""
     files = [part for names in FILES for part in read(folder, *names)]
     if name == SOURCES:
-        return "".join(describe(part["environment"]) for part in files)
+        return "".join(dict.fromkeys(describe(part["environment"]) for part in files))
     return markdown(TABLES[name], [Record(**record) for part in files for record in part["records"]])
 
 
