@@ -58,6 +58,18 @@ def test_generate_streams_code_and_states_its_speed():
     assert weights < per_token < 1.1 * weights  # a step reads every weight once, and the cache
 
 
+@pytest.mark.parametrize("command", ["generate", "batch"])
+def test_the_dtype_of_the_cache_reaches_the_engine(command, tmp_path, monkeypatch):
+    def refuse(model, *, options, **arguments):
+        raise ValueError(f"a cache of {options.cache_dtype}")
+
+    monkeypatch.setattr("jaxinfer.llm.LLM", refuse)
+    (tmp_path / "in").touch()
+    files = [str(tmp_path / name) for name in ("in", "out")]
+    result = run(command, *(["a"] if command == "generate" else files), "--cache-dtype", "int8")
+    assert "a cache of int8" in flat(result.output)
+
+
 def test_convert_keeps_every_bit(tmp_path):
     assert run("convert", str(DEMO), str(tmp_path / "own")).exit_code == 0
     model = Model(read_config(DEMO), make_mesh(2))

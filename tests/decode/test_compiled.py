@@ -37,10 +37,13 @@ class Compiled:
         return self.executable.as_text()
 
 
-def compiled(which: str, config: dict, tensor: int = 1, num_pages: int = 29, cache_dtype: str = "float32") -> Compiled:
+def compiled(
+    which: str, config: dict, tensor: int = 1, num_pages: int = 29, cache_dtype: str = "float32",
+    context: int = CONTEXT,
+) -> Compiled:  # fmt: skip
     """A program of decode and, as `step` and `sample`, of prefill. Nothing is run."""
-    model = Model(read_config(config), make_mesh(tensor))
-    layout = Layout(SLOTS, PAGE, (num_pages,) * len(model.config.windows), CONTEXT, cache_dtype)
+    model = Model(read_config(config | {"max_position_embeddings": context}), make_mesh(tensor))
+    layout = Layout(SLOTS, PAGE, (num_pages,) * len(model.config.windows), context, cache_dtype)
     programs = Programs(model, layout)
     given = (list(model.parameters.values()), *programs.new_state())
     needs = Needs("greedy", 0)
@@ -110,6 +113,19 @@ def test_temporary_memory_does_not_grow_with_the_pool(alone):
     assert grown == small
     cache = sum(array.nbytes for array in jax.tree.leaves(large.cache))
     assert large.executable.memory_analysis().alias_size_in_bytes >= cache
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("which", ["step", "loop"])
+def test_temporary_memory_grows_with_the_context_by_page_tables_alone(which, cache_dtype):
+    """Beyond one block of keys, which XLA gathers at a time. A table is gathered by the slots of the prefill, and
+    padded to whole blocks; each cache group has its own."""
+    short, long = (
+        compiled(which, ODD, num_pages=29, cache_dtype=cache_dtype, context=context) for context in (16_384, 131_072)
+    )
+    small, grown = (each.executable.memory_analysis().temp_size_in_bytes for each in (short, long))
+    tables = sum(array.nbytes for array in jax.tree.leaves(long.state.tables))
+    assert grown - small <= 3 * tables
 
 
 def test_the_sampler_updates_its_state_in_place():
