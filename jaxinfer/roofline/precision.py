@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4}
 ARRAY_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+CACHE_DTYPES = ARRAY_DTYPES | {"int8": "int8", "float8_e4m3fn": "fp8"}  # by the names that an engine takes
 INT4_GROUP = 128  # int4 weights that share one 16-bit scale
 CACHE_SCALE_BYTES = 4  # one float32 scale per key or value vector when the cache is narrower than 16 bits
 
@@ -32,16 +33,21 @@ class Precision:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(BITS)}")
 
     @classmethod
-    def all_in(cls, dtype: str) -> Precision:
-        """A deployment without quantization, by the dtype of its arrays, such as a config's "bfloat16".
+    def all_in(cls, dtype: str, cache_dtype: str | None = None) -> Precision:
+        """A deployment without quantized weights, by the dtypes of its arrays, such as a config's "bfloat16".
+
+        Args:
+            cache_dtype: of keys and values, as an engine takes it; None is `dtype`.
 
         Raises:
-            ValueError: it is no dtype of a model's arrays.
+            ValueError: it is no dtype of a model's arrays, or of a cache's.
         """
         if dtype not in ARRAY_DTYPES:
             raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(ARRAY_DTYPES)}")
+        if cache_dtype not in (None, *CACHE_DTYPES):
+            raise ValueError(f"cache_dtype is {cache_dtype!r}; expected one of {', '.join(CACHE_DTYPES)}")
         name = ARRAY_DTYPES[dtype]
-        return cls(weights=name, cache=name, activations=name)
+        return cls(weights=name, cache=CACHE_DTYPES[cache_dtype or dtype], activations=name)
 
     @property
     def residual(self) -> str:
