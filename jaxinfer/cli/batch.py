@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -48,7 +49,7 @@ def batch(
             dtype=dtype,
             max_model_len=max_model_len,
             tensor_parallel_size=tensor_parallel,
-            options=Options(max_num_seqs=max_num_seqs),
+            options=Options(max_num_seqs=max_num_seqs, max_slowdown=math.inf),  # nobody waits for a single token
         )
     except (ValueError, OSError) as error:
         raise bad_argument(error) from error

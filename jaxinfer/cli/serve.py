@@ -60,6 +60,12 @@ def serve(
     max_num_batched_tokens: Annotated[
         int, integer(help="Prompt tokens of one step; a power of two.", rich_help_panel=_ENGINE)
     ] = 1024,
+    max_slowdown: Annotated[
+        float,
+        number(
+            least=1, help="Of a decode step by prompts beside it, as predicted; inf for none.", rich_help_panel=_ENGINE
+        ),
+    ] = 2.0,
     page_size: Annotated[int, integer(help="Tokens of a page of the cache.", rich_help_panel=_ENGINE)] = 16,
     num_pages: Annotated[
         int | None, integer(help="Pages of the cache; as many as fit by default.", rich_help_panel=_ENGINE)
@@ -100,6 +106,7 @@ def serve(
         {
             "max_num_seqs": max_num_seqs,
             "max_num_batched_tokens": max_num_batched_tokens,
+            "max_slowdown": max_slowdown,
             "page_size": page_size,
             "num_pages": num_pages,
             "steps_per_dispatch": steps_per_dispatch,

@@ -6,16 +6,20 @@ device, and the host reads them late. What ran past the end of a sequence is dis
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
 
+from jaxinfer.cache.gathers import gathers
 from jaxinfer.decode import sampling
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import SCORED, Layout, Programs, StepOutput
+from jaxinfer.engine.buckets import bucket, powers, rectangle
+from jaxinfer.engine.budget import Budget
 from jaxinfer.engine.commit import keep_prompt_logprobs, read_row
 from jaxinfer.engine.memory import check_pages, fitting_pages
 from jaxinfer.engine.metrics import Counters, Metrics
@@ -24,8 +28,9 @@ from jaxinfer.engine.prefill import lay_out, next_tokens
 from jaxinfer.engine.request import Request, Update
 from jaxinfer.engine.scheduler import Plan, Scheduler
 from jaxinfer.engine.sequence import Sequence
+from jaxinfer.machine import known_machine
 from jaxinfer.model import Model, Params
-from jaxinfer.roofline import most_pages
+from jaxinfer.roofline import Precision, StepTimes, most_pages
 
 IN_FLIGHT = 2  # steps dispatched before the oldest is read
 WARM = (sampling.GREEDY, sampling.EVERYTHING)
@@ -48,6 +53,7 @@ class Engine:
         self.options = options or Options()
         self.layout = _layout(model, self.options)
         self.counters = Counters()
+        self.budget = _budget(model, self.layout, self.options)
         self.scheduler = self._new_scheduler()
         self.programs = Programs(model, self.layout)
         self._state, self._cache = self.programs.new_state()
@@ -128,7 +134,7 @@ class Engine:
         self._state, self._cache = self.programs.new_state()
 
     def _new_scheduler(self) -> Scheduler:
-        return Scheduler(self.layout, self.model.config.windows, self.options, self.counters)
+        return Scheduler(self.layout, self.model.config.windows, self.options, self.counters, self.budget)
 
     def warm_up(self) -> None:
         """Compiles every program that requests can meet from then on, on an idle engine.
@@ -143,12 +149,12 @@ class Engine:
         self._state = self.programs.extend(self._state, [(0, self.layout.slots, 0, 0)])  # of no slot
         self._state = self.programs.release(self._state, 0)
         for decode in (0, self.layout.slots):
-            for tokens in _powers(SMALLEST_BUCKET, self.options.max_num_batched_tokens):
+            for tokens in powers(SMALLEST_BUCKET, self.options.max_num_batched_tokens):
                 self._run_step(lay_out([], tokens, self.layout.slots), None, decode, WARM[0])
             prefill, targets_T = lay_out([], SCORED, self.layout.slots), next_tokens([], SCORED)
             for needs in WARM[1:]:
                 self._run_step(prefill, targets_T, decode, needs)
-        for decode in _powers(1, self.layout.slots):
+        for decode in powers(1, self.layout.slots):
             for needs in WARM:
                 self._run_loop(decode, needs)
         jax.block_until_ready(self._state)
@@ -164,10 +170,10 @@ class Engine:
         needs = self._needs(plan)
         rows = [(sequence.slot, sequence) for sequence in plan.decoding if sequence.slot is not None]
         if not plan.chunks:
-            decode = _bucket(max(slot for slot, _ in rows) + 1, self.layout.slots, 1)
+            decode = rectangle([slot for slot, _ in rows])
             return Work(plan, self._run_loop(decode, needs), rows)
         decode = self.layout.slots if plan.decoding else 0
-        tokens = _bucket(sum(chunk.tokens for chunk in plan.chunks), self.options.max_num_batched_tokens)
+        tokens = bucket(sum(chunk.tokens for chunk in plan.chunks))
         wants = any(chunk.sequence.scores_prompt for chunk in plan.chunks)
         targets_T = next_tokens(plan.chunks, tokens) if wants else None
         output = self._run_step(lay_out(plan.chunks, tokens, self.layout.slots), targets_T, decode, needs)
@@ -252,13 +258,17 @@ def _layout(model: Model, options: Options) -> Layout:
     )
 
 
-def _powers(least: int, most: int) -> list[int]:
-    """The powers of two from `least` to `most`, both powers of two themselves."""
-    return [least << shift for shift in range((most // least).bit_length())]
-
-
-def _bucket(count: int, most: int, least: int = SMALLEST_BUCKET) -> int:
-    return next(size for size in _powers(least, most) if size >= count)
+def _budget(model: Model, layout: Layout, options: Options) -> Budget:
+    """What programs may prefill, by what the cost model says of this model on this machine."""
+    if layout.slots == 1 or options.max_slowdown == math.inf:  # no prompt ever comes beside a sequence that decodes
+        return Budget(layout, options, times=None)
+    precision = Precision.all_in(model.config.dtype, layout.cache_dtype)
+    decode, prefill = gathers(layout.attention)
+    times = StepTimes(
+        model.config, known_machine(precision.residual), precision, model.mesh.size,
+        "materialized" if decode else "flash", "materialized" if prefill else "flash",
+    )  # fmt: skip
+    return Budget(layout, options, times, whole_rows=decode)
 
 
 def _send(output: StepOutput) -> StepOutput:

@@ -17,6 +17,8 @@ from jaxinfer.decode.sampling import Sampled
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import Layout, StepOutput
 from jaxinfer.engine import Engine, Options, Request, Update
+from jaxinfer.engine.budget import Budget, Times
+from jaxinfer.roofline import Attended
 
 VOCABULARY = 50
 WINDOWS = (None, 6, 13)
@@ -155,11 +157,38 @@ def _output(tokens_nW, emits_nW):
     return StepOutput(Sampled(tokens, nothing, nothing, nothing), np.array(emits_nW, bool).view(Sent), ())
 
 
-def fake_engine(options: Options, context: int, windows: tuple[int | None, ...] = WINDOWS) -> Engine:
+@dataclass(frozen=True)
+class FakeTimes:
+    """A step's predicted seconds: so many for the weights, a token, and a key that a token sees."""
+
+    weights: float
+    token: float
+    key: float
+
+    def rest(self, tokens, rows):
+        return self.weights + self.token * (tokens + rows)
+
+    def head(self, rows):
+        return self.token * rows
+
+    def decoding(self, contexts):
+        return self.key * sum(contexts)
+
+    def chunk(self, tokens, cached):
+        return Attended(tokens * cached + tokens * (tokens + 1) // 2)
+
+    def prefilling(self, chunks):
+        return self.key * chunks.flops
+
+
+def fake_engine(
+    options: Options, context: int, windows: tuple[int | None, ...] = WINDOWS, times: Times | None = None
+) -> Engine:
     """An engine without a device. The first window is None, since that group tells the whole text."""
     config = SimpleNamespace(windows=windows, dtype="float32")
     fits_always = mock.patch("jaxinfer.engine.engine.check_pages")
-    with mock.patch("jaxinfer.engine.engine.Programs", FakePrograms), fits_always:
+    budget = mock.patch("jaxinfer.engine.engine._budget", lambda _, layout, options: Budget(layout, options, times))
+    with mock.patch("jaxinfer.engine.engine.Programs", FakePrograms), fits_always, budget:
         return Engine(SimpleNamespace(config=config, context=context), [], options)
 
 

@@ -13,10 +13,12 @@ from jaxinfer.cache import NULL_PAGE
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Engine, Options, Request
 from jaxinfer.engine.pages import PagePool
-from tests.engine.fake import Told, expected_tokens, fake_engine, gather, run
+from tests.engine.fake import FakeTimes, Told, expected_tokens, fake_engine, gather, run
 
 CONTEXT = 144
 OPTIONS = Options(max_num_seqs=4, max_num_batched_tokens=64, page_size=4, num_pages=21, steps_per_dispatch=3)
+# No limit, prompts that stretch a step to twice its time soon or late, and such that always do.
+TIMES = (None, FakeTimes(1.0, 0.005, 1e-4), FakeTimes(1.0, 0.001, 1e-4), FakeTimes(0.0, 1.0, 1.0))
 POOL = settings(max_examples=50, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow])
 ENGINE = settings(max_examples=60, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow])
 
@@ -132,10 +134,10 @@ def assert_told(told: Told, request: Request, aborted: bool = False) -> None:
 class Requests(RuleBasedStateMachine):
     """An engine, with prompts that begin alike, that all kinds of things happen to."""
 
-    @initialize(sharing=st.booleans(), pages=st.sampled_from([19, 24, 40]))
-    def start(self, sharing, pages):
+    @initialize(sharing=st.booleans(), pages=st.sampled_from([19, 24, 40]), times=st.sampled_from(TIMES))
+    def start(self, sharing, pages, times):
         options = dataclasses.replace(OPTIONS, enable_prefix_caching=sharing, num_pages=pages)
-        self.engine, self.requests, self.told, self.aborted = fake_engine(options, CONTEXT), [], {}, set()
+        self.engine, self.requests, self.told, self.aborted = fake_engine(options, CONTEXT, times=times), [], {}, set()
         self.add(shift=False, common=24, own=(9,), new=20, stops=False, priority=0, n=4)
 
     @rule(
@@ -181,8 +183,8 @@ def test_requests_of_random_arrivals(sharing, monkeypatch):
         random = Random(seed)
         monkeypatch.setattr("jaxinfer.engine.engine.IN_FLIGHT", random.choice([1, 2, 4]))
         options = dataclasses.replace(OPTIONS, enable_prefix_caching=sharing, num_pages=random.choice([37, 44, 90]))
-        engine, requests, told = fake_engine(options, CONTEXT), [], {}
-        engine.scheduler.budget = random.choice([3, 17, 64])
+        engine, requests, told = fake_engine(options, CONTEXT, times=random.choice(TIMES)), [], {}
+        engine.budget.most = random.choice([3, 17, 64])
         while len(requests) < 40:
             stops, priority = random.random() < 0.5, random.choice([0, 0, 0, 1])
             prompt = random_prompt(random, requests)
