@@ -7,7 +7,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -69,6 +71,39 @@ def keep_compiled() -> None:
         jax.config.update("jax_compilation_cache_dir", str(caches / "jaxinfer" / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # of a model's many programs most are fast
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@dataclass
+class Compiled:
+    """XLA programs that were made ready.
+
+    Attributes:
+        programs: all of them.
+        found: those that the persistent compilation cache had; see `keep_compiled`. The others were compiled.
+    """
+
+    programs: int = 0
+    found: int = 0
+
+
+@contextmanager
+def count_compiled() -> Iterator[Compiled]:
+    """Counts the programs that this process makes ready, in whichever thread, until the block ends."""
+    seen = Compiled()
+
+    def count_found(event: str, **_: str | int) -> None:
+        seen.found += event == "/jax/compilation_cache/cache_hits"
+
+    def count_all(event: str, duration_secs: float, **_: str | int) -> None:
+        seen.programs += event == "/jax/core/compile/backend_compile_duration"  # after a hit, too
+
+    jax.monitoring.register_event_listener(count_found)
+    jax.monitoring.register_event_duration_secs_listener(count_all)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_listener(count_found)
+        jax.monitoring.unregister_event_duration_listener(count_all)
 
 
 def device_memory(stats: dict[str, int] | None) -> int:

@@ -18,11 +18,14 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
+from jaxinfer.cache.gathers import gathers
 from jaxinfer.decode.step import SCORED, Layout
 from jaxinfer.engine.buckets import bucket, powers, rectangle
 from jaxinfer.engine.options import SMALLEST_BUCKET, Options
 from jaxinfer.engine.sequence import Sequence
-from jaxinfer.roofline import Attended
+from jaxinfer.machine import known_machine
+from jaxinfer.model import Model
+from jaxinfer.roofline import Attended, Precision, StepTimes
 
 
 class Times(Protocol):
@@ -62,6 +65,19 @@ class Budget:
             attention, beside = (self._times.decoding([self._whole_row] * slots) for slots in (alone, self._slots))
         room = self._slowdown * (self._times.rest(alone, alone) + attention) - beside
         return Allowance(self.most, PrefillTimes(self._times, self._slots), room)
+
+
+def predicted_budget(model: Model, layout: Layout, options: Options) -> Budget:
+    """What programs may prefill, by what the cost model says of this model on this machine."""
+    if layout.slots == 1 or options.max_slowdown == math.inf:  # no prompt ever comes beside a sequence that decodes
+        return Budget(layout, options, times=None)
+    precision = Precision.all_in(model.config.dtype, layout.cache_dtype)
+    decode, prefill = gathers(layout.attention)
+    times = StepTimes(
+        model.config, known_machine(precision.residual), precision, model.mesh.size,
+        "materialized" if decode else "flash", "materialized" if prefill else "flash",
+    )  # fmt: skip
+    return Budget(layout, options, times, whole_rows=decode)
 
 
 class PrefillTimes:

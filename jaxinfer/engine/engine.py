@@ -6,31 +6,31 @@ device, and the host reads them late. What ran past the end of a sequence is dis
 
 from __future__ import annotations
 
-import math
 from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import numpy as np
 
-from jaxinfer.cache.gathers import gathers
 from jaxinfer.decode import sampling
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import SCORED, Layout, Programs, StepOutput
 from jaxinfer.engine.buckets import bucket, powers, rectangle
-from jaxinfer.engine.budget import Budget
+from jaxinfer.engine.budget import predicted_budget
 from jaxinfer.engine.commit import keep_prompt_logprobs, read_row
 from jaxinfer.engine.memory import check_pages, fitting_pages
-from jaxinfer.engine.metrics import Counters, Metrics
+from jaxinfer.engine.metrics import Counters, Metrics, WarmUp
 from jaxinfer.engine.options import SMALLEST_BUCKET, Options
 from jaxinfer.engine.prefill import lay_out, next_tokens
 from jaxinfer.engine.request import Request, Update
 from jaxinfer.engine.scheduler import Plan, Scheduler
 from jaxinfer.engine.sequence import Sequence
-from jaxinfer.machine import known_machine
+from jaxinfer.engine.warm_up import Progress, make_ready
 from jaxinfer.model import Model, Params
-from jaxinfer.roofline import Precision, StepTimes, most_pages
+from jaxinfer.roofline import most_pages
 
 IN_FLIGHT = 2  # steps dispatched before the oldest is read
 WARM = (sampling.GREEDY, sampling.EVERYTHING)
@@ -53,7 +53,7 @@ class Engine:
         self.options = options or Options()
         self.layout = _layout(model, self.options)
         self.counters = Counters()
-        self.budget = _budget(model, self.layout, self.options)
+        self.budget = predicted_budget(model, self.layout, self.options)
         self.scheduler = self._new_scheduler()
         self.programs = Programs(model, self.layout)
         self._state, self._cache = self.programs.new_state()
@@ -136,29 +136,57 @@ class Engine:
     def _new_scheduler(self) -> Scheduler:
         return Scheduler(self.layout, self.model.config.windows, self.options, self.counters, self.budget)
 
-    def warm_up(self) -> None:
+    def warm_up(self, progress: Progress | None = None) -> WarmUp:
         """Compiles every program that requests can meet from then on, on an idle engine.
 
         Two kinds of sampling are compiled, greedy and all that there is; a batch takes the first that serves it.
+
+        Args:
+            progress: is told of each program that is ready, and how many there are.
+
+        Returns:
+            the programs with their times, and how many the persistent compilation cache had.
         """
         assert not self.scheduler.running
+
+        def waited(run: Callable[[], object]) -> Callable[[], None]:
+            def work() -> None:
+                run()
+                jax.block_until_ready(self._state)
+
+            return work
+
+        done = make_ready([(name, waited(run)) for name, run in self._all_programs()], progress)
+        self._warm = WARM
+        return done
+
+    def _all_programs(self) -> Iterator[tuple[str, Callable[[], object]]]:
+        """What to call once for every program there can be."""
+        slots, largest = self.layout.slots, self.options.max_num_batched_tokens
+        yield "slots and page tables", self._run_small_programs
+        for decode in (0, slots):
+            beside = f" beside {decode} slots" if decode else ""
+            for tokens in powers(SMALLEST_BUCKET, largest):
+                step = partial(self._run_step, lay_out([], tokens, slots), None, decode, WARM[0])
+                yield f"{tokens} prompt tokens{beside}", step
+            prefill, targets_T = lay_out([], SCORED, slots), next_tokens([], SCORED)
+            for needs in WARM[1:]:
+                yield (
+                    f"{needs.level} sampling of prompts{beside}",
+                    partial(self._run_step, prefill, targets_T, decode, needs),
+                )
+        for decode in powers(1, slots):
+            for needs in WARM:
+                yield f"decoding {decode} slots, {needs.level}", partial(self._run_loop, decode, needs)
+
+    def _run_small_programs(self) -> None:
+        """Those that bring the device's slots up to date."""
         for penalty in (1.0, 2.0):  # whether the sampler reads the prompt makes two programs of an admission
             idle = SamplingParams(max_tokens=1, repetition_penalty=penalty)
             row = self.programs.admission(idle, [()] * len(self.layout.num_pages), prompt_ids=(0,))
             self._state = self.programs.admit(self._state, 0, row)
         self._state = self.programs.extend(self._state, [(0, self.layout.slots, 0, 0)])  # of no slot
         self._state = self.programs.release(self._state, 0)
-        for decode in (0, self.layout.slots):
-            for tokens in powers(SMALLEST_BUCKET, self.options.max_num_batched_tokens):
-                self._run_step(lay_out([], tokens, self.layout.slots), None, decode, WARM[0])
-            prefill, targets_T = lay_out([], SCORED, self.layout.slots), next_tokens([], SCORED)
-            for needs in WARM[1:]:
-                self._run_step(prefill, targets_T, decode, needs)
-        for decode in powers(1, self.layout.slots):
-            for needs in WARM:
-                self._run_loop(decode, needs)
-        jax.block_until_ready(self._state)
-        self._warm = WARM
 
     # --- run
 
@@ -256,19 +284,6 @@ def _layout(model: Model, options: Options) -> Layout:
         max_tokens=model.context,
         cache_dtype=dtype,
     )
-
-
-def _budget(model: Model, layout: Layout, options: Options) -> Budget:
-    """What programs may prefill, by what the cost model says of this model on this machine."""
-    if layout.slots == 1 or options.max_slowdown == math.inf:  # no prompt ever comes beside a sequence that decodes
-        return Budget(layout, options, times=None)
-    precision = Precision.all_in(model.config.dtype, layout.cache_dtype)
-    decode, prefill = gathers(layout.attention)
-    times = StepTimes(
-        model.config, known_machine(precision.residual), precision, model.mesh.size,
-        "materialized" if decode else "flash", "materialized" if prefill else "flash",
-    )  # fmt: skip
-    return Budget(layout, options, times, whole_rows=decode)
 
 
 def _send(output: StepOutput) -> StepOutput:

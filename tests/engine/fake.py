@@ -187,7 +187,9 @@ def fake_engine(
     """An engine without a device. The first window is None, since that group tells the whole text."""
     config = SimpleNamespace(windows=windows, dtype="float32")
     fits_always = mock.patch("jaxinfer.engine.engine.check_pages")
-    budget = mock.patch("jaxinfer.engine.engine._budget", lambda _, layout, options: Budget(layout, options, times))
+    budget = mock.patch(
+        "jaxinfer.engine.engine.predicted_budget", lambda _, layout, options: Budget(layout, options, times)
+    )
     with mock.patch("jaxinfer.engine.engine.Programs", FakePrograms), fits_always, budget:
         return Engine(SimpleNamespace(config=config, context=context), [], options)
 
