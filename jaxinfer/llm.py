@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import reprlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from jaxinfer.outputs import CompletionOutput, RequestOutput
 from jaxinfer.parallel import make_mesh
 from jaxinfer.text import ChatTemplate, Tokenizer
 
+logger = logging.getLogger(__name__)
 COLUMNS = (
     TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
 )  # fmt: skip
@@ -260,7 +262,11 @@ class LLM:
         for update in self.engine.step():
             if update.request.id in self._running:
                 continuation, ended = self._running[update.request.id]
-                continuation.push(update)
+                try:
+                    continuation.push(update)
+                except Exception:  # of this request alone: the others go on
+                    logger.exception("the text of request %d cannot be made", update.request.id)
+                    continuation.finish_reason = "error"
                 if continuation.finish_reason is not None:
                     ended.append(continuation)
                     self._drop([continuation])

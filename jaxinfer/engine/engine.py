@@ -6,8 +6,10 @@ device, and the host reads them late. What ran past the end of a sequence is dis
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,11 +19,11 @@ import numpy as np
 from jaxinfer.decode import sampling
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.decode.step import SCORED, Layout, Programs, StepOutput
+from jaxinfer.decode.step import SCORED, Programs, StepOutput
 from jaxinfer.engine.buckets import bucket, powers, rectangle
 from jaxinfer.engine.budget import predicted_budget
-from jaxinfer.engine.commit import keep_prompt_logprobs, read_row
-from jaxinfer.engine.memory import check_pages, fitting_pages
+from jaxinfer.engine.commit import join_tiles, keep_prompt_logprobs, read_row
+from jaxinfer.engine.memory import make_layout
 from jaxinfer.engine.metrics import Counters, Metrics, WarmUp
 from jaxinfer.engine.options import SMALLEST_BUCKET, Options
 from jaxinfer.engine.prefill import lay_out, next_tokens
@@ -30,9 +32,9 @@ from jaxinfer.engine.scheduler import Plan, Scheduler
 from jaxinfer.engine.sequence import Sequence
 from jaxinfer.engine.warm_up import Progress, make_ready
 from jaxinfer.model import Model, Params
-from jaxinfer.roofline import most_pages
 
 IN_FLIGHT = 2  # steps dispatched before the oldest is read
+logger = logging.getLogger(__name__)
 WARM = (sampling.GREEDY, sampling.EVERYTHING)
 
 
@@ -51,7 +53,7 @@ class Engine:
     def __init__(self, model: Model, params: Params, options: Options | None = None):
         self.model, self.params = model, params
         self.options = options or Options()
-        self.layout = _layout(model, self.options)
+        self.layout = make_layout(model, self.options)
         self.counters = Counters()
         self.budget = predicted_budget(model, self.layout, self.options)
         self.scheduler = self._new_scheduler()
@@ -66,15 +68,20 @@ class Engine:
         return self.scheduler.problems(request)
 
     def add(self, request: Request) -> None:
-        """Queues a request.
+        """Queues a request. What the host makes of it for the device is tried now, so that it fails here if it does.
 
         Raises:
-            ValueError: the cache could never hold it, or a request of that id has not ended.
+            ValueError: the cache could never hold it, a request of that id has not ended, or it has too many
+                end-of-sequence tokens.
+            OverflowError: one of its numbers is too large for the device.
         """
         if problems := self.problems(request):
             raise ValueError("; ".join(problems))
         if request.id in self.scheduler.sequences:
             raise ValueError(f"id = {request.id} is that of a request that has not ended; allowed: any other")
+        no_pages = [()] * len(self.layout.num_pages)
+        self.programs.admission(request.params, no_pages, request.prompt_ids, request.eos_ids, request.seed, ())
+        np.asarray(request.prompt_ids, np.int32)
         self.scheduler.add(request)
 
     def abort(self, request_id: int) -> None:
@@ -242,22 +249,38 @@ class Engine:
     # --- commit
 
     def _commit(self, work: Work) -> list[Update]:
+        """Reads a program. An exception at one request's part of it ends that request alone."""
         output = jax.tree.map(np.asarray, work.output)
         for sequence in (*work.plan.decoding, *(chunk.sequence for chunk in work.plan.chunks)):
             sequence.in_flight -= 1
+        updates: list[Update] = []
         if output.prompt:
-            keep_prompt_logprobs(work.plan.chunks, output.prompt)
-        updates = []
+            scored, first = join_tiles(output.prompt), 0
+            for chunk in work.plan.chunks:
+                with self._alone(chunk.sequence, updates):
+                    keep_prompt_logprobs(chunk, first, scored)
+                first += chunk.tokens
         for index, sequence in work.rows:
-            if not sequence.finished and (update := self._commit_row(output, index, sequence)) is not None:
+            if not sequence.finished and (update := self._commit_row(output, index, sequence, updates)) is not None:
                 updates.append(update)
         return updates
 
-    def _commit_row(self, output: StepOutput, index: int, sequence: Sequence) -> Update | None:
-        first = sequence.scores_prompt
-        row = read_row(output, index, sequence)
-        sequence.check()
-        if not row.tokens:
+    @contextmanager
+    def _alone(self, sequence: Sequence, updates: list[Update]) -> Iterator[None]:
+        """For what concerns one sequence alone: it ends where that fails, and `updates` say so."""
+        try:
+            yield
+        except Exception:
+            logger.exception("request %d failed; the others go on", sequence.request.id)
+            self.abort(sequence.request.id)
+            updates.append(Update(sequence.request, (), (), None, "error"))
+
+    def _commit_row(self, output: StepOutput, index: int, sequence: Sequence, updates: list[Update]) -> Update | None:
+        first, row = sequence.scores_prompt, None
+        with self._alone(sequence, updates):
+            row = read_row(output, index, sequence)
+            sequence.check()
+        if row is None or sequence.finished or not row.tokens:
             return None
         self.counters.output_tokens += len(row.tokens)
         self.scheduler.read(sequence)
@@ -265,25 +288,6 @@ class Engine:
             self.scheduler.finish(sequence)
         prompt = tuple(sequence.prompt_logprobs) if first else None
         return Update(sequence.request, row.tokens, row.logprobs, prompt, row.reason)
-
-
-def _layout(model: Model, options: Options) -> Layout:
-    dtype, windows = options.cache_dtype or model.config.dtype, model.config.windows
-    if options.num_pages is not None:
-        check_pages(model, options.page_size, dtype, options.num_pages)
-        num_pages = (options.num_pages,) * len(windows)
-    else:
-        ahead = max(options.max_num_batched_tokens, options.steps_per_dispatch)
-        longest = [most_pages(model.context, options.page_size, window, ahead) for window in windows]
-        wanted = tuple(options.max_num_seqs * pages + 1 for pages in longest)
-        num_pages = fitting_pages(model, options.page_size, dtype, wanted)
-    return Layout(
-        slots=options.max_num_seqs,
-        page_size=options.page_size,
-        num_pages=num_pages,
-        max_tokens=model.context,
-        cache_dtype=dtype,
-    )
 
 
 def _send(output: StepOutput) -> StepOutput:

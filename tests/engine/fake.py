@@ -186,7 +186,7 @@ def fake_engine(
 ) -> Engine:
     """An engine without a device. The first window is None, since that group tells the whole text."""
     config = SimpleNamespace(windows=windows, dtype="float32")
-    fits_always = mock.patch("jaxinfer.engine.engine.check_pages")
+    fits_always = mock.patch("jaxinfer.engine.memory.check_pages")
     budget = mock.patch(
         "jaxinfer.engine.engine.predicted_budget", lambda _, layout, options: Budget(layout, options, times)
     )
