@@ -62,8 +62,8 @@ class LLM:
                 at most that, unless its rotary embeddings adapt to longer ones (dynamic NTK, LongRoPE).
             tensor_parallel_size: devices that share the model.
             seed: of the requests that name none.
-            warm_up: compile now whatever requests can meet, so that none waits for a compiler: by default 18 programs
-                of the model, for the sizes of prompts and of decoding, and 9 small ones. Without it each program is
+            warm_up: compile now whatever requests can meet, so that none waits for a compiler: by default 22 programs
+                of the model, for the sizes of prompts and of decoding, and 11 small ones. Without it each program is
                 compiled when a request first needs it.
             options: of the engine.
 

@@ -35,7 +35,7 @@ from jaxinfer.model import Model, Params
 
 IN_FLIGHT = 2  # steps dispatched before the oldest is read
 logger = logging.getLogger(__name__)
-WARM = (sampling.GREEDY, sampling.EVERYTHING)
+WARM = (sampling.GREEDY, sampling.UNFILTERED, sampling.EVERYTHING)  # the cheapest first
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ class Engine:
     def warm_up(self, progress: Progress | None = None) -> WarmUp:
         """Compiles every program that requests can meet from then on, on an idle engine.
 
-        Two kinds of sampling are compiled, greedy and all that there is; a batch takes the first that serves it.
+        Three kinds of sampling are compiled: greedy, all but what sorts the vocabulary (filters, and the likeliest
+        tokens beside the chosen one), and all that there is. A batch takes the first that serves it.
 
         Args:
             progress: is told of each program that is ready, and how many there are.

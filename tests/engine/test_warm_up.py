@@ -20,6 +20,7 @@ VARIED = [
     ("and so on", SamplingParams(temperature=0.0, prompt_logprobs=3)),
     ("x" * 70, SamplingParams(top_k=20, n=3, max_tokens=9)),
     ("hello", SamplingParams(temperature=0.0, max_tokens=30)),
+    ("hello", SamplingParams(presence_penalty=0.5, frequency_penalty=0.1, min_tokens=2, max_tokens=20)),
     ("hello", SamplingParams(top_p=0.9, repetition_penalty=1.5, stop=["e"], max_tokens=30)),
     ([1, 2, 3], SamplingParams(min_p=0.1, temperature=0.5, seed=3, logit_bias={4: 2.0}, logprobs=2)),
     ("and so on", SamplingParams(min_tokens=3, stop_token_ids=[len(CHARACTERS) - 1], ignore_eos=True)),
