@@ -28,7 +28,8 @@ class Options:
         num_pages: pages of each cache group, the null page included; None gives every slot its longest sequence, as
             far as memory goes.
         max_slowdown: how many times as long as a decode step alone a program may take, by prediction, that prefills
-            beside sequences that decode: at least 1, `math.inf` for no limit. See `jaxinfer.engine.budget`.
+            beside sequences that decode: at least 1; `math.inf`, no limit, is best for throughput. See
+            `jaxinfer.engine.budget`.
         steps_per_dispatch: decode steps in one program, at most MOST_STEPS.
         cache_dtype: of keys and values, float32, bfloat16 or float16; None takes the model's.
         enable_prefix_caching: texts that begin alike share the pages of their common beginning.

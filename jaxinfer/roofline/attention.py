@@ -90,8 +90,11 @@ class AttentionModel:
         """Of one more query of each sequence, the last of its `context` tokens. As the sum of `sequence` over them,
         but soon done for many."""
         if self.materialized:
-            one = {context: self.sequence(1, context - 1) for context in set(contexts)}
-            return Attended(*map(sum, zip(*(one[context] for context in contexts), strict=True)))
+            total = Attended()
+            for context, count in Counter(contexts).items():
+                flops, cache, scores = self.sequence(1, context - 1)
+                total = total.plus(Attended(count * flops, count * cache, count * scores))
+            return total
         flops = cache = 0.0
         for layers in self._layers:
             window = layers.window
