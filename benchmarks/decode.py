@@ -1,12 +1,15 @@
 """Prefill and decoding of a whole model with random normal weights.
 
     python -m benchmarks.decode [--model llama-3-8b] [--batches 1 16 64 256] [--prompts 512 2048 8192]
-        [--attention xla]
+        [--attention xla] [--cache-dtype int8] [--chunk 8192]
+    python -m benchmarks.decode --batches --prompts 131072
 
 Writes `decode.json` to the results of the device, or `decode_xla.json` where attention is asked for by that name; what
 the file holds of other cases stays in it, with the environment that it was measured in.
 Decoding: prompts of 128 tokens, 256 new tokens, greedy, no stop; new tokens over all sequences by the time of the 256
-steps. First token: one prompt, from the upload to the token on the host. Medians of three after a warm-up.
+steps. First token: one prompt, from the upload to the token on the host; one of more tokens than --chunk goes in
+chunks, each a step. Medians of three after a warm-up. A prompt may be longer than the model was made for, since the
+time depends on the shapes alone. With --cache-dtype the cases are named by it: `llama-3-8b B16 int8`.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import jax
 import numpy as np
 
 from benchmarks.record import MACHINE, Record, environment, update
+from jaxinfer.cache import CACHE_DTYPES
 from jaxinfer.decode.sampling import needs
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import Layout, Programs
@@ -42,7 +46,7 @@ from jaxinfer.roofline import (
     prefill,
     weight_memory,
 )
-from jaxinfer.roofline.precision import BF16
+from jaxinfer.roofline.precision import BF16, Precision
 from pallas_kernels import dispatch
 from pallas_kernels.flash_decoding import IMPLEMENTATIONS
 
@@ -59,6 +63,8 @@ class Subject:
         name: of the model in the records.
         steps: decode steps of one dispatch.
         implementation: of attention that is asked for.
+        cache_dtype: of keys and values; None is the model's.
+        chunk: tokens of a prompt that one step takes at most.
         machine: as timed at the start of this run; predictions are made with it.
         ceilings: those that all figures of such a machine are set against; fractions are of them.
     """
@@ -69,8 +75,18 @@ class Subject:
     page_size: int
     steps: int
     implementation: str
+    cache_dtype: str | None
+    chunk: int
     machine: Hardware
     ceilings: Hardware
+
+    @property
+    def precision(self) -> Precision:
+        return BF16 if self.cache_dtype is None else Precision.all_in("bfloat16", self.cache_dtype)
+
+    def case(self, what: str) -> str:
+        """The name of a case in the records."""
+        return f"{self.name} {what}" if self.cache_dtype is None else f"{self.name} {what} {self.precision.cache}"
 
     @property
     def attention(self) -> str:
@@ -90,27 +106,33 @@ class Bench:
         config, row = subject.model.config, -(-length // subject.page_size)
         pages = (slots * row + 1,) * len(config.windows)
         self.subject, self.peak_before = subject, memory_statistics().get("peak_bytes_in_use", 0)
-        self.layout = Layout(slots, subject.page_size, pages, length, config.dtype, subject.implementation)
+        cache_dtype = subject.cache_dtype or config.dtype
+        self.layout = Layout(slots, subject.page_size, pages, length, cache_dtype, subject.implementation)
         self.programs = Programs(subject.model, self.layout)
         self.state, self.cache = self.programs.new_state()
         self.random = np.random.default_rng(0)
 
-    def prefill(self, tokens: int) -> float:
-        """Gives every slot a prompt of `tokens` tokens; seconds until the first tokens are on the host."""
-        row, chunks = self.layout.pages_per_row, []
+    def prefill(self, tokens: int, chunk: int) -> float:
+        """Gives every slot a prompt of `tokens` tokens, `chunk` of them in a step; seconds until the first tokens of
+        the outputs are on the host."""
+        row, sequences = self.layout.pages_per_row, []
         for slot in range(self.layout.slots):
             pages = range(1 + slot * row, 1 + (slot + 1) * row)
             admission = self.programs.admission(GREEDY, [pages] * len(self.layout.num_pages))
             self.state = self.programs.admit(self.state, slot, admission)
             prompt = tuple(self.random.integers(0, self.subject.model.config.vocab_size, tokens).tolist())
-            sequence = Sequence(Request(slot, prompt, GREEDY, (), 0), slot=slot)
-            chunks.append(Chunk(sequence, 0, tokens))
+            sequences.append(Sequence(Request(slot, prompt, GREEDY, (), 0), slot=slot))
+        steps = []
+        for first in range(0, tokens, chunk):
+            chunks = [Chunk(sequence, first, min(chunk, tokens - first)) for sequence in sequences]
+            steps.append(lay_out(chunks, chunk * self.layout.slots, self.layout.slots))
         jax.block_until_ready(self.state)
-        step = lay_out(chunks, tokens * self.layout.slots, self.layout.slots)
-        start = time.perf_counter()
-        self.state, self.cache, output = self.programs.step(
-            self.subject.params, self.state, self.cache, step, None, 0, needs([GREEDY])
-        )
+        output, start = None, time.perf_counter()
+        for step in steps:
+            self.state, self.cache, output = self.programs.step(
+                self.subject.params, self.state, self.cache, step, None, 0, needs([GREEDY])
+            )
+        assert output is not None
         np.asarray(output.sampled.tokens_W)
         return time.perf_counter() - start
 
@@ -145,12 +167,13 @@ def run_decode(subject: Subject, batch: int) -> list[Record]:
     bench = Bench(subject, batch, PROMPT + NEW + 1)
     seconds = []
     for _ in range(REPEATS + 1):
-        bench.prefill(PROMPT)
+        bench.prefill(PROMPT, PROMPT)
         seconds.append(bench.decode())
     step = statistics.median(seconds[1:]) / NEW
-    fraction = decode_step(subject.model.config, batch, PROMPT + NEW // 2).fraction(subject.ceilings, step)
-    predicted = predicted_decode(subject.model.config, batch, subject.attention)
-    case = f"{subject.name} B{batch}"
+    config, precision = subject.model.config, subject.precision
+    fraction = decode_step(config, batch, PROMPT + NEW // 2, precision).fraction(subject.ceilings, step)
+    predicted = predicted_decode(config, batch, subject.attention, precision)
+    case = subject.case(f"B{batch}")
     return [
         Record(case, subject.attention, "decode", batch / step, "tok/s", fraction),
         Record(case, subject.attention, "decode step", step * 1e3, "ms", fraction),
@@ -159,27 +182,34 @@ def run_decode(subject: Subject, batch: int) -> list[Record]:
     ]
 
 
-def predicted_decode(config: ModelConfig, batch: int, attention: str) -> Cost:
+def predicted_decode(config: ModelConfig, batch: int, attention: str, precision: Precision = BF16) -> Cost:
     """The step halfway through the new tokens, with the attention of that implementation."""
     if attention != dispatch.KERNEL:  # gathers each slot's whole row of pages: that row is the context
-        return decode_step(config, batch, PROMPT + NEW, attention="materialized")
-    return decode_step(config, batch, PROMPT + NEW // 2)
+        return decode_step(config, batch, PROMPT + NEW, precision, attention="materialized")
+    return decode_step(config, batch, PROMPT + NEW // 2, precision)
 
 
-def predicted_prefill(config: ModelConfig, tokens: int, attention: str) -> Cost:
-    """The prefill of one prompt, with the attention of that implementation."""
-    return prefill(config, tokens, attention="materialized" if attention == "xla" else "flash")
+def predicted_prefill(
+    config: ModelConfig, tokens: int, attention: str, precision: Precision = BF16, chunk: int | None = None
+) -> list[Cost]:
+    """The steps that prefill one prompt, with the attention of that implementation; one step without `chunk`."""
+    kind, chunk = "materialized" if attention == "xla" else "flash", chunk or tokens
+    return [
+        prefill(config, min(chunk, tokens - first), cached=first, precision=precision, attention=kind)
+        for first in range(0, tokens, chunk)
+    ]
 
 
 def memory_records(case: str, bench: Bench, tokens: int) -> list[Record]:
-    """Weights and cache, and the most that was in use during a prefill of `tokens` tokens over all slots: as the
-    device counts them, and as they are planned. A peak that an earlier case has exceeded cannot be seen."""
+    """Weights and cache, and the most that was in use during a step that prefills `tokens` tokens over all slots: as
+    the device counts them, and as they are planned. A peak that an earlier case has exceeded cannot be seen."""
     statistics, config, layout = memory_statistics(), bench.programs.model.config, bench.layout
-    cache = layout.num_pages[0] * sum(page_bytes(config, window, layout.page_size, BF16) for window in config.windows)
-    held = weight_memory(config, BF16) + cache
+    precision = bench.subject.precision
+    page = sum(page_bytes(config, window, layout.page_size, precision) for window in config.windows)
+    held = weight_memory(config, precision) + layout.num_pages[0] * page
     planned = {
         "memory in use": held,
-        "memory at peak": held + activation_memory(config, layout.slots, tokens, BF16),
+        "memory at peak": held + activation_memory(config, layout.slots, tokens, precision),
     }
     measured = {}
     if statistics:
@@ -199,15 +229,18 @@ def memory_statistics() -> dict[str, int]:
 
 
 def run_first_token(subject: Subject, tokens: int) -> list[Record]:
-    bench = Bench(subject, 1, tokens + 1)
-    seconds = statistics.median([bench.prefill(tokens) for _ in range(REPEATS + 1)][1:])
-    fraction = prefill(subject.model.config, tokens).fraction(subject.ceilings, seconds)
-    predicted = predicted_prefill(subject.model.config, tokens, subject.attention)
-    case = f"{subject.name} prompt {tokens}"
+    """The fraction is of the limit of one step with the whole prompt: what chunks read again is no part of it."""
+    bench, chunk = Bench(subject, 1, tokens + 1), min(tokens, subject.chunk)
+    seconds = statistics.median([bench.prefill(tokens, chunk) for _ in range(REPEATS + 1)][1:])
+    config, precision = subject.model.config, subject.precision
+    fraction = prefill(config, tokens, precision=precision).fraction(subject.ceilings, seconds)
+    costs = predicted_prefill(config, tokens, subject.attention, precision, chunk)
+    predicted = sum(cost.predict(subject.machine) for cost in costs)
+    case = subject.case(f"prompt {tokens}" if chunk == tokens else f"prompt {tokens} in chunks of {chunk}")
     return [
         Record(case, subject.attention, "first token", seconds * 1e3, "ms", fraction),
-        Record(case, subject.plan, "first token", predicted.predict(subject.machine) * 1e3, "ms"),
-        *memory_records(case, bench, tokens),
+        Record(case, subject.plan, "first token", predicted * 1e3, "ms"),
+        *memory_records(case, bench, chunk),
     ]
 
 
@@ -219,16 +252,20 @@ def main() -> None:
     parser.add_argument(
         "--attention", choices=["auto", *IMPLEMENTATIONS], default="auto", help="its implementation by name"
     )
+    parser.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="of keys and values; the model's by default")
+    parser.add_argument("--chunk", type=int, default=8192, help="tokens of a prompt that one step takes at most")
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--steps-per-dispatch", type=int, default=16)
     parser.add_argument("--output", type=Path, help="folder of the JSON file")
     arguments = parser.parse_args()
     machine = measure_machine()
-    model = Model(read_config(MODELS / arguments.model), make_mesh(devices=jax.devices()[:1]))
+    config = read_config(MODELS / arguments.model)
+    longest = max(config.context, *(tokens + 1 for tokens in arguments.prompts), 0)
+    model = Model(config, make_mesh(devices=jax.devices()[:1]), context=longest)
     params = jax.block_until_ready(model.random_params())  # drawing them must not count as a case's memory
     subject = Subject(
         arguments.model, model, params, arguments.page_size, arguments.steps_per_dispatch, arguments.attention,
-        machine, find_by_device(machine.device_kind, MEASURED) or machine,
+        arguments.cache_dtype, arguments.chunk, machine, find_by_device(machine.device_kind, MEASURED) or machine,
     )  # fmt: skip
     name = "decode" if arguments.attention == "auto" else f"decode_{arguments.attention}"
     records, made_in = [], environment()

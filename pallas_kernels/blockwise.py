@@ -146,12 +146,19 @@ def _pages_in_sight(
 def _gather(pages_PSKH: jax.Array, scales_PKS: jax.Array | None, pages_BJ: jax.Array, dtype: jnp.dtype) -> jax.Array:
     # The order of the batched products, [B, K] outermost, in the same pass that gathers: no transposed
     # second copy.
-    x_BKJSH = jnp.take(pages_PSKH, pages_BJ, axis=0, mode="clip").transpose(0, 3, 1, 2, 4)
+    x_BJSKH = jnp.take(as_moved(pages_PSKH), pages_BJ, axis=0, mode="clip")
+    x_BKJSH = jax.lax.bitcast_convert_type(x_BJSKH, pages_PSKH.dtype).transpose(0, 3, 1, 2, 4)
     if scales_PKS is not None:
         scales_BKJS = jnp.take(scales_PKS, pages_BJ, axis=0, mode="clip").transpose(0, 2, 1, 3)
         x_BKJSH = x_BKJSH.astype(jnp.float32) * scales_BKJS[..., None]
     B, K, J, S, H = x_BKJSH.shape
     return x_BKJSH.astype(dtype).reshape(B, K, J * S, H)
+
+
+def as_moved(x: jax.Array) -> jax.Array:
+    """8-bit floats as bytes: gathered or scattered as floats, XLA may convert the whole array to wider ones first."""
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 1
+    return jax.lax.bitcast_convert_type(x, jnp.uint8) if narrow else x
 
 
 def visible_in_tree(nth_BC: jax.Array, window: int | None, tree: Tree) -> jax.Array:

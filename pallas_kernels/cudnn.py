@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused  # jax.nn gives the log-sum-exp in 16 bits only
 
 from pallas_kernels import dispatch
-from pallas_kernels.blockwise import Options, PagedKV, ceil_div
+from pallas_kernels.blockwise import Options, PagedKV, as_moved, ceil_div
 
 DTYPES = ("bfloat16", "float16")
 
@@ -59,9 +59,12 @@ class PagedTable(NamedTuple):
 
         def gather(pages_PSKH: jax.Array, scales_PKS: jax.Array | None) -> jax.Array:
             P, S, K, H = pages_PSKH.shape
-            x_BCKH = jnp.take(pages_PSKH.reshape(P * S, K, H), slot_BC, axis=0, mode="clip")
+            x_BCKH = jnp.take(as_moved(pages_PSKH).reshape(P * S, K, H), slot_BC, axis=0, mode="clip")
+            x_BCKH = jax.lax.bitcast_convert_type(x_BCKH, pages_PSKH.dtype)
             if scales_PKS is not None:
-                scales_BCK = scales_PKS.at[page_BC, :, place_BC].get(mode="clip")
+                row_BCK = (page_BC * K)[..., None] + jnp.arange(K, dtype=jnp.int32)[None, None]
+                # Flat: by page and slot XLA would bring these axes to the front first, of the whole pool.
+                scales_BCK = jnp.take(scales_PKS, row_BCK * S + place_BC[..., None], mode="clip")
                 x_BCKH = x_BCKH.astype(jnp.float32) * scales_BCK[..., None]
             return jnp.where(seen_BC[..., None, None], x_BCKH, 0).astype(dtype)
 

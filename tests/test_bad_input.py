@@ -218,6 +218,7 @@ def test_one_error_lists_every_conversation(llm):
     ({"max_slowdown": True}, ["max_slowdown = True", "at least 1"]),
     ({"max_num_batched_tokens": 32}, ["max_num_batched_tokens = 32", "64..1048576"]),
     ({"page_size": 12}, ["page_size = 12", "power of two"]),
+    ({"cache_dtype": "fp8"}, ["cache_dtype = 'fp8'", "float32, bfloat16, float16, int8, float8_e4m3fn"]),
     ({"num_pages": 1}, ["num_pages = 1", "at least 2"]),
     ({"enable_prefix_caching": 1}, ["enable_prefix_caching = 1", "True or False"]),
     ({"max_waiting_time": 0}, ["max_waiting_time = 0", "above 0"]),

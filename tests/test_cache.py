@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.special import softmax
 
-from jaxinfer.cache import NULL_PAGE, Pages, View, attend_pages, make_cache, page_bytes
+from jaxinfer.cache import CACHE_DTYPES, NULL_PAGE, Pages, View, attend_pages, make_cache, page_bytes
 from jaxinfer.cache.attention import write
+from jaxinfer.cache.quantized import LARGEST, SMALLEST_SCALE, held, numbers, quantize
 from jaxinfer.decode.batch import Prefill, make_batch
 from jaxinfer.decode.slots import empty_slots
 from jaxinfer.parallel import make_mesh
@@ -26,16 +29,22 @@ def positions_of(slot: int, count: int) -> np.ndarray:
     return TABLE_BJ[slot, at // PAGE] * PAGE + at % PAGE
 
 
-def test_a_cache_is_sharded_over_heads_and_counts_its_bytes():
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+def test_a_cache_is_sharded_over_heads_and_counts_its_bytes(dtype):
     mesh = make_mesh(2)
-    cache = make_cache(mesh, (0, 1, 0), (5, 9), PAGE, KV_HEADS, SIZE, "bfloat16")
+    cache = make_cache(mesh, (0, 1, 0), (5, 9), PAGE, KV_HEADS, SIZE, dtype)
     assert [pages.k_PSKH.shape for pages in cache] == [(n, PAGE, KV_HEADS, SIZE) for n in (5, 9, 5)]
     for pages in cache:
+        count = len(pages.k_PSKH)
         for array in (pages.k_PSKH, pages.v_PSKH):
-            assert array.dtype == jnp.bfloat16
-            assert {shard.data.shape for shard in array.addressable_shards} == {(*array.shape[:2], 1, SIZE)}
+            assert numbers(array).dtype == jnp.dtype(dtype)
+            assert {shard.data.shape for shard in array.addressable_shards} == {(count, PAGE, 1, SIZE)}
+        scales = [array for array in (pages.k_scales_PKS, pages.v_scales_PKS) if array is not None]
+        assert len(scales) == (2 if dtype in LARGEST else 0)
+        for array in scales:
+            assert {shard.data.shape for shard in array.addressable_shards} == {(count, 1, PAGE)}
         held = sum(array.nbytes for array in jax.tree.leaves(pages))
-        assert held == pages.k_PSKH.shape[0] * page_bytes(PAGE, KV_HEADS, SIZE, "bfloat16")
+        assert held == count * page_bytes(PAGE, KV_HEADS, SIZE, dtype)
 
 
 def test_writing_touches_the_named_slots_alone():
@@ -44,10 +53,57 @@ def test_writing_touches_the_named_slots_alone():
     pool = jnp.full((NUM_PAGES, PAGE, KV_HEADS, SIZE), jnp.nan, jnp.float16)
     write_T = np.array([7, 55, 20], np.int32)
     pages = jax.jit(write)(Pages(pool, pool), write_T, k_TKH, v_TKH)
-    for array, given in ((pages.k_PSKH, k_TKH), (pages.v_PSKH, v_TKH)):
+    for array, new_TKH in ((pages.k_PSKH, k_TKH), (pages.v_PSKH, v_TKH)):
         flat = np.asarray(array).reshape(-1, KV_HEADS, SIZE)
-        np.testing.assert_array_equal(flat[write_T], given.astype(np.float16))
+        np.testing.assert_array_equal(flat[write_T], new_TKH.astype(np.float16))
         assert np.isnan(np.delete(flat, write_T, axis=0)).all()
+
+
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_writing_quantizes_the_named_slots_alone(dtype):
+    """A scale goes to its page, head and slot."""
+    rng = np.random.default_rng(0)
+    k_TKH, v_TKH = rng.standard_normal((2, 3, KV_HEADS, SIZE)).astype(np.float32)
+    rest = 7
+    pool = held(jnp.full((NUM_PAGES, PAGE, KV_HEADS, SIZE), rest, dtype))
+    scales = jnp.full((NUM_PAGES, KV_HEADS, PAGE), jnp.nan, jnp.float32)
+    write_T = np.array([7, 55, 20], np.int32)
+    pages = jax.jit(write)(Pages(pool, pool, scales, scales), write_T, k_TKH, v_TKH)
+    for array, found_PKS, new_TKH in (
+        (pages.k_PSKH, pages.k_scales_PKS, k_TKH), (pages.v_PSKH, pages.v_scales_PKS, v_TKH)
+    ):  # fmt: skip
+        values_TKH, scales_TK = quantize(jnp.asarray(new_TKH), jnp.dtype(dtype))
+        flat = np.asarray(numbers(array).astype(jnp.float32)).reshape(-1, KV_HEADS, SIZE)
+        np.testing.assert_array_equal(flat[write_T], values_TKH.astype(jnp.float32))
+        assert (np.delete(flat, write_T, axis=0) == rest).all()
+        by_slot = np.asarray(found_PKS).swapaxes(1, 2).reshape(-1, KV_HEADS)
+        np.testing.assert_array_equal(by_slot[write_T], scales_TK)
+        assert np.isnan(np.delete(by_slot, write_T, axis=0)).all()
+
+
+VECTORS = st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=8)
+
+
+@given(vector=VECTORS, dtype=st.sampled_from(list(LARGEST)))
+def test_a_quantized_number_is_off_by_half_a_step_at_most(vector, dtype):
+    """float8 has three bits after the first, down to steps of 2^-9; the division rounds once more."""
+    x_H = np.array(vector, np.float32)
+    values_TKH, scales_TK = quantize(jnp.asarray(x_H)[None, None], jnp.dtype(dtype))
+    values_H, scale = np.asarray(values_TKH[0, 0], np.float64), float(scales_TK[0, 0])
+    assert scale >= SMALLEST_SCALE
+    assert np.abs(values_H).max() <= LARGEST[dtype]
+    exact_H = x_H.astype(np.float64) / scale
+    half_steps = 0.5 if dtype == "int8" else np.maximum(np.abs(exact_H) / 16, 2.0**-10)
+    assert (np.abs(values_H - exact_H) <= half_steps + 2.0**-23 * np.abs(exact_H)).all()
+
+
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_zeros_stay_zeros_and_what_is_not_finite_is_not_hidden(dtype):
+    x_TKH = jnp.array([[[0.0, 0.0]], [[1e-45, 0.0]], [[jnp.nan, 1.0]], [[jnp.inf, 1.0]]], jnp.float32)
+    values_TKH, scales_TK = quantize(x_TKH, jnp.dtype(dtype))
+    stored = np.asarray(values_TKH.astype(jnp.float32) * scales_TK[..., None])[:, 0]
+    np.testing.assert_array_equal(stored[:2], 0)
+    assert np.isnan(stored[2:]).any(axis=1).all()
 
 
 def test_tokens_are_written_behind_what_their_sequence_has():
@@ -96,20 +152,35 @@ def contiguous(q_TNH, k_UKH, v_UKH, window: int | None) -> np.ndarray:
     return out
 
 
+def as_stored(x_TKH: np.ndarray, dtype: str) -> np.ndarray:
+    """What a cache of that dtype gives back."""
+    if dtype not in LARGEST:
+        return x_TKH
+    values_TKH, scales_TK = quantize(jnp.asarray(x_TKH), jnp.dtype(dtype))
+    return np.asarray(values_TKH, np.float32) * np.asarray(scales_TK)[..., None]
+
+
+@pytest.mark.parametrize("dtype", ["float32", *LARGEST])
 @pytest.mark.parametrize("window", [None, 5])
-def test_pages_equal_a_contiguous_cache(window):
-    """One token decoded beside four prefilled, on two devices; all that is not theirs is NaN."""
+def test_pages_equal_a_contiguous_cache(window, dtype):
+    """One token decoded beside four prefilled, on two devices; all that is not theirs is NaN.
+
+    Quantized, the step's own tokens too are read as they were stored.
+    """
     rng = np.random.default_rng(1)
     k, v = [[rng.standard_normal((n, KV_HEADS, SIZE)).astype(np.float32) for n in LENGTHS] for _ in range(2)]
     q = [rng.standard_normal((n, HEADS, SIZE)).astype(np.float32) for n in (1, 4)]
 
-    def pool(sequences) -> jax.Array:
+    def earlier() -> Pages:
         """What earlier steps wrote."""
-        flat = np.full((NUM_PAGES * PAGE, KV_HEADS, SIZE), np.nan, np.float32)
-        for slot, (sequence, new) in enumerate(zip(sequences, q, strict=True)):
-            old = len(sequence) - len(new)
-            flat[positions_of(slot, old)] = sequence[:old]
-        return jnp.asarray(flat.reshape(NUM_PAGES, PAGE, KV_HEADS, SIZE))
+        shape = NUM_PAGES, PAGE, KV_HEADS, SIZE
+        pools = [held(jnp.full(shape, 7 if dtype == "int8" else jnp.nan, dtype)) for _ in "kv"]
+        if dtype in LARGEST:
+            pools += [jnp.full((NUM_PAGES, KV_HEADS, PAGE), jnp.nan, jnp.float32) for _ in "kv"]
+        old = [len(own) - len(new) for own, new in zip(k, q, strict=True)]
+        at_T = jnp.asarray(np.concatenate([positions_of(slot, count) for slot, count in enumerate(old)]), jnp.int32)
+        first = lambda sequences: np.concatenate([own[:count] for own, count in zip(sequences, old, strict=True)])  # noqa: E731
+        return write(Pages(*pools), at_T, jnp.asarray(first(k)), jnp.asarray(first(v)))
 
     def step(sequences) -> jax.Array:
         """This step's tokens, with one row of padding."""
@@ -129,11 +200,13 @@ def test_pages_equal_a_contiguous_cache(window):
     with jax.set_mesh(make_mesh(2)):
         queries = jax.device_put(step(q).reshape(-1, KV_HEADS, HEADS // KV_HEADS, SIZE), heads)
         k_TKH, v_TKH = jax.device_put((step(k), step(v)), heads)
-        state = jax.device_put(Pages(pool(k), pool(v)), pages)
+        scales = heads if dtype in LARGEST else None
+        state = jax.device_put(earlier(), Pages(pages, pages, scales, scales))
         attend = jax.jit(attend_pages, static_argnames=("scale", "window"))
         out, _ = attend(queries, k_TKH, v_TKH, state, view, scale=SIZE**-0.5, window=window)
     out_TNH = np.asarray(out).reshape(-1, HEADS, SIZE)
-    expected = [contiguous(*each, window) for each in zip(q, k, v, strict=True)]
+    stored = ([as_stored(own, dtype) for own in sequences] for sequences in (k, v))
+    expected = [contiguous(*each, window) for each in zip(q, *stored, strict=True)]
     # Sums over at most 13 keys of values of size 3, in float32.
     np.testing.assert_allclose(out_TNH[:5], np.concatenate(expected), rtol=0, atol=1e-5)
 

@@ -18,14 +18,15 @@ from tests.decode.test_compiled import moved
 from tests.golden.load import load_demo
 
 pytestmark = pytest.mark.gpu
+CACHE_DTYPES = ("bfloat16", "int8", "float8_e4m3fn")
 LLAMA = Path(__file__).parents[1] / "configs" / "models" / "llama-3-8b"
 
 
-def decode_loop(num_pages: int, slots: int = 16):
+def decode_loop(num_pages: int, cache_dtype: str, slots: int = 16):
     """Two layers of Llama-3-8B in bfloat16: the compiled loop, the model and the cache."""
     config = read_config(LLAMA)
     model = Model(dataclasses.replace(config, layers=config.layers[:2]), make_mesh(), context=400)
-    programs = Programs(model, Layout(slots, 16, (num_pages,), 400, "bfloat16"))
+    programs = Programs(model, Layout(slots, 16, (num_pages,), 400, cache_dtype))
     state, cache = programs.new_state()
     with jax.set_mesh(model.mesh):
         lowered = programs._loop.lower(
@@ -34,15 +35,17 @@ def decode_loop(num_pages: int, slots: int = 16):
         return lowered.compile(), model, cache
 
 
-def test_a_decode_step_of_real_shapes_moves_no_cache_and_no_weight():
-    executable, model, cache = decode_loop(num_pages=401)
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+def test_a_decode_step_of_real_shapes_moves_no_cache_and_no_weight(dtype):
+    executable, model, cache = decode_loop(401, dtype)
     pools = {array.size for array in jax.tree.leaves(cache)}
     weights = {math.prod(leaf.shape) for leaf in model.parameters.values() if len(leaf.shape) > 1}
     assert moved(executable.as_text(), pools | weights) == []
 
 
-def test_temporary_memory_does_not_grow_with_the_pool():
-    small, large = (decode_loop(pages)[0].memory_analysis().temp_size_in_bytes for pages in (401, 4001))
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+def test_temporary_memory_does_not_grow_with_the_pool(dtype):
+    small, large = (decode_loop(pages, dtype)[0].memory_analysis().temp_size_in_bytes for pages in (401, 4001))
     assert small == large
 
 

@@ -1,6 +1,6 @@
 """The paged cache: the one place that knows how keys and values lie in memory."""
 
 from jaxinfer.cache.attention import attend_pages, scheduled
-from jaxinfer.cache.pages import NULL_PAGE, Pages, View, make_cache, page_bytes
+from jaxinfer.cache.pages import CACHE_DTYPES, NULL_PAGE, Pages, View, make_cache, page_bytes
 
-__all__ = ["NULL_PAGE", "Pages", "View", "attend_pages", "make_cache", "page_bytes", "scheduled"]
+__all__ = ["CACHE_DTYPES", "NULL_PAGE", "Pages", "View", "attend_pages", "make_cache", "page_bytes", "scheduled"]

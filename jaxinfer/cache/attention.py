@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
 from jaxinfer.cache.pages import Pages, View
+from jaxinfer.cache.quantized import held, numbers, quantize
 from jaxinfer.parallel import TENSOR, attend
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_decoding import flash_decoding, plan
@@ -32,8 +33,8 @@ def attend_pages(
     Returns:
         the output, of the shape of `q_TKgH`, and the pages with the step's keys and values.
     """
-    heads, numbers = P(None, TENSOR), P(None, None, TENSOR)
-    specs_of_pages: Any = (numbers, numbers, heads, heads)
+    heads, pools = P(None, TENSOR), P(None, None, TENSOR)
+    specs_of_pages: Any = (pools, pools, heads, heads)
     pool = Pages(*specs_of_pages)
     local = partial(_local, scale=scale, window=window, soft_cap=soft_cap)
     specs = (heads, heads, heads, pool, P(), P(TENSOR))
@@ -43,6 +44,7 @@ def attend_pages(
 def _local(q_TKgH, k_TKH, v_TKH, pages, view, sinks_Kg, **scores):
     pages = write(pages, view.write_T, k_TKH, v_TKH)
     sinks_N = None if sinks_Kg is None else sinks_Kg.reshape(-1)
+    k_PSKH, v_PSKH = numbers(pages.k_PSKH), numbers(pages.v_PSKH)
     q_TNH = rearrange(q_TKgH, "T K g H -> T (K g) H")
     rectangle = view.decode_lengths_B.shape[0] * view.queries
     options = {
@@ -53,14 +55,14 @@ def _local(q_TKgH, k_TKH, v_TKH, pages, view, sinks_Kg, **scores):
     if rectangle:
         q_BQNH = q_TNH[:rectangle].reshape(-1, view.queries, *q_TNH.shape[1:])
         out_BQNH = flash_decoding(
-            q_BQNH, pages.k_PSKH, pages.v_PSKH, view.decode_tables_BJ, view.decode_lengths_B,
+            q_BQNH, k_PSKH, v_PSKH, view.decode_tables_BJ, view.decode_lengths_B,
             tree_mask_BQW=view.tree_mask_BQW, schedule=view.schedule, **options,
         )  # fmt: skip
         parts.append(out_BQNH.reshape(rectangle, *q_TNH.shape[1:]))
     if q_TNH.shape[0] > rectangle:
         parts.append(
             flash_attention(
-                q_TNH[rectangle:], pages.k_PSKH, pages.v_PSKH, view.prefill_tables_RJ, view.prefill_starts_R1,
+                q_TNH[rectangle:], k_PSKH, v_PSKH, view.prefill_tables_RJ, view.prefill_starts_R1,
                 view.prefill_lengths_R, **options,
             )
         )  # fmt: skip
@@ -94,10 +96,22 @@ def scheduled(
 def write(
     pages: Pages, write_T: Int32[Array, "T"], k_TKH: Float[Array, "T K H"], v_TKH: Float[Array, "T K H"]
 ) -> Pages:
-    """Stores keys and values of a step in place, each at its own slot."""
+    """Stores keys and values of a step in place, each at its own slot; quantized, where the pages are."""
+    k_PSKH, k_scales_PKS = _stored(pages.k_PSKH, pages.k_scales_PKS, write_T, k_TKH)
+    v_PSKH, v_scales_PKS = _stored(pages.v_PSKH, pages.v_scales_PKS, write_T, v_TKH)
+    return Pages(k_PSKH, v_PSKH, k_scales_PKS, v_scales_PKS)
 
-    def stored(pool_PSKH, new_TKH):
-        flat = pool_PSKH.reshape(-1, *pool_PSKH.shape[2:])
-        return flat.at[write_T].set(new_TKH.astype(pool_PSKH.dtype)).reshape(pool_PSKH.shape)
 
-    return replace(pages, k_PSKH=stored(pages.k_PSKH, k_TKH), v_PSKH=stored(pages.v_PSKH, v_TKH))
+def _stored(pool_PSKH, scales_PKS, write_T, new_TKH):
+    """Scatters along the first axis of flat arrays: for other axes XLA would move the whole pool."""
+    if scales_PKS is None:
+        values_TKH = new_TKH.astype(pool_PSKH.dtype)
+    else:
+        values_TKH, scales_TK = quantize(new_TKH, numbers(pool_PSKH).dtype)
+        values_TKH = held(values_TKH)
+        _, K, S = scales_PKS.shape
+        row_TK = (write_T // S * K)[:, None] + jnp.arange(K, dtype=jnp.int32)[None]
+        at_TK = row_TK * S + (write_T % S)[:, None]
+        scales_PKS = scales_PKS.reshape(-1).at[at_TK].set(scales_TK).reshape(scales_PKS.shape)
+    flat = pool_PSKH.reshape(-1, *pool_PSKH.shape[2:])
+    return flat.at[write_T].set(values_TKH).reshape(pool_PSKH.shape), scales_PKS

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxinfer.cache.quantized import LARGEST, SCALE, held
 from jaxinfer.parallel import TENSOR
 from pallas_kernels.flash_decoding import Schedule
 
 NULL_PAGE = 0  # padding writes here; nothing reads it
+CACHE_DTYPES = ("float32", "bfloat16", "float16", *LARGEST)
 
 
 @jax.tree_util.register_dataclass
@@ -21,7 +23,7 @@ class Pages:
     """The state of one attention layer. Page 0 is the null page.
 
     Attributes:
-        k_PSKH, v_PSKH: keys and values, by page, slot in the page, KV head and head size.
+        k_PSKH, v_PSKH: keys and values, by page, slot in the page, KV head and head size; 8-bit floats as bytes.
         k_scales_PKS, v_scales_PKS: float32 factors of a quantized cache, by page, KV head and slot, so that those of
             one head lie together; None for a plain one.
     """
@@ -70,7 +72,7 @@ def make_cache(
     mesh: Mesh, groups: tuple[int, ...], num_pages: tuple[int, ...], page_size: int, kv_heads: int, head_size: int,
     dtype: str,
 ) -> tuple[Pages, ...]:  # fmt: skip
-    """An empty cache, sharded over KV heads.
+    """An empty cache, sharded over KV heads; a quantized one has scales.
 
     Args:
         mesh: the model's mesh.
@@ -79,16 +81,22 @@ def make_cache(
         page_size: tokens per page.
         kv_heads: KV heads, as the mesh repeats them.
         head_size: components of a head.
-        dtype: of keys and values.
+        dtype: of keys and values, one of CACHE_DTYPES.
     """
-    sharding = NamedSharding(mesh, P(None, None, TENSOR, None))
+    as_held = jax.eval_shape(held, jax.ShapeDtypeStruct((), dtype)).dtype
+    numbers = NamedSharding(mesh, P(None, None, TENSOR, None))
+    scales = NamedSharding(mesh, P(None, TENSOR, None))
 
-    def empty(group: int) -> jax.Array:
-        return jnp.zeros((num_pages[group], page_size, kv_heads, head_size), dtype, device=sharding)
+    def empty(pages: int) -> Pages:
+        pools = [jnp.zeros((pages, page_size, kv_heads, head_size), as_held, device=numbers) for _ in "kv"]
+        if dtype in LARGEST:
+            pools += [jnp.zeros((pages, kv_heads, page_size), SCALE, device=scales) for _ in "kv"]
+        return Pages(*pools)
 
-    return tuple(Pages(empty(group), empty(group)) for group in groups)
+    return tuple(empty(num_pages[group]) for group in groups)
 
 
 def page_bytes(page_size: int, kv_heads: int, head_size: int, dtype: str) -> int:
-    """Bytes of one page of one layer, keys and values."""
-    return 2 * page_size * kv_heads * head_size * jnp.dtype(dtype).itemsize
+    """Bytes of one page of one layer, keys and values with their scales."""
+    scale = SCALE.itemsize if dtype in LARGEST else 0
+    return 2 * page_size * kv_heads * (head_size * jnp.dtype(dtype).itemsize + scale)

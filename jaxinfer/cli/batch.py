@@ -29,6 +29,9 @@ def batch(
     ] = None,
     tensor_parallel: Annotated[int, integer(least=1, help="Devices that share the model.")] = 1,
     max_num_seqs: Annotated[int, integer(help="Sequences that run at once; a power of two.")] = 64,
+    cache_dtype: Annotated[
+        str | None, typer.Option(help="Of keys and values, also int8 or float8_e4m3fn; the model's by default.")
+    ] = None,
 ) -> None:
     """Answer every request of REQUESTS into ANSWERS, a line each; a second run does what is left."""
     try:
@@ -49,7 +52,9 @@ def batch(
             dtype=dtype,
             max_model_len=max_model_len,
             tensor_parallel_size=tensor_parallel,
-            options=Options(max_num_seqs=max_num_seqs, max_slowdown=math.inf),  # nobody waits for a single token
+            options=Options(  # nobody waits for a single token
+                max_num_seqs=max_num_seqs, cache_dtype=cache_dtype, max_slowdown=math.inf
+            ),
         )
     except (ValueError, OSError) as error:
         raise bad_argument(error) from error

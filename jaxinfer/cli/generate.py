@@ -33,6 +33,9 @@ def generate(
         int | None, integer(help="Tokens of prompt and continuation; the checkpoint's context by default.")
     ] = None,
     tensor_parallel: Annotated[int, integer(least=1, help="Devices that share the model.")] = 1,
+    cache_dtype: Annotated[
+        str | None, typer.Option(help="Of keys and values, also int8 or float8_e4m3fn; the model's by default.")
+    ] = None,
 ) -> None:
     """Continue PROMPT and stream the text; then print tokens/s, the bandwidth that is, and the machine's limit."""
     from jaxinfer.decode.sampling_params import SamplingParams
@@ -47,7 +50,7 @@ def generate(
             dtype=dtype,
             max_model_len=max_model_len,
             tensor_parallel_size=tensor_parallel,
-            options=Options(max_num_seqs=1),
+            options=Options(max_num_seqs=1, cache_dtype=cache_dtype),
         )
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
         stream = llm.stream(prompt, params)
@@ -93,7 +96,8 @@ def summary(llm: LLM, prompt_tokens: int, clock: Clock) -> str:
         return f"{clock.before} tokens, no decode step to time"
     config, devices = llm.model.config, llm.model.mesh.size
     context = prompt_tokens + clock.before + clock.tokens // 2
-    step = decode_step(config, 1, context, Precision.all_in(config.dtype), tensor_parallel=devices)
+    precision = Precision.all_in(config.dtype, llm.engine.options.cache_dtype)
+    step = decode_step(config, 1, context, precision, tensor_parallel=devices)
     bandwidth = step.bytes * devices / clock.per_token
     machine = measure_machine()
     return (

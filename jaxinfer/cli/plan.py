@@ -46,7 +46,7 @@ def plan(
     batch: Annotated[int, integer(least=1, help="Sequences that decode together.")] = 1,
     context: Annotated[int, integer(least=1, help="Tokens in each sequence.")] = 4096,
     weights: Annotated[str, typer.Option(help="Dtype of the weights: bf16, fp8, int8, int4, ...")] = "bf16",
-    cache: Annotated[str, typer.Option(help="Dtype of keys and values.")] = "bf16",
+    cache: Annotated[str, typer.Option(help="Dtype of keys and values: bf16, int8, fp8, ...")] = "bf16",
     activations: Annotated[
         str | None, typer.Option(help="Dtype of the matmuls' operands; by default 16 bits or the weights'.")
     ] = None,

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from jaxinfer.cli.units import si
 from jaxinfer.roofline import Precision, find_by_device, find_hardware, plan_memory
-from jaxinfer.roofline.precision import ARRAY_DTYPES
 
 if TYPE_CHECKING:
     from jaxinfer.serve.messages import Setup
@@ -28,11 +27,10 @@ def memory_lines(setup: Setup, device: tuple[str, str, int]) -> Iterator[str]:
     config = read_config(checkpoint.resolve(DEMO if setup.model is None else setup.model))
     context, sequences = setup.llm["max_model_len"] or config.context, setup.options["max_num_seqs"]
     dtype = setup.llm["dtype"] or config.dtype
-    cache = ARRAY_DTYPES.get(setup.options["cache_dtype"] or dtype, "fp8")  # all narrow formats take a byte
     page_size, devices = setup.options["page_size"], setup.llm["tensor_parallel_size"]
     hardware = replace(find_by_device(kind) or find_hardware("h200"), memory=memory)  # of which memory alone counts
     plan = plan_memory(
-        config, hardware, sequences, context, replace(Precision.all_in(dtype), cache=cache),
+        config, hardware, sequences, context, Precision.all_in(dtype, setup.options["cache_dtype"]),
         devices, page_size, setup.options["max_num_batched_tokens"],
     )  # fmt: skip
     yield f"  memory of {kind}: {si(memory, 'B')}, of which {si(plan.reserved, 'B')} are left to the runtime"

@@ -75,7 +75,10 @@ def serve(
         int, integer(help="Decode steps in one program, and tokens in one event.", rich_help_panel=_ENGINE)
     ] = 8,
     cache_dtype: Annotated[
-        str | None, typer.Option(help="Of keys and values; the model's by default.", rich_help_panel=_ENGINE)
+        str | None,
+        typer.Option(
+            help="Of keys and values, also int8 or float8_e4m3fn; the model's by default.", rich_help_panel=_ENGINE
+        ),
     ] = None,
     prefix_caching: Annotated[
         bool, typer.Option(help="Prompts that begin alike share the pages of it.", rich_help_panel=_ENGINE)

@@ -58,7 +58,7 @@ class Layout:
         page_size: tokens per page.
         num_pages: pages of each cache group, the null page included.
         max_tokens: tokens of the longest sequence, prompt and output.
-        cache_dtype: of keys and values.
+        cache_dtype: of keys and values, one of `jaxinfer.cache.CACHE_DTYPES`.
         attention: the implementation of attention, by its name in `pallas_kernels`; by default chosen by hardware
             and input.
     """

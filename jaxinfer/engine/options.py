@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TypeGuard
 
+from jaxinfer.cache import CACHE_DTYPES
 from jaxinfer.decode.step import SCORED
 
 SMALLEST_BUCKET = SCORED  # the larger ones are whole multiples: one program scores all prompts
@@ -31,7 +32,8 @@ class Options:
             beside sequences that decode: at least 1; `math.inf`, no limit, is best for throughput. See
             `jaxinfer.engine.budget`.
         steps_per_dispatch: decode steps in one program, at most MOST_STEPS.
-        cache_dtype: of keys and values, float32, bfloat16 or float16; None takes the model's.
+        cache_dtype: of keys and values, one of CACHE_DTYPES; None takes the model's. In int8 and float8_e4m3fn every
+            key and value of a head has a float32 scale of its own.
         enable_prefix_caching: texts that begin alike share the pages of their common beginning.
         max_waiting_time: seconds after which a request that has not begun to run ends with the reason `timeout`; None
             lets it wait.
@@ -56,8 +58,8 @@ class Options:
             raise ValueError(f"steps_per_dispatch = {self.steps_per_dispatch!r} must be an integer in 1..{MOST_STEPS}")
         if not _is_number(self.max_slowdown) or not self.max_slowdown >= 1:
             raise ValueError(f"max_slowdown = {self.max_slowdown!r} must be a number, at least 1")
-        if self.cache_dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ValueError(f"cache_dtype = {self.cache_dtype!r} must be float32, bfloat16 or float16")
+        if self.cache_dtype not in (None, *CACHE_DTYPES):
+            raise ValueError(f"cache_dtype = {self.cache_dtype!r} must be one of {', '.join(CACHE_DTYPES)}")
         if self.num_pages is not None and (not _is_integer(self.num_pages) or self.num_pages < 2):
             raise ValueError(f"num_pages = {self.num_pages!r} must be an integer, at least 2, the null page included")
         if not isinstance(self.enable_prefix_caching, bool):

@@ -137,7 +137,7 @@ def scratch(config: Config, head_size: int, page_size: int, dtype: jnp.dtype, kv
         types["raw_full"] = plgpu.Barrier(num_arrivals=config.copies(page_size), num_barriers=raw_blocks)
         types["scales"] = plgpu.SMEM((2, stages, config.block_kv), jnp.float32)
         # A block of keys is there when the producer has converted it, and the scales of keys and values are.
-        types["k_full"] = plgpu.Barrier(num_arrivals=3, num_barriers=stages)
+        types["k_full"] = plgpu.Barrier(num_arrivals=1 + 2 * config.copies(page_size), num_barriers=stages)
         types["v_full"] = plgpu.Barrier(num_barriers=stages)
     if config.interpretable:
         to_consumers = plgpu.Barrier(num_barriers=CONSUMERS)

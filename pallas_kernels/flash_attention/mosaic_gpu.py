@@ -73,18 +73,9 @@ def _launch(q_TM, kv: PagedKV, table_RJ, tiles_I5, count_1, sinks_N, options, co
     )
     # One row per token: a copy is then some rows and the columns of one head, whatever the size of the pages.
     k, v = (pool_PSKH.reshape(P * S, K * H) for pool_PSKH in (kv.k_PSKH, kv.v_PSKH))
-    scales = (_by_position(scales_PKS, table_RJ) for scales_PKS in (kv.k_scales_PKS, kv.v_scales_PKS))
+    scales = (x if x is None else x.reshape(-1) for x in (kv.k_scales_PKS, kv.v_scales_PKS))
     sinks_N = None if sinks_N is None else sinks_N.astype(jnp.float32) * LOG2E
     return run(q_TM, k, v, *scales, table_RJ, tiles_I5, count_1, sinks_N)
-
-
-def _by_position(scales_PKS: jax.Array | None, table_RJ: jax.Array) -> jax.Array | None:
-    """Scales in the order of the keys, [R, K, J * S]."""
-    if scales_PKS is None:
-        return None
-    scales_RJKS = jnp.take(scales_PKS, table_RJ, axis=0, mode="clip")
-    R, J, K, S = scales_RJKS.shape
-    return scales_RJKS.transpose(0, 2, 1, 3).reshape(R, K, J * S)
 
 
 def _kernel(problem: Problem, blocks: int, *refs, **smem):

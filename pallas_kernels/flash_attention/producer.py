@@ -65,7 +65,7 @@ def load_quantized(problem, refs: Refs, smem, signals: Signals, tile: Tile, keys
         else:
             fetch(i, "v")
         convert("k", slot)
-        _copy_scales(problem, refs, smem, tile, head, keys.nth(i), slot)
+        _copy_scales(problem, refs, smem, head, _rows_of_block(problem, refs, tile, keys.nth(i)), slot)
         if raw_blocks == 1:
             fetch(i, "v")
         else:
@@ -73,14 +73,21 @@ def load_quantized(problem, refs: Refs, smem, signals: Signals, tile: Tile, keys
         convert("v", slot)
 
 
-def _copy_scales(problem: Problem, refs: Refs, smem, tile: Tile, head, block, slot) -> None:
+def _copy_scales(problem: Problem, refs: Refs, smem, head, starts: list[jax.Array], slot) -> None:
     """Those of keys and of values; they arrive with the keys, whose place in memory is free by now."""
-    positions = pl.ds(block * problem.config.block_kv, problem.config.block_kv)
+    S, rows = problem.page_size, min(problem.config.block_kv, problem.page_size)
     assert refs.k_scales is not None
     assert refs.v_scales is not None
-    for kind, ref in enumerate((refs.k_scales, refs.v_scales)):
-        scales = ref.at[tile.sequence, _kv_head(problem, head), positions]
-        plgpu.copy_gmem_to_smem(scales, smem["scales"].at[kind, slot], smem["k_full"].at[slot])
+    for copy, start in enumerate(starts):
+        page = lax.div(start, jnp.int32(S))
+        first = (page * problem.kv_heads + _kv_head(problem, head)) * S + lax.rem(start, jnp.int32(S))
+        scales, target = pl.ds(pl.multiple_of(first, rows), rows), pl.ds(copy * rows, rows)
+        for kind, ref in enumerate((refs.k_scales, refs.v_scales)):
+            # In bounds, it is a copy of bytes in a row, which need no more than 16 of them for alignment.
+            plgpu.copy_gmem_to_smem(
+                ref.at[scales], smem["scales"].at[kind, slot, target], smem["k_full"].at[slot],
+                oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
+            )  # fmt: skip
 
 
 def _load_queries(problem: Problem, refs: Refs, smem, signals: Signals, tile: Tile, head) -> None:

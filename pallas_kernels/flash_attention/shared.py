@@ -45,7 +45,7 @@ class Refs(NamedTuple):
     q: jax.Ref
     k: jax.Ref
     v: jax.Ref
-    k_scales: jax.Ref | None  # [R, K, J * S]
+    k_scales: jax.Ref | None  # [P * K * S]
     v_scales: jax.Ref | None
     table: jax.Ref
     tiles: jax.Ref  # the work list of schedule.py and its length

@@ -9,9 +9,11 @@ from jaxinfer.roofline import find_hardware
 from tests.engine.tiny import CONFIG
 
 
-def subject(implementation: str) -> decode.Subject:
+def subject(implementation: str, cache_dtype: str | None = None, chunk: int = 64) -> decode.Subject:
     model, machine = Model(read_config(CONFIG), make_mesh(1)), find_hardware("h200")
-    return decode.Subject("tiny", model, model.random_params(), 4, 2, implementation, machine, machine)
+    return decode.Subject(
+        "tiny", model, model.random_params(), 4, 2, implementation, cache_dtype, chunk, machine, machine
+    )
 
 
 def test_the_records_of_a_model(monkeypatch):
@@ -28,6 +30,30 @@ def test_the_records_of_a_model(monkeypatch):
         ("tiny prompt 7", "plan with XLA attention", "first token"),
     }
     assert all(record.value > 0 for record in records if record.case != "machine")
+
+
+def test_cases_are_named_by_their_cache_and_chunks(monkeypatch):
+    monkeypatch.setattr(decode, "PROMPT", 5)
+    monkeypatch.setattr(decode, "NEW", 4)
+    groups = decode.measure(subject("auto", "float8_e4m3fn", chunk=3), batches=[2], prompts=[7, 3])
+    found = {record.case for group in groups for record in group}
+    assert found == {"machine", "tiny B2 fp8", "tiny prompt 7 in chunks of 3 fp8", "tiny prompt 3 fp8"}
+
+
+def test_chunks_bring_the_same_token_and_are_planned_one_by_one():
+    tokens = 50
+    chosen = []
+    for chunk in (tokens, 16):  # the last of them is padded
+        bench = decode.Bench(subject("auto"), 2, tokens + 1)
+        bench.prefill(tokens, chunk)
+        assert bench.state.length_B.tolist() == [tokens] * 2
+        chosen.append(bench.state.token_B.tolist())
+    assert chosen[0] == chosen[1]
+    whole, *none = decode.predicted_prefill(bench.subject.model.config, tokens, "mosaic_gpu")
+    costs = decode.predicted_prefill(bench.subject.model.config, tokens, "mosaic_gpu", chunk=16)
+    assert not none
+    assert [cost.tokens for cost in costs] == [16, 16, 16, 2]
+    assert sum(cost.bytes for cost in costs) > whole.bytes  # weights and earlier keys are read again
 
 
 def test_attention_runs_as_it_is_named():

@@ -79,6 +79,7 @@ def test_convert_keeps_every_bit(tmp_path):
         (["generate", "a", "--max-model-len", "32", "--max-tokens", "32"], "max_tokens = 32 must be in 1..30"),
         (["generate", "a", "--temperature", "nan"], "temperature = nan must be"),
         (["generate", "a", "--dtype", "int8"], "dtype = 'int8' must be bfloat16, float16 or float32"),
+        (["generate", "a", "--cache-dtype", "fp8"], "cache_dtype = 'fp8' must be one of float32,"),
         (["generate", "a", "--temperature", "x"], "Invalid value for '--temperature': 'x' must be a number"),
         (["generate", "a", "--max-tokens", "1.5"], "Invalid value for '--max-tokens': '1.5' must be an integer"),
         (["generate", "a", "--tensor-parallel", "4"], "tensor"),

@@ -22,12 +22,13 @@ SLOTS, PAGE, CONTEXT, TOKENS, LAYERS = 8, 7, 77, 64, 2
 ODD = CONFIG | {"num_attention_heads": 15, "num_key_value_heads": 3, "head_dim": 24, "hidden_size": 40,
                 "intermediate_size": 56, "max_position_embeddings": CONTEXT}  # fmt: skip
 EVEN = CONFIG | {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": CONTEXT}
-PROGRAMS = ("step", "loop")
+PROGRAMS = [(which, dtype) for which in ("step", "loop") for dtype in ("float32", "int8", "float8_e4m3fn")]
 
 
 @dataclass(frozen=True)
 class Compiled:
     which: str
+    cache_dtype: str
     model: Model
     state: object
     cache: object
@@ -39,11 +40,12 @@ class Compiled:
 
 
 def compiled(
-    which: str, config: dict, tensor: int = 1, num_pages: int = 29, needs: Needs = sampling.GREEDY
-) -> Compiled:
+    which: str, config: dict, tensor: int = 1, num_pages: int = 29, cache_dtype: str = "float32",
+    needs: Needs = sampling.GREEDY,
+) -> Compiled:  # fmt: skip
     """A program of decode and, as `step` and `sample`, of prefill. Nothing is run."""
     model = Model(read_config(config), make_mesh(tensor))
-    layout = Layout(SLOTS, PAGE, (num_pages,) * len(model.config.windows), CONTEXT, "float32")
+    layout = Layout(SLOTS, PAGE, (num_pages,) * len(model.config.windows), CONTEXT, cache_dtype)
     programs = Programs(model, layout)
     given = (list(model.parameters.values()), *programs.new_state())
     with jax.set_mesh(model.mesh):
@@ -55,12 +57,13 @@ def compiled(
             if which == "sample":
                 _, logits_WV, rows, _ = lowered.out_info
                 lowered = programs._sample.lower(given[1], logits_WV, rows, needs=needs)
-        return Compiled(which, model, *given[1:], lowered.compile())
+        return Compiled(which, cache_dtype, model, *given[1:], lowered.compile())
 
 
-@pytest.fixture(scope="module", params=PROGRAMS)
+@pytest.fixture(scope="module", params=PROGRAMS, ids="-".join)
 def alone(request) -> Compiled:
-    return compiled(request.param, ODD)
+    which, cache_dtype = request.param
+    return compiled(which, ODD, cache_dtype=cache_dtype)
 
 
 def moved(text: str, sizes: set[int]) -> list[str]:
@@ -91,7 +94,8 @@ def test_every_cache_leaf_is_updated_in_place(alone):
     # A layout such as {3,2,1,0} after a shape would be taken for the end of the list.
     parameters = re.findall(r"\w+\[([\d,]*)\]", re.search(r"entry_computation_layout=\{\((.*?)\)->", header)[1])
     inputs = [int(aliased[str(first + index)]) for index in range(len(leaves))]
-    assert len(set(inputs)) == len(leaves) == 2 * LAYERS
+    kinds = 2 if alone.cache_dtype == "float32" else 4  # keys, values and their scales
+    assert len(set(inputs)) == len(leaves) == kinds * LAYERS
     for index, leaf in zip(inputs, leaves, strict=True):
         assert parameters[index] == ",".join(map(str, leaf.shape))
 
@@ -105,7 +109,7 @@ def test_grouped_heads_share_keys_and_values(alone):
 
 
 def test_temporary_memory_does_not_grow_with_the_pool(alone):
-    large = compiled(alone.which, ODD, num_pages=2900)
+    large = compiled(alone.which, ODD, num_pages=2900, cache_dtype=alone.cache_dtype)
     small, grown = (each.executable.memory_analysis().temp_size_in_bytes for each in (alone, large))
     assert grown == small
     cache = sum(array.nbytes for array in jax.tree.leaves(large.cache))

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfer.cache.quantized import LARGEST
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.step import Layout, Programs
 from jaxinfer.model import Model, ModelConfig, read_config
 from jaxinfer.parallel import make_mesh
 from pallas_kernels import dispatch
+from tests.decode.paged import paged_logits
 from tests.model.dense import run
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
@@ -36,13 +38,19 @@ def hopper(monkeypatch):
     monkeypatch.setattr(dispatch, "compute_capability", lambda: dispatch.HOPPER)
 
 
-def lowered(config: ModelConfig, slots: int, tensor: int = 1) -> str:
-    """The loop over decode steps, for CUDA."""
+def lowered(
+    config: ModelConfig, slots: int, tensor: int = 1, cache_dtype: str = "bfloat16", prefill: int | None = None
+) -> str:
+    """The loop over decode steps, or a step that prefills so many tokens beside the slots, for CUDA."""
     model = Model(config, make_mesh(tensor), context=64)
-    programs = Programs(model, Layout(slots, 16, (slots + 1,) * len(model.config.windows), 64, "bfloat16"))
+    programs = Programs(model, Layout(slots, 16, (slots + 1,) * len(model.config.windows), 64, cache_dtype))
     given = (list(model.parameters.values()), *programs.new_state())
     with jax.set_mesh(model.mesh):
-        traced = programs._loop.trace(*given, decode=slots, steps=3, needs=Needs("greedy", 0))
+        if prefill is None:
+            traced = programs._loop.trace(*given, decode=slots, steps=3, needs=Needs("greedy", 0))
+        else:
+            packed = np.zeros(prefill + 4 * slots + 1, np.int32)
+            traced = programs._step.trace(*given, packed, decode=slots, tokens=prefill)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -159,6 +167,19 @@ def test_xla_needs_no_schedule(monkeypatch):
     assert "make_schedule" not in lowered(two_layers(), 4)
 
 
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_both_attention_kernels_read_8_bit_pages(hopper, dtype):
+    """In the step of a whole model."""
+    text = lowered(two_layers(), 4, cache_dtype=dtype, prefill=128)
+    operands = r"\(tensor<[\dx]+xbf16>, tensor<5x16x8x128x(\w+)>, tensor<5x16x8x128x(\w+)>, tensor<5x8x16xf32>"
+    element = {"int8": "i8", "float8_e4m3fn": "f8E4M3FN"}[dtype]
+    decoding, prefilling = (
+        re.findall(rf"call @{name}\([^)]*\) : {operands}", text) for name in ("_launch", "flash_attention")
+    )
+    assert decoding == prefilling == [(element, element)] * LAYERS
+    assert len(re.findall(r"call @make_schedule", text)) == 1
+
+
 def logits_error(model: Model, params: list[jax.Array], tokens_T: np.ndarray, exact_TV: np.ndarray) -> float:
     """Root mean square."""
     logits_TV = run(model, params, tokens_T).logits_TV
@@ -183,3 +204,20 @@ def test_on_a_gpu_logits_are_as_exact_as_those_of_xla(monkeypatch, tokens):
     monkeypatch.setattr(dispatch, "automatic", lambda refusals: (dispatch.FALLBACK, "a test"))
     by_xla = logits_error(model, params, tokens_T, exact_TV)
     assert by_kernels <= 1.1 * by_xla
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_on_a_gpu_8_bit_pages_cost_the_kernels_no_more_than_xla(dtype):
+    """A text prefilled in chunks and decoded; both round keys and values alike, and XLA the dequantized ones again."""
+    config, mesh = two_layers(), make_mesh()
+    model, exact_model = Model(config, mesh, context=256), Model(config, mesh, context=256, dtype="float32")
+    params = model.random_params(1)
+    tokens_T = np.random.default_rng(2).integers(0, config.vocab_size, 200).astype(np.int32)
+    exact_TV = run(exact_model, [param.astype(jnp.float32) for param in params], tokens_T).logits_TV.astype(np.float64)
+
+    def error(attention: str) -> float:
+        logits_TV = paged_logits(model, params, tokens_T, dtype, attention=attention)
+        return float(np.sqrt(np.mean((logits_TV - exact_TV) ** 2)))
+
+    assert error(dispatch.KERNEL) <= 1.1 * error(dispatch.FALLBACK)

@@ -5,6 +5,8 @@ The interpreter has no register operand for wgmma and no named barriers, so inte
 masks, hand-overs and stores are those of the GPU.
 """
 
+import math
+import re
 import time
 from dataclasses import replace
 from functools import partial
@@ -146,6 +148,20 @@ def test_lowers_for_a_gpu(head_size, dtype, kv_dtype, page_size, g, with_everyth
         arguments["sinks_N"] = jax.ShapeDtypeStruct((2 * g,), jnp.float32)
     text = lower(partial(program, EVERYTHING if with_everything else PLAIN), arguments)
     assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("kv_dtype", [None, jnp.int8])
+def test_no_array_grows_with_the_page_table(kv_dtype):
+    """Of 64 rows of a long context only the keys that are there take memory: pages and their scales stay in place."""
+    arguments = shapes(128, 16, jnp.bfloat16, 1, kv_dtype)
+    rows, columns = 64, 1000
+    arguments["page_table_RJ"] = jax.ShapeDtypeStruct((rows, columns), jnp.int32)
+    arguments["lengths_R"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    arguments["cu_q_R1"] = jax.ShapeDtypeStruct((rows + 1,), jnp.int32)
+    text = lower(partial(program, PLAIN), arguments)
+    sizes = [math.prod(map(int, dims[:-1].split("x"))) for dims in re.findall(r"tensor<((?:\d+x)+)\w+>", text)]
+    assert rows * columns in sizes
+    assert max(sizes) < 2 * rows * columns
 
 
 def test_a_contiguous_cache_lowers_as_one_page_per_sequence():

@@ -1,6 +1,7 @@
 """The plan against what real cards did: each measured time beside what is predicted of it today."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from benchmarks.decode import predicted_decode, predicted_prefill
 from benchmarks.record import RESULTS, parts
 from jaxinfer.model import ModelConfig
-from jaxinfer.roofline import MEASURED, Hardware, find_by_device
+from jaxinfer.roofline import MEASURED, Hardware, Precision, find_by_device
 
 # The runs that the files hold: each with the ceilings of its own machine.
 RUNS = {
@@ -16,6 +17,7 @@ RUNS = {
     for path in sorted(RESULTS.glob("*/decode*.json"))
     for part in parts(json.loads(path.read_text()))
 }
+NAME = re.compile(r"(\S+) (?:B|prompt )(\d+)(?: in chunks of (\d+))?(?: (\w+))?")  # of a case
 H200_OVERHEAD = 1.9  # us, for the one run that was made before the overhead was timed
 
 
@@ -26,6 +28,8 @@ class Case:
     Attributes:
         model: in configs/models.
         size: the batch of a decode step, or the tokens of a prompt.
+        chunk: tokens of a prompt that a step took; None is all of them.
+        precision: of weights and cache.
         planned: what the run says was predicted; None where that was before the overhead was timed.
     """
 
@@ -33,13 +37,18 @@ class Case:
     model: str
     metric: str
     size: int
+    chunk: int | None
+    precision: Precision
     attention: str
     measured: float
     planned: float | None
 
     def predict(self, config: ModelConfig) -> float:
-        predicted = predicted_prefill if self.metric == "first token" else predicted_decode
-        return predicted(config, self.size, self.attention).predict(self.machine) * 1e3
+        if self.metric == "first token":
+            costs = predicted_prefill(config, self.size, self.attention, self.precision, self.chunk)
+        else:
+            costs = [predicted_decode(config, self.size, self.attention, self.precision)]
+        return sum(cost.predict(self.machine) for cost in costs) * 1e3
 
 
 def values(run: str, case: str, metric: str) -> dict[str, float]:
@@ -69,8 +78,11 @@ def cases(metric: str) -> list:
             figures = values(run, name, metric)
             planned = next(figures.pop(plan) for plan in list(figures) if plan.startswith("plan"))
             ((attention, measured),) = figures.items()
-            size = int(name.split()[-1].removeprefix("B"))
-            case = Case(hardware, name.split()[0], metric, size, attention, measured, planned if recorded else None)
+            model, size, chunk, cache = NAME.fullmatch(name).groups()
+            case = Case(
+                hardware, model, metric, int(size), chunk and int(chunk), Precision(cache=cache or "bf16"), attention,
+                measured, planned if recorded else None,
+            )  # fmt: skip
             found.append(pytest.param(case, id=f"{run} {name}"))
     return found
 

@@ -1,12 +1,12 @@
 import dataclasses
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxinfer.cache import make_cache
+from jaxinfer.cache import CACHE_DTYPES, make_cache
 from jaxinfer.decode.step import Layout
 from jaxinfer.engine import Options
 from jaxinfer.engine.paging import Paging
@@ -61,23 +61,16 @@ def test_weights_are_those_that_one_device_holds(devices):
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
 def test_page_bytes_are_those_of_the_cache(devices, dtype):
     pages, page_size, mesh = (5, 3), 8, make_mesh(devices)
     groups = tuple(WINDOWED.group(layer) for layer in range(WINDOWED.num_layers))
     slots = max(WINDOWED.num_kv_heads, devices)
     cache = make_cache(mesh, groups, pages, page_size, slots, WINDOWED.head_size, dtype)
-    arrays = [array for state in cache for array in (state.k_PSKH, state.v_PSKH)]
-    held = sum(array.addressable_shards[0].data.nbytes for array in arrays)
-    sizes = [page_bytes(WINDOWED, window, page_size, Precision.all_in(dtype), devices) for window in WINDOWED.windows]
+    held = sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(cache))
+    precision = Precision.all_in("bfloat16", dtype)
+    sizes = [page_bytes(WINDOWED, window, page_size, precision, devices) for window in WINDOWED.windows]
     assert sum(count * size for count, size in zip(pages, sizes, strict=True)) == held
-
-
-def test_a_narrow_page_has_a_scale_for_every_key_and_value():
-    page_SKH, scales_SK = jnp.zeros((8, 2, 64), jnp.int8), jnp.zeros((8, 2), jnp.float32)
-    layers = 2
-    expected = layers * 2 * (page_SKH.nbytes + scales_SK.nbytes)
-    assert page_bytes(WINDOWED, 20, 8, Precision(cache="int8")) == expected
 
 
 @given(tokens=st.integers(1, 500), page_size=st.sampled_from([1, 8, 16]), chunk=st.sampled_from([1, 64, 100]))

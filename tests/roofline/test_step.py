@@ -197,6 +197,7 @@ def test_a_cost_is_the_sum_of_its_parts_and_each_part_the_time_of_its_busiest_re
         ),
         (lambda: Precision(weights="bf15"), "weights is 'bf15'; expected one of fp32, bf16"),
         (lambda: Precision.all_in("bf16"), "dtype is 'bf16'; expected one of float32, bfloat16, float16"),
+        (lambda: Precision.all_in("bfloat16", "fp8"), "cache_dtype is 'fp8'; expected one of .*, float8_e4m3fn"),
     ],
 )
 def test_bad_input_is_refused(call, message):

@@ -1,0 +1,51 @@
+"""Logits of every token of one text, from a cache in pages that is filled as an engine fills it."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer.decode.batch import Prefill, no_prefill
+from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.decode.step import Layout, Programs
+from jaxinfer.model import Model, Params
+
+CHUNK = 24
+
+
+def paged_logits(
+    model: Model, params: Params, tokens_T: np.ndarray, cache_dtype: str, *, decoded: int = 5, page_size: int = 16,
+    attention: str = "auto",
+) -> np.ndarray:  # fmt: skip
+    """logits_TV in float32: the text is prefilled in chunks, but for the last `decoded` tokens, which come one by
+    one. Its pages are in no order."""
+    columns, groups = -(-len(tokens_T) // page_size), len(model.config.windows)
+    layout = Layout(1, page_size, (1 + columns,) * groups, len(tokens_T), cache_dtype, attention)
+    programs = Programs(model, layout)
+    state, cache = programs.new_state()
+    pages = [np.random.default_rng(group).permutation(np.arange(1, 1 + columns)).tolist() for group in range(groups)]
+    state = programs.admit(state, 0, programs.admission(SamplingParams(), pages))
+
+    @partial(jax.jit, static_argnames="tokens", donate_argnames="cache")
+    def step(params, state, cache, packed, tokens):
+        prefill = Prefill.unpacked(packed, tokens) if tokens else no_prefill()
+        cache, _, _, hidden_TD = programs._run(params, state, cache, prefill, decode=0 if tokens else 1)
+        return model.logits(params, hidden_TD), cache
+
+    found, prompt = [], len(tokens_T) - decoded
+    integers = lambda *values: np.array(values, np.int32)  # noqa: E731
+    with jax.set_mesh(model.mesh):
+        for start in range(0, prompt, CHUNK):
+            own = tokens_T[start : min(start + CHUNK, prompt)]
+            padded, end = np.pad(own, (0, CHUNK - len(own))), start + len(own)
+            packed = Prefill(padded, integers(0, len(own)), integers(0), integers(end), integers(0)).packed()
+            logits_TV, cache = step(params, state, cache, packed, CHUNK)
+            found.append(np.asarray(logits_TV, np.float32)[: len(own)])
+        for position in range(prompt, len(tokens_T)):
+            now = {"token_B": tokens_T[position], "length_B": position, "active_B": True}
+            state = replace(state, **{name: jnp.full_like(getattr(state, name), value) for name, value in now.items()})
+            logits_TV, cache = step(params, state, cache, integers(), 0)
+            found.append(np.asarray(logits_TV, np.float32))
+    return np.concatenate(found)
