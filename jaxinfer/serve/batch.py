@@ -20,13 +20,13 @@ from pydantic_core import to_json
 
 from jaxinfer.llm import LLM
 from jaxinfer.outputs import CompletionOutput
+from jaxinfer.serve.endpoints import ENDPOINTS
 from jaxinfer.serve.errors import ApiError, malformed
 from jaxinfer.serve.prompts import Asked, Prompts, template_or_reason
-from jaxinfer.serve.protocol import BODY_FIELDS, ChatBody, CompletionBody
-from jaxinfer.serve.responses import Answer, Chat, Completion, usage
+from jaxinfer.serve.protocol import BODY_FIELDS
+from jaxinfer.serve.responses import Answer, usage
 from jaxinfer.serve.worker import longest
 
-BODIES = {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody}
 METHOD = "POST"
 
 
@@ -127,20 +127,15 @@ def _read(line: Line, name: str, prompts: Prompts) -> Work:
     """Raises ApiError where the request cannot be served."""
     if line.method != METHOD:
         raise ApiError(400, f"method is {line.method[:40]!r}; it must be {METHOD}", param="method")
-    if line.url not in BODIES:
-        raise ApiError(404, f"url is {line.url[:80]!r}; it must be one of {', '.join(BODIES)}", param="url")
+    if (endpoint := ENDPOINTS.get(line.url)) is None:
+        raise ApiError(404, f"url is {line.url[:80]!r}; it must be one of {', '.join(ENDPOINTS)}", param="url")
     try:
-        body = BODIES[line.url].model_validate_json(json.dumps(line.body))
+        body = endpoint.body.model_validate_json(json.dumps(line.body))
     except ValidationError as error:
         raise malformed(error, BODY_FIELDS) from None
-    if body.model is not None and body.model != name:
-        raise ApiError(404, f"model is {body.model[:200]!r}; this is {name!r}", param="model", code="model_not_found")
     if body.stream:
         raise ApiError(400, "stream is true; a batch is answered whole", param="stream")
-    if isinstance(body, ChatBody):
-        asked, answer = prompts.chat(body), Chat(name, prompts.intake.tokenizer)
-    else:
-        asked, answer = prompts.completion(body), Completion(name, prompts.intake.tokenizer)
+    asked, answer = endpoint.asked(body, prompts, name)
     return Work(line, asked, answer, left=len(asked[0]))
 
 
