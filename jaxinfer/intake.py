@@ -116,6 +116,17 @@ def paired(
     return [None] * count, [wrong, *problems]
 
 
+def priorities(given: Any, count: int, what: str) -> tuple[list[int], list[str]]:
+    """The priority of each input, 0 where none are given, and what is wrong with those that are."""
+    if given is None:
+        return [0] * count, []
+    if not is_list(given) or len(given) != count or not all(is_integer(one) for one in given):
+        return [0] * count, [
+            f"priority = {reprlib.repr(given)} must be a list of integers, one for each of {count} {what}s"
+        ]
+    return [int(one) for one in given], []
+
+
 def stream_problems(params: SamplingParams) -> list[str]:
     """What one stream cannot bring."""
     found = []

@@ -120,6 +120,29 @@ def test_streams_stop_strings_and_log_probabilities(llm):
     assert_warm(llm)
 
 
+def test_the_forward_pass_is_on_its_way_when_the_host_makes_a_mask(llm, monkeypatch):
+    """And the sampler waits for it; who runs without a constraint is asked for none."""
+    order, programs = [], llm.engine.programs
+
+    def logged(owner, name):
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, **named: order.append(name) or call(*given, **named))
+
+    for name in ("_step", "_mask", "_sample", "_loop"):
+        logged(programs, name)
+    logged(GrammarConstraint, "mask")
+    logged(GrammarConstraint, "accept")
+    (output,) = llm.generate("ab", ask(regex="abc"))
+    step = ["_step", "accept", "mask", "_mask", "_sample"]
+    assert len(output.outputs[0].token_ids) == 4
+    assert order[:4] == [name for name in step if name != "accept"]  # there is no token before the first
+    assert order[4:19] == step * 3
+    order.clear()
+    llm.generate("ab", SamplingParams(max_tokens=9))
+    assert set(order) == {"_step", "_sample", "_loop"}
+    assert_warm(llm)
+
+
 def test_a_constraint_that_fails_ends_its_request_alone(llm, monkeypatch):
     taken = []
 

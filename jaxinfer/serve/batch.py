@@ -45,6 +45,7 @@ class Work:
     """A request that runs.
 
     Attributes:
+        priority: the lower, the sooner it runs.
         left: prompts of its body that have no output yet.
         outputs: what came of each prompt.
     """
@@ -52,6 +53,7 @@ class Work:
     line: Line
     asked: Asked
     answer: Answer
+    priority: int = 0
     left: int = 0
     outputs: dict[int, list[CompletionOutput]] = field(default_factory=dict)
 
@@ -110,7 +112,8 @@ def answer_lines(llm: LLM, name: str, lines: Sequence[Line]) -> Iterator[dict[st
             yield _told(line, error.status, error.body)
     owners = [(work, index) for work in works for index in range(work.left)]
     tokens = [work.asked[0][index] for work, index in owners]
-    for place, output in llm.generate_iter(tokens, [work.asked[1] for work, _ in owners]) if owners else ():
+    params, priorities = [work.asked[1] for work, _ in owners], [work.priority for work, _ in owners]
+    for place, output in llm.generate_iter(tokens, params, priority=priorities) if owners else ():
         work, index = owners[place]
         work.outputs[index], work.left = output.outputs, work.left - 1
         if work.left == 0:
@@ -136,7 +139,7 @@ def _read(line: Line, name: str, prompts: Prompts) -> Work:
     if body.stream:
         raise ApiError(400, "stream is true; a batch is answered whole", param="stream")
     asked, answer = endpoint.asked(body, prompts, name)
-    return Work(line, asked, answer, left=len(asked[0]))
+    return Work(line, asked, answer, body.priority or 0, left=len(asked[0]))
 
 
 def _body(work: Work) -> dict[str, Any]:
