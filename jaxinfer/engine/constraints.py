@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from jaxinfer.engine.request import Request
 from jaxinfer.engine.sequence import Sequence
 
 THREADS = 8  # that make constraints and their masks: both leave Python's lock alone
+TOGETHER = 8  # masks that one of them makes: most take 20 us, and a thread is no sooner there
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +86,11 @@ class Constraints:
         """The masks of all slots, uint32 [B, U], for a step in which these sequences draw a token."""
         words_BU = no_masks(slots, vocab)
         constrained = [one for one in drawing if one.constraint is not None and not one.finished]
-        for sequence, words_U in zip(constrained, self._pool.map(_mask, constrained), strict=True):
+        together = [constrained[at : at + TOGETHER] for at in range(0, len(constrained), TOGETHER)]
+        for sequence, words_U in zip(constrained, chain(*self._pool.map(_masks, together)), strict=True):
             words_BU[sequence.slot] = words_U
         return words_BU
 
 
-def _mask(sequence: Sequence) -> np.ndarray:
-    assert sequence.constraint is not None
-    return sequence.constraint.mask()
+def _masks(sequences: list[Sequence]) -> list[np.ndarray]:
+    return [one.constraint.mask() for one in sequences if one.constraint is not None]
