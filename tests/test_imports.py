@@ -35,7 +35,7 @@ MORE_ROOMS = {
     "machine": {"roofline"},  # measures this machine as an entry of the hardware table, which itself needs no device
 }
 # Files beside `llm.py` that are the front door too: prompts in, the text of a request as it grows, what is returned.
-PART_OF = {"intake": "llm", "outputs": "llm", "continuation": "llm"}
+PART_OF = {"intake": "llm", "outputs": "llm", "continuation": "llm", "structured": "llm"}
 DEVIATIONS = {
     ("roofline", "model"): "for types alone: costs are counted of a ModelConfig; nothing is imported when it runs",
     ("engine", "model"): "an Engine is given the model that it runs",

@@ -32,6 +32,8 @@ def read_row(output: StepOutput, row: int, sequence: Sequence) -> Row:
         if not emits:
             continue
         tokens.append(token)
+        if sequence.constraint is not None:
+            sequence.constraint.accept(token)
         if request.params.logprobs is not None:
             logprobs.append(_chosen(output.sampled, (step, row), request.params.logprobs))
         if token in stop_ids:
@@ -40,6 +42,8 @@ def read_row(output: StepOutput, row: int, sequence: Sequence) -> Row:
             reason = "length"
         if reason:
             break
+    if reason == "stop" and sequence.constraint is not None and sequence.constraint.failed:
+        reason = "abort"
     sequence.tokens += tokens
     return Row(tuple(tokens), tuple(logprobs), reason)
 

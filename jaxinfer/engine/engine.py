@@ -1,7 +1,8 @@
 """The engine's loop: schedule, run, commit.
 
 The host schedules and dispatches step n + 1 while the device runs step n: step n + 1 reads step n's tokens on the
-device, and the host reads them late. What ran past the end of a sequence is discarded at commit.
+device, and the host reads them late. What ran past the end of a sequence is discarded at commit. Where a constraint
+says which tokens may be drawn, the host reads step n and asks it while the device computes the logits of step n + 1.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import jax
 import numpy as np
 
 from jaxinfer.decode import sampling
+from jaxinfer.decode.masks import no_masks
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import SCORED, Programs, StepOutput
 from jaxinfer.engine.buckets import bucket, powers, rectangle
 from jaxinfer.engine.budget import predicted_budget
 from jaxinfer.engine.commit import join_tiles, keep_prompt_logprobs, read_row
+from jaxinfer.engine.constraints import Constrain, Constraints
 from jaxinfer.engine.memory import make_layout
 from jaxinfer.engine.metrics import Counters, Metrics, WarmUp
 from jaxinfer.engine.options import SMALLEST_BUCKET, Options
@@ -50,7 +53,12 @@ class Work:
 class Engine:
     """One model with one cache, serving many requests. Not thread-safe: one caller drives `step`."""
 
-    def __init__(self, model: Model, params: Params, options: Options | None = None):
+    def __init__(
+        self, model: Model, params: Params, options: Options | None = None, constrain: Constrain | None = None
+    ):
+        """Args:
+        constrain: makes the constraint of a request that has `structured_outputs`; None refuses them.
+        """
         self.model, self.params = model, params
         self.options = options or Options()
         self.layout = make_layout(model, self.options)
@@ -60,11 +68,14 @@ class Engine:
         self.programs = Programs(model, self.layout)
         self._state, self._cache = self.programs.new_state()
         self._in_flight: deque[Work] = deque()
+        self._constraints = Constraints(constrain)
         self._lost: list[Request] = []  # by a failed step, to be told
         self._warm: tuple[Needs, ...] = ()  # what `warm_up` compiled, the cheapest first
 
     def problems(self, request: Request) -> list[str]:
         """Why the engine could never run a request, in words; empty when it can."""
+        if request.params.structured_outputs is not None and not self._constraints.possible:
+            return ["structured_outputs has no use here: this engine makes no constraints"]
         return self.scheduler.problems(request)
 
     def add(self, request: Request) -> None:
@@ -77,22 +88,26 @@ class Engine:
         """
         if problems := self.problems(request):
             raise ValueError("; ".join(problems))
-        if request.id in self.scheduler.sequences:
+        if request.id in self.scheduler.sequences or request.id in self._constraints:
             raise ValueError(f"id = {request.id} is that of a request that has not ended; allowed: any other")
         no_pages = [()] * len(self.layout.num_pages)
         self.programs.admission(request.params, no_pages, request.prompt_ids, request.eos_ids, request.seed, ())
         np.asarray(request.prompt_ids, np.int32)
-        self.scheduler.add(request)
+        if request.params.structured_outputs is not None:
+            self._constraints.add(request)
+        else:
+            self.scheduler.add(request)
 
     def abort(self, request_id: int) -> None:
         """Drops a request wherever it is; one that ended already is left alone."""
+        self._constraints.drop(request_id)
         if (slot := self.scheduler.drop(request_id)) is not None:
             self._state = self.programs.release(self._state, slot)
 
     @property
     def busy(self) -> bool:
         """Whether `step` has anything left to do or to tell."""
-        return bool(self._lost or self.scheduler.sequences or self._in_flight)
+        return bool(self._lost or self.scheduler.sequences or self._in_flight or self._constraints)
 
     @property
     def metrics(self) -> Metrics:
@@ -100,7 +115,7 @@ class Engine:
         pools, running = scheduler.paging.pools, list(scheduler.running.values())
         return Metrics(
             counters=replace(self.counters),
-            waiting=len(scheduler.waiting),
+            waiting=len(scheduler.waiting) + len(self._constraints),
             running=len(running),
             pages_total=sum(pool.usable for pool in pools),
             pages_used=sum(pool.used for pool in pools),
@@ -126,12 +141,24 @@ class Engine:
             raise
 
     def _step(self) -> list[Update]:
-        updates = [Update(sequence.request, (), (), None, "timeout") for sequence in self.scheduler.expired()]
-        if (work := self._dispatch(self.scheduler.schedule())) is not None:
+        updates = self._welcome()
+        updates += [Update(sequence.request, (), (), None, "timeout") for sequence in self.scheduler.expired()]
+        if (work := self._dispatch(self.scheduler.schedule(), updates)) is not None:
             self._in_flight.append(work)
         if self._in_flight and (work is None or len(self._in_flight) >= IN_FLIGHT):
             updates += self._commit(self._in_flight.popleft())
         return updates
+
+    def _welcome(self) -> list[Update]:
+        """Queues the requests whose constraints are ready; tells of those that cannot have one."""
+        refused = []
+        idle = not self.scheduler.sequences and not self._in_flight
+        for request, constraint in self._constraints.ready(wait=idle):
+            if constraint is None:
+                refused.append(Update(request, (), (), None, "abort"))
+            else:
+                self.scheduler.add(request, constraint)
+        return refused
 
     def _start_afresh(self) -> None:
         self._lost = [sequence.request for sequence in self.scheduler.sequences.values()]
@@ -186,6 +213,17 @@ class Engine:
         for decode in powers(1, slots):
             for needs in WARM:
                 yield f"decoding {decode} slots, {needs.level}", partial(self._run_loop, decode, needs)
+        if self._constraints.possible:
+            yield from self._masked_programs()
+
+    def _masked_programs(self) -> Iterator[tuple[str, Callable[[], object]]]:
+        """Of steps that the host has a say in: without prompts, their sampling, and masks of every number of rows."""
+        slots = self.layout.slots
+        masks = partial(no_masks, slots, self.model.config.vocab_size)
+        for decode in powers(1, slots):
+            yield f"a step of {decode} slots", partial(self._run_step, lay_out([], 0, 0), None, decode, WARM[0], masks)
+        prefill = lay_out([], SMALLEST_BUCKET, slots)
+        yield "masks beside prompts", partial(self._run_step, prefill, None, slots, WARM[0], masks)
 
     def _run_small_programs(self) -> None:
         """Those that bring the device's slots up to date."""
@@ -198,21 +236,27 @@ class Engine:
 
     # --- run
 
-    def _dispatch(self, plan: Plan) -> Work | None:
-        """Prompts first, with one token for whoever decodes beside them; a loop of decode steps otherwise."""
+    def _dispatch(self, plan: Plan, updates: list[Update]) -> Work | None:
+        """Prompts first, with one token for whoever decodes beside them; a loop of decode steps otherwise.
+
+        What is read on the way is added to `updates`.
+        """
         self._tell(plan)
         if not plan.decoding and not plan.chunks:
             return None
         needs = self._needs(plan)
         rows = [(sequence.slot, sequence) for sequence in plan.decoding if sequence.slot is not None]
+        masks = self._masks_for(plan, updates)
         if not plan.chunks:
             decode = rectangle([slot for slot, _ in rows])
-            return Work(plan, self._run_loop(decode, needs), rows)
+            if masks is None and plan.steps == self.options.steps_per_dispatch:
+                return Work(plan, self._run_loop(decode, needs), rows)
+            return Work(plan, self._run_step(lay_out([], 0, 0), None, decode, needs, masks), rows)
         decode = self.layout.slots if plan.decoding else 0
         tokens = bucket(sum(chunk.tokens for chunk in plan.chunks))
         wants = any(chunk.sequence.scores_prompt for chunk in plan.chunks)
         targets_T = next_tokens(plan.chunks, tokens) if wants else None
-        output = self._run_step(lay_out(plan.chunks, tokens, self.layout.slots), targets_T, decode, needs)
+        output = self._run_step(lay_out(plan.chunks, tokens, self.layout.slots), targets_T, decode, needs, masks)
         rows += [(decode + index, chunk.sequence) for index, chunk in enumerate(plan.chunks) if chunk.last]
         return Work(plan, output, rows)
 
@@ -235,9 +279,27 @@ class Engine:
         exact = sampling.needs(sequence.request.params for sequence in sequences)
         return next((warm for warm in self._warm if warm.covers(exact)), exact)
 
-    def _run_step(self, prefill, targets_T, decode: int, needs: Needs) -> StepOutput:
+    def _masks_for(self, plan: Plan, updates: list[Update]) -> Callable[[], np.ndarray] | None:
+        """What makes the masks of a step, when its forward pass is on its way; None where nobody needs one.
+
+        All that is in flight is read before: a constraint knows what follows a token when it has the token.
+        """
+        drawing = [*plan.decoding, *(chunk.sequence for chunk in plan.chunks if chunk.last)]
+        if all(sequence.constraint is None for sequence in drawing):
+            return None
+
+        def masks() -> np.ndarray:
+            while self._in_flight:
+                updates.extend(self._commit(self._in_flight.popleft()))
+            return self._constraints.masks(drawing, self.layout.slots, self.model.config.vocab_size)
+
+        return masks
+
+    def _run_step(
+        self, prefill, targets_T, decode: int, needs: Needs, masks: Callable[[], np.ndarray] | None = None
+    ) -> StepOutput:
         self._state, self._cache, output = self.programs.step(
-            self.params, self._state, self._cache, prefill, targets_T, decode, needs
+            self.params, self._state, self._cache, prefill, targets_T, decode, needs, masks
         )
         return _send(output)
 

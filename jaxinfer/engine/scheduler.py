@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from jaxinfer.decode.step import Layout
 from jaxinfer.engine.budget import Allowance, Budget
+from jaxinfer.engine.constraints import Constraint
 from jaxinfer.engine.metrics import Counters
 from jaxinfer.engine.options import Options
 from jaxinfer.engine.paging import Paging
@@ -80,8 +81,8 @@ class Scheduler:
                 return [f"prompt and max_tokens need {needed} pages of {size} tokens; the cache has {pool.usable}"]
         return []
 
-    def add(self, request: Request) -> None:
-        sequence = Sequence(request, self._arrivals, self.clock())
+    def add(self, request: Request, constraint: Constraint | None = None) -> None:
+        sequence = Sequence(request, self._arrivals, self.clock(), constraint=constraint)
         self._arrivals += 1
         self.sequences[request.id] = sequence
         self._wait(sequence)
@@ -128,7 +129,9 @@ class Scheduler:
         released = self._hold(decoding, 1)
         beside = [sequence for sequence in decoding if sequence.slot is not None]
         chunks, admitted = self._chunks(self.budget.open(beside), released)
-        steps = 1 if chunks else self.options.steps_per_dispatch
+        # What a constrained sequence may draw next, the host knows only after its last token.
+        single = chunks or any(sequence.constraint is not None for sequence in decoding)
+        steps = 1 if single else self.options.steps_per_dispatch
         released += self._hold(decoding, steps)
         decoding = [sequence for sequence in decoding if sequence.slot is not None]
         continued = [chunk.sequence for chunk in chunks if chunk.sequence not in admitted]

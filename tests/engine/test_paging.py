@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from jaxinfer.cache import NULL_PAGE
 from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.decode.structured_params import StructuredOutputsParams
 from jaxinfer.engine import Engine, Options, Request
 from jaxinfer.engine.pages import PagePool
 from tests.engine.fake import FakeTimes, Told, expected_tokens, fake_engine, gather, run
@@ -143,11 +144,12 @@ class Requests(RuleBasedStateMachine):
     @rule(
         shift=st.booleans(), common=st.sampled_from([0, 3, 8, 24, 31, 40]), own=st.sampled_from([(9,), (9, 8, 7, 6)]),
         new=st.integers(1, 20), stops=st.booleans(), priority=st.sampled_from([0, 0, 0, -1, 1]), n=st.integers(1, 4),
+        bound=st.booleans(),
     )  # fmt: skip
-    def add(self, shift, common, own, new, stops, priority, n):
+    def add(self, shift, common, own, new, stops, priority, n, bound=False):
         for seed in range(n):
             prompt = (*range(shift, shift + common), *own)
-            self.requests.append(request(len(self.requests), prompt, new, stops, seed, priority))
+            self.requests.append(request(len(self.requests), prompt, new, stops, seed, priority, bound and stops))
             self.engine.add(self.requests[-1])
 
     @rule(times=st.integers(1, 5))
@@ -189,7 +191,8 @@ def test_requests_of_random_arrivals(sharing, monkeypatch):
             stops, priority = random.random() < 0.5, random.choice([0, 0, 0, 1])
             prompt = random_prompt(random, requests)
             for n in range(random.choice([1, 1, 1, 4])):
-                requests.append(request(len(requests), prompt, random.randint(1, 48), stops, n, priority))
+                new, bound = random.randint(1, 48), stops and random.random() < 0.3
+                requests.append(request(len(requests), prompt, new, stops, n, priority, bound))
                 engine.add(requests[-1])
             for _ in range(random.choice([0, 1, 1, 2, 8])):
                 gather(told, engine.step())
@@ -216,8 +219,10 @@ def random_prompt(random: Random, requests: list[Request]) -> tuple[int, ...]:
     return (*range(shift, shift + common), *range(random.choice([1, 1, 4, 20])))
 
 
-def request(number, prompt, new, stops=False, seed=0, priority=0) -> Request:
-    params = SamplingParams(max_tokens=new, stop_token_ids=[0, 1, 2] if stops else None, ignore_eos=not stops)
+def request(number, prompt, new, stops=False, seed=0, priority=0, bound=False) -> Request:
+    asked = StructuredOutputsParams(choice=["what the fake constraint allows"]) if bound else None
+    stop_ids = [0, 1, 2] if stops else None
+    params = SamplingParams(max_tokens=new, stop_token_ids=stop_ids, ignore_eos=not stops, structured_outputs=asked)
     return Request(number, prompt, params, (7,), seed, priority)
 
 
