@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxinfer.decode.sampling_params import SamplingParams
+    from jaxinfer.decode.structured_params import StructuredOutputsParams
     from jaxinfer.llm import LLM
 
-__all__ = ["LLM", "SamplingParams"]
-_HOMES = {"LLM": "jaxinfer.llm", "SamplingParams": "jaxinfer.decode.sampling_params"}
+__all__ = ["LLM", "SamplingParams", "StructuredOutputsParams"]
+_HOMES = {
+    "LLM": "jaxinfer.llm",
+    "SamplingParams": "jaxinfer.decode.sampling_params",
+    "StructuredOutputsParams": "jaxinfer.decode.structured_params",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ import math
 import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Number
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from jaxinfer.decode.sampling_params import SamplingParams, first_few
 from jaxinfer.engine import Request
+from jaxinfer.structured import Grammars
 from jaxinfer.text import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -40,6 +42,11 @@ class Intake:
     tokenizer: Tokenizer
     limits: Limits
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Makes the constraints of structured outputs."""
+        return Grammars(self.tokenizer, self.limits.vocab_size, self.limits.eos_ids)
+
     def tokens(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt.
 
@@ -62,7 +69,12 @@ class Intake:
                 f"the prompt has {len(ids)} tokens; at most {context - 1} leave room in a context of {context}"
             )
             return found
-        return found if params is None else found + params.problems(vocab, context, len(ids))
+        if params is None:
+            return found
+        found += params.problems(vocab, context, len(ids))
+        if params.structured_outputs is not None and (problem := self.grammars.problem(params.structured_outputs)):
+            found.append(problem)
+        return found
 
     def requests(
         self, names: Iterator[int], ids: Sequence[int], params: SamplingParams, seed: int, priority: int = 0
@@ -102,6 +114,17 @@ def paired(
         return entries, problems
     wrong = f"sampling_params has {len(entries)} entries for {count} {what}s; give one, or one for each"
     return [None] * count, [wrong, *problems]
+
+
+def priorities(given: Any, count: int, what: str) -> tuple[list[int], list[str]]:
+    """The priority of each input, 0 where none are given, and what is wrong with those that are."""
+    if given is None:
+        return [0] * count, []
+    if not is_list(given) or len(given) != count or not all(is_integer(one) for one in given):
+        return [0] * count, [
+            f"priority = {reprlib.repr(given)} must be a list of integers, one for each of {count} {what}s"
+        ]
+    return [int(one) for one in given], []
 
 
 def stream_problems(params: SamplingParams) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import reprlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,16 +19,28 @@ from jaxinfer.continuation import Continuation, request_output
 from jaxinfer.decode.sampling import MAX_EOS_IDS
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Engine, Options, Request
-from jaxinfer.intake import Intake, Limits, Prompt, is_integer, is_list, listed, paired, stream_problems
+from jaxinfer.intake import (
+    Intake,
+    Limits,
+    Prompt,
+    is_integer,
+    is_list,
+    listed,
+    paired,
+    priorities,
+    stream_problems,
+)
 from jaxinfer.model import Model, ModelConfig, read_config
 from jaxinfer.model.rope import Dynamic, LongRope, Yarn
 from jaxinfer.outputs import CompletionOutput, RequestOutput
 from jaxinfer.parallel import make_mesh
 from jaxinfer.text import ChatTemplate, Tokenizer
 
+logger = logging.getLogger(__name__)
 COLUMNS = (
     TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
 )  # fmt: skip
+Asked = tuple[list[int], SamplingParams, int]  # token ids, parameters and priority of an input
 DEMO = Path(__file__).parent / "assets" / "demo"
 """The checkpoint that ships with the package: a small model of Python code."""
 
@@ -60,9 +73,10 @@ class LLM:
                 at most that, unless its rotary embeddings adapt to longer ones (dynamic NTK, LongRoPE).
             tensor_parallel_size: devices that share the model.
             seed: of the requests that name none.
-            warm_up: compile now whatever requests can meet, so that none waits for a compiler: by default 18 programs
-                of the model, for the sizes of prompts and of decoding, and 9 small ones. Without it each program is
-                compiled when a request first needs it.
+            warm_up: compile now whatever requests can meet, so that none waits for a compiler: by default 22 programs
+                of the model, for the sizes of prompts and of decoding, and 11 small ones; where llguidance is
+                installed 4 and 2 more, for structured outputs. Without it each program is compiled when a request
+                first needs it.
             options: of the engine.
 
         Raises:
@@ -78,7 +92,8 @@ class LLM:
         self.model = Model(config, make_mesh(tensor_parallel_size), max_model_len, dtype)
         self.intake = Intake(self.tokenizer, Limits(config.vocab_size, self.model.context, eos_ids))
         params = self.model.params(checkpoint.load(self.folder, self.model))
-        self.engine = Engine(self.model, params, options)
+        constrain = self.intake.grammars.constraint if self.intake.grammars.possible else None
+        self.engine = Engine(self.model, params, options, constrain)
         if warm_up:
             self.engine.warm_up()
         self._seeds, self._ids = np.random.default_rng(seed), count()
@@ -89,6 +104,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: Sequence[int] | None = None,
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Continues every prompt.
@@ -96,6 +112,7 @@ class LLM:
         Args:
             prompts: text, token ids, or a list of either.
             sampling_params: for all prompts, or one for each.
+            priority: of each prompt, 0 by default: the lower, the sooner it runs.
             progress: shows on the terminal how many prompts are done, and at what rate.
 
         Returns:
@@ -104,12 +121,14 @@ class LLM:
         Raises:
             ValueError: lists every prompt and parameter that cannot be served; nothing has run then.
         """
-        return self._answer("prompt", listed(prompts), sampling_params, self.intake.tokens, progress)
+        return self._answer("prompt", listed(prompts), sampling_params, self.intake.tokens, progress, priority)
 
     def generate_iter(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, RequestOutput]]:
         """Continues every prompt, and yields each output with its prompt's place in the list as soon as it is whole.
 
@@ -119,7 +138,7 @@ class LLM:
             ValueError: as `generate`, and before anything is yielded.
         """
         inputs = listed(prompts)
-        requests = self._checked("prompt", inputs, sampling_params, self.intake.tokens)
+        requests = self._checked("prompt", inputs, sampling_params, self.intake.tokens, priority)
         return self._finished(inputs, requests)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[CompletionOutput]:
@@ -130,8 +149,8 @@ class LLM:
         Raises:
             ValueError: as `generate`; also where `n` is not 1, or `prompt_logprobs` are asked for.
         """
-        ((tokens, params),) = self._checked("prompt", [prompt], sampling_params, self.intake.tokens, streamed=True)
-        return self._stream(tokens, params)
+        (asked,) = self._checked("prompt", [prompt], sampling_params, self.intake.tokens, streamed=True)
+        return self._stream(asked)
 
     def chat(
         self,
@@ -164,9 +183,10 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         encode: Callable[[Any], list[int]],
         progress: bool,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Runs all inputs to their ends; `what` is the word for one of them, `encode` gives its token ids."""
-        requests = self._checked(what, inputs, sampling_params, encode)
+        requests = self._checked(what, inputs, sampling_params, encode, priority)
         outputs: list[RequestOutput | None] = [None] * len(inputs)
         with Progress(*COLUMNS, disable=not progress) as bar:
             task = bar.add_task(f"{what}s", total=len(inputs))
@@ -175,12 +195,10 @@ class LLM:
                 bar.advance(task)
         return cast("list[RequestOutput]", outputs)
 
-    def _finished(
-        self, inputs: Sequence[Any], requests: Sequence[tuple[list[int], SamplingParams]]
-    ) -> Iterator[tuple[int, RequestOutput]]:
+    def _finished(self, inputs: Sequence[Any], requests: Sequence[Asked]) -> Iterator[tuple[int, RequestOutput]]:
         """The outputs of checked requests as they end, each with its place among the inputs."""
         ended: deque[Continuation] = deque()
-        groups = [self._start(ids, params, ended) for ids, params in requests]
+        groups = [self._start(asked, ended) for asked in requests]
         places = {one.request.id: index for index, group in enumerate(groups) for one in group}
         left = [len(group) for group in groups]
         try:
@@ -202,12 +220,14 @@ class LLM:
         inputs: Sequence[Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         encode: Callable[[Any], list[int]],
+        priority: Sequence[int] | None = None,
         streamed: bool = False,
-    ) -> list[tuple[list[int], SamplingParams]]:
-        """Token ids and parameters of all inputs, every one of them checked before any runs."""
+    ) -> list[Asked]:
+        """Token ids, parameters and priorities of all inputs, every one of them checked before any runs."""
         each, problems = paired(sampling_params, len(inputs), what, may_be_list=not streamed)
-        requests = []
-        for index, (given, params) in enumerate(zip(inputs, each, strict=True)):
+        ranks, wrong = priorities(priority, len(inputs), what)
+        problems, requests = problems + wrong, []
+        for index, (given, params, rank) in enumerate(zip(inputs, each, ranks, strict=True)):
             found = stream_problems(params) if streamed and params is not None else []
             try:
                 ids = encode(given)
@@ -216,7 +236,7 @@ class LLM:
                 ids = []
                 found.append(str(error))
             if params is not None:
-                requests.append((ids, params))
+                requests.append((ids, params, rank))
             problems += [f"{what} {index}: {problem}" for problem in found]
         if problems:
             raise ValueError("; ".join(problems))
@@ -229,13 +249,12 @@ class LLM:
             return found
         return self.engine.problems(Request(-1, tuple(ids), params, self.intake.limits.eos_ids, 0))
 
-    def _start(
-        self, ids: list[int], params: SamplingParams, ended: deque[Continuation] | None = None
-    ) -> list[Continuation]:
+    def _start(self, asked: Asked, ended: deque[Continuation] | None = None) -> list[Continuation]:
         """Queues the n continuations of one prompt; each goes to `ended` when it has, whoever runs the step."""
+        ids, params, priority = asked
         seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
         group = []
-        for index, request in enumerate(self.intake.requests(self._ids, ids, params, seed)):
+        for index, request in enumerate(self.intake.requests(self._ids, ids, params, seed, priority)):
             self.engine.add(request)
             group.append(Continuation.start(request, index, self.tokenizer))
             self._running[request.id] = group[-1], deque() if ended is None else ended
@@ -243,8 +262,8 @@ class LLM:
 
     # --- text out
 
-    def _stream(self, tokens: list[int], params: SamplingParams) -> Iterator[CompletionOutput]:
-        (continuation,) = self._start(tokens, params)
+    def _stream(self, asked: Asked) -> Iterator[CompletionOutput]:
+        (continuation,) = self._start(asked)
         try:
             piece = None
             while piece is None or piece.finish_reason is None:
@@ -260,7 +279,11 @@ class LLM:
         for update in self.engine.step():
             if update.request.id in self._running:
                 continuation, ended = self._running[update.request.id]
-                continuation.push(update)
+                try:
+                    continuation.push(update)
+                except Exception:  # of this request alone: the others go on
+                    logger.exception("the text of request %d cannot be made", update.request.id)
+                    continuation.finish_reason = "error"
                 if continuation.finish_reason is not None:
                     ended.append(continuation)
                     self._drop([continuation])

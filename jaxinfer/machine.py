@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.roofline import Hardware, find_by_device
+from jaxinfer.roofline import DATASHEETS, MEASURED, Hardware, find_by_device
 
-_DTYPES = {"bf16": jnp.bfloat16, "fp32": jnp.float32}
+_DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
 _ARRAY_BYTES = {"cpu": 2**26, "gpu": 2**32, "tpu": 2**32}  # far beyond the caches, and soon done
-_MATMUL_SIZES = {"cpu": {"bf16": 512, "fp32": 512}}
-_LARGE_MATMULS = {"bf16": 8192, "fp32": 4096}
+_MATMUL_SIZES = {"cpu": {"bf16": 512, "fp16": 512, "fp32": 512}}
+_LARGE_MATMULS = {"bf16": 8192, "fp16": 8192, "fp32": 4096}
 _CHAIN = 64  # matmuls too small to take time, one after the other
 _CALLS = 8  # dispatched back to back, so that the host's part hides behind the device's
 _ROUNDS = 2
+
+logger = logging.getLogger(__name__)
 
 
 def measure_machine() -> Hardware:
@@ -33,6 +39,24 @@ def measure_machine() -> Hardware:
     bandwidth = _bandwidth(platform)
     flops = {name: _matmul_rate(platform, name) for name in _DTYPES}
     return _datasheet(bandwidth, flops).with_ceilings(bandwidth, flops, _kernel_overhead())
+
+
+def known_machine(dtype: str) -> Hardware:
+    """What times are predicted for here: the measured entry of the first device in the hardware table, or that of its
+    datasheet. A device without either, such as a CPU, or with a matmul of `dtype` in neither, is measured, once in a
+    process. Logs which.
+
+    Args:
+        dtype: of a model without quantization: bf16, fp16 or fp32.
+    """
+    kind = jax.devices()[0].device_kind
+    entries = (find_by_device(kind, table) for table in (MEASURED, DATASHEETS))
+    known = next((entry for entry in entries if entry and dtype in entry.flops), None)
+    machine = known or _measured_once()
+    source = "what was measured now" if known is None else f"{machine.name} of the hardware table"
+    rates = machine.bandwidth, machine.rate(dtype)
+    _log_once("times on %s are predicted by %s: %.3g B/s, %.3g FLOP/s", kind, source, *rates)
+    return machine
 
 
 def keep_compiled() -> None:
@@ -49,6 +73,39 @@ def keep_compiled() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+@dataclass
+class Compiled:
+    """XLA programs that were made ready.
+
+    Attributes:
+        programs: all of them.
+        found: those that the persistent compilation cache had; see `keep_compiled`. The others were compiled.
+    """
+
+    programs: int = 0
+    found: int = 0
+
+
+@contextmanager
+def count_compiled() -> Iterator[Compiled]:
+    """Counts the programs that this process makes ready, in whichever thread, until the block ends."""
+    seen = Compiled()
+
+    def count_found(event: str, **_: str | int) -> None:
+        seen.found += event == "/jax/compilation_cache/cache_hits"
+
+    def count_all(event: str, duration_secs: float, **_: str | int) -> None:
+        seen.programs += event == "/jax/core/compile/backend_compile_duration"  # after a hit, too
+
+    jax.monitoring.register_event_listener(count_found)
+    jax.monitoring.register_event_duration_secs_listener(count_all)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_listener(count_found)
+        jax.monitoring.unregister_event_duration_listener(count_all)
+
+
 def device_memory(stats: dict[str, int] | None) -> int:
     """Bytes that a program can have: the limit in a device's `memory_stats()`, or the host's memory without one."""
     return (stats or {}).get("bytes_limit") or host_memory()
@@ -57,6 +114,16 @@ def device_memory(stats: dict[str, int] | None) -> int:
 def host_memory() -> int:
     """Bytes of the host's memory, in use or not."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@functools.cache
+def _measured_once() -> Hardware:
+    return measure_machine()
+
+
+@functools.cache
+def _log_once(*what: object) -> None:
+    logger.info(*what)
 
 
 def _bandwidth(platform: str) -> float:

@@ -35,13 +35,13 @@ MORE_ROOMS = {
     "machine": {"roofline"},  # measures this machine as an entry of the hardware table, which itself needs no device
 }
 # Files beside `llm.py` that are the front door too: prompts in, the text of a request as it grows, what is returned.
-PART_OF = {"intake": "llm", "outputs": "llm", "continuation": "llm"}
+PART_OF = {"intake": "llm", "outputs": "llm", "continuation": "llm", "structured": "llm"}
 DEVIATIONS = {
     ("roofline", "model"): "for types alone: costs are counted of a ModelConfig; nothing is imported when it runs",
     ("engine", "model"): "an Engine is given the model that it runs",
     ("engine", "cache"): "the allocator gives out the cache's pages: it must know the null page, and a page's bytes",
-    ("engine", "machine"): "how many pages fit on a CPU depends on the host's memory",
-    ("engine", "roofline"): "how many pages a sequence has at once is one formula, for the plan and the allocator",
+    ("engine", "machine"): "pages that fit on a CPU depend on the host's memory, and predicted times on the machine",
+    ("engine", "roofline"): "pages of a sequence are one formula, for plan and allocator; a budget of predicted time",
     ("llm", "model"): "the front door builds the model that it loads a checkpoint into",
     ("llm", "parallel"): "and the mesh that the model lies on",
     ("llm", "decode"): "a request's SamplingParams, which are checked before there is a request",

@@ -218,6 +218,21 @@ def test_outputs_come_as_they_are_whole(llm):
     assert_warm(llm)
 
 
+def test_the_lowest_priority_comes_first(llm):
+    """Of more prompts than there are slots, all of one length."""
+    prompts, params = [f"number {i}" for i in range(9)], greedy(max_tokens=8, ignore_eos=True)
+    given = [3, -1, 2, 0, 8, 7, 1, 5, 4]
+    found = [given[index] for index, _ in llm.generate_iter(prompts, params, priority=given)]
+    assert [set(found[:4]), set(found[4:8]), found[8]] == [{-1, 0, 1, 2}, {3, 4, 5, 7}, 8]
+    assert llm.generate(prompts, params, priority=given) == llm.generate(prompts, params)
+
+
+@pytest.mark.parametrize("given", [[1], 1, [1, "2"], [1, 2.0], [True, 1], "12"])
+def test_priorities_that_are_none(llm, given):
+    with pytest.raises(ValueError, match=r"priority = .* must be a list of integers, one for each of 2 prompts"):
+        llm.generate(["a", "b"], priority=given)
+
+
 def test_outputs_that_another_caller_brings_along_are_not_lost(llm):
     params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
     outputs = llm.generate_iter(["one", "two", "three", "four", "five", "six"], params)

@@ -1,10 +1,13 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from jaxinfer.machine import device_memory, host_memory, measure_machine
+from jaxinfer import machine
+from jaxinfer.machine import device_memory, host_memory, known_machine, measure_machine
+from jaxinfer.roofline import DATASHEETS, MEASURED
 
 
 def test_a_measured_machine_has_plausible_ceilings():
@@ -14,6 +17,34 @@ def test_a_measured_machine_has_plausible_ceilings():
     assert 1e8 < machine.rate("fp32") < 1e16
     assert 0 < machine.overhead < 1e-2
     assert machine.memory > 2**30
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "expected"),
+    [
+        ("NVIDIA H200", "bf16", MEASURED["h200-measured"]),
+        ("NVIDIA H100 80GB HBM3", "fp16", MEASURED["h100-measured"]),
+        ("NVIDIA L4", "bf16", DATASHEETS["l4"]),
+        ("Tesla T4", "fp16", DATASHEETS["t4"]),
+        ("Tesla T4", "bf16", DATASHEETS["l4"]),  # has none: measured
+        ("cpu", "fp32", DATASHEETS["l4"]),
+    ],
+)
+def test_times_are_predicted_by_the_table_or_by_what_is_measured(monkeypatch, kind, dtype, expected):
+    monkeypatch.setattr(machine.jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    monkeypatch.setattr(machine, "measure_machine", lambda: DATASHEETS["l4"])
+    machine._measured_once.cache_clear()
+    assert known_machine(dtype) == expected
+    machine._measured_once.cache_clear()
+
+
+def test_a_machine_is_measured_once_and_said_so(caplog):
+    machine._measured_once.cache_clear()
+    machine._log_once.cache_clear()
+    with caplog.at_level("INFO", "jaxinfer.machine"):
+        assert known_machine("fp32") is known_machine("fp32")
+    assert len(caplog.records) == 1
+    assert "predicted by what was measured now" in caplog.records[0].getMessage()
 
 
 @pytest.mark.parametrize("stats", [None, {"bytes_in_use": 5}])

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -63,6 +64,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     alone.add_argument("--max-num-batched-tokens", type=int, default=8192)
     alone.add_argument("--page-size", type=int, default=64)
     alone.add_argument("--steps-per-dispatch", type=int, default=8)
+    alone.add_argument("--max-slowdown", type=float, default=math.inf, help="of a decode step by prompts beside it")
     alone.add_argument("--static", action="store_true", help="also with static batching")
     served = ways.add_parser("online")
     served.add_argument("--url", required=True, help="of the server, with /v1")
@@ -100,6 +102,7 @@ def engine_options(options: argparse.Namespace) -> Options:
         max_num_batched_tokens=options.max_num_batched_tokens,
         page_size=options.page_size,
         steps_per_dispatch=options.steps_per_dispatch,
+        max_slowdown=options.max_slowdown,
     )
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 
 from jaxinfer.cli.options import bad_argument, integer, number
 
 if TYPE_CHECKING:
-    from jaxinfer.serve.messages import Failed, Setup
+    from jaxinfer.serve.messages import Failed, Setup, Warming
 
 _ENGINE, _NETWORK = "Engine", "Network"
 
@@ -60,6 +61,12 @@ def serve(
     max_num_batched_tokens: Annotated[
         int, integer(help="Prompt tokens of one step; a power of two.", rich_help_panel=_ENGINE)
     ] = 1024,
+    max_slowdown: Annotated[
+        float,
+        number(
+            least=1, help="Of a decode step by prompts beside it, as predicted; inf for none.", rich_help_panel=_ENGINE
+        ),
+    ] = 2.0,
     page_size: Annotated[int, integer(help="Tokens of a page of the cache.", rich_help_panel=_ENGINE)] = 16,
     num_pages: Annotated[
         int | None, integer(help="Pages of the cache; as many as fit by default.", rich_help_panel=_ENGINE)
@@ -98,11 +105,11 @@ def serve(
             "dtype": dtype,
             "max_model_len": max_model_len,
             "tensor_parallel_size": tensor_parallel,
-            "warm_up": warm_up,
         },
         {
             "max_num_seqs": max_num_seqs,
             "max_num_batched_tokens": max_num_batched_tokens,
+            "max_slowdown": max_slowdown,
             "page_size": page_size,
             "num_pages": num_pages,
             "steps_per_dispatch": steps_per_dispatch,
@@ -110,6 +117,7 @@ def serve(
             "enable_prefix_caching": prefix_caching,
             "max_waiting_time": max_waiting_time,
         },
+        warm_up,
     )
     name = served_model_name or ("demo" if model is None else model)
     settings = Settings(name, max_waiting, shutdown_timeout, api_key, ssl_certfile, ssl_keyfile)
@@ -119,12 +127,32 @@ def serve(
         raise typer.BadParameter(f"cannot listen on port {port} of {host}: {error.strerror or error}") from error
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        with bound:
-            code = run(setup, settings, bound, lambda line: console.print(line, markup=False))
+        with bound, WarmUpBar(console) as bar:
+            code = run(setup, settings, bound, lambda line: console.print(line, markup=False), bar.show)
     except StartError as error:
         _explain(error.failed, setup, console.print)
         code = 1
     raise typer.Exit(code)
+
+
+class WarmUpBar:
+    """Shows on a terminal how many programs are compiled, until all are."""
+
+    def __init__(self, console: Console):
+        self._bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("compiling")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, warming: Warming) -> None:
+        self._bar.start()
+        self._bar.update(self._task, total=warming.total, advance=1, description=warming.warmed.name)
+        if self._bar.finished:
+            self._bar.stop()
 
 
 def _check_tls(certfile: str | None, keyfile: str | None) -> None:

@@ -98,6 +98,11 @@ class Rows:
     emits_W: jax.Array
     lengths_W: jax.Array
 
+    def padded(self, count: int, no_slot: int) -> Rows:
+        """With rows at the end that are of no slot."""
+        fills = Rows(tokens_W=0, slots_W=no_slot, emits_W=False, lengths_W=0)  # pyright: ignore[reportArgumentType]
+        return jax.tree.map(lambda array_W, fill: jnp.pad(array_W, (0, count), constant_values=fill), self, fills)
+
 
 def make_batch(state: SlotState, decode: int, prefill: Prefill, page_size: int) -> tuple[Batch, Rows]:
     """Lays out one step: one new token for each of the first `decode` slots, then the prefill."""

@@ -137,8 +137,8 @@ class Needs:
     """What the requests of a batch ask for together; static, so each value is a program of its own.
 
     Attributes:
-      level: "greedy" takes the likeliest token in every slot; "random" also draws with a temperature; "full"
-        also applies penalties, biases, filters and a minimum of tokens.
+      level: "greedy" takes the likeliest token in every slot; "random" also draws with a temperature, after
+        penalties, biases and a minimum of tokens; "full" also applies filters, for which it sorts the vocabulary.
       logprobs: how many of the likeliest tokens are reported beside the chosen one; 0 reports neither.
     """
 
@@ -152,14 +152,15 @@ class Needs:
 
 _LEVELS = ("greedy", "random", "full")
 GREEDY = Needs("greedy", 0)
+UNFILTERED = Needs("random", 0)
 EVERYTHING = Needs("full", MAX_LOGPROBS)
 
 
 def needs(batch: Iterable[SamplingParams]) -> Needs:
     """The least that serves all requests of a batch. Few values, so that few programs are compiled."""
     batch = list(batch)
-    level = "random" if any(not p.greedy for p in batch) else "greedy"
-    if any(_adjusts(p) or (_filters(p) and not p.greedy) for p in batch):
+    level = "random" if any(_adjusts(p) or not p.greedy for p in batch) else "greedy"
+    if any(_filters(p) and not p.greedy for p in batch):
         level = "full"
     return Needs(level, MAX_LOGPROBS if any(p.logprobs is not None for p in batch) else 0)
 
@@ -205,7 +206,7 @@ def sample(
       token_index_W: how many tokens the row's output has already.
       needs: what the requests in the batch ask for; `needs(params)` of this module.
     """
-    adjusted_WV = adjust(logits_WV, state, token_index_W) if needs.level == "full" else logits_WV
+    adjusted_WV = adjust(logits_WV, state, token_index_W) if needs.level != "greedy" else logits_WV
     tokens_W = jax.lax.argmax(adjusted_WV, 1, jnp.int32)
     if needs.level != "greedy":
         scaled_WV = _scale(adjusted_WV, state.temperature_B)

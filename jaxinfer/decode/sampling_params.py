@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from jaxinfer.decode.structured_params import StructuredOutputsParams
+
 MAX_N = 1024
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
@@ -39,6 +41,8 @@ class SamplingParams:
       ignore_eos: go on past the model's own end of sequence.
       logprobs, prompt_logprobs: report each new (prompt) token's log-probability, and this many of the
         likeliest tokens.
+      structured_outputs: what the text must look like. It also says when the output may end; log-probabilities
+        are those among the tokens that it allows.
 
     Raises:
       ValueError: on construction, listing every field out of range with its value and what is allowed.
@@ -61,6 +65,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         problems = list(_problems(self))
@@ -166,6 +171,9 @@ _RULES = {
     "ignore_eos": _Rule("True or False", lambda v: isinstance(v, bool)),
     "logprobs": _or_none(_integers(0, MAX_LOGPROBS)),
     "prompt_logprobs": _or_none(_integers(0, MAX_LOGPROBS)),
+    "structured_outputs": _or_none(
+        _Rule("a StructuredOutputsParams", lambda v: isinstance(v, StructuredOutputsParams))
+    ),
 }
 
 _TOKEN_ID = _integers(0, _LARGEST_INT32)
@@ -201,6 +209,11 @@ def _problems(params: SamplingParams) -> Iterator[str]:
         yield from first_few([f"{field} has {_shortened(item)}; each must be {rule.allowed}" for item in wrong])
     if not bad & {"min_tokens", "max_tokens"} and params.min_tokens > params.max_tokens:
         yield f"min_tokens = {params.min_tokens} must be in 0..{params.max_tokens}, the value of max_tokens"
+    if params.structured_outputs is not None:
+        for field in ("min_tokens", "ignore_eos"):
+            if value := getattr(params, field):
+                neutral = type(value)()
+                yield f"{field} = {value!r} must be {neutral!r} with structured_outputs, which say when an output ends"
 
 
 def _shortened(value: Any, width: int = 80) -> str:

@@ -2,13 +2,14 @@
 
 A step with prompts in it is two or three programs, so that few are compiled: what the model does depends on the number
 of tokens, what the sampler does on what the requests need, and prompts are scored in tiles of one size. A loop of
-decode steps is one program.
+decode steps is one program. Where the host says which tokens may be drawn, a step without prompts is programs of its
+own, too: the host makes up its mind while the device computes the logits.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -20,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxinfer.cache import Pages, make_cache
 from jaxinfer.decode import sampling, slots
 from jaxinfer.decode.batch import Prefill, Rows, make_batch, no_prefill
+from jaxinfer.decode.masks import WORD
 from jaxinfer.decode.prompt_logprobs import PromptLogprobs, prompt_logprobs
 from jaxinfer.decode.sampling import Needs, Sampled
 from jaxinfer.decode.sampling_params import MAX_LOGPROBS, SamplingParams
@@ -87,6 +89,7 @@ class Programs:
         donated = ("state", "cache")
         self._step = jax.jit(self._traced_step, static_argnames=("decode", "tokens"), donate_argnames=("cache",))
         self._sample = jax.jit(self._traced_sample, static_argnames=("needs",), donate_argnames=("state",))
+        self._mask = jax.jit(self._traced_mask)
         self._score = jax.jit(self._traced_score)
         self._loop = jax.jit(self._traced_loop, static_argnames=("decode", "steps", "needs"), donate_argnames=donated)
         self._admit = jax.jit(self._traced_admit, donate_argnames=("state",))
@@ -107,7 +110,7 @@ class Programs:
 
     def step(
         self, params: Params, state: SlotState, cache: Cache, prefill: Prefill, targets_T: np.ndarray | None,
-        decode: int, needs: Needs,
+        decode: int, needs: Needs, masks: Callable[[], np.ndarray] | None = None,
     ) -> tuple[SlotState, Cache, StepOutput]:  # fmt: skip
         """One step: a token for each of the first `decode` slots, and a chunk of some prompts.
 
@@ -116,10 +119,14 @@ class Programs:
                 nothing.
             decode: slots of the rectangle.
             needs: what the sampler must be able to do.
+            masks: asked when the forward pass is on its way for the tokens that each slot may draw, as words of
+                `jaxinfer.decode.masks`, [B, U]; None bars none.
         """
         tokens, packed, prompt = len(prefill.tokens_T), prefill.packed(), []
         with jax.set_mesh(self.model.mesh):
             cache, logits_WV, rows, tiles = self._step(params, state, cache, packed, decode=decode, tokens=tokens)
+            if masks is not None:
+                logits_WV = self._mask(logits_WV, rows.slots_W, masks())
             state, sampled, emits_nW = self._sample(state, logits_WV, rows, needs=needs)
             if targets_T is not None:
                 targets = np.split(targets_T, range(SCORED, tokens, SCORED))
@@ -188,7 +195,16 @@ class Programs:
         self.traces["step"] += 1
         cache, logits_WV, rows, hidden_TD = self._run(params, state, cache, Prefill.unpacked(packed, tokens), decode)
         tiles = tuple(hidden_TD[at : at + SCORED] for at in range(decode, decode + tokens, SCORED))
+        if not tokens:  # as many rows as there are of prompts alone: the sampler's programs are the same
+            more = self.layout.slots - decode
+            logits_WV, rows = jnp.pad(logits_WV, ((0, more), (0, 0))), rows.padded(more, self.layout.slots)
         return cache, logits_WV, rows, tiles
+
+    def _traced_mask(self, logits_WV, slots_W, words_BU):
+        self.traces["mask"] += 1
+        words_WU = words_BU[jnp.minimum(slots_W, self.layout.slots - 1)]
+        allowed_WV = jax.sharding.reshard(allowed(words_WU, logits_WV.shape[1]), jax.typeof(logits_WV).sharding)
+        return jnp.where(allowed_WV, logits_WV, -jnp.inf)
 
     def _traced_sample(self, state, logits_WV, rows, *, needs):
         self.traces["sample"] += 1
@@ -249,3 +265,9 @@ class Programs:
             jax.ShapeDtypeStruct((queries, config.head_size), jnp.dtype(config.dtype)),
             jax.ShapeDtypeStruct((layout.page_size, keys, config.head_size), jnp.dtype(layout.cache_dtype)),
         )
+
+
+def allowed(words_WU: jax.Array, vocab: int) -> jax.Array:
+    """The bits of masks as bool [W, V]."""
+    bits_WUn = words_WU[:, :, None] >> jnp.arange(WORD, dtype=jnp.uint32)[None, None, :] & jnp.uint32(1)
+    return bits_WUn.reshape(words_WU.shape[0], -1)[:, :vocab] == 1

@@ -3,14 +3,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from jaxinfer.engine.metrics import Counters, Metrics
+from jaxinfer.engine.metrics import Counters, Metrics, Warmed, WarmUp
 from jaxinfer.engine.request import Request, TokenLogprobs, Update
 
 if TYPE_CHECKING:
     from jaxinfer.engine.engine import Engine
     from jaxinfer.engine.options import Options
 
-__all__ = ["Counters", "Engine", "Metrics", "Options", "Request", "TokenLogprobs", "Update"]
+__all__ = ["Counters", "Engine", "Metrics", "Options", "Request", "TokenLogprobs", "Update", "WarmUp", "Warmed"]
 _WITH_JAX = {"Engine": "jaxinfer.engine.engine", "Options": "jaxinfer.engine.options"}
 
 

@@ -32,6 +32,8 @@ def read_row(output: StepOutput, row: int, sequence: Sequence) -> Row:
         if not emits:
             continue
         tokens.append(token)
+        if sequence.constraint is not None:
+            sequence.constraint.accept(token)
         if request.params.logprobs is not None:
             logprobs.append(_chosen(output.sampled, (step, row), request.params.logprobs))
         if token in stop_ids:
@@ -40,26 +42,34 @@ def read_row(output: StepOutput, row: int, sequence: Sequence) -> Row:
             reason = "length"
         if reason:
             break
+    if reason == "stop" and sequence.constraint is not None and sequence.constraint.failed:
+        reason = "abort"
     sequence.tokens += tokens
     return Row(tuple(tokens), tuple(logprobs), reason)
 
 
-def keep_prompt_logprobs(chunks: list[Chunk], tiles: tuple[PromptLogprobs, ...]) -> None:
-    """Gives each chunk's sequence the log-probabilities of the prompt tokens that follow the chunk's own.
+def join_tiles(tiles: tuple[PromptLogprobs, ...]) -> PromptLogprobs:
+    """The log-probabilities of all rows of a prefill."""
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *tiles)
+
+
+def keep_prompt_logprobs(chunk: Chunk, row: int, scored: PromptLogprobs) -> None:
+    """Gives a chunk's sequence, if it wants them, the log-probabilities of the prompt tokens that follow the chunk's
+    own.
 
     A prompt that is computed again, after a preemption, gets them again.
+
+    Args:
+        row: the chunk's first in `scored`.
     """
-    scored = jax.tree.map(lambda *arrays: np.concatenate(arrays), *tiles)
-    row = 0
-    for chunk in chunks:
-        request = chunk.sequence.request
-        if (top := request.params.prompt_logprobs) is not None:
-            for offset, token in enumerate(request.prompt_ids[chunk.start + 1 : chunk.end + 1]):
-                ids, values = scored.top_ids_TL[row + offset], scored.top_logprobs_TL[row + offset]
-                likeliest = tuple(zip(ids[:top].tolist(), values[:top].tolist(), strict=True))
-                entry = TokenLogprobs(token, float(scored.logprob_T[row + offset]), likeliest)
-                chunk.sequence.prompt_logprobs[chunk.start + 1 + offset] = entry
-        row += chunk.tokens
+    request = chunk.sequence.request
+    if (top := request.params.prompt_logprobs) is None:
+        return
+    for offset, token in enumerate(request.prompt_ids[chunk.start + 1 : chunk.end + 1]):
+        ids, values = scored.top_ids_TL[row + offset], scored.top_logprobs_TL[row + offset]
+        likeliest = tuple(zip(ids[:top].tolist(), values[:top].tolist(), strict=True))
+        entry = TokenLogprobs(token, float(scored.logprob_T[row + offset]), likeliest)
+        chunk.sequence.prompt_logprobs[chunk.start + 1 + offset] = entry
 
 
 def _chosen(sampled: Sampled, at: tuple[int, int], top: int) -> TokenLogprobs:

@@ -1,34 +1,44 @@
 """The engine's loop: schedule, run, commit.
 
 The host schedules and dispatches step n + 1 while the device runs step n: step n + 1 reads step n's tokens on the
-device, and the host reads them late. What ran past the end of a sequence is discarded at commit.
+device, and the host reads them late. What ran past the end of a sequence is discarded at commit. Where a constraint
+says which tokens may be drawn, the host reads step n and asks it while the device computes the logits of step n + 1.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import numpy as np
 
 from jaxinfer.decode import sampling
+from jaxinfer.decode.masks import no_masks
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.decode.step import SCORED, Layout, Programs, StepOutput
-from jaxinfer.engine.commit import keep_prompt_logprobs, read_row
-from jaxinfer.engine.memory import check_pages, fitting_pages
-from jaxinfer.engine.metrics import Counters, Metrics
+from jaxinfer.decode.step import SCORED, Programs, StepOutput
+from jaxinfer.engine.buckets import bucket, powers, rectangle
+from jaxinfer.engine.budget import predicted_budget
+from jaxinfer.engine.commit import join_tiles, keep_prompt_logprobs, read_row
+from jaxinfer.engine.constraints import Constrain, Constraints
+from jaxinfer.engine.memory import make_layout
+from jaxinfer.engine.metrics import Counters, Metrics, WarmUp
 from jaxinfer.engine.options import SMALLEST_BUCKET, Options
 from jaxinfer.engine.prefill import lay_out, next_tokens
 from jaxinfer.engine.request import Request, Update
 from jaxinfer.engine.scheduler import Plan, Scheduler
 from jaxinfer.engine.sequence import Sequence
+from jaxinfer.engine.warm_up import Progress, make_ready
 from jaxinfer.model import Model, Params
-from jaxinfer.roofline import most_pages
 
 IN_FLIGHT = 2  # steps dispatched before the oldest is read
-WARM = (sampling.GREEDY, sampling.EVERYTHING)
+logger = logging.getLogger(__name__)
+WARM = (sampling.GREEDY, sampling.UNFILTERED, sampling.EVERYTHING)  # the cheapest first
 
 
 @dataclass(frozen=True)
@@ -43,43 +53,61 @@ class Work:
 class Engine:
     """One model with one cache, serving many requests. Not thread-safe: one caller drives `step`."""
 
-    def __init__(self, model: Model, params: Params, options: Options | None = None):
+    def __init__(
+        self, model: Model, params: Params, options: Options | None = None, constrain: Constrain | None = None
+    ):
+        """Args:
+        constrain: makes the constraint of a request that has `structured_outputs`; None refuses them.
+        """
         self.model, self.params = model, params
         self.options = options or Options()
-        self.layout = _layout(model, self.options)
+        self.layout = make_layout(model, self.options)
         self.counters = Counters()
+        self.budget = predicted_budget(model, self.layout, self.options)
         self.scheduler = self._new_scheduler()
         self.programs = Programs(model, self.layout)
         self._state, self._cache = self.programs.new_state()
         self._in_flight: deque[Work] = deque()
+        self._constraints = Constraints(constrain)
         self._lost: list[Request] = []  # by a failed step, to be told
         self._warm: tuple[Needs, ...] = ()  # what `warm_up` compiled, the cheapest first
 
     def problems(self, request: Request) -> list[str]:
         """Why the engine could never run a request, in words; empty when it can."""
+        if request.params.structured_outputs is not None and not self._constraints.possible:
+            return ["structured_outputs has no use here: this engine makes no constraints"]
         return self.scheduler.problems(request)
 
     def add(self, request: Request) -> None:
-        """Queues a request.
+        """Queues a request. What the host makes of it for the device is tried now, so that it fails here if it does.
 
         Raises:
-            ValueError: the cache could never hold it, or a request of that id has not ended.
+            ValueError: the cache could never hold it, a request of that id has not ended, or it has too many
+                end-of-sequence tokens.
+            OverflowError: one of its numbers is too large for the device.
         """
         if problems := self.problems(request):
             raise ValueError("; ".join(problems))
-        if request.id in self.scheduler.sequences:
+        if request.id in self.scheduler.sequences or request.id in self._constraints:
             raise ValueError(f"id = {request.id} is that of a request that has not ended; allowed: any other")
-        self.scheduler.add(request)
+        no_pages = [()] * len(self.layout.num_pages)
+        self.programs.admission(request.params, no_pages, request.prompt_ids, request.eos_ids, request.seed, ())
+        np.asarray(request.prompt_ids, np.int32)
+        if request.params.structured_outputs is not None:
+            self._constraints.add(request)
+        else:
+            self.scheduler.add(request)
 
     def abort(self, request_id: int) -> None:
         """Drops a request wherever it is; one that ended already is left alone."""
+        self._constraints.drop(request_id)
         if (slot := self.scheduler.drop(request_id)) is not None:
             self._state = self.programs.release(self._state, slot)
 
     @property
     def busy(self) -> bool:
         """Whether `step` has anything left to do or to tell."""
-        return bool(self._lost or self.scheduler.sequences or self._in_flight)
+        return bool(self._lost or self.scheduler.sequences or self._in_flight or self._constraints)
 
     @property
     def metrics(self) -> Metrics:
@@ -87,7 +115,7 @@ class Engine:
         pools, running = scheduler.paging.pools, list(scheduler.running.values())
         return Metrics(
             counters=replace(self.counters),
-            waiting=len(scheduler.waiting),
+            waiting=len(scheduler.waiting) + len(self._constraints),
             running=len(running),
             pages_total=sum(pool.usable for pool in pools),
             pages_used=sum(pool.used for pool in pools),
@@ -113,12 +141,24 @@ class Engine:
             raise
 
     def _step(self) -> list[Update]:
-        updates = [Update(sequence.request, (), (), None, "timeout") for sequence in self.scheduler.expired()]
-        if (work := self._dispatch(self.scheduler.schedule())) is not None:
+        updates = self._welcome()
+        updates += [Update(sequence.request, (), (), None, "timeout") for sequence in self.scheduler.expired()]
+        if (work := self._dispatch(self.scheduler.schedule(), updates)) is not None:
             self._in_flight.append(work)
         if self._in_flight and (work is None or len(self._in_flight) >= IN_FLIGHT):
             updates += self._commit(self._in_flight.popleft())
         return updates
+
+    def _welcome(self) -> list[Update]:
+        """Queues the requests whose constraints are ready; tells of those that cannot have one."""
+        refused = []
+        idle = not self.scheduler.sequences and not self._in_flight
+        for request, constraint in self._constraints.ready(wait=idle):
+            if constraint is None:
+                refused.append(Update(request, (), (), None, "abort"))
+            else:
+                self.scheduler.add(request, constraint)
+        return refused
 
     def _start_afresh(self) -> None:
         self._lost = [sequence.request for sequence in self.scheduler.sequences.values()]
@@ -128,49 +168,95 @@ class Engine:
         self._state, self._cache = self.programs.new_state()
 
     def _new_scheduler(self) -> Scheduler:
-        return Scheduler(self.layout, self.model.config.windows, self.options, self.counters)
+        return Scheduler(self.layout, self.model.config.windows, self.options, self.counters, self.budget)
 
-    def warm_up(self) -> None:
+    def warm_up(self, progress: Progress | None = None) -> WarmUp:
         """Compiles every program that requests can meet from then on, on an idle engine.
 
-        Two kinds of sampling are compiled, greedy and all that there is; a batch takes the first that serves it.
+        Three kinds of sampling are compiled: greedy, all but what sorts the vocabulary (filters, and the likeliest
+        tokens beside the chosen one), and all that there is. A batch takes the first that serves it.
+
+        Args:
+            progress: is told of each program that is ready, and how many there are.
+
+        Returns:
+            the programs with their times, and how many the persistent compilation cache had.
         """
         assert not self.scheduler.running
+
+        def waited(run: Callable[[], object]) -> Callable[[], None]:
+            def work() -> None:
+                run()
+                jax.block_until_ready(self._state)
+
+            return work
+
+        done = make_ready([(name, waited(run)) for name, run in self._all_programs()], progress)
+        self._warm = WARM
+        return done
+
+    def _all_programs(self) -> Iterator[tuple[str, Callable[[], object]]]:
+        """What to call once for every program there can be."""
+        slots, largest = self.layout.slots, self.options.max_num_batched_tokens
+        yield "slots and page tables", self._run_small_programs
+        for decode in (0, slots):
+            beside = f" beside {decode} slots" if decode else ""
+            for tokens in powers(SMALLEST_BUCKET, largest):
+                step = partial(self._run_step, lay_out([], tokens, slots), None, decode, WARM[0])
+                yield f"{tokens} prompt tokens{beside}", step
+            prefill, targets_T = lay_out([], SCORED, slots), next_tokens([], SCORED)
+            for needs in WARM[1:]:
+                yield (
+                    f"{needs.level} sampling of prompts{beside}",
+                    partial(self._run_step, prefill, targets_T, decode, needs),
+                )
+        for decode in powers(1, slots):
+            for needs in WARM:
+                yield f"decoding {decode} slots, {needs.level}", partial(self._run_loop, decode, needs)
+        if self._constraints.possible:
+            yield from self._masked_programs()
+
+    def _masked_programs(self) -> Iterator[tuple[str, Callable[[], object]]]:
+        """Of steps that the host has a say in: without prompts, their sampling, and masks of every number of rows."""
+        slots = self.layout.slots
+        masks = partial(no_masks, slots, self.model.config.vocab_size)
+        for decode in powers(1, slots):
+            yield f"a step of {decode} slots", partial(self._run_step, lay_out([], 0, 0), None, decode, WARM[0], masks)
+        prefill = lay_out([], SMALLEST_BUCKET, slots)
+        yield "masks beside prompts", partial(self._run_step, prefill, None, slots, WARM[0], masks)
+
+    def _run_small_programs(self) -> None:
+        """Those that bring the device's slots up to date."""
         for penalty in (1.0, 2.0):  # whether the sampler reads the prompt makes two programs of an admission
             idle = SamplingParams(max_tokens=1, repetition_penalty=penalty)
             row = self.programs.admission(idle, [()] * len(self.layout.num_pages), prompt_ids=(0,))
             self._state = self.programs.admit(self._state, 0, row)
         self._state = self.programs.extend(self._state, [(0, self.layout.slots, 0, 0)])  # of no slot
         self._state = self.programs.release(self._state, 0)
-        for decode in (0, self.layout.slots):
-            for tokens in _powers(SMALLEST_BUCKET, self.options.max_num_batched_tokens):
-                self._run_step(lay_out([], tokens, self.layout.slots), None, decode, WARM[0])
-            prefill, targets_T = lay_out([], SCORED, self.layout.slots), next_tokens([], SCORED)
-            for needs in WARM[1:]:
-                self._run_step(prefill, targets_T, decode, needs)
-        for decode in _powers(1, self.layout.slots):
-            for needs in WARM:
-                self._run_loop(decode, needs)
-        jax.block_until_ready(self._state)
-        self._warm = WARM
 
     # --- run
 
-    def _dispatch(self, plan: Plan) -> Work | None:
-        """Prompts first, with one token for whoever decodes beside them; a loop of decode steps otherwise."""
+    def _dispatch(self, plan: Plan, updates: list[Update]) -> Work | None:
+        """Prompts first, with one token for whoever decodes beside them; a loop of decode steps otherwise.
+
+        What is read on the way is added to `updates`.
+        """
         self._tell(plan)
         if not plan.decoding and not plan.chunks:
             return None
         needs = self._needs(plan)
         rows = [(sequence.slot, sequence) for sequence in plan.decoding if sequence.slot is not None]
+        masks = self._masks_for(plan, updates)
         if not plan.chunks:
-            decode = _bucket(max(slot for slot, _ in rows) + 1, self.layout.slots, 1)
-            return Work(plan, self._run_loop(decode, needs), rows)
+            decode = rectangle([slot for slot, _ in rows])
+            if masks is None and plan.steps == self.options.steps_per_dispatch:
+                return Work(plan, self._run_loop(decode, needs), rows)
+            return Work(plan, self._run_step(lay_out([], 0, 0), None, decode, needs, masks), rows)
         decode = self.layout.slots if plan.decoding else 0
-        tokens = _bucket(sum(chunk.tokens for chunk in plan.chunks), self.options.max_num_batched_tokens)
+        tokens = bucket(sum(chunk.tokens for chunk in plan.chunks))
         wants = any(chunk.sequence.scores_prompt for chunk in plan.chunks)
         targets_T = next_tokens(plan.chunks, tokens) if wants else None
-        output = self._run_step(lay_out(plan.chunks, tokens, self.layout.slots), targets_T, decode, needs)
+        output = self._run_step(lay_out(plan.chunks, tokens, self.layout.slots), targets_T, decode, needs, masks)
         rows += [(decode + index, chunk.sequence) for index, chunk in enumerate(plan.chunks) if chunk.last]
         return Work(plan, output, rows)
 
@@ -193,9 +279,27 @@ class Engine:
         exact = sampling.needs(sequence.request.params for sequence in sequences)
         return next((warm for warm in self._warm if warm.covers(exact)), exact)
 
-    def _run_step(self, prefill, targets_T, decode: int, needs: Needs) -> StepOutput:
+    def _masks_for(self, plan: Plan, updates: list[Update]) -> Callable[[], np.ndarray] | None:
+        """What makes the masks of a step, when its forward pass is on its way; None where nobody needs one.
+
+        All that is in flight is read before: a constraint knows what follows a token when it has the token.
+        """
+        drawing = [*plan.decoding, *(chunk.sequence for chunk in plan.chunks if chunk.last)]
+        if all(sequence.constraint is None for sequence in drawing):
+            return None
+
+        def masks() -> np.ndarray:
+            while self._in_flight:
+                updates.extend(self._commit(self._in_flight.popleft()))
+            return self._constraints.masks(drawing, self.layout.slots, self.model.config.vocab_size)
+
+        return masks
+
+    def _run_step(
+        self, prefill, targets_T, decode: int, needs: Needs, masks: Callable[[], np.ndarray] | None = None
+    ) -> StepOutput:
         self._state, self._cache, output = self.programs.step(
-            self.params, self._state, self._cache, prefill, targets_T, decode, needs
+            self.params, self._state, self._cache, prefill, targets_T, decode, needs, masks
         )
         return _send(output)
 
@@ -208,22 +312,38 @@ class Engine:
     # --- commit
 
     def _commit(self, work: Work) -> list[Update]:
+        """Reads a program. An exception at one request's part of it ends that request alone."""
         output = jax.tree.map(np.asarray, work.output)
         for sequence in (*work.plan.decoding, *(chunk.sequence for chunk in work.plan.chunks)):
             sequence.in_flight -= 1
+        updates: list[Update] = []
         if output.prompt:
-            keep_prompt_logprobs(work.plan.chunks, output.prompt)
-        updates = []
+            scored, first = join_tiles(output.prompt), 0
+            for chunk in work.plan.chunks:
+                with self._alone(chunk.sequence, updates):
+                    keep_prompt_logprobs(chunk, first, scored)
+                first += chunk.tokens
         for index, sequence in work.rows:
-            if not sequence.finished and (update := self._commit_row(output, index, sequence)) is not None:
+            if not sequence.finished and (update := self._commit_row(output, index, sequence, updates)) is not None:
                 updates.append(update)
         return updates
 
-    def _commit_row(self, output: StepOutput, index: int, sequence: Sequence) -> Update | None:
-        first = sequence.scores_prompt
-        row = read_row(output, index, sequence)
-        sequence.check()
-        if not row.tokens:
+    @contextmanager
+    def _alone(self, sequence: Sequence, updates: list[Update]) -> Iterator[None]:
+        """For what concerns one sequence alone: it ends where that fails, and `updates` say so."""
+        try:
+            yield
+        except Exception:
+            logger.exception("request %d failed; the others go on", sequence.request.id)
+            self.abort(sequence.request.id)
+            updates.append(Update(sequence.request, (), (), None, "error"))
+
+    def _commit_row(self, output: StepOutput, index: int, sequence: Sequence, updates: list[Update]) -> Update | None:
+        first, row = sequence.scores_prompt, None
+        with self._alone(sequence, updates):
+            row = read_row(output, index, sequence)
+            sequence.check()
+        if row is None or sequence.finished or not row.tokens:
             return None
         self.counters.output_tokens += len(row.tokens)
         self.scheduler.read(sequence)
@@ -231,34 +351,6 @@ class Engine:
             self.scheduler.finish(sequence)
         prompt = tuple(sequence.prompt_logprobs) if first else None
         return Update(sequence.request, row.tokens, row.logprobs, prompt, row.reason)
-
-
-def _layout(model: Model, options: Options) -> Layout:
-    dtype, windows = options.cache_dtype or model.config.dtype, model.config.windows
-    if options.num_pages is not None:
-        check_pages(model, options.page_size, dtype, options.num_pages)
-        num_pages = (options.num_pages,) * len(windows)
-    else:
-        ahead = max(options.max_num_batched_tokens, options.steps_per_dispatch)
-        longest = [most_pages(model.context, options.page_size, window, ahead) for window in windows]
-        wanted = tuple(options.max_num_seqs * pages + 1 for pages in longest)
-        num_pages = fitting_pages(model, options.page_size, dtype, wanted)
-    return Layout(
-        slots=options.max_num_seqs,
-        page_size=options.page_size,
-        num_pages=num_pages,
-        max_tokens=model.context,
-        cache_dtype=dtype,
-    )
-
-
-def _powers(least: int, most: int) -> list[int]:
-    """The powers of two from `least` to `most`, both powers of two themselves."""
-    return [least << shift for shift in range((most // least).bit_length())]
-
-
-def _bucket(count: int, most: int, least: int = SMALLEST_BUCKET) -> int:
-    return next(size for size in _powers(least, most) if size >= count)
 
 
 def _send(output: StepOutput) -> StepOutput:

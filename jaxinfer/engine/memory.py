@@ -1,10 +1,13 @@
-"""How many pages the cache may have."""
+"""How large an engine's device state is, and how many pages the cache may have."""
 
 from __future__ import annotations
 
 from jaxinfer.cache import page_bytes
+from jaxinfer.decode.step import Layout
+from jaxinfer.engine.options import Options
 from jaxinfer.machine import host_memory
 from jaxinfer.model import Model
+from jaxinfer.roofline import most_pages
 
 DEVICE_FRACTION = 0.9  # of a device's memory that weights and cache may take; steps need the rest
 HOST_FRACTION = 1 / 8  # of the host's memory that the cache may take where the device is the host
@@ -12,6 +15,30 @@ HOST_FRACTION = 1 / 8  # of the host's memory that the cache may take where the 
 
 class NoRoomError(ValueError):
     """The weights leave no room for a cache."""
+
+
+def make_layout(model: Model, options: Options) -> Layout:
+    """The sizes of an engine's device state: as many pages as are asked for, or as every slot could use, if they fit.
+
+    Raises:
+        NoRoomError: they do not fit, or not even two pages of each group.
+    """
+    dtype, windows = options.cache_dtype or model.config.dtype, model.config.windows
+    if options.num_pages is not None:
+        check_pages(model, options.page_size, dtype, options.num_pages)
+        num_pages = (options.num_pages,) * len(windows)
+    else:
+        ahead = max(options.max_num_batched_tokens, options.steps_per_dispatch)
+        longest = [most_pages(model.context, options.page_size, window, ahead) for window in windows]
+        wanted = tuple(options.max_num_seqs * pages + 1 for pages in longest)
+        num_pages = fitting_pages(model, options.page_size, dtype, wanted)
+    return Layout(
+        slots=options.max_num_seqs,
+        page_size=options.page_size,
+        num_pages=num_pages,
+        max_tokens=model.context,
+        cache_dtype=dtype,
+    )
 
 
 def fitting_pages(model: Model, page_size: int, dtype: str, wanted: tuple[int, ...]) -> tuple[int, ...]:

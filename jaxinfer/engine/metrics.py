@@ -61,3 +61,42 @@ class Metrics:
     def cache_use(self) -> float:
         """Fraction of the pages that sequences have."""
         return self.pages_used / self.pages_total
+
+
+@dataclass(frozen=True)
+class Warmed:
+    """One program of an engine that was made ready, with all that belongs to it.
+
+    Attributes:
+        name: what it does, and its size.
+        seconds: that it took to trace, compile or load, and run once.
+        programs: XLA programs that it consists of, without those that were ready.
+        found: of these, those that the persistent compilation cache had; the others were compiled.
+    """
+
+    name: str
+    seconds: float
+    programs: int
+    found: int
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """What `Engine.warm_up` did."""
+
+    warmed: tuple[Warmed, ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(one.seconds for one in self.warmed)
+
+    @property
+    def programs(self) -> int:
+        return sum(one.programs for one in self.warmed)
+
+    @property
+    def found(self) -> int:
+        return sum(one.found for one in self.warmed)
+
+    def __str__(self) -> str:
+        return f"{self.programs} programs in {self.seconds:.1f} s, {self.found} of them from the cache"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from jaxinfer.cache import CACHE_DTYPES
 from jaxinfer.decode.step import SCORED
@@ -27,6 +28,9 @@ class Options:
             prompt tokens of one step; powers of two in the ranges of POWERS.
         num_pages: pages of each cache group, the null page included; None gives every slot its longest sequence, as
             far as memory goes.
+        max_slowdown: how many times as long as a decode step alone a program may take, by prediction, that prefills
+            beside sequences that decode: at least 1; `math.inf`, no limit, is best for throughput. See
+            `jaxinfer.engine.budget`.
         steps_per_dispatch: decode steps in one program, at most MOST_STEPS.
         cache_dtype: of keys and values, one of CACHE_DTYPES; None takes the model's. In int8 and float8_e4m3fn every
             key and value of a head has a float32 scale of its own.
@@ -39,6 +43,7 @@ class Options:
     max_num_batched_tokens: int = 1024
     page_size: int = 16
     num_pages: int | None = None
+    max_slowdown: float = 2.0
     steps_per_dispatch: int = 8
     cache_dtype: str | None = None
     enable_prefix_caching: bool = True
@@ -51,6 +56,8 @@ class Options:
                 raise ValueError(f"{name} = {value!r} must be an integer power of two in {least}..{most}")
         if not _is_integer(self.steps_per_dispatch) or not 1 <= self.steps_per_dispatch <= MOST_STEPS:
             raise ValueError(f"steps_per_dispatch = {self.steps_per_dispatch!r} must be an integer in 1..{MOST_STEPS}")
+        if not _is_number(self.max_slowdown) or not self.max_slowdown >= 1:
+            raise ValueError(f"max_slowdown = {self.max_slowdown!r} must be a number, at least 1")
         if self.cache_dtype not in (None, *CACHE_DTYPES):
             raise ValueError(f"cache_dtype = {self.cache_dtype!r} must be one of {', '.join(CACHE_DTYPES)}")
         if self.num_pages is not None and (not _is_integer(self.num_pages) or self.num_pages < 2):
@@ -66,4 +73,8 @@ def _is_integer(value: object) -> bool:
 
 
 def _is_duration(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return _is_number(value) and 0 < value < math.inf
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from jaxinfer.decode.sampling_params import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort", "timeout"]
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Update:
         prompt_logprobs: one entry per prompt token, with the update of the first token; None for the first.
         finish_reason: `stop` after an end-of-sequence or stop token, `length` at `max_tokens`, `abort` where a
             failed step took the request's cache with it, `timeout` where it waited longer than
-            `Options.max_waiting_time` and never ran; None goes on.
+            `Options.max_waiting_time` and never ran, `error` where the host failed at this request alone; None goes
+            on.
     """
 
     request: Request

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxinfer.decode.step import Layout
+from jaxinfer.engine.budget import Allowance, Budget
+from jaxinfer.engine.constraints import Constraint
 from jaxinfer.engine.metrics import Counters
 from jaxinfer.engine.options import Options
 from jaxinfer.engine.paging import Paging
@@ -47,7 +49,7 @@ class Scheduler:
     """The queues of an engine, and the pages of those that run.
 
     Attributes:
-        budget: tokens that one program prefills at most; from the options, and not above them.
+        budget: what one program may prefill.
         waiting: sequences without a slot that want one, by rank.
         running: sequences by slot.
         sequences: all that have not ended, by request id. Those that neither wait nor run have all their tokens on
@@ -56,10 +58,10 @@ class Scheduler:
 
     def __init__(
         self, layout: Layout, windows: tuple[int | None, ...], options: Options, counters: Counters | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        budget: Budget | None = None, clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
         self.slots, self.options, self.clock = layout.slots, options, clock
-        self.budget = options.max_num_batched_tokens
+        self.budget = budget or Budget(layout, options, times=None)
         self.counters = counters or Counters()
         self.paging = Paging(layout, windows, options.enable_prefix_caching)
         self.waiting: list[Sequence] = []
@@ -79,8 +81,8 @@ class Scheduler:
                 return [f"prompt and max_tokens need {needed} pages of {size} tokens; the cache has {pool.usable}"]
         return []
 
-    def add(self, request: Request) -> None:
-        sequence = Sequence(request, self._arrivals, self.clock())
+    def add(self, request: Request, constraint: Constraint | None = None) -> None:
+        sequence = Sequence(request, self._arrivals, self.clock(), constraint=constraint)
         self._arrivals += 1
         self.sequences[request.id] = sequence
         self._wait(sequence)
@@ -125,8 +127,11 @@ class Scheduler:
         self._let_go()
         decoding = [sequence for sequence in self._by_rank() if sequence.decodes]
         released = self._hold(decoding, 1)
-        chunks, admitted = self._chunks(released)
-        steps = 1 if chunks else self.options.steps_per_dispatch
+        beside = [sequence for sequence in decoding if sequence.slot is not None]
+        chunks, admitted = self._chunks(self.budget.open(beside), released)
+        # What a constrained sequence may draw next, the host knows only after its last token.
+        single = chunks or any(sequence.constraint is not None for sequence in decoding)
+        steps = 1 if single else self.options.steps_per_dispatch
         released += self._hold(decoding, steps)
         decoding = [sequence for sequence in decoding if sequence.slot is not None]
         continued = [chunk.sequence for chunk in chunks if chunk.sequence not in admitted]
@@ -159,32 +164,30 @@ class Scheduler:
                 released.append(self._preempt(self._last()))
         return released
 
-    def _chunks(self, released: list[int]) -> tuple[list[Chunk], list[Sequence]]:
+    def _chunks(self, allowance: Allowance, released: list[int]) -> tuple[list[Chunk], list[Sequence]]:
         """The texts that are prefilled next, first of those that run, and those among them that begin to run.
 
         Adds the slots that were taken for that to `released`. Nobody begins when somebody was preempted.
         """
-        budget, chunks, admitted = self.budget, [], []
+        chunks, admitted = [], []
         for sequence in self._by_rank():
-            if sequence.slot is not None and sequence.prompt_left and budget:
-                while (chunk := self._chunk(sequence, budget)) is None and self._last() is not sequence:
+            if sequence.slot is not None and _allowed(sequence, allowance):
+                while (chunk := self._chunk(sequence, allowance)) is None and self._last() is not sequence:
                     released.append(self._preempt(self._last()))
                 if chunk is not None:
                     chunks.append(chunk)
-                    budget -= chunk.tokens
-        while budget and not released and (sequence := self._admit()) is not None:
+        while not released and (sequence := self._admit(allowance)) is not None:
             admitted.append(sequence)
-            chunk = self._chunk(sequence, budget)
+            chunk = self._chunk(sequence, allowance)
             assert chunk is not None, "a sequence was admitted without a page"
             chunks.append(chunk)
-            budget -= chunk.tokens
         return chunks, admitted
 
-    def _chunk(self, sequence: Sequence, budget: int) -> Chunk | None:
-        """As much of a sequence's text as the budget and the pages allow."""
+    def _chunk(self, sequence: Sequence, allowance: Allowance) -> Chunk | None:
+        """As much of a sequence's text as may come next and the pages allow."""
         self.paging.give_back_unseen(sequence)
         start = sequence.prefilled
-        end = self.paging.reach(sequence, start + min(sequence.prompt_left, budget))
+        end = self.paging.reach(sequence, start + _allowed(sequence, allowance))
         if end <= start:
             return None
         grown = self.paging.grow(sequence, end)
@@ -192,20 +195,27 @@ class Scheduler:
         sequence.prefilled = end
         self.paging.name(sequence, end)
         self.counters.prefilled_tokens += end - start
+        allowance.take(start, end - start, sequence.scores_prompt)
         return Chunk(sequence, start, end - start)
 
-    def _admit(self) -> Sequence | None:
-        """Gives the first that waits the lowest free slot and the pages that can be found for it, if there is room.
+    def _admit(self, allowance: Allowance) -> Sequence | None:
+        """Gives the first that waits the lowest free slot and the pages that can be found for it, if there is room and
+        some of it may be prefilled.
 
         One that was preempted first waits for the tokens that are on their way.
         """
         if not self.waiting or len(self.running) == self.slots or self.waiting[0].in_flight:
             return None
         sequence, paging, spare = self.waiting[0], self.paging, self._spare()
-        if self.running and min(spare) < 1:  # not worth a look for what could be found
+        if not allowance.tokens(0, 1, False) or (
+            self.running and min(spare) < 1
+        ):  # not worth a look for what could be found
             return None
         found = paging.found(sequence)
-        costs = [paging.cost(sequence, found, group, self.budget) for group in range(len(spare))]
+        start = found * paging.page_size
+        if not allowance.tokens(start, len(sequence.tokens) - start, sequence.scores_prompt):
+            return None
+        costs = [paging.cost(sequence, found, group, self.budget.most) for group in range(len(spare))]
         if self.running and any(cost > left for cost, left in zip(costs, spare, strict=True)):
             return None
         self._stop_waiting(sequence)
@@ -224,7 +234,7 @@ class Scheduler:
         spare = []
         for group, pool in enumerate(self.paging.pools):
             promised = sum(
-                max(self.paging.most(group, other.goal, self.budget) - other.columns + other.first[group], 0)
+                max(self.paging.most(group, other.goal, self.budget.most) - other.columns + other.first[group], 0)
                 for other in self.running.values()
                 if other.prompt_left
             )
@@ -278,3 +288,8 @@ class Scheduler:
 
 def _rank(sequence: Sequence) -> tuple[int, int]:
     return sequence.rank
+
+
+def _allowed(sequence: Sequence, allowance: Allowance) -> int:
+    """Tokens of a sequence that may come next."""
+    return allowance.tokens(sequence.prefilled, sequence.prompt_left, sequence.scores_prompt)

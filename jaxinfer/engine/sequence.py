@@ -5,8 +5,12 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 from jaxinfer.engine.request import Request, TokenLogprobs
+
+if TYPE_CHECKING:
+    from jaxinfer.engine.constraints import Constraint
 
 
 @dataclass(eq=False)
@@ -33,6 +37,7 @@ class Sequence:
         keys: see `key`.
         prompt_logprobs: one entry per prompt token, as far as they were read.
         finished: nothing more is told of it.
+        constraint: of its output; it has taken the output tokens that were read.
     """
 
     request: Request
@@ -51,6 +56,7 @@ class Sequence:
     keys: list[bytes] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(init=False)
     finished: bool = False
+    constraint: Constraint | None = None
 
     def __post_init__(self):
         self.tokens = list(self.request.prompt_ids)

@@ -9,6 +9,7 @@ Plain arithmetic: nothing here touches a device or a checkpoint. All costs and s
 tensor-parallel group.
 """
 
+from jaxinfer.roofline.attention import Attended, Attention
 from jaxinfer.roofline.cost import Cost, Work
 from jaxinfer.roofline.hardware import DATASHEETS, MEASURED, Hardware, find_by_device, find_hardware
 from jaxinfer.roofline.memory import (
@@ -20,18 +21,21 @@ from jaxinfer.roofline.memory import (
     sequence_bytes,
     weight_memory,
 )
+from jaxinfer.roofline.mixed import StepTimes
 from jaxinfer.roofline.precision import Precision
 from jaxinfer.roofline.shapes import parameters
-from jaxinfer.roofline.step import Attention, compute_bound_batch, decode_step, experts_touched, prefill
+from jaxinfer.roofline.step import compute_bound_batch, decode_step, experts_touched, prefill
 
 __all__ = [
     "DATASHEETS",
     "MEASURED",
+    "Attended",
     "Attention",
     "Cost",
     "Hardware",
     "MemoryPlan",
     "Precision",
+    "StepTimes",
     "Work",
     "activation_memory",
     "compute_bound_batch",

@@ -9,15 +9,15 @@ FLOPs are matmuls, the two products of attention, and the norms.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from jaxinfer.roofline.attention import Attention, AttentionModel, Counting
 from jaxinfer.roofline.cost import Cost, Work
 from jaxinfer.roofline.hardware import Hardware
 from jaxinfer.roofline.precision import BF16, Precision
 from jaxinfer.roofline.shapes import (
     check_tensor_parallel,
     embedding_size,
-    kv_heads,
     layer_shapes,
     norm_size,
     norms_per_layer,
@@ -26,19 +26,8 @@ from jaxinfer.roofline.shapes import (
 if TYPE_CHECKING:
     from jaxinfer.model.config import ModelConfig, MoEConfig
 
-Counting = Literal["causal", "full"]
-Attention = Literal["flash", "materialized"]
-"""How attention is computed. "flash" reads keys and values once and keeps scores on the chip (Dao et al. 2022).
-"materialized" is what XLA makes of it: keys and values are gathered from their pages first, and the scores lie in
-memory between the operations on them."""
 _NORM_FLOPS = 4  # per number: square, sum, normalize, weigh
 _LARGEST_BATCH = 2**20
-# Of materialized attention: keys and values are read from the pages, written in order and read again; a float32 score
-# is written by the first product, masked, reduced to its maximum, exponentiated, summed, and read by the second.
-_GATHER_PASSES = 3
-_SCORE_BYTES = 32
-_SCORE_QUERIES = 2048  # queries whose blocks of keys end together, at the last one's position
-_ATTENTION_KERNELS = {"flash": 3, "materialized": 10}
 
 
 @dataclass(frozen=True)
@@ -176,16 +165,6 @@ def experts_touched(moe: MoEConfig, tokens: int) -> float:
     return moe.num_experts * (1 - left_out)
 
 
-def query_key_pairs(tokens: int, cached: int, window: int | None) -> int:
-    """Scores of causal attention: the query at position p (from 1) sees min(p, window) keys."""
-    pairs = tokens * cached + tokens * (tokens + 1) // 2
-    if window is None:
-        return pairs
-    beyond = max(0, cached + tokens - window)  # keys that the last query no longer sees
-    cut = min(tokens, beyond)  # queries that the window cuts; each before the last loses one key less
-    return pairs - (cut * beyond - cut * (cut - 1) // 2)
-
-
 def _cost(step: _Step) -> Cost:
     parts = {
         "embedding": _embedding(step),
@@ -224,32 +203,8 @@ def _projections(step: _Step) -> Work:
 
 
 def _attention(step: _Step) -> Work:
-    config = step.config
-    flops = cache = scores = 0
-    vector = step.precision.cache_vector_bytes(config.head_size)
-    for layer in config.layers:
-        seen = step.cached + step.tokens
-        pairs = query_key_pairs(step.tokens, step.cached, layer.window)
-        if step.counting == "full":
-            pairs = step.tokens * seen
-        read = min(seen, layer.window + step.tokens - 1) if layer.window else seen
-        if step.attention == "materialized":
-            pairs = _materialized_pairs(step.tokens, step.cached, read)
-            scores += step.sequences * pairs * config.num_heads // step.devices
-            read *= _GATHER_PASSES
-        flops += 4 * step.sequences * pairs * config.num_heads * config.head_size // step.devices
-        cache += 2 * step.sequences * (read + step.tokens) * kv_heads(config, step.devices) * vector
-    # Flash: rotate and write the new keys and values, attend by parts of the context, combine the parts.
-    kernels = _ATTENTION_KERNELS[step.attention] * config.num_layers
-    traffic = scores * _SCORE_BYTES
-    return Work(flops=flops, cache=cache, activations=traffic, dtype=step.precision.residual, kernels=kernels)
-
-
-def _materialized_pairs(tokens: int, cached: int, read: int) -> int:
-    """Scores that are computed, masked or not: groups of queries against all keys up to the group's last query."""
-    ends = [min(start + _SCORE_QUERIES, tokens) for start in range(0, tokens, _SCORE_QUERIES)]
-    starts = [0, *ends[:-1]]
-    return sum((end - start) * min(cached + end, read) for start, end in zip(starts, ends, strict=True))
+    model = AttentionModel(step.config, step.precision, step.devices, step.attention)
+    return model.work(model.sequence(step.tokens, step.cached, step.counting), step.sequences)
 
 
 def _mlp_parts(step: _Step) -> dict[str, Work]:

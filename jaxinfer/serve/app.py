@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from starlette.exceptions import HTTPException
 
 from jaxinfer.outputs import CompletionOutput
 from jaxinfer.serve.client import Client, Group
+from jaxinfer.serve.endpoints import ENDPOINTS, Endpoint, check_model
 from jaxinfer.serve.errors import ApiError
 from jaxinfer.serve.http import EventStream, HangUp, key_check, read, unless_gone
-from jaxinfer.serve.prompts import Asked, Prompts
-from jaxinfer.serve.protocol import ChatBody, CompletionBody, SamplingBody, TokenizeBody
-from jaxinfer.serve.responses import DONE, Answer, Chat, Completion, event, usage
+from jaxinfer.serve.prompts import Prompts
+from jaxinfer.serve.protocol import TokenizeBody
+from jaxinfer.serve.responses import DONE, Answer, event, usage
 
 PAGE = Path(__file__).parent / "page.html"
 PAGE_HEADERS = {  # the page asks this server alone, and nobody may frame it
@@ -44,13 +45,6 @@ class Service:
     prompts: Prompts
     created: int
 
-    def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.name:
-            raise ApiError(
-                404, f"the model {name[:200]!r} does not exist here; this server has {self.name!r}",
-                param="model", code="model_not_found",
-            )  # fmt: skip
-
 
 def make_app(service: Service, api_key: str | None = None) -> FastAPI:
     """The application; with a key, all but the page at `/` and `/health` asks for it."""
@@ -58,40 +52,13 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
     guarded = [Depends(key_check(api_key))]
     _handle_errors(app, service)
 
-    @app.post("/v1/completions", dependencies=guarded)
-    async def completions(request: Request) -> Response:
-        body = await read(request, CompletionBody)
-        service.check_model(body.model)
-        asked = await asyncio.to_thread(service.prompts.completion, body)
-        return await _answer(request, body, asked, Completion(service.name, service.prompts.intake.tokenizer))
-
-    @app.post("/v1/chat/completions", dependencies=guarded)
-    async def chat(request: Request) -> Response:
-        body = await read(request, ChatBody)
-        service.check_model(body.model)
-        asked = await asyncio.to_thread(service.prompts.chat, body)
-        return await _answer(request, body, asked, Chat(service.name, service.prompts.intake.tokenizer))
-
-    async def _answer(request: Request, body: SamplingBody, asked: Asked, answer: Answer) -> Response:
-        prompts, params = asked
-        group = service.client.start(prompts, params, body.priority or 0)
-        used = sum(map(len, prompts))
-        try:
-            if body.stream:
-                pieces = group.pieces()
-                first = await unless_gone(request, anext(pieces))  # an error until then has a status of its own
-                return EventStream(_events(group, first, pieces, answer, used, body.include_usage), group.close)
-            outputs = await unless_gone(request, group.outputs())
-        except BaseException:
-            group.close()
-            raise
-        group.close()
-        return JSONResponse(answer.body(outputs, usage(used, group.new_tokens)))
+    for path, endpoint in ENDPOINTS.items():
+        app.post(path, dependencies=guarded)(_handler(service, endpoint))
 
     @app.post("/tokenize", dependencies=guarded)
     async def tokenize(request: Request) -> Response:
         body = await read(request, TokenizeBody)
-        service.check_model(body.model)
+        check_model(body.model, service.name)
         ids, limits = await asyncio.to_thread(service.prompts.tokens, body), service.prompts.intake.limits
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": limits.context})
 
@@ -101,7 +68,7 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
 
     @app.get("/v1/models/{name:path}", dependencies=guarded)
     async def model(name: str) -> Response:
-        service.check_model(name)
+        check_model(name, service.name)
         return JSONResponse(_model(service))
 
     @app.get("/metrics", dependencies=guarded)
@@ -118,6 +85,30 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
         return JSONResponse({"status": "ok"} if closed is None else closed.body, 200 if closed is None else 503)
 
     return app
+
+
+def _handler(service: Service, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
+    """Answers requests to one endpoint, whole or as a stream."""
+
+    async def handle(request: Request) -> Response:
+        body = await read(request, endpoint.body)
+        asked, answer = await asyncio.to_thread(endpoint.asked, body, service.prompts, service.name)
+        prompts, params = asked
+        group = service.client.start(prompts, params, body.priority or 0)
+        used = sum(map(len, prompts))
+        try:
+            if body.stream:
+                pieces = group.pieces()
+                first = await unless_gone(request, anext(pieces))  # an error until then has a status of its own
+                return EventStream(_events(group, first, pieces, answer, used, body.include_usage), group.close)
+            outputs = await unless_gone(request, group.outputs())
+        except BaseException:
+            group.close()
+            raise
+        group.close()
+        return JSONResponse(answer.body(outputs, usage(used, group.new_tokens)))
+
+    return handle
 
 
 async def _events(

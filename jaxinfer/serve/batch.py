@@ -20,13 +20,13 @@ from pydantic_core import to_json
 
 from jaxinfer.llm import LLM
 from jaxinfer.outputs import CompletionOutput
+from jaxinfer.serve.endpoints import ENDPOINTS
 from jaxinfer.serve.errors import ApiError, malformed
 from jaxinfer.serve.prompts import Asked, Prompts, template_or_reason
-from jaxinfer.serve.protocol import BODY_FIELDS, ChatBody, CompletionBody
-from jaxinfer.serve.responses import Answer, Chat, Completion, usage
+from jaxinfer.serve.protocol import BODY_FIELDS
+from jaxinfer.serve.responses import Answer, usage
 from jaxinfer.serve.worker import longest
 
-BODIES = {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody}
 METHOD = "POST"
 
 
@@ -45,6 +45,7 @@ class Work:
     """A request that runs.
 
     Attributes:
+        priority: the lower, the sooner it runs.
         left: prompts of its body that have no output yet.
         outputs: what came of each prompt.
     """
@@ -52,6 +53,7 @@ class Work:
     line: Line
     asked: Asked
     answer: Answer
+    priority: int = 0
     left: int = 0
     outputs: dict[int, list[CompletionOutput]] = field(default_factory=dict)
 
@@ -110,7 +112,8 @@ def answer_lines(llm: LLM, name: str, lines: Sequence[Line]) -> Iterator[dict[st
             yield _told(line, error.status, error.body)
     owners = [(work, index) for work in works for index in range(work.left)]
     tokens = [work.asked[0][index] for work, index in owners]
-    for place, output in llm.generate_iter(tokens, [work.asked[1] for work, _ in owners]) if owners else ():
+    params, priorities = [work.asked[1] for work, _ in owners], [work.priority for work, _ in owners]
+    for place, output in llm.generate_iter(tokens, params, priority=priorities) if owners else ():
         work, index = owners[place]
         work.outputs[index], work.left = output.outputs, work.left - 1
         if work.left == 0:
@@ -127,21 +130,16 @@ def _read(line: Line, name: str, prompts: Prompts) -> Work:
     """Raises ApiError where the request cannot be served."""
     if line.method != METHOD:
         raise ApiError(400, f"method is {line.method[:40]!r}; it must be {METHOD}", param="method")
-    if line.url not in BODIES:
-        raise ApiError(404, f"url is {line.url[:80]!r}; it must be one of {', '.join(BODIES)}", param="url")
+    if (endpoint := ENDPOINTS.get(line.url)) is None:
+        raise ApiError(404, f"url is {line.url[:80]!r}; it must be one of {', '.join(ENDPOINTS)}", param="url")
     try:
-        body = BODIES[line.url].model_validate_json(json.dumps(line.body))
+        body = endpoint.body.model_validate_json(json.dumps(line.body))
     except ValidationError as error:
         raise malformed(error, BODY_FIELDS) from None
-    if body.model is not None and body.model != name:
-        raise ApiError(404, f"model is {body.model[:200]!r}; this is {name!r}", param="model", code="model_not_found")
     if body.stream:
         raise ApiError(400, "stream is true; a batch is answered whole", param="stream")
-    if isinstance(body, ChatBody):
-        asked, answer = prompts.chat(body), Chat(name, prompts.intake.tokenizer)
-    else:
-        asked, answer = prompts.completion(body), Completion(name, prompts.intake.tokenizer)
-    return Work(line, asked, answer, left=len(asked[0]))
+    asked, answer = endpoint.asked(body, prompts, name)
+    return Work(line, asked, answer, body.priority or 0, left=len(asked[0]))
 
 
 def _body(work: Work) -> dict[str, Any]:

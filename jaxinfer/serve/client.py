@@ -242,6 +242,8 @@ def _never_ended(continuation: Continuation) -> ApiError | None:
     """What the caller is told of a continuation that the engine gave up."""
     if continuation.finish_reason == "abort":
         return ApiError(500, "the engine failed while the request ran; try again", code="aborted")
+    if continuation.finish_reason == "error":
+        return ApiError(500, "this request failed in the engine; its log says why", code="internal_error")
     if continuation.finish_reason == "timeout":
         message = "the request waited longer than this server lets one wait; try again later"
         return ApiError(503, message, code="timeout", headers={"Retry-After": "10"})

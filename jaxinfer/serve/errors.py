@@ -53,7 +53,7 @@ def refused(problems: Sequence[str], param: str, spelled: dict[str, str] | None 
     message = "; ".join(problem.removeprefix("SamplingParams: ") for problem in problems)
     for theirs, ours in (spelled or {}).items():
         field = ours if field == theirs else field
-        message = message.replace(f"{theirs} =", f"{ours} =")
+        message = re.sub(rf"\b{theirs}(?= =| has )", ours, message)
     too_long = "context of" in message or "pages of" in message
     return ApiError(400, message, param=field, code="context_length_exceeded" if too_long else None)
 

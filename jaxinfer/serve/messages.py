@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jaxinfer.engine import Metrics, Request, TokenLogprobs, Update
+from jaxinfer.engine import Metrics, Request, TokenLogprobs, Update, Warmed, WarmUp
 from jaxinfer.engine.request import FinishReason
 
 # --- to the engine
@@ -19,11 +19,13 @@ class Setup:
         model: a folder or a Hugging Face id; None for the demo model.
         llm: arguments of `LLM` by name.
         options: of `Options` by name.
+        warm_up: compile everything before the first request, and tell each program.
     """
 
     model: str | None
     llm: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    warm_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,14 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Warming:
+    """A program is ready, one of `total`, before the engine is."""
+
+    warmed: Warmed
+    total: int
+
+
+@dataclass(frozen=True)
 class Ready:
     """The model is loaded and compiled.
 
@@ -57,6 +67,7 @@ class Ready:
         vocab_size, context, eos_ids: as in `Limits`.
         longest: tokens of prompt and output that the cache can hold for one request; at most `context`.
         max_num_seqs: sequences that run at once.
+        warm_up: what was compiled for it; None leaves that to the requests.
     """
 
     folder: str
@@ -65,6 +76,7 @@ class Ready:
     eos_ids: tuple[int, ...]
     longest: int
     max_num_seqs: int
+    warm_up: WarmUp | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.decode.structured_params import StructuredOutputsParams
 from jaxinfer.serve.errors import ApiError, refused
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -38,6 +39,44 @@ class StreamOptions(_Body):
     include_obfuscation: bool | None = None  # has no effect
 
 
+class StructuredOutputs(_Body):
+    """vLLM's field, for what `response_format` cannot say; see `StructuredOutputsParams`."""
+
+    schema_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    def params(self) -> StructuredOutputsParams:
+        return StructuredOutputsParams(
+            json=self.schema_, regex=self.regex, choice=self.choice, grammar=self.grammar, json_object=self.json_object
+        )
+
+
+class JsonSchema(_Body):
+    """A schema is always followed, whatever `strict` says."""
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body):
+    """OpenAI's field."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def params(self) -> StructuredOutputsParams | None:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("response_format has json_schema where its type is json_schema, and only there")
+        if self.json_schema is not None:
+            return StructuredOutputsParams(json=self.json_schema.schema_)
+        return StructuredOutputsParams(json_object=True) if self.type == "json_object" else None
+
+
 class SamplingBody(_Body):
     """What completions and chats share; None stands for the default."""
 
@@ -59,6 +98,8 @@ class SamplingBody(_Body):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None  # the lower, the sooner; 0 by default
     # For OpenAI's own records: without effect here.
     user: str | None = None
@@ -71,7 +112,7 @@ class SamplingBody(_Body):
     @property
     def spelled(self) -> dict[str, str]:
         """Fields that have another name here than in `SamplingParams`, by that."""
-        return {}
+        return {} if self.response_format is None else {"structured_outputs": "response_format"}
 
     def sampling_params(self, default_max_tokens: int) -> SamplingParams:
         """How to sample.
@@ -86,6 +127,7 @@ class SamplingBody(_Body):
         given = {name: value for name, value in given.items() if value is not None}
         options: dict[str, Any] = {"max_tokens": max(1, default_max_tokens)} | given
         try:
+            options["structured_outputs"] = self._structured_outputs()
             return SamplingParams(**options)
         except ValueError as error:
             raise refused([str(error)], "body", self.spelled) from error
@@ -93,6 +135,14 @@ class SamplingBody(_Body):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def _structured_outputs(self) -> StructuredOutputsParams | None:
+        formatted = None if self.response_format is None else self.response_format.params()
+        if self.structured_outputs is None:
+            return formatted
+        if formatted is not None:
+            raise ValueError("structured_outputs has a say beside response_format; give one of them")
+        return self.structured_outputs.params()
 
     def _max_tokens(self) -> int | None:
         return self.max_tokens
@@ -189,12 +239,11 @@ class ChatBody(SamplingBody):
     parallel_tool_calls: bool | None = None  # of no tools
     functions: _only(None, []) = None  # pyright: ignore[reportInvalidTypeForm]
     function_call: _only(None, "none", "auto") = None  # pyright: ignore[reportInvalidTypeForm]
-    response_format: _only(None, {"type": "text"}) = None  # pyright: ignore[reportInvalidTypeForm]
     modalities: _only(None, ["text"]) = None  # pyright: ignore[reportInvalidTypeForm]
 
     @property
     def spelled(self) -> dict[str, str]:
-        named = {"logprobs": "top_logprobs"}
+        named = super().spelled | {"logprobs": "top_logprobs"}
         return named if self.max_completion_tokens is None else named | {"max_tokens": "max_completion_tokens"}
 
     def _max_tokens(self) -> int | None:
@@ -224,9 +273,9 @@ class TokenizeBody(_Body):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
-BODY_FIELDS = {
-    name
-    for body in (CompletionBody, ChatBody, TokenizeBody, Message, Part, StreamOptions)
-    for name in body.model_fields
-}
+_BODIES = (
+    CompletionBody, ChatBody, TokenizeBody, Message, Part,
+    StreamOptions, ResponseFormat, JsonSchema, StructuredOutputs,
+)  # fmt: skip
+BODY_FIELDS = {field.alias or name for body in _BODIES for name, field in body.model_fields.items()}
 """Every name that stands in a body, for the paths of errors."""

@@ -21,7 +21,7 @@ from jaxinfer.serve import worker
 from jaxinfer.serve.app import Service, make_app
 from jaxinfer.serve.channel import Channel
 from jaxinfer.serve.client import Client
-from jaxinfer.serve.messages import Failed, Ready, Refused, Setup, Step, Stop
+from jaxinfer.serve.messages import Failed, Ready, Refused, Setup, Step, Stop, Warming
 from jaxinfer.serve.metrics import Metrics
 from jaxinfer.serve.prompts import Prompts, template_or_reason
 from jaxinfer.text import Tokenizer
@@ -74,14 +74,18 @@ def engine_process(setup: Setup) -> Iterator[tuple[BaseProcess, Connection]]:
         process.join()
 
 
-def wait_until_ready(process: BaseProcess, connection: Connection) -> Ready:
+def wait_until_ready(process: BaseProcess, connection: Connection, warming: Callable[[Warming], None]) -> Ready:
     """What the engine process tells when the model is loaded and compiled.
+
+    Args:
+        warming: is told of each program that is ready before.
 
     Raises:
         StartError: it failed, or died without a word.
     """
     try:
-        told = connection.recv()
+        while isinstance(told := connection.recv(), Warming):
+            warming(told)
     except EOFError:
         process.join()
         raise StartError(died(process)) from None
@@ -117,8 +121,11 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def run(setup: Setup, settings: Settings, bound: socket.socket, say: Callable[[str], None]) -> int:
-    """Serves on `bound` until SIGTERM or Ctrl-C; `say` takes lines for the terminal.
+def run(
+    setup: Setup, settings: Settings, bound: socket.socket, say: Callable[[str], None],
+    warming: Callable[[Warming], None],
+) -> int:  # fmt: skip
+    """Serves on `bound` until SIGTERM or Ctrl-C; `say` takes lines for the terminal, `warming` what is compiled.
 
     Returns:
         the exit code: 0 after a stop that was asked for, 1 where the engine failed.
@@ -127,7 +134,9 @@ def run(setup: Setup, settings: Settings, bound: socket.socket, say: Callable[[s
         StartError: the engine process could not start.
     """
     with engine_process(setup) as (process, connection):
-        ready = wait_until_ready(process, connection)
+        ready = wait_until_ready(process, connection, warming)
+        if ready.warm_up is not None:
+            say(str(ready.warm_up))
         return asyncio.run(_Serving(ready, settings, process, connection, _address(bound, settings), say).serve(bound))
 
 

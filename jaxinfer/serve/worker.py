@@ -15,9 +15,9 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.engine import Metrics, Request
+from jaxinfer.engine import Metrics, Request, Warmed, WarmUp
 from jaxinfer.serve.channel import Channel
-from jaxinfer.serve.messages import Abort, Add, Failed, Ready, Refused, Setup, Step, Stop, Tokens
+from jaxinfer.serve.messages import Abort, Add, Failed, Ready, Refused, Setup, Step, Stop, Tokens, Warming
 
 if TYPE_CHECKING:
     from jaxinfer.engine import Engine
@@ -34,19 +34,24 @@ def main(connection: Connection, setup: Setup) -> None:
         signal.signal(number, signal.SIG_IGN)
     inbox: SimpleQueue[Any] = SimpleQueue()
     channel = Channel(connection, inbox.put, ended=lambda: os._exit(1))
-    loaded = load(setup)
+    loaded = load(setup, lambda warmed, total: channel.send(Warming(warmed, total)))
     if isinstance(loaded, Failed):
         channel.send(loaded)
         channel.flush()
         sys.exit(1)
-    channel.send(ready(loaded))
-    failed = Worker(loaded.engine, inbox, channel.send).run()
+    llm, warm_up = loaded
+    channel.send(ready(llm, warm_up))
+    failed = Worker(llm.engine, inbox, channel.send).run()
     channel.flush()
     sys.exit(failed)
 
 
-def load(setup: Setup) -> LLM | Failed:
-    """The model, or what is wrong with it, the options or the machine."""
+def load(setup: Setup, progress: Callable[[Warmed, int], None]) -> tuple[LLM, WarmUp | None] | Failed:
+    """The model, with what was compiled for it, or what is wrong with it, the options or the machine.
+
+    Args:
+        progress: is told of each program that is ready; see `Engine.warm_up`.
+    """
     import jax
 
     from jaxinfer.engine import Options
@@ -57,7 +62,8 @@ def load(setup: Setup) -> LLM | Failed:
     keep_compiled()
     try:
         model = DEMO if setup.model is None else setup.model
-        return LLM(model, options=Options(**setup.options), **setup.llm)
+        llm = LLM(model, options=Options(**setup.options), **setup.llm)
+        return llm, llm.engine.warm_up(progress) if setup.warm_up else None
     except NoRoomError as error:
         return Failed("memory", str(error), _device())
     except (ValueError, OSError) as error:
@@ -68,7 +74,7 @@ def load(setup: Setup) -> LLM | Failed:
         return Failed("memory", _first_line(error), _device())
 
 
-def ready(llm: LLM) -> Ready:
+def ready(llm: LLM, warm_up: WarmUp | None) -> Ready:
     """What the HTTP process must know of the model."""
     limits = llm.intake.limits
     return Ready(
@@ -78,6 +84,7 @@ def ready(llm: LLM) -> Ready:
         eos_ids=limits.eos_ids,
         longest=longest(llm.engine, limits.context),
         max_num_seqs=llm.engine.options.max_num_seqs,
+        warm_up=warm_up,
     )
 
 

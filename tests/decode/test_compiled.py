@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+from jaxinfer.decode import sampling
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.step import Layout, Programs
+from jaxinfer.engine.engine import WARM
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from tests.engine.tiny import CONFIG
@@ -39,14 +41,13 @@ class Compiled:
 
 def compiled(
     which: str, config: dict, tensor: int = 1, num_pages: int = 29, cache_dtype: str = "float32",
-    context: int = CONTEXT,
+    context: int = CONTEXT, needs: Needs = sampling.GREEDY,
 ) -> Compiled:  # fmt: skip
     """A program of decode and, as `step` and `sample`, of prefill. Nothing is run."""
     model = Model(read_config(config | {"max_position_embeddings": context}), make_mesh(tensor))
     layout = Layout(SLOTS, PAGE, (num_pages,) * len(model.config.windows), context, cache_dtype)
     programs = Programs(model, layout)
     given = (list(model.parameters.values()), *programs.new_state())
-    needs = Needs("greedy", 0)
     with jax.set_mesh(model.mesh):
         if which == "loop":
             lowered = programs._loop.lower(*given, decode=SLOTS, steps=3, needs=needs)
@@ -132,6 +133,16 @@ def test_the_sampler_updates_its_state_in_place():
     sample = compiled("sample", ODD)
     aliased = re.findall(r"\{(\d+)\}: \((\d+), \{\}", sample.text.splitlines()[0])
     assert aliased == [(str(index), str(index)) for index in range(len(jax.tree.leaves(sample.state)))]
+
+
+@pytest.mark.parametrize("which", ["sample", "loop"])
+def test_the_vocabulary_is_sorted_for_filters_alone(which):
+    """Neither a temperature nor penalties ask for it; an argmax is one pass. The likeliest tokens beside the chosen
+    one are a sort, too, where they are searched for."""
+    texts = [compiled(which, ODD, needs=needs).text for needs in WARM]
+    sorts = [len(re.findall(r" sort\(| topk\(|TopK", text)) for text in texts]
+    assert sorts[:2] == [0, 0]
+    assert sorts[2] > 0
 
 
 @pytest.mark.parametrize(

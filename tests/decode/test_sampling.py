@@ -198,6 +198,11 @@ def test_draws_have_the_distribution(params, vary):
 def test_neighbours_place_and_level_do_not_change_a_token():
     slots, vocab, rng = 24, 1000, np.random.default_rng(6)
     plain = [SamplingParams(temperature=float(t)) for t in rng.uniform(0.3, 2, slots)]
+    adjusted = [
+        SamplingParams(temperature=1.1, presence_penalty=1.0, frequency_penalty=0.5, min_tokens=4),
+        SamplingParams(temperature=0, repetition_penalty=1.2, logit_bias={9: 3.0}),
+    ] * 4
+    plain[: len(adjusted)] = adjusted
     rich = [
         SamplingParams(temperature=1.3, top_k=40, top_p=0.9, min_p=0.01, presence_penalty=1.0, logit_bias={9: 3.0}),
         SamplingParams(temperature=0),

@@ -24,17 +24,18 @@ install_jit = jax.jit(install)
         ([{"temperature": 0}, {}], Needs("random", 0)),
         ([{"top_k": -1, "logprobs": 3}], Needs("random", 20)),
         *(
-            ([{"temperature": 0}, {}, asks], Needs("full", 0))
+            ([{"temperature": 0}, asks], Needs("random", 0))
             for asks in (
-                {"top_k": 1},
-                {"top_p": 0.9},
-                {"min_p": 0.1},
                 {"repetition_penalty": 1.1, "temperature": 0},
                 {"presence_penalty": 1},
                 {"frequency_penalty": -1},
                 {"logit_bias": {1: 1.0}},
-                {"min_tokens": 1},
+                {"min_tokens": 1, "temperature": 0, "top_p": 0.5},
             )
+        ),
+        *(
+            ([{"temperature": 0}, {}, asks], Needs("full", 0))
+            for asks in ({"top_k": 1}, {"top_p": 0.9}, {"min_p": 0.1})
         ),
     ],
 )

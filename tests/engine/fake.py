@@ -6,6 +6,7 @@ Programs run when they are dispatched, which is the order in which a device runs
 """
 
 import functools
+from concurrent import futures
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from unittest import mock
@@ -13,10 +14,13 @@ from unittest import mock
 import numpy as np
 
 from jaxinfer.cache import NULL_PAGE
+from jaxinfer.decode.masks import WORD, no_masks
 from jaxinfer.decode.sampling import Sampled
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import Layout, StepOutput
 from jaxinfer.engine import Engine, Options, Request, Update
+from jaxinfer.engine.budget import Budget, Times
+from jaxinfer.roofline import Attended
 
 VOCABULARY = 50
 WINDOWS = (None, 6, 13)
@@ -42,10 +46,46 @@ def next_token(text: int, seed: int, index: int) -> int:
 def expected_tokens(request: Request) -> list[int]:
     """The request's whole output, as nothing but the request decides it."""
     text, output = functools.reduce(longer, request.prompt_ids, 0), []
+    constraint = Chain() if request.params.structured_outputs else None
     while len(output) < request.params.max_tokens and not (output and output[-1] in request.stop_ids):
-        output.append(next_token(text, request.seed, len(output)))
+        token = next_token(text, request.seed, len(output))
+        if constraint is not None:
+            token = first_allowed(token, constraint.mask())
+            constraint.accept(token)
+        output.append(token)
         text = longer(text, output[-1])
     return output
+
+
+@dataclass
+class Chain:
+    """A constraint: which half of the tokens may come next depends on all that came before."""
+
+    failed: str | None = None
+    seen: int = 0
+
+    def mask(self):
+        words_U = np.zeros_like(no_masks(1, VOCABULARY)[0])
+        for token in range(hash(self.seen) % 2, VOCABULARY, 2):
+            words_U[token // WORD] |= np.uint32(1 << token % WORD)
+        return words_U
+
+    def accept(self, token):
+        self.seen = longer(self.seen, token)
+
+
+def first_allowed(token: int, words_U: np.ndarray) -> int:
+    """The token, or the next one in order that its mask allows."""
+    return next(one for one in (*range(token, VOCABULARY), *range(token)) if words_U[one // WORD] >> one % WORD & 1)
+
+
+class AtOnce(futures.Executor):
+    """Calls when it is told to: threads would make tests depend on their times."""
+
+    def submit(self, call, /, *arguments, **named):
+        future = futures.Future()
+        future.set_result(call(*arguments, **named))
+        return future
 
 
 @dataclass
@@ -91,8 +131,9 @@ class FakePrograms:
         state[slot].active = False
         return state
 
-    def step(self, params, state, cache, prefill, targets_T, decode, needs):
-        tokens_W, emits_W = self._decode(state, cache, decode)
+    def step(self, params, state, cache, prefill, targets_T, decode, needs, masks=None):
+        words_BU = no_masks(len(state), VOCABULARY) if masks is None else masks()
+        tokens_W, emits_W = self._decode(state, cache, decode, words_BU)
         for chunk, number in enumerate(prefill.slots_R):
             begin, end = prefill.starts_R1[chunk : chunk + 2]
             token, last = 0, bool(prefill.last_R[chunk])
@@ -102,22 +143,24 @@ class FakePrograms:
                     text = self._run(slot, cache, position, given)
                 slot.length = int(prefill.lengths_R[chunk])
                 if last:
-                    token = self._draw(slot, text)
+                    token = self._draw(slot, text, words_BU[number])
             tokens_W.append(token)
             emits_W.append(last)
         return state, cache, _output([tokens_W], [emits_W])
 
     def loop(self, params, state, cache, *, decode, steps, needs):
-        ran = [self._decode(state, cache, decode) for _ in range(steps)]
+        assert not any(slot.active and slot.request[0].structured_outputs for slot in state[:decode])
+        ran = [self._decode(state, cache, decode, no_masks(decode, VOCABULARY)) for _ in range(steps)]
         return state, cache, _output([tokens for tokens, _ in ran], [emits for _, emits in ran])
 
-    def _decode(self, state, cache, decode):
+    def _decode(self, state, cache, decode, words_BU):
         emits_B = [slot.active for slot in state[:decode]]
         texts = [self._run(slot, cache, slot.length, slot.token) if slot.active else None for slot in state[:decode]]
         for slot in state[:decode]:
             slot.length += slot.active
         return [
-            0 if text is None else self._draw(slot, text) for slot, text in zip(state, texts, strict=False)
+            0 if text is None else self._draw(slot, text, words_U)
+            for slot, text, words_U in zip(state, texts, words_BU, strict=False)
         ], emits_B
 
     def _run(self, slot, cache, position, token):
@@ -140,9 +183,9 @@ class FakePrograms:
         column, place = divmod(key, self.layout.page_size)
         return pages[table[column]][place]
 
-    def _draw(self, slot, text):
+    def _draw(self, slot, text, words_U):
         params, eos_ids, seed = slot.request
-        slot.token = next_token(text, seed, slot.index)
+        slot.token = first_allowed(next_token(text, seed, slot.index), words_U)
         slot.index += 1
         stops = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else eos_ids)}
         slot.active = slot.token not in stops and slot.index < params.max_tokens
@@ -155,12 +198,40 @@ def _output(tokens_nW, emits_nW):
     return StepOutput(Sampled(tokens, nothing, nothing, nothing), np.array(emits_nW, bool).view(Sent), ())
 
 
-def fake_engine(options: Options, context: int, windows: tuple[int | None, ...] = WINDOWS) -> Engine:
+@dataclass(frozen=True)
+class FakeTimes:
+    """A step's predicted seconds: so many for the weights, a token, and a key that a token sees."""
+
+    weights: float
+    token: float
+    key: float
+
+    def rest(self, tokens, rows):
+        return self.weights + self.token * (tokens + rows)
+
+    def head(self, rows):
+        return self.token * rows
+
+    def decoding(self, contexts):
+        return self.key * sum(contexts)
+
+    def chunk(self, tokens, cached):
+        return Attended(tokens * cached + tokens * (tokens + 1) // 2)
+
+    def prefilling(self, chunks):
+        return self.key * chunks.flops
+
+
+def fake_engine(
+    options: Options, context: int, windows: tuple[int | None, ...] = WINDOWS, times: Times | None = None
+) -> Engine:
     """An engine without a device. The first window is None, since that group tells the whole text."""
-    config = SimpleNamespace(windows=windows, dtype="float32")
-    fits_always = mock.patch("jaxinfer.engine.engine.check_pages")
-    with mock.patch("jaxinfer.engine.engine.Programs", FakePrograms), fits_always:
-        return Engine(SimpleNamespace(config=config, context=context), [], options)
+    config = SimpleNamespace(windows=windows, dtype="float32", vocab_size=VOCABULARY)
+    fits_always = mock.patch("jaxinfer.engine.memory.check_pages")
+    budget = mock.patch("jaxinfer.engine.engine.predicted_budget", lambda _, *sizes: Budget(*sizes, times))
+    threads = mock.patch("jaxinfer.engine.constraints.futures.ThreadPoolExecutor", return_value=AtOnce())
+    with mock.patch("jaxinfer.engine.engine.Programs", FakePrograms), fits_always, budget, threads:
+        return Engine(SimpleNamespace(config=config, context=context), [], options, lambda asked: Chain())
 
 
 def run(engine: Engine, told: Told, most: int = 10_000) -> None:

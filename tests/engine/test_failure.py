@@ -1,8 +1,18 @@
-"""A step that fails, or is interrupted, costs the requests that ran, and nothing else."""
+"""A step that fails, or is interrupted, costs the requests that ran, and nothing else. What fails at one request costs
+that one alone."""
 
+import dataclasses
+from random import Random
+
+import jax
 import pytest
 
+from jaxinfer.continuation import Continuation
 from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.engine import Request
+from jaxinfer.engine.commit import read_row
+from tests.engine.fake import Told, fake_engine, gather, run
+from tests.engine.test_paging import CONTEXT, OPTIONS, TIMES, assert_exact, assert_idle, assert_told, request
 from tests.engine.tiny import assert_warm, warm_llm
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
@@ -37,3 +47,108 @@ def test_a_stream_beside_a_failed_step_ends_and_says_so(tmp_path_factory, monkey
             llm.generate("hello", PARAMS)
     assert [piece.finish_reason for piece in stream][-1] == "abort"
     assert_warm(llm)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_row_that_cannot_be_read_ends_its_own_request_alone(monkeypatch, caplog, seed):
+    random, failed = Random(seed), set()
+
+    def read(output, index, sequence):
+        if sequence.request.id % 3 == 0 and random.random() < 0.4:
+            failed.add(sequence.request.id)
+            raise ZeroDivisionError("a bug")
+        return read_row(output, index, sequence)
+
+    monkeypatch.setattr("jaxinfer.engine.engine.read_row", read)
+    engine, told, requests = fake_engine(OPTIONS, CONTEXT, times=random.choice(TIMES)), Told(), []
+    for number in range(20):
+        prompt = tuple(range(random.choice([3, 21, 40])))
+        stops, priority = random.random() < 0.5, random.choice([0, 0, 1])
+        requests.append(request(number, prompt, random.randint(1, 40), stops, number, priority))
+        engine.add(requests[-1])
+        for _ in range(random.choice([0, 1, 3])):
+            gather(told, engine.step())
+            assert_exact(engine)
+    run(engine, told)
+    assert_idle(engine)
+    assert failed
+    for each in requests:
+        if each.id in failed:
+            assert told[each.id][1] == "error"
+        else:
+            assert_told(told, each)
+    assert len(caplog.records) == len(failed)
+
+
+def test_a_device_error_ends_all(monkeypatch):
+    engine, told = fake_engine(OPTIONS, CONTEXT), {}
+    for number in range(3):
+        engine.add(request(number, (1, 2, 3), 20))
+    for _ in range(3):
+        gather(told, engine.step())
+
+    def broken(*arguments, **options):
+        raise jax.errors.JaxRuntimeError("INTERNAL: an illegal memory access")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.programs, "loop", broken)
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            engine.step()
+    run(engine, told)
+    assert {ended for _, ended in told.values()} == {"abort"}
+
+
+def test_prompt_log_probabilities_that_cannot_be_kept_end_their_own_request_alone(tmp_path_factory, monkeypatch):
+    llm = warm_llm(tmp_path_factory.getbasetemp())
+    params = [dataclasses.replace(PARAMS, prompt_logprobs=top) for top in (1, 2)]
+    expected = llm.generate("you", params[1])
+    entries = iter([None])
+
+    def broken(*given):
+        if next(entries, "the others") is None:
+            raise ZeroDivisionError("a bug")
+        return given
+
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxinfer.engine.commit.TokenLogprobs", broken)
+        first, _ = llm.generate(["hello", "you"], params)
+    assert (first.outputs[0].finish_reason, first.outputs[0].token_ids) == ("error", [])
+    assert llm.generate("you", params[1]) == expected
+    assert_warm(llm)
+
+
+def test_a_text_that_cannot_be_made_ends_its_own_request_alone(tmp_path_factory, monkeypatch, caplog):
+    llm = warm_llm(tmp_path_factory.getbasetemp())
+    expected = llm.generate("hello", PARAMS)
+    push = Continuation.push
+
+    def broken(self, update):
+        if len(self.request.prompt_ids) == 4:
+            raise UnicodeError("a bug")
+        push(self, update)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Continuation, "push", broken)
+        ends, whole = llm.generate([[3, 4, 5, 6], "hello"], PARAMS)
+        pieces = list(llm.stream([3, 4, 5, 6], PARAMS))
+    assert ends.outputs[0].finish_reason == "error"
+    assert [piece.finish_reason for piece in pieces] == ["error"]
+    assert [whole] == expected
+    assert "cannot be made" in caplog.text
+    assert_warm(llm)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"eos_ids": tuple(range(9))},
+        {"prompt_ids": (1, 2**31)},
+        {"seed": 2**32},
+    ],
+)
+def test_what_the_device_cannot_be_told_is_refused_before_it_is_queued(tmp_path_factory, wrong):
+    engine = warm_llm(tmp_path_factory.getbasetemp()).engine
+    asked = Request(10**6, (1, 2), PARAMS, (), 0)
+    with pytest.raises((ValueError, OverflowError)):
+        engine.add(dataclasses.replace(asked, **wrong))
+    assert not engine.scheduler.sequences

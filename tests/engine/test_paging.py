@@ -11,12 +11,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from jaxinfer.cache import NULL_PAGE
 from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.decode.structured_params import StructuredOutputsParams
 from jaxinfer.engine import Engine, Options, Request
 from jaxinfer.engine.pages import PagePool
-from tests.engine.fake import Told, expected_tokens, fake_engine, gather, run
+from tests.engine.fake import FakeTimes, Told, expected_tokens, fake_engine, gather, run
 
 CONTEXT = 144
 OPTIONS = Options(max_num_seqs=4, max_num_batched_tokens=64, page_size=4, num_pages=21, steps_per_dispatch=3)
+# No limit, prompts that stretch a step to twice its time soon or late, and such that always do.
+TIMES = (None, FakeTimes(1.0, 0.005, 1e-4), FakeTimes(1.0, 0.001, 1e-4), FakeTimes(0.0, 1.0, 1.0))
 POOL = settings(max_examples=50, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow])
 ENGINE = settings(max_examples=60, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow])
 
@@ -132,20 +135,21 @@ def assert_told(told: Told, request: Request, aborted: bool = False) -> None:
 class Requests(RuleBasedStateMachine):
     """An engine, with prompts that begin alike, that all kinds of things happen to."""
 
-    @initialize(sharing=st.booleans(), pages=st.sampled_from([19, 24, 40]))
-    def start(self, sharing, pages):
+    @initialize(sharing=st.booleans(), pages=st.sampled_from([19, 24, 40]), times=st.sampled_from(TIMES))
+    def start(self, sharing, pages, times):
         options = dataclasses.replace(OPTIONS, enable_prefix_caching=sharing, num_pages=pages)
-        self.engine, self.requests, self.told, self.aborted = fake_engine(options, CONTEXT), [], {}, set()
+        self.engine, self.requests, self.told, self.aborted = fake_engine(options, CONTEXT, times=times), [], {}, set()
         self.add(shift=False, common=24, own=(9,), new=20, stops=False, priority=0, n=4)
 
     @rule(
         shift=st.booleans(), common=st.sampled_from([0, 3, 8, 24, 31, 40]), own=st.sampled_from([(9,), (9, 8, 7, 6)]),
         new=st.integers(1, 20), stops=st.booleans(), priority=st.sampled_from([0, 0, 0, -1, 1]), n=st.integers(1, 4),
+        bound=st.booleans(),
     )  # fmt: skip
-    def add(self, shift, common, own, new, stops, priority, n):
+    def add(self, shift, common, own, new, stops, priority, n, bound=False):
         for seed in range(n):
             prompt = (*range(shift, shift + common), *own)
-            self.requests.append(request(len(self.requests), prompt, new, stops, seed, priority))
+            self.requests.append(request(len(self.requests), prompt, new, stops, seed, priority, bound and stops))
             self.engine.add(self.requests[-1])
 
     @rule(times=st.integers(1, 5))
@@ -181,13 +185,14 @@ def test_requests_of_random_arrivals(sharing, monkeypatch):
         random = Random(seed)
         monkeypatch.setattr("jaxinfer.engine.engine.IN_FLIGHT", random.choice([1, 2, 4]))
         options = dataclasses.replace(OPTIONS, enable_prefix_caching=sharing, num_pages=random.choice([37, 44, 90]))
-        engine, requests, told = fake_engine(options, CONTEXT), [], {}
-        engine.scheduler.budget = random.choice([3, 17, 64])
+        engine, requests, told = fake_engine(options, CONTEXT, times=random.choice(TIMES)), [], {}
+        engine.budget.most = random.choice([3, 17, 64])
         while len(requests) < 40:
             stops, priority = random.random() < 0.5, random.choice([0, 0, 0, 1])
             prompt = random_prompt(random, requests)
             for n in range(random.choice([1, 1, 1, 4])):
-                requests.append(request(len(requests), prompt, random.randint(1, 48), stops, n, priority))
+                new, bound = random.randint(1, 48), stops and random.random() < 0.3
+                requests.append(request(len(requests), prompt, new, stops, n, priority, bound))
                 engine.add(requests[-1])
             for _ in range(random.choice([0, 1, 1, 2, 8])):
                 gather(told, engine.step())
@@ -214,8 +219,10 @@ def random_prompt(random: Random, requests: list[Request]) -> tuple[int, ...]:
     return (*range(shift, shift + common), *range(random.choice([1, 1, 4, 20])))
 
 
-def request(number, prompt, new, stops=False, seed=0, priority=0) -> Request:
-    params = SamplingParams(max_tokens=new, stop_token_ids=[0, 1, 2] if stops else None, ignore_eos=not stops)
+def request(number, prompt, new, stops=False, seed=0, priority=0, bound=False) -> Request:
+    asked = StructuredOutputsParams(choice=["what the fake constraint allows"]) if bound else None
+    stop_ids = [0, 1, 2] if stops else None
+    params = SamplingParams(max_tokens=new, stop_token_ids=stop_ids, ignore_eos=not stops, structured_outputs=asked)
     return Request(number, prompt, params, (7,), seed, priority)
 
 

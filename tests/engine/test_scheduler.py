@@ -270,7 +270,7 @@ def test_metrics_say_what_there_is():
 def test_a_request_can_be_dropped_at_any_moment(moment):
     """While it waits, is prefilled, decodes, was preempted, or has its last tokens on their way."""
     engine = fake_engine(replace(OPTIONS, max_num_seqs=2, num_pages=19), 72, (None,))
-    engine.scheduler.budget = 5
+    engine.budget.most = 5
     for number in range(3):
         engine.add(request(number, 8, [10, 50, 8][number]))
     told: Told = {}

@@ -70,7 +70,7 @@ def test_random_arrivals_change_no_token(llm, seed):
     for sharing in (True, False):
         for pages, budget in ((14, 64), (None, 7), (14, 20)):
             several, told = engine(llm, pages, enable_prefix_caching=sharing), {}
-            several.scheduler.budget = budget
+            several.budget.most = budget
             for request in asked:
                 several.add(request)
                 for _ in range(random.choice([0, 0, 1, 3])):

@@ -3,18 +3,24 @@
 The engine is shared with many tests, and each of them asserts the same of the requests it made (`assert_warm`).
 """
 
+import json
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import jax
 
 from jaxinfer.decode.sampling_params import SamplingParams
-from tests.engine.tiny import CHARACTERS, assert_warm, warm_llm
+from jaxinfer.engine import Warmed, WarmUp
+from tests.engine.tiny import CHARACTERS, assert_warm, tiny_folder, warm_llm
 
 VARIED = [
     ("a", SamplingParams(max_tokens=1)),
     ("and so on", SamplingParams(temperature=0.0, prompt_logprobs=3)),
     ("x" * 70, SamplingParams(top_k=20, n=3, max_tokens=9)),
     ("hello", SamplingParams(temperature=0.0, max_tokens=30)),
+    ("hello", SamplingParams(presence_penalty=0.5, frequency_penalty=0.1, min_tokens=2, max_tokens=20)),
     ("hello", SamplingParams(top_p=0.9, repetition_penalty=1.5, stop=["e"], max_tokens=30)),
     ([1, 2, 3], SamplingParams(min_p=0.1, temperature=0.5, seed=3, logit_bias={4: 2.0}, logprobs=2)),
     ("and so on", SamplingParams(min_tokens=3, stop_token_ids=[len(CHARACTERS) - 1], ignore_eos=True)),
@@ -54,3 +60,48 @@ def test_the_count_would_see_a_compilation():
     with counted("compile") as compilations:
         jax.jit(lambda x: x + 41)(1.0)
     assert compilations
+
+
+def test_each_program_is_told_when_it_is_ready(tmp_path_factory, caplog):
+    llm, told = warm_llm(tmp_path_factory.getbasetemp()), []
+    with caplog.at_level("INFO", "jaxinfer.engine.warm_up"):
+        done = llm.engine.warm_up(lambda warmed, total: told.append((warmed, total)))
+    assert [warmed for warmed, _ in told] == list(done.warmed)
+    assert [warmed.name for warmed, _ in told] == [name for name, _ in llm.engine._all_programs()]
+    assert {total for _, total in told} == {len(told)} == {len({warmed.name for warmed, _ in told})}
+    assert all(warmed.seconds > 0 for warmed in done.warmed)
+    assert (done.programs, done.found) == (0, 0)  # it was warm
+    assert [record.getMessage() for record in caplog.records] == [str(done)]
+
+
+def test_a_warm_up_in_words():
+    done = WarmUp((Warmed("a", 1.25, 3, 1), Warmed("b", 2.0, 2, 2)))
+    assert str(done) == "5 programs in 3.2 s, 3 of them from the cache"
+
+
+PROGRAM = """
+import json, sys
+from jaxinfer.engine import Options
+from jaxinfer.llm import LLM
+from jaxinfer.machine import count_compiled, keep_compiled
+
+keep_compiled()
+with count_compiled() as all_of_it:
+    llm = LLM(sys.argv[1], options=Options(max_num_seqs=2, max_num_batched_tokens=64, page_size=8, num_pages=9))
+    done = llm.engine.warm_up()
+    llm.generate("hello")
+print(json.dumps([done.programs, done.found, all_of_it.programs, all_of_it.found]))
+"""
+
+
+def test_a_second_start_compiles_nothing_again(tmp_path_factory, tmp_path):
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+    command = [sys.executable, "-c", PROGRAM, str(tiny_folder(tmp_path_factory.getbasetemp()))]
+    first, second = (
+        json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+        for _ in range(2)
+    )
+    programs, found, *_ = first
+    assert programs - found > 10
+    assert second[0] == second[1] == programs
+    assert second[2] == second[3] >= programs

@@ -41,8 +41,12 @@ CHAT_TEMPLATE = (
 )
 OPTIONS = Options(max_num_seqs=4, max_num_batched_tokens=64, page_size=8, num_pages=33, steps_per_dispatch=4)
 # What `warm_up` compiles for them. Admissions: with and without a prompt for the sampler. Steps: alone and beside the
-# rectangle, and their sampling, greedy and whole. Loops: of 1, 2 and 4 slots, greedy and with the whole sampler.
-TRACES = {"admit": 2, "release": 1, "extend": 1, "step": 2, "sample": 2 * 2, "score": 1, "loop": 3 * 2}
+# rectangle, and of 1, 2 and 4 slots without prompts, where the host has a say in what is drawn. Masks and sampling,
+# the latter of three kinds: of as many rows as slots, and of twice as many. Loops: of 1, 2 and 4 slots, with each
+# kind of sampling.
+TRACES = {
+    "admit": 2, "release": 1, "extend": 1, "step": 2 + 3, "mask": 2, "sample": 2 * 3, "score": 1, "loop": 3 * 3,
+}  # fmt: skip
 
 
 def write_checkpoint(folder: Path, config: dict = CONFIG) -> Path:

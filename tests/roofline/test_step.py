@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxinfer.model.config import MoEConfig
+from jaxinfer.roofline.attention import query_key_pairs
 from jaxinfer.roofline.cost import Cost, Work
 from jaxinfer.roofline.hardware import DATASHEETS, MEASURED
 from jaxinfer.roofline.precision import Precision
-from jaxinfer.roofline.step import compute_bound_batch, decode_step, experts_touched, prefill, query_key_pairs
+from jaxinfer.roofline.step import compute_bound_batch, decode_step, experts_touched, prefill
 from tests.roofline.small import small, sparse, windowed
 
 H200 = MEASURED["h200-measured"]

@@ -85,6 +85,12 @@ def test_what_cannot_be_served_is_an_answer_too(llm, tmp_path, given, status, pa
     assert found["fine"]["status_code"] == 200
 
 
+def test_the_lowest_priority_comes_first(llm, tmp_path):
+    path = write(tmp_path / "in.jsonl", [line(str(rank), prompt="abc", priority=rank) for rank in (5, 0, 4, 1, 3, 2)])
+    found = list(answers(llm, path))
+    assert [set(found[:4]), set(found[4:])] == [set("0123"), set("45")]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

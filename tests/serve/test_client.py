@@ -29,14 +29,17 @@ def step(*tokens):
     return Step(tokens, IDLE)
 
 
-@pytest.mark.parametrize(("reason", "status"), [("timeout", 503), ("abort", 500)])
-def test_what_the_engine_gave_up_is_an_error(reason, status):
+@pytest.mark.parametrize(
+    ("reason", "status", "words"),
+    [("timeout", 503, "try again"), ("abort", 500, "try again"), ("error", 500, "failed in the engine")],
+)
+def test_what_the_engine_gave_up_is_an_error(reason, status, words):
     async def ask():
         client, sent = made()
         given_up, other = client.start([[1]], PARAMS), client.start([[2]], PARAMS, priority=-1)
         assert [request.priority for message in sent for request in message.requests] == [0, -1]
         client.receive(step(Tokens(0, (), (), None, reason), Tokens(1, (5, 6, 7, 8), (), None, "length")))
-        with pytest.raises(ApiError, match="try again") as caught:
+        with pytest.raises(ApiError, match=words) as caught:
             await given_up.outputs()
         (output,) = await other.outputs()
         assert (caught.value.status, output.token_ids) == (status, [5, 6, 7, 8])

@@ -1,5 +1,7 @@
 """The engine process's loop, around an engine that does as it is told."""
 
+import io
+import multiprocessing
 import subprocess
 import sys
 import threading
@@ -9,20 +11,27 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from rich.console import Console
 
 from jaxinfer.cli.room import memory_lines
+from jaxinfer.cli.serve import WarmUpBar
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.engine import Counters, Metrics, Request, Update
+from jaxinfer.engine import Counters, Metrics, Request, Update, Warmed, WarmUp
 from jaxinfer.engine.memory import NoRoomError
 from jaxinfer.serve import worker
-from jaxinfer.serve.messages import Abort, Add, Failed, Refused, Setup, Step, Stop, Tokens
+from jaxinfer.serve.messages import Abort, Add, Failed, Ready, Refused, Setup, Step, Stop, Tokens, Warming
+from jaxinfer.serve.server import wait_until_ready
 
 OPTIONS = {"max_num_seqs": 2, "max_num_batched_tokens": 64, "page_size": 16, "num_pages": None, "cache_dtype": None}
-LLM_ARGUMENTS = {"dtype": None, "max_model_len": 64, "tensor_parallel_size": 1, "warm_up": False}
+LLM_ARGUMENTS = {"dtype": None, "max_model_len": 64, "tensor_parallel_size": 1}
 
 
 def request(name: int, tokens: int = 3) -> Request:
     return Request(name, (1, 2), SamplingParams(max_tokens=tokens), (), 0)
+
+
+def progress(warmed, total):
+    raise AssertionError("nothing is compiled")
 
 
 def held(running: int) -> Metrics:
@@ -141,10 +150,45 @@ def test_what_the_cache_holds_is_asked_of_the_engine():
     assert worker.longest(engine, 20) == 20
 
 
+WARMED = (Warmed("64 prompt tokens", 1.5, 2, 1), Warmed("decoding 1 slots, greedy", 0.5, 1, 1))
+
+
+def test_what_is_compiled_is_told_before_the_engine_is_ready(monkeypatch):
+    def warm_up(told):
+        for warmed in WARMED:
+            told(warmed, len(WARMED))
+        return WarmUp(WARMED)
+
+    there, here = multiprocessing.Pipe()
+    llm = SimpleNamespace(engine=SimpleNamespace(warm_up=warm_up))
+    monkeypatch.setattr("jaxinfer.llm.LLM", lambda *arguments, **options: llm)
+    loaded = worker.load(Setup(None, warm_up=True), lambda *told: there.send(Warming(*told)))
+    assert loaded == (llm, WarmUp(WARMED))
+    assert worker.load(Setup(None), progress) == (llm, None)
+    ready = Ready("a folder", 10, 64, (), 64, 2, WarmUp(WARMED))
+    there.send(ready)
+    seen = []
+    assert wait_until_ready(SimpleNamespace(), here, seen.append) == ready
+    assert seen == [Warming(warmed, 2) for warmed in WARMED]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_the_warm_up_until_it_is_over(terminal):
+    console = Console(force_terminal=terminal, file=io.StringIO(), width=100)
+    with WarmUpBar(console) as bar:
+        for warmed in WARMED:
+            bar.show(Warming(warmed, 2))
+        console.print("serving")
+    shown = console.file.getvalue()
+    assert (WARMED[-1].name in shown) == terminal
+    assert ("100%" in shown) == terminal
+    assert shown.endswith("serving\n")
+
+
 def test_a_model_that_is_not_there_is_named():
-    failed = worker.load(Setup("no-such-model", LLM_ARGUMENTS, OPTIONS))
+    failed = worker.load(Setup("no-such-model", LLM_ARGUMENTS, OPTIONS), progress)
     assert (failed.reason, "no-such-model" in failed.message) == ("input", True)
-    failed = worker.load(Setup(None, LLM_ARGUMENTS, OPTIONS | {"max_num_seqs": 3}))
+    failed = worker.load(Setup(None, LLM_ARGUMENTS, OPTIONS | {"max_num_seqs": 3}), progress)
     assert failed == Failed("input", "max_num_seqs = 3 must be an integer power of two in 1..4096")
 
 
@@ -157,7 +201,7 @@ def test_out_of_memory_tells_the_plan(monkeypatch, error):
         raise error
 
     monkeypatch.setattr("jaxinfer.llm.LLM", load)
-    failed = worker.load(Setup(None, LLM_ARGUMENTS, OPTIONS))
+    failed = worker.load(Setup(None, LLM_ARGUMENTS, OPTIONS), progress)
     assert (failed.reason, failed.message) == ("memory", "RESOURCE_EXHAUSTED: 9 bytes")
     setup = Setup(None, LLM_ARGUMENTS, OPTIONS | {"num_pages": 2 * 10**9})
     lines = "\n".join(memory_lines(setup, failed.device))

@@ -1,0 +1,137 @@
+"""How many prompt tokens the next program may prefill: as many as the options say, and beside sequences that decode
+no more than the cost model allows.
+
+A sequence that decodes gets one token of each program that prefills, and `steps_per_dispatch` at once of each program
+of decode steps. A decode step of those who decode, predicted without prompts, is the steady time between their tokens.
+A program that prefills beside them takes at most `Options.max_slowdown` times as long by prediction: no prompt, of
+whatever length, makes the time between two of their tokens longer than that, and the gap before the tokens of a
+program of decode steps stays what it is. The smallest bucket is always allowed, so that prefill goes on: where that
+takes longer than the bound, its time is the bound.
+
+The bound has its price, since large programs make more of the machine: by prediction 256 requests of 100 to 1,024
+tokens in and out take an H200 19.4 s with the bound of 2, 15.2 s with 3 and 13.6 s without (Llama-3-8B, 256 slots).
+Where nobody waits for single tokens, `math.inf` is the choice. And since a program that prefills computes every slot,
+an engine of many slots of which few decode has little room, or none, beside the padding.
+
+Predicted is what the programs do, with their padding: the buckets of tokens and slots that are compiled. The sampler
+and the host are not. Of a sequence that decodes the tokens count that were read: those on their way would only
+lengthen the steady step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+from jaxinfer.cache.gathers import gathers
+from jaxinfer.decode.step import SCORED, Layout
+from jaxinfer.engine.buckets import bucket, powers, rectangle
+from jaxinfer.engine.options import SMALLEST_BUCKET, Options
+from jaxinfer.engine.sequence import Sequence
+from jaxinfer.machine import known_machine
+from jaxinfer.model import Model
+from jaxinfer.roofline import Attended, Precision, StepTimes
+
+
+class Times(Protocol):
+    """What `jaxinfer.roofline.StepTimes` tells."""
+
+    def rest(self, tokens: int, rows: int) -> float: ...
+    def head(self, rows: int) -> float: ...
+    def decoding(self, contexts: list[int]) -> float: ...
+    def chunk(self, tokens: int, cached: int) -> Attended: ...
+    def prefilling(self, chunks: Attended) -> float: ...
+
+
+class Budget:
+    """What programs may prefill.
+
+    Attributes:
+        most: tokens of one program, whatever its time.
+    """
+
+    def __init__(self, layout: Layout, options: Options, times: Times | None, whole_rows: bool = False):
+        """Args:
+        times: None leaves programs as long as they get.
+        whole_rows: whether decoding reads every slot's whole row of pages, whatever it holds.
+        """
+        self.most = options.max_num_batched_tokens
+        self._slots, self._slowdown, self._times = layout.slots, options.max_slowdown, times
+        self._whole_row = layout.pages_per_row * layout.page_size if whole_rows else None
+
+    def open(self, decoding: list[Sequence]) -> Allowance:
+        """For the next program, in which these decode."""
+        if not decoding or self._times is None:
+            return Allowance(self.most)
+        alone = rectangle([sequence.slot for sequence in decoding if sequence.slot is not None])
+        if self._whole_row is None:
+            attention = beside = self._times.decoding([len(sequence.tokens) for sequence in decoding])
+        else:
+            attention, beside = (self._times.decoding([self._whole_row] * slots) for slots in (alone, self._slots))
+        room = self._slowdown * (self._times.rest(alone, alone) + attention) - beside
+        return Allowance(self.most, PrefillTimes(self._times, self._slots), room)
+
+
+def predicted_budget(model: Model, layout: Layout, options: Options) -> Budget:
+    """What programs may prefill, by what the cost model says of this model on this machine."""
+    if layout.slots == 1 or options.max_slowdown == math.inf:  # no prompt ever comes beside a sequence that decodes
+        return Budget(layout, options, times=None)
+    precision = Precision.all_in(model.config.dtype, layout.cache_dtype)
+    decode, prefill = gathers(layout.attention)
+    times = StepTimes(
+        model.config, known_machine(precision.residual), precision, model.mesh.size,
+        "materialized" if decode else "flash", "materialized" if prefill else "flash",
+    )  # fmt: skip
+    return Budget(layout, options, times, whole_rows=decode)
+
+
+class PrefillTimes:
+    """The times of programs that prefill beside `slots` slots, without the attention of these."""
+
+    def __init__(self, times: Times, slots: int):
+        self.times, self._slots = times, slots
+
+    def seconds(self, size: int, chunks: Attended, scored: bool) -> float:
+        """Of a bucket of `size` tokens with the attention of these chunks, and where asked for the tokens' scores."""
+        rows = 2 * self._slots  # each slot may decode, and each may end a prompt
+        scores = size // SCORED * self.times.head(SCORED) if scored else 0.0
+        return self.times.rest(self._slots + size, rows) + self.times.prefilling(chunks) + scores
+
+
+class Allowance:
+    """What one program may still prefill.
+
+    Attributes:
+        taken: tokens that it prefills already.
+    """
+
+    def __init__(self, most: int, times: PrefillTimes | None = None, room: float = math.inf):
+        self.taken = 0
+        self._most, self._times, self._room = most, times, room
+        self._chunks, self._scored = Attended(), False
+
+    def tokens(self, start: int, wanted: int, scored: bool) -> int:
+        """How many of the next `wanted` tokens after `start` may come with what is taken; for the first chunk at
+        least one.
+
+        Args:
+            scored: whether their log-probabilities are wanted.
+        """
+        wanted = min(wanted, self._most - self.taken)
+        if self._times is None or wanted <= 0:
+            return wanted
+        for size in reversed(powers(SMALLEST_BUCKET, bucket(self.taken + wanted))):
+            count = min(wanted, size - self.taken)
+            if count <= 0:
+                break
+            attended = self._chunks.plus(self._times.times.chunk(count, start))
+            if self._times.seconds(size, attended, scored or self._scored) <= self._room:
+                return count
+        return 0 if self.taken else min(wanted, SMALLEST_BUCKET)
+
+    def take(self, start: int, tokens: int, scored: bool) -> None:
+        """Counts a chunk."""
+        self.taken += tokens
+        if self._times is not None:
+            self._chunks = self._chunks.plus(self._times.times.chunk(tokens, start))
+            self._scored = self._scored or scored

@@ -1,0 +1,131 @@
+"""What attention costs, by the keys that its queries see and how it is computed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from jaxinfer.roofline.cost import Work
+from jaxinfer.roofline.precision import Precision
+from jaxinfer.roofline.shapes import kv_heads
+
+if TYPE_CHECKING:
+    from jaxinfer.model.config import ModelConfig
+
+Counting = Literal["causal", "full"]
+Attention = Literal["flash", "materialized"]
+"""How attention is computed. "flash" reads keys and values once and keeps scores on the chip (Dao et al. 2022).
+"materialized" is what XLA makes of it: keys and values are gathered from their pages first, and the scores lie in
+memory between the operations on them."""
+# Of materialized attention: keys and values are read from the pages, written in order and read again; a float32 score
+# is written by the first product, masked, reduced to its maximum, exponentiated, summed, and read by the second.
+_GATHER_PASSES = 3
+_SCORE_BYTES = 32
+_SCORE_QUERIES = 2048  # queries whose blocks of keys end together, at the last one's position
+# Flash: rotate and write the new keys and values, attend by parts of the context, combine the parts.
+_KERNELS = {"flash": 3, "materialized": 10}
+
+
+class Attended(NamedTuple):
+    """What all layers compute and move for some queries: FLOPs, bytes of keys and values, and bytes of scores."""
+
+    flops: float = 0
+    cache: float = 0
+    scores: float = 0
+
+    def plus(self, other: Attended) -> Attended:
+        return Attended(self.flops + other.flops, self.cache + other.cache, self.scores + other.scores)
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """The layers of one window together. `window` None sees all keys."""
+
+    window: int | None
+    flops_per_pair: float  # of a query and a key
+    bytes_per_key: float  # of the cache: a key and its value in every layer and head
+    score_bytes_per_pair: float  # of materialized attention
+
+
+class AttentionModel:
+    """The attention of one model on one of `devices`, in one precision.
+
+    Attributes:
+        kernels: that one attention of all layers launches.
+    """
+
+    def __init__(self, config: ModelConfig, precision: Precision, devices: int, attention: Attention):
+        self.materialized = attention == "materialized"
+        self.kernels = _KERNELS[attention] * config.num_layers
+        self._dtype = precision.residual
+        vector = 2 * kv_heads(config, devices) * precision.cache_vector_bytes(config.head_size)
+        self._layers = [
+            _Layers(
+                window,
+                flops_per_pair=count * 4 * config.num_heads * config.head_size / devices,
+                bytes_per_key=count * vector,
+                score_bytes_per_pair=count * config.num_heads * _SCORE_BYTES / devices,
+            )
+            for window, count in Counter(layer.window for layer in config.layers).items()
+        ]
+
+    def sequence(self, tokens: int, cached: int, counting: Counting = "causal") -> Attended:
+        """Of the next `tokens` queries of one sequence, after `cached` tokens."""
+        flops = cache = scores = 0.0
+        seen = cached + tokens
+        for layers in self._layers:
+            read = min(seen, layers.window + tokens - 1) if layers.window else seen
+            if self.materialized:
+                pairs = _materialized_pairs(tokens, cached, read)
+                scores += pairs * layers.score_bytes_per_pair
+                read *= _GATHER_PASSES
+            else:
+                pairs = tokens * seen if counting == "full" else query_key_pairs(tokens, cached, layers.window)
+            flops += pairs * layers.flops_per_pair
+            cache += (read + tokens) * layers.bytes_per_key
+        return Attended(flops, cache, scores)
+
+    def decoding(self, contexts: list[int]) -> Attended:
+        """Of one more query of each sequence, the last of its `context` tokens. As the sum of `sequence` over them,
+        but soon done for many."""
+        if self.materialized:
+            total = Attended()
+            for context, count in Counter(contexts).items():
+                flops, cache, scores = self.sequence(1, context - 1)
+                total = total.plus(Attended(count * flops, count * cache, count * scores))
+            return total
+        flops = cache = 0.0
+        for layers in self._layers:
+            window = layers.window
+            keys = sum([min(context, window) for context in contexts]) if window else sum(contexts)
+            flops += keys * layers.flops_per_pair
+            cache += (keys + len(contexts)) * layers.bytes_per_key
+        return Attended(flops, cache)
+
+    def work(self, attended: Attended, sequences: int = 1) -> Work:
+        """Of `sequences` that attend alike."""
+        return Work(
+            flops=sequences * attended.flops,
+            cache=sequences * attended.cache,
+            activations=sequences * attended.scores,
+            dtype=self._dtype,
+            kernels=self.kernels,
+        )
+
+
+def query_key_pairs(tokens: int, cached: int, window: int | None) -> int:
+    """Scores of causal attention: the query at position p (from 1) sees min(p, window) keys."""
+    pairs = tokens * cached + tokens * (tokens + 1) // 2
+    if window is None:
+        return pairs
+    beyond = max(0, cached + tokens - window)  # keys that the last query no longer sees
+    cut = min(tokens, beyond)  # queries that the window cuts; each before the last loses one key less
+    return pairs - (cut * beyond - cut * (cut - 1) // 2)
+
+
+def _materialized_pairs(tokens: int, cached: int, read: int) -> int:
+    """Scores that are computed, masked or not: groups of queries against all keys up to the group's last query."""
+    ends = [min(start + _SCORE_QUERIES, tokens) for start in range(0, tokens, _SCORE_QUERIES)]
+    starts = [0, *ends[:-1]]
+    return sum((end - start) * min(cached + end, read) for start, end in zip(starts, ends, strict=True))
