@@ -63,6 +63,7 @@ class Engine:
         self._state, self._cache = self.programs.new_state()
         self._in_flight: deque[Work] = deque()
         self._constraints = Constraints(constrain)
+        self._updates: list[Update] = []  # to be told; what was read outlasts a step that fails
         self._lost: list[Request] = []  # by a failed step, to be told
         self._warm: tuple[Needs, ...] = ()  # what `warm_up` compiled, the cheapest first
 
@@ -96,7 +97,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether `step` has anything left to do or to tell."""
-        return bool(self._lost or self.scheduler.sequences or self._in_flight or self._constraints)
+        return bool(self._updates or self._lost or self.scheduler.sequences or self._in_flight or self._constraints)
 
     @property
     def metrics(self) -> Metrics:
@@ -121,33 +122,34 @@ class Engine:
         exception goes on, and the next step ends every request that there was with the reason `abort`.
         """
         if self._lost:
-            lost, self._lost = self._lost, []
-            return [Update(request, (), (), None, "abort") for request in lost]
-        try:
-            return self._step()
-        except BaseException:
-            self._start_afresh()
-            raise
-
-    def _step(self) -> list[Update]:
-        updates = self._welcome()
-        updates += [Update(sequence.request, (), (), None, "timeout") for sequence in self.scheduler.expired()]
-        if (work := self._dispatch(self.scheduler.schedule(), updates)) is not None:
-            self._in_flight.append(work)
-        if self._in_flight and (work is None or len(self._in_flight) >= IN_FLIGHT):
-            updates += self._commit(self._in_flight.popleft())
+            self._updates += [Update(request, (), (), None, "abort") for request in self._lost]
+            self._lost = []
+        else:
+            try:
+                self._step()
+            except BaseException:
+                self._start_afresh()
+                raise
+        updates, self._updates = self._updates, []
         return updates
 
-    def _welcome(self) -> list[Update]:
-        """Queues the requests whose constraints are ready; tells of those that cannot have one."""
-        refused = []
+    def _step(self) -> None:
+        self._welcome()
+        for sequence in self.scheduler.expired():
+            self._updates.append(Update(sequence.request, (), (), None, "timeout"))
+        if (work := self._dispatch(self.scheduler.schedule())) is not None:
+            self._in_flight.append(work)
+        if self._in_flight and (work is None or len(self._in_flight) >= IN_FLIGHT):
+            self._commit(self._in_flight.popleft())
+
+    def _welcome(self) -> None:
+        """Queues the requests whose constraints are ready; those that cannot have one are told so."""
         idle = not self.scheduler.sequences and not self._in_flight
         for request, constraint in self._constraints.ready(wait=idle):
             if constraint is None:
-                refused.append(Update(request, (), (), None, "abort"))
+                self._updates.append(Update(request, (), (), None, "abort"))
             else:
                 self.scheduler.add(request, constraint)
-        return refused
 
     def _start_afresh(self) -> None:
         self._lost = [sequence.request for sequence in self.scheduler.sequences.values()]
@@ -194,17 +196,14 @@ class Engine:
 
     # --- run
 
-    def _dispatch(self, plan: Plan, updates: list[Update]) -> Work | None:
-        """Prompts first, with one token for whoever decodes beside them; a loop of decode steps otherwise.
-
-        What is read on the way is added to `updates`.
-        """
+    def _dispatch(self, plan: Plan) -> Work | None:
+        """Prompts first, with one token for whoever decodes beside them; a loop of decode steps otherwise."""
         self._tell(plan)
         if not plan.decoding and not plan.chunks:
             return None
         needs = self._needs(plan)
         rows = [(sequence.slot, sequence) for sequence in plan.decoding if sequence.slot is not None]
-        masks = self._masks_for(plan, updates)
+        masks = self._masks_for(plan)
         if not plan.chunks:
             decode = _bucket(max(slot for slot, _ in rows) + 1, self.layout.slots, 1)
             if masks is None and plan.steps == self.options.steps_per_dispatch:
@@ -237,7 +236,7 @@ class Engine:
         exact = sampling.needs(sequence.request.params for sequence in sequences)
         return next((warm for warm in self._warm if warm.covers(exact)), exact)
 
-    def _masks_for(self, plan: Plan, updates: list[Update]) -> Callable[[], np.ndarray] | None:
+    def _masks_for(self, plan: Plan) -> Callable[[], np.ndarray] | None:
         """What makes the masks of a step, when its forward pass is on its way; None where nobody needs one.
 
         All that is in flight is read before: a constraint knows what follows a token when it has the token.
@@ -248,7 +247,7 @@ class Engine:
 
         def masks() -> np.ndarray:
             while self._in_flight:
-                updates.extend(self._commit(self._in_flight.popleft()))
+                self._commit(self._in_flight.popleft())
             return self._constraints.masks(drawing, self.layout.slots, self.model.config.vocab_size)
 
         return masks
@@ -269,17 +268,15 @@ class Engine:
 
     # --- commit
 
-    def _commit(self, work: Work) -> list[Update]:
+    def _commit(self, work: Work) -> None:
         output = jax.tree.map(np.asarray, work.output)
         for sequence in (*work.plan.decoding, *(chunk.sequence for chunk in work.plan.chunks)):
             sequence.in_flight -= 1
         if output.prompt:
             keep_prompt_logprobs(work.plan.chunks, output.prompt)
-        updates = []
         for index, sequence in work.rows:
             if not sequence.finished and (update := self._commit_row(output, index, sequence)) is not None:
-                updates.append(update)
-        return updates
+                self._updates.append(update)
 
     def _commit_row(self, output: StepOutput, index: int, sequence: Sequence) -> Update | None:
         first = sequence.scores_prompt
