@@ -143,6 +143,29 @@ def test_the_forward_pass_is_on_its_way_when_the_host_makes_a_mask(llm, monkeypa
     assert_warm(llm)
 
 
+def test_what_was_read_outlasts_a_step_that_fails(llm, monkeypatch):
+    """The sampler fails after the host has read, while it made a mask, that another request ended."""
+    bound = llm.stream("ab", ask(regex="[a-z]{30}"))
+    next(bound)
+    short = llm.stream("ab", SamplingParams(seed=1, max_tokens=4, ignore_eos=True))
+    next(short)
+    _, sequence = sorted(llm.engine.scheduler.sequences.items())[-1]
+    while not sequence.all_scheduled:
+        next(bound)
+    assert not sequence.finished
+
+    def fails(*given, **named):
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.engine.programs, "_sample", fails)
+        with pytest.raises(ZeroDivisionError):
+            next(bound)
+    assert [piece.finish_reason for piece in short][-1] == "length"
+    assert not llm.engine.scheduler.sequences
+    assert_warm(llm)
+
+
 def test_a_constraint_that_fails_ends_its_request_alone(llm, monkeypatch):
     taken = []
 
@@ -195,7 +218,7 @@ def test_one_that_is_dropped_while_its_constraint_is_made(llm, monkeypatch):
     next(outputs)
     outputs.close()
     made.set()
-    assert not llm.engine.busy
+    assert not llm.engine.scheduler.sequences
     assert_warm(llm)
 
 
@@ -248,7 +271,7 @@ def test_what_goes_with_no_structure(options, words):
 def test_a_structure_that_cannot_be_is_refused_before_anything_runs(llm, kind, words):
     with pytest.raises(ValueError, match=words):
         llm.generate(["ab", "cd"], [SamplingParams(), ask(**kind)])
-    assert not llm.engine.busy
+    assert not llm.engine.scheduler.sequences
     assert_warm(llm)
 
 

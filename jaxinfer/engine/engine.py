@@ -69,7 +69,9 @@ class Engine:
         self._state, self._cache = self.programs.new_state()
         self._in_flight: deque[Work] = deque()
         self._constraints = Constraints(constrain)
+        self._updates: list[Update] = []  # to be told; what was read outlasts a step that fails
         self._lost: list[Request] = []  # by a failed step, to be told
+        self._failed_slots: list[int] = []  # of requests that failed alone, to be released
         self._warm: tuple[Needs, ...] = ()  # what `warm_up` compiled, the cheapest first
 
     def problems(self, request: Request) -> list[str]:
@@ -107,7 +109,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether `step` has anything left to do or to tell."""
-        return bool(self._lost or self.scheduler.sequences or self._in_flight or self._constraints)
+        return bool(self._updates or self._lost or self.scheduler.sequences or self._in_flight or self._constraints)
 
     @property
     def metrics(self) -> Metrics:
@@ -132,37 +134,39 @@ class Engine:
         exception goes on, and the next step ends every request that there was with the reason `abort`.
         """
         if self._lost:
-            lost, self._lost = self._lost, []
-            return [Update(request, (), (), None, "abort") for request in lost]
-        try:
-            return self._step()
-        except BaseException:
-            self._start_afresh()
-            raise
-
-    def _step(self) -> list[Update]:
-        updates = self._welcome()
-        updates += [Update(sequence.request, (), (), None, "timeout") for sequence in self.scheduler.expired()]
-        if (work := self._dispatch(self.scheduler.schedule(), updates)) is not None:
-            self._in_flight.append(work)
-        if self._in_flight and (work is None or len(self._in_flight) >= IN_FLIGHT):
-            updates += self._commit(self._in_flight.popleft())
+            self._updates += [Update(request, (), (), None, "abort") for request in self._lost]
+            self._lost = []
+        else:
+            try:
+                self._step()
+            except BaseException:
+                self._start_afresh()
+                raise
+        updates, self._updates = self._updates, []
         return updates
 
-    def _welcome(self) -> list[Update]:
-        """Queues the requests whose constraints are ready; tells of those that cannot have one."""
-        refused = []
+    def _step(self) -> None:
+        self._welcome()
+        for sequence in self.scheduler.expired():
+            self._updates.append(Update(sequence.request, (), (), None, "timeout"))
+        if (work := self._dispatch(self.scheduler.schedule())) is not None:
+            self._in_flight.append(work)
+        if self._in_flight and (work is None or len(self._in_flight) >= IN_FLIGHT):
+            self._commit(self._in_flight.popleft())
+
+    def _welcome(self) -> None:
+        """Queues the requests whose constraints are ready; those that cannot have one are told so."""
         idle = not self.scheduler.sequences and not self._in_flight
         for request, constraint in self._constraints.ready(wait=idle):
             if constraint is None:
-                refused.append(Update(request, (), (), None, "abort"))
+                self._updates.append(Update(request, (), (), None, "abort"))
             else:
                 self.scheduler.add(request, constraint)
-        return refused
 
     def _start_afresh(self) -> None:
         self._lost = [sequence.request for sequence in self.scheduler.sequences.values()]
         self._in_flight.clear()
+        self._failed_slots.clear()
         self.scheduler = self._new_scheduler()
         del self._state, self._cache  # before the new ones take their place
         self._state, self._cache = self.programs.new_state()
@@ -236,17 +240,14 @@ class Engine:
 
     # --- run
 
-    def _dispatch(self, plan: Plan, updates: list[Update]) -> Work | None:
-        """Prompts first, with one token for whoever decodes beside them; a loop of decode steps otherwise.
-
-        What is read on the way is added to `updates`.
-        """
+    def _dispatch(self, plan: Plan) -> Work | None:
+        """Prompts first, with one token for whoever decodes beside them; a loop of decode steps otherwise."""
         self._tell(plan)
         if not plan.decoding and not plan.chunks:
             return None
         needs = self._needs(plan)
         rows = [(sequence.slot, sequence) for sequence in plan.decoding if sequence.slot is not None]
-        masks = self._masks_for(plan, updates)
+        masks = self._masks_for(plan)
         if not plan.chunks:
             decode = rectangle([slot for slot, _ in rows])
             if masks is None and plan.steps == self.options.steps_per_dispatch:
@@ -262,7 +263,8 @@ class Engine:
 
     def _tell(self, plan: Plan) -> None:
         """Brings the device's slots up to date."""
-        for slot in plan.released:
+        released, self._failed_slots = [*self._failed_slots, *plan.released], []
+        for slot in released:
             self._state = self.programs.release(self._state, slot)
         for sequence in plan.admitted:
             request = sequence.request
@@ -279,7 +281,7 @@ class Engine:
         exact = sampling.needs(sequence.request.params for sequence in sequences)
         return next((warm for warm in self._warm if warm.covers(exact)), exact)
 
-    def _masks_for(self, plan: Plan, updates: list[Update]) -> Callable[[], np.ndarray] | None:
+    def _masks_for(self, plan: Plan) -> Callable[[], np.ndarray] | None:
         """What makes the masks of a step, when its forward pass is on its way; None where nobody needs one.
 
         All that is in flight is read before: a constraint knows what follows a token when it has the token.
@@ -290,7 +292,7 @@ class Engine:
 
         def masks() -> np.ndarray:
             while self._in_flight:
-                updates.extend(self._commit(self._in_flight.popleft()))
+                self._commit(self._in_flight.popleft())
             return self._constraints.masks(drawing, self.layout.slots, self.model.config.vocab_size)
 
         return masks
@@ -311,36 +313,38 @@ class Engine:
 
     # --- commit
 
-    def _commit(self, work: Work) -> list[Update]:
+    def _commit(self, work: Work) -> None:
         """Reads a program. An exception at one request's part of it ends that request alone."""
         output = jax.tree.map(np.asarray, work.output)
         for sequence in (*work.plan.decoding, *(chunk.sequence for chunk in work.plan.chunks)):
             sequence.in_flight -= 1
-        updates: list[Update] = []
         if output.prompt:
             scored, first = join_tiles(output.prompt), 0
             for chunk in work.plan.chunks:
-                with self._alone(chunk.sequence, updates):
+                with self._alone(chunk.sequence):
                     keep_prompt_logprobs(chunk, first, scored)
                 first += chunk.tokens
         for index, sequence in work.rows:
-            if not sequence.finished and (update := self._commit_row(output, index, sequence, updates)) is not None:
-                updates.append(update)
-        return updates
+            if not sequence.finished and (update := self._commit_row(output, index, sequence)) is not None:
+                self._updates.append(update)
 
     @contextmanager
-    def _alone(self, sequence: Sequence, updates: list[Update]) -> Iterator[None]:
-        """For what concerns one sequence alone: it ends where that fails, and `updates` say so."""
+    def _alone(self, sequence: Sequence) -> Iterator[None]:
+        """For what concerns one sequence alone: it ends where that fails, and is told so.
+
+        Its slot is released before the next program, not here: a step may be between its forward pass and its sampler.
+        """
         try:
             yield
         except Exception:
             logger.exception("request %d failed; the others go on", sequence.request.id)
-            self.abort(sequence.request.id)
-            updates.append(Update(sequence.request, (), (), None, "error"))
+            if (slot := self.scheduler.drop(sequence.request.id)) is not None:
+                self._failed_slots.append(slot)
+            self._updates.append(Update(sequence.request, (), (), None, "error"))
 
-    def _commit_row(self, output: StepOutput, index: int, sequence: Sequence, updates: list[Update]) -> Update | None:
+    def _commit_row(self, output: StepOutput, index: int, sequence: Sequence) -> Update | None:
         first, row = sequence.scores_prompt, None
-        with self._alone(sequence, updates):
+        with self._alone(sequence):
             row = read_row(output, index, sequence)
             sequence.check()
         if row is None or sequence.finished or not row.tokens:
