@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from jaxinfer import LLM, SamplingParams, StructuredOutputsParams
+from jaxinfer.engine.commit import read_row
 from jaxinfer.structured import GrammarConstraint, Grammars
 from tests.engine.tiny import OPTIONS, assert_clean, assert_warm, tiny_folder, warm_llm
 
@@ -163,6 +164,23 @@ def test_what_was_read_outlasts_a_step_that_fails(llm, monkeypatch):
             next(bound)
     assert [piece.finish_reason for piece in short][-1] == "length"
     assert not llm.engine.scheduler.sequences
+    assert_warm(llm)
+
+
+def test_a_neighbour_that_fails_while_a_mask_is_made_ends_alone(llm, monkeypatch):
+    """The step is between its forward pass and its sampler, which has yet to read the state of the slots."""
+
+    def fails(output, index, sequence):
+        if sequence.constraint is None and len(sequence.output_ids) >= 3:
+            raise ZeroDivisionError("planted")
+        return read_row(output, index, sequence)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxinfer.engine.engine.read_row", fails)
+        free, bound = llm.generate(["ab", "cd"], [SamplingParams(ignore_eos=True), ask(regex="[a-z]{12}")])
+    assert free.outputs[0].finish_reason == "error"
+    assert re.fullmatch("[a-z]{12}", bound.outputs[0].text)
+    assert_clean(llm)
     assert_warm(llm)
 
 
