@@ -200,7 +200,7 @@ def test_a_constraint_that_fails_ends_its_request_alone(llm, monkeypatch):
         patched.setattr(GrammarConstraint, "accept", fails)
         bound, other = llm.generate(["ab", "ab"], [ask(regex="[a-z]{30}"), free])
         (failed,) = bound.outputs
-        assert (failed.finish_reason, len(failed.token_ids)) == ("abort", 4)
+        assert (failed.finish_reason, len(failed.token_ids)) == ("error", 4)
         assert [(one.text, one.finish_reason) for one in other.outputs] == expected[0]
     assert_warm(llm)
 
@@ -224,7 +224,7 @@ def test_a_constraint_is_made_beside_the_steps(llm, monkeypatch):
     made.set()
     rest = {index: output.outputs[0] for index, output in outputs}
     assert {index: (one.text, one.finish_reason) for index, one in rest.items()} == {
-        0: ("a", "stop"), 1: ("", "abort"), 3: ("c", "stop")
+        0: ("a", "stop"), 1: ("", "error"), 3: ("c", "stop")
     }  # fmt: skip
     assert_warm(llm)
 

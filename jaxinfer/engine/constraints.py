@@ -25,7 +25,7 @@ class Constraint(Protocol):
     """Says which tokens may follow those of one output.
 
     Attributes:
-        failed: why it can say no more; its mask then allows only the end of the output, which is an `abort`.
+        failed: why it can say no more; its mask then allows only the end of the output, which is an `error`.
     """
 
     failed: str | None

@@ -159,7 +159,7 @@ class Engine:
         idle = not self.scheduler.sequences and not self._in_flight
         for request, constraint in self._constraints.ready(wait=idle):
             if constraint is None:
-                self._updates.append(Update(request, (), (), None, "abort"))
+                self._updates.append(Update(request, (), (), None, "error"))
             else:
                 self.scheduler.add(request, constraint)
 
