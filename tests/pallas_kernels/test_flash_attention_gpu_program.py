@@ -244,7 +244,7 @@ def test_a_slow_consumer_misses_no_signal(monkeypatch, slow):
 
     def wait(self, thread, *arguments, **options):
         if f"warpgroup_id={slow}" in str(thread):
-            time.sleep(0.1)
+            time.sleep(0.03)
         return original(self, thread, *arguments, **options)
 
     monkeypatch.setattr(shared_memory.Barrier, "wait", wait)
