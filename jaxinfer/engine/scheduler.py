@@ -207,9 +207,9 @@ class Scheduler:
         if not self.waiting or len(self.running) == self.slots or self.waiting[0].in_flight:
             return None
         sequence, paging, spare = self.waiting[0], self.paging, self._spare()
-        if not allowance.tokens(0, 1, False) or (
-            self.running and min(spare) < 1
-        ):  # not worth a look for what could be found
+        if not allowance.tokens(0, 1, False):
+            return None
+        if self.running and min(spare) < 1:  # not worth a look for what could be found
             return None
         found = paging.found(sequence)
         start = found * paging.page_size
