@@ -130,7 +130,7 @@ class Scheduler:
         beside = [sequence for sequence in decoding if sequence.slot is not None]
         chunks, admitted = self._chunks(self.budget.open(beside), released)
         # What a constrained sequence may draw next, the host knows only after its last token.
-        single = chunks or any(sequence.constraint is not None for sequence in decoding)
+        single = chunks or any(sequence.constraint is not None for sequence in beside if sequence.slot is not None)
         steps = 1 if single else self.options.steps_per_dispatch
         released += self._hold(decoding, steps)
         decoding = [sequence for sequence in decoding if sequence.slot is not None]
