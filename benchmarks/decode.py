@@ -27,6 +27,7 @@ import numpy as np
 
 from benchmarks.record import MACHINE, Record, environment, update
 from jaxinfer.cache import CACHE_DTYPES
+from jaxinfer.cache.gathers import gathers
 from jaxinfer.decode.sampling import needs
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import Layout, Programs
@@ -162,7 +163,7 @@ def measure(subject: Subject, batches: list[int], prompts: list[int]) -> Iterato
     cases = [partial(run_first_token, subject, tokens) for tokens in prompts]
     cases += [partial(run_decode, subject, batch) for batch in batches]
     for index, case in enumerate(cases):
-        # In the first one the compiler tries kernels on arrays of its own: the peak is its, not the step's.
+        # In the first one the compiler tries kernels on arrays of its own: the peak is the compiler's.
         yield [record for record in case() if index or record.metric != "memory at peak"]
 
 
@@ -187,7 +188,7 @@ def run_decode(subject: Subject, batch: int) -> list[Record]:
 
 def predicted_decode(config: ModelConfig, batch: int, attention: str, precision: Precision = BF16) -> Cost:
     """The step halfway through the new tokens, with the attention of that implementation."""
-    if attention != dispatch.KERNEL:  # gathers each slot's whole row of pages: that row is the context
+    if gathers(attention)[0]:  # each slot's whole row of pages: that row is the context
         return decode_step(config, batch, PROMPT + NEW, precision, attention="materialized")
     return decode_step(config, batch, PROMPT + NEW // 2, precision)
 
@@ -196,7 +197,7 @@ def predicted_prefill(
     config: ModelConfig, tokens: int, attention: str, precision: Precision = BF16, chunk: int | None = None
 ) -> list[Cost]:
     """The steps that prefill one prompt, with the attention of that implementation; one step without `chunk`."""
-    kind, chunk = "materialized" if attention == "xla" else "flash", chunk or tokens
+    kind, chunk = "materialized" if gathers(attention)[1] else "flash", chunk or tokens
     return [
         prefill(config, min(chunk, tokens - first), cached=first, precision=precision, attention=kind)
         for first in range(0, tokens, chunk)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from jaxinfer.decode.masks import no_masks
+from jaxinfer.decode.masks import WORD, no_masks
 from jaxinfer.decode.structured_params import StructuredOutputsParams
 from jaxinfer.text import Tokenizer
 
@@ -110,7 +110,7 @@ class Grammars:
         """The mask that allows the end of the sequence alone."""
         words_U = np.zeros_like(no_masks(1, self._vocab)[0])
         for token in self._eos_ids:
-            words_U[token // 32] |= np.uint32(1 << token % 32)
+            words_U[token // WORD] |= np.uint32(1 << token % WORD)
         return words_U
 
 

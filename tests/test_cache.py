@@ -12,10 +12,11 @@ from scipy.special import softmax
 
 from jaxinfer.cache import CACHE_DTYPES, NULL_PAGE, Pages, View, attend_pages, make_cache, page_bytes
 from jaxinfer.cache.attention import write
-from jaxinfer.cache.quantized import LARGEST, SMALLEST_SCALE, held, numbers, quantize
+from jaxinfer.cache.quantized import LARGEST, SMALLEST_SCALE, numbers, quantize
 from jaxinfer.decode.batch import Prefill, make_batch
 from jaxinfer.decode.slots import empty_slots
 from jaxinfer.parallel import make_mesh
+from pallas_kernels.blockwise import as_moved
 from pallas_kernels.flash_decoding import pack_tree_mask
 
 PAGE, NUM_PAGES, HEADS, KV_HEADS, SIZE = 4, 14, 4, 2, 8
@@ -65,7 +66,7 @@ def test_writing_quantizes_the_named_slots_alone(dtype):
     rng = np.random.default_rng(0)
     k_TKH, v_TKH = rng.standard_normal((2, 3, KV_HEADS, SIZE)).astype(np.float32)
     rest = 7
-    pool = held(jnp.full((NUM_PAGES, PAGE, KV_HEADS, SIZE), rest, dtype))
+    pool = as_moved(jnp.full((NUM_PAGES, PAGE, KV_HEADS, SIZE), rest, dtype))
     scales = jnp.full((NUM_PAGES, KV_HEADS, PAGE), jnp.nan, jnp.float32)
     write_T = np.array([7, 55, 20], np.int32)
     pages = jax.jit(write)(Pages(pool, pool, scales, scales), write_T, k_TKH, v_TKH)
@@ -174,7 +175,7 @@ def test_pages_equal_a_contiguous_cache(window, dtype):
     def earlier() -> Pages:
         """What earlier steps wrote."""
         shape = NUM_PAGES, PAGE, KV_HEADS, SIZE
-        pools = [held(jnp.full(shape, 7 if dtype == "int8" else jnp.nan, dtype)) for _ in "kv"]
+        pools = [as_moved(jnp.full(shape, 7 if dtype == "int8" else jnp.nan, dtype)) for _ in "kv"]
         if dtype in LARGEST:
             pools += [jnp.full((NUM_PAGES, KV_HEADS, PAGE), jnp.nan, jnp.float32) for _ in "kv"]
         old = [len(own) - len(new) for own, new in zip(k, q, strict=True)]

@@ -18,7 +18,7 @@ from tests.decode.test_compiled import moved
 from tests.golden.load import load_demo
 
 pytestmark = pytest.mark.gpu
-CACHE_DTYPES = ("bfloat16", "int8", "float8_e4m3fn")
+TRIED_DTYPES = ("bfloat16", "int8", "float8_e4m3fn")
 LLAMA = Path(__file__).parents[1] / "configs" / "models" / "llama-3-8b"
 
 
@@ -35,7 +35,7 @@ def decode_loop(num_pages: int, cache_dtype: str, slots: int = 16):
         return lowered.compile(), model, cache
 
 
-@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("dtype", TRIED_DTYPES)
 def test_a_decode_step_of_real_shapes_moves_no_cache_and_no_weight(dtype):
     executable, model, cache = decode_loop(401, dtype)
     pools = {array.size for array in jax.tree.leaves(cache)}
@@ -43,7 +43,7 @@ def test_a_decode_step_of_real_shapes_moves_no_cache_and_no_weight(dtype):
     assert moved(executable.as_text(), pools | weights) == []
 
 
-@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("dtype", TRIED_DTYPES)
 def test_temporary_memory_does_not_grow_with_the_pool(dtype):
     small, large = (decode_loop(pages, dtype)[0].memory_analysis().temp_size_in_bytes for pages in (401, 4001))
     assert small == large

@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
 from jaxinfer.cache.pages import Pages, View
-from jaxinfer.cache.quantized import held, numbers, quantize
+from jaxinfer.cache.quantized import numbers, quantize
 from jaxinfer.parallel import TENSOR, attend
+from pallas_kernels.blockwise import as_moved
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_decoding import flash_decoding, plan
 
@@ -108,7 +109,7 @@ def _stored(pool_PSKH, scales_PKS, write_T, new_TKH):
         values_TKH = new_TKH.astype(pool_PSKH.dtype)
     else:
         values_TKH, scales_TK = quantize(new_TKH, numbers(pool_PSKH).dtype)
-        values_TKH = held(values_TKH)
+        values_TKH = as_moved(values_TKH)
         _, K, S = scales_PKS.shape
         row_TK = (write_T // S * K)[:, None] + jnp.arange(K, dtype=jnp.int32)[None]
         at_TK = row_TK * S + (write_T % S)[:, None]

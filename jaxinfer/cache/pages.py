@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxinfer.cache.quantized import LARGEST, SCALE, held
+from jaxinfer.cache.quantized import LARGEST, SCALE
 from jaxinfer.parallel import TENSOR
+from pallas_kernels.blockwise import as_moved
 from pallas_kernels.flash_decoding import Schedule
 
 NULL_PAGE = 0  # padding writes here; nothing reads it
@@ -83,7 +84,7 @@ def make_cache(
         head_size: components of a head.
         dtype: of keys and values, one of CACHE_DTYPES.
     """
-    as_held = jax.eval_shape(held, jax.ShapeDtypeStruct((), dtype)).dtype
+    as_held = jax.eval_shape(as_moved, jax.ShapeDtypeStruct((), dtype)).dtype
     numbers = NamedSharding(mesh, P(None, None, TENSOR, None))
     scales = NamedSharding(mesh, P(None, TENSOR, None))
 

@@ -34,14 +34,6 @@ def quantize(x_TKH: Float[Array, "T K H"], dtype: jnp.dtype) -> tuple[jax.Array,
     return values_TKH.astype(dtype), scales_TK
 
 
-def held(values: jax.Array) -> jax.Array:
-    """Values as the pool has them: 8-bit floats as bytes.
-
-    As floats XLA's CPU backend would scatter and gather them in 16 bits, and convert the whole pool every step.
-    """
-    return lax.bitcast_convert_type(values, _BYTE) if values.dtype == _FLOAT8 else values
-
-
 def numbers(pool: jax.Array) -> jax.Array:
-    """The inverse of `held`; it costs nothing."""
+    """What a pool holds, 8-bit floats as such: the inverse of `as_moved`. It costs nothing."""
     return lax.bitcast_convert_type(pool, _FLOAT8) if pool.dtype == _BYTE else pool

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jaxinfer.decode.structured_params import StructuredOutputsParams
+from jaxinfer.decode.structured_params import StructuredOutputsParams, shortened
 
 MAX_N = 1024
 MAX_LOGPROBS = 20
@@ -202,11 +202,11 @@ _ITEM_RULES: dict[str, tuple[_Rule, Callable[[SamplingParams], Iterable[Any]]]] 
 def _problems(params: SamplingParams) -> Iterator[str]:
     bad = {field for field, rule in _RULES.items() if not rule.holds(getattr(params, field))}
     for field in (field for field in _RULES if field in bad):
-        yield f"{field} = {_shortened(getattr(params, field))} must be {_RULES[field].allowed}"
+        yield f"{field} = {shortened(getattr(params, field))} must be {_RULES[field].allowed}"
     for field in (field for field in _ITEM_RULES if field not in bad):
         rule, items = _ITEM_RULES[field]
         wrong = [item for item in items(params) if not rule.holds(item)]
-        yield from first_few([f"{field} has {_shortened(item)}; each must be {rule.allowed}" for item in wrong])
+        yield from first_few([f"{field} has {shortened(item)}; each must be {rule.allowed}" for item in wrong])
     if not bad & {"min_tokens", "max_tokens"} and params.min_tokens > params.max_tokens:
         yield f"min_tokens = {params.min_tokens} must be in 0..{params.max_tokens}, the value of max_tokens"
     if params.structured_outputs is not None:
@@ -214,8 +214,3 @@ def _problems(params: SamplingParams) -> Iterator[str]:
             if value := getattr(params, field):
                 neutral = type(value)()
                 yield f"{field} = {value!r} must be {neutral!r} with structured_outputs, which say when an output ends"
-
-
-def _shortened(value: Any, width: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= width else text[: width - 3] + "..."

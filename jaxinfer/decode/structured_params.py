@@ -56,7 +56,7 @@ def _given(params: StructuredOutputsParams) -> list[str]:
 
 def _problems(params: StructuredOutputsParams) -> Iterator[str]:
     if not isinstance(params.json_object, bool | None):
-        yield f"json_object = {_shortened(params.json_object)}; it must be True, False or None"
+        yield f"json_object = {shortened(params.json_object)}; it must be True, False or None"
     names = [field.name for field in fields(params)]
     if len(given := _given(params)) != 1:
         yield f"{' and '.join(given) or 'none'} of {', '.join(names)}; exactly one must be given"
@@ -69,7 +69,7 @@ def _problems(params: StructuredOutputsParams) -> Iterator[str]:
     ):
         value = getattr(params, name)
         if value is not None and not holds(value):
-            yield f"{name} = {_shortened(value)}; it must be {allowed}"
+            yield f"{name} = {shortened(value)}; it must be {allowed}"
             return
     if (size := len(params.text)) > MAX_GRAMMAR:
         yield f"{params.kind} of {size} characters; at most {MAX_GRAMMAR} are allowed"
@@ -92,6 +92,7 @@ def _is_schema(value: Any) -> bool:
         return False
 
 
-def _shortened(value: Any, width: int = 80) -> str:
+def shortened(value: Any, width: int = 80) -> str:
+    """A value as an error shows it."""
     text = repr(value)
     return text if len(text) <= width else text[: width - 3] + "..."

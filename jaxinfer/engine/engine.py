@@ -36,8 +36,8 @@ from jaxinfer.engine.sequence import Sequence
 from jaxinfer.engine.warm_up import Progress, make_ready
 from jaxinfer.model import Model, Params
 
-IN_FLIGHT = 2  # steps dispatched before the oldest is read
 logger = logging.getLogger(__name__)
+IN_FLIGHT = 2  # steps dispatched before the oldest is read
 WARM = (sampling.GREEDY, sampling.UNFILTERED, sampling.EVERYTHING)  # the cheapest first
 
 
@@ -131,7 +131,8 @@ class Engine:
         """Dispatches the next program, reads the oldest one, and returns what that brought.
 
         A step that fails, or is interrupted, may have consumed the cache. The engine then starts afresh before the
-        exception goes on, and the next step ends every request that there was with the reason `abort`.
+        exception goes on, and the next step ends every request that was queued with the reason `abort`. Those whose
+        constraint is still being made are not queued yet, and go on.
         """
         if self._lost:
             self._updates += [Update(request, (), (), None, "abort") for request in self._lost]
@@ -189,11 +190,11 @@ class Engine:
         assert not self.scheduler.running
 
         def waited(run: Callable[[], object]) -> Callable[[], None]:
-            def work() -> None:
+            def run_and_wait() -> None:
                 run()
                 jax.block_until_ready(self._state)
 
-            return work
+            return run_and_wait
 
         done = make_ready([(name, waited(run)) for name, run in self._all_programs()], progress)
         self._warm = WARM

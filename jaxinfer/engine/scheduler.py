@@ -127,13 +127,12 @@ class Scheduler:
         self._let_go()
         decoding = [sequence for sequence in self._by_rank() if sequence.decodes]
         released = self._hold(decoding, 1)
-        beside = [sequence for sequence in decoding if sequence.slot is not None]
-        chunks, admitted = self._chunks(self.budget.open(beside), released)
+        chunks, admitted = self._prefilled(_holding(decoding), released)
         # What a constrained sequence may draw next, the host knows only after its last token.
-        single = chunks or any(sequence.constraint is not None for sequence in beside if sequence.slot is not None)
+        single = chunks or any(sequence.constraint is not None for sequence in _holding(decoding))
         steps = 1 if single else self.options.steps_per_dispatch
         released += self._hold(decoding, steps)
-        decoding = [sequence for sequence in decoding if sequence.slot is not None]
+        decoding = _holding(decoding)
         continued = [chunk.sequence for chunk in chunks if chunk.sequence not in admitted]
         entries = [entry for sequence in (*decoding, *continued) for entry in self._entries(sequence)]
         for sequence in decoding:
@@ -164,12 +163,16 @@ class Scheduler:
                 released.append(self._preempt(self._last()))
         return released
 
-    def _chunks(self, allowance: Allowance, released: list[int]) -> tuple[list[Chunk], list[Sequence]]:
-        """The texts that are prefilled next, first of those that run, and those among them that begin to run.
+    def _prefilled(self, decoding: list[Sequence], released: list[int]) -> tuple[list[Chunk], list[Sequence]]:
+        """The texts that are prefilled next, beside those that decode: first of those that run, and those among them
+        that begin to run.
 
         Adds the slots that were taken for that to `released`. Nobody begins when somebody was preempted.
         """
         chunks, admitted = [], []
+        if not self.waiting and not any(sequence.prompt_left for sequence in self.running.values()):
+            return chunks, admitted
+        allowance = self.budget.open(decoding)
         for sequence in self._by_rank():
             if sequence.slot is not None and _allowed(sequence, allowance):
                 while (chunk := self._chunk(sequence, allowance)) is None and self._last() is not sequence:
@@ -288,6 +291,11 @@ class Scheduler:
 
 def _rank(sequence: Sequence) -> tuple[int, int]:
     return sequence.rank
+
+
+def _holding(sequences: list[Sequence]) -> list[Sequence]:
+    """Those that still have a slot."""
+    return [sequence for sequence in sequences if sequence.slot is not None]
 
 
 def _allowed(sequence: Sequence, allowance: Allowance) -> int:

@@ -10,27 +10,26 @@ from jaxinfer.engine.metrics import Warmed, WarmUp
 from jaxinfer.machine import count_compiled
 
 Progress = Callable[[Warmed, int], None]  # what was made ready just now, and how many there are in all
-Work = tuple[str, Callable[[], None]]
 
 logger = logging.getLogger(__name__)
 
 
-def make_ready(work: Sequence[Work], progress: Progress | None) -> WarmUp:
-    """Does all the work, which returns when the device is done; logs a line.
+def make_ready(programs: Sequence[tuple[str, Callable[[], None]]], progress: Progress | None) -> WarmUp:
+    """Runs all programs once; logs a line.
 
     Args:
-        work: programs by their names.
+        programs: a name, and a call that returns when the device is done.
         progress: is told each program.
     """
     warmed = []
-    for name, run in work:
+    for name, run in programs:
         start = time.perf_counter()
         with count_compiled() as counted:
             run()
         warmed.append(Warmed(name, time.perf_counter() - start, counted.programs, counted.found))
         logger.debug("%s", warmed[-1])
         if progress is not None:
-            progress(warmed[-1], len(work))
+            progress(warmed[-1], len(programs))
     done = WarmUp(tuple(warmed))
     logger.info("%s", done)
     return done
