@@ -31,9 +31,9 @@ from jaxinfer.cache.gathers import gathers
 from jaxinfer.decode.sampling import needs
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import Layout, Programs
-from jaxinfer.engine.prefill import lay_out
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.sequence import Chunk, Sequence
+from jaxinfer.engine.step_input import lay_out
 from jaxinfer.machine import measure_machine
 from jaxinfer.model import Model, ModelConfig, Params, read_config
 from jaxinfer.parallel import make_mesh
@@ -132,7 +132,7 @@ class Bench:
         output, start = None, time.perf_counter()
         for step in steps:
             self.state, self.cache, output = self.programs.step(
-                self.subject.params, self.state, self.cache, step, None, 0, needs([GREEDY])
+                self.subject.params, self.state, self.cache, step, None, needs([GREEDY])
             )
         assert output is not None
         np.asarray(output.sampled.tokens_W)

@@ -63,9 +63,10 @@ import jax
 import numpy as np
 
 from jaxinfer.decode import sampling
-from jaxinfer.decode.batch import Prefill, make_batch
+from jaxinfer.decode.batch import StepInput, make_batch
 
-programs, layout = llm.engine.programs, llm.engine.layout
+runner = llm.engine.runner
+programs, layout = runner.programs, runner.layout
 state, cache = programs.new_state()
 pages = [5, 2, 7, 4, 12, 1, 9, 3]
 state = programs.admit(state, 0, programs.admission(greedy, [pages]))
@@ -80,21 +81,22 @@ print("keys of one layer, [page, slot in page, KV head, head size]:", cache[0].k
 # %%
 tokens = np.array(llm.tokenizer.encode(prompt), np.int32)
 length = len(tokens)
-prefill = Prefill(
+given = StepInput(
     tokens_T=np.pad(tokens, (0, 64 - length)),
+    slots_B=np.array([], np.int32),  # none decodes
     starts_R1=np.array([0, length, length], np.int32),
     slots_R=np.array([0, layout.slots], np.int32),  # no slot for the second chunk
     lengths_R=np.array([length, 0], np.int32),
     last_R=np.array([1, 0], np.int32),
 )
 with jax.set_mesh(llm.model.mesh):
-    batch, rows = make_batch(state, decode=0, prefill=prefill, page_size=layout.page_size)
+    batch, rows = make_batch(state, given, layout.page_size)
 placed = (batch.tokens_T.tolist(), batch.positions_T.tolist(), batch.views[0].write_T.tolist())
 for token, position, write in zip(*placed, strict=True):
     page, slot = divmod(write, layout.page_size)
     if page:
         print(f"position {position:2}: {llm.tokenizer.decode([token])!r:16} -> page {page}, slot {slot}")
-print("page table of the sequence:", batch.views[0].prefill_tables_RJ[0])
+print("page table of the sequence:", batch.views[0].prefill_tables_RJ[1])
 
 # %% [markdown]
 # The model turns the batch into one hidden state a token, and writes keys and values on its way. Logits are computed
@@ -109,7 +111,7 @@ def look(params, batch, cache):
 
 
 with jax.set_mesh(llm.model.mesh):
-    hidden_TD, logits_WV = look(llm.engine.params, batch, cache)
+    hidden_TD, logits_WV = look(runner.params, batch, cache)
 print("hidden states", hidden_TD.shape, "logits", logits_WV.shape)
 probabilities_V = np.asarray(jax.nn.softmax(logits_WV[0]))
 for token in np.argsort(-probabilities_V)[:5]:
@@ -121,8 +123,8 @@ for token in np.argsort(-probabilities_V)[:5]:
 
 # %%
 needs = sampling.needs([greedy])
-state, cache, first = programs.step(llm.engine.params, state, cache, prefill, None, decode=0, needs=needs)
-state, cache, loop = programs.loop(llm.engine.params, state, cache, decode=1, steps=8, needs=needs)
+state, cache, first = programs.step(runner.params, state, cache, given, None, needs)
+state, cache, loop = programs.loop(runner.params, state, cache, decode=1, steps=8, needs=needs)
 drawn = [int(first.sampled.tokens_W[0, 0]), *np.asarray(loop.sampled.tokens_W[:, 0]).tolist()]
 print(repr(prompt + llm.tokenizer.decode(drawn)))
 print("tokens in the cache of each slot:", state.length_B)

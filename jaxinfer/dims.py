@@ -5,11 +5,11 @@ is an axis of length one, save in `R1`.
 
 | letter | axis |
 |---|---|
-| B | slots: sequences in the decode rectangle |
-| Q | queries per slot in the decode rectangle |
+| B | slots: sequences that decode, or may |
+| Q | queries of a slot that decodes |
 | R | sequences of the ragged prefill |
 | R1 | R + 1: the first row of each of them, and the end of the last |
-| T | tokens of a step, flat: the decode rectangle first, then the ragged prefill |
+| T | tokens of a step, flat: what decodes first, then the ragged prefill |
 | W | rows of a step that need logits; in `tree_mask_BQW`, 32-bit words of a mask |
 | n | steps of one program |
 | C | a block of what is too much at once: keys of a sequence's pages, or tokens of the vocabulary |

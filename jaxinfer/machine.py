@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,15 +88,19 @@ class Compiled:
 
 
 @contextmanager
-def count_compiled() -> Iterator[Compiled]:
-    """Counts the programs that this process makes ready, in whichever thread, until the block ends."""
-    seen = Compiled()
+def count_compiled(everywhere: bool = True) -> Iterator[Compiled]:
+    """Counts the programs that this process makes ready, in whichever thread or in this one alone, until the block
+    ends."""
+    seen, here = Compiled(), threading.get_ident()
+
+    def counts() -> bool:
+        return everywhere or threading.get_ident() == here
 
     def count_found(event: str, **_: str | int) -> None:
-        seen.found += event == "/jax/compilation_cache/cache_hits"
+        seen.found += counts() and event == "/jax/compilation_cache/cache_hits"
 
     def count_all(event: str, duration_secs: float, **_: str | int) -> None:
-        seen.programs += event == "/jax/core/compile/backend_compile_duration"  # after a hit, too
+        seen.programs += counts() and event == "/jax/core/compile/backend_compile_duration"  # after a hit, too
 
     jax.monitoring.register_event_listener(count_found)
     jax.monitoring.register_event_duration_secs_listener(count_all)

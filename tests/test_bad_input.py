@@ -114,7 +114,7 @@ def test_a_request_that_the_cache_can_never_hold(tmp_path_factory):
     small = LLM(tiny_folder(tmp_path_factory.getbasetemp()), options=Options(max_num_seqs=1, num_pages=3))
     with pytest.raises(ValueError, match=r"need 4 pages of 16 tokens; the cache has 2"):
         small.generate([[1] * 40], SamplingParams(max_tokens=20))
-    assert not small.engine.programs.traces
+    assert not small.engine.runner.programs.traces
 
 
 def test_one_error_lists_every_prompt_and_nothing_runs(llm, monkeypatch):
@@ -216,6 +216,7 @@ def test_one_error_lists_every_conversation(llm):
     ({"max_slowdown": 0.5}, ["max_slowdown = 0.5", "at least 1"]),
     ({"max_slowdown": float("nan")}, ["max_slowdown = nan", "at least 1"]),
     ({"max_slowdown": True}, ["max_slowdown = True", "at least 1"]),
+    ({"max_num_seqs": 128, "max_num_batched_tokens": 128}, ["max_num_batched_tokens = 128", "max_num_seqs = 128"]),
     ({"max_num_batched_tokens": 32}, ["max_num_batched_tokens = 32", "64..1048576"]),
     ({"page_size": 12}, ["page_size = 12", "power of two"]),
     ({"cache_dtype": "fp8"}, ["cache_dtype = 'fp8'", "float32, bfloat16, float16, int8, float8_e4m3fn"]),

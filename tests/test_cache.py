@@ -1,6 +1,7 @@
 """Pages in any order equal a contiguous cache, and nothing but a sequence's own tokens is ever read or written."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from scipy.special import softmax
 from jaxinfer.cache import CACHE_DTYPES, NULL_PAGE, Pages, View, attend_pages, make_cache, page_bytes
 from jaxinfer.cache.attention import write
 from jaxinfer.cache.quantized import LARGEST, SMALLEST_SCALE, numbers, quantize
-from jaxinfer.decode.batch import Prefill, make_batch
+from jaxinfer.decode.batch import StepInput, make_batch, make_rectangle
 from jaxinfer.decode.slots import empty_slots
 from jaxinfer.parallel import make_mesh
 from pallas_kernels.blockwise import as_moved
@@ -108,38 +109,48 @@ def test_zeros_stay_zeros_and_what_is_not_finite_is_not_hidden(dtype):
 
 
 def test_tokens_are_written_behind_what_their_sequence_has():
-    """Decode and prefill alike; idle slots and padding go to the null page, of which nothing is ever read."""
+    """Decode and prefill alike; what ended and padding go to the null page, of which nothing is ever read."""
     slots = empty_slots(3, 1, 4, 16)
     table_BJ = jnp.asarray(np.vstack([TABLE_BJ, np.zeros((1, 4), np.int32)]))
     state = replace(
         slots,
+        token_B=jnp.asarray([70, 71, 72], jnp.int32),
         length_B=jnp.asarray([12, 0, 0], jnp.int32),
         active_B=jnp.asarray([True, False, False]),
         tables=(table_BJ,),
     )
-    prefill = Prefill(
-        np.arange(8, dtype=np.int32),
-        np.array([0, 5, 5, 5], np.int32),
+    given = StepInput(
+        np.array([0, 0, 1, 2, 3, 4, 5, 0, 0, 0], np.int32),
+        np.array([2, 0, 3], np.int32),  # of two that decode by the host's account, the first has ended
+        np.array([2, 7, 7, 7], np.int32),
         np.array([1, 3, 3], np.int32),
         np.array([6, 0, 0], np.int32),  # the second chunk of five, of a prompt of six
         np.array([1, 0, 0], np.int32),
     )
 
-    @jax.jit
-    def laid_out(state, packed):
-        batch, rows = make_batch(state, 3, Prefill.unpacked(packed, 8), PAGE)
+    @partial(jax.jit, static_argnames=("tokens", "decode"))
+    def laid_out(state, packed, **sizes):
+        batch, rows = make_batch(state, StepInput.unpacked(packed, **sizes), PAGE)
         return batch, vars(rows)
 
-    batch, rows = laid_out(state, prefill.packed())
+    batch, rows = laid_out(state, given.packed(), **given.sizes)
     (view,) = batch.views
-    idle, padding = [NULL_PAGE] * 2, [NULL_PAGE] * 3
-    written = [positions_of(0, 13)[12], *idle, *positions_of(1, 6)[1:], *padding]
+    written = [NULL_PAGE, positions_of(0, 13)[12], *positions_of(1, 6)[1:], *[NULL_PAGE] * 3]
     assert view.write_T.tolist() == written
-    assert view.decode_lengths_B.tolist() == [13, 0, 0]
-    assert batch.positions_T.tolist() == [12, 0, 0, 1, 2, 3, 4, 5, 0, 0, 0]
-    assert rows["emits_W"].tolist() == [True, False, False, True, False, False]
-    assert rows["tokens_W"].tolist()[:4] == [0, 1, 2, 3 + 4]
-    assert rows["lengths_W"].tolist()[:1] + rows["lengths_W"].tolist()[3:4] == [13, 6]
+    assert view.decode_lengths_B.tolist() == [0, 13, 0]
+    assert view.prefill_starts_R1.tolist() == [0, 2, 7, 7, 7]
+    assert view.prefill_lengths_R.tolist() == [0, 6, 0, 0]
+    assert batch.tokens_T.tolist() == [0, 70, 1, 2, 3, 4, 5, 0, 0, 0]
+    assert batch.positions_T.tolist() == [0, 12, 1, 2, 3, 4, 5, 0, 0, 0]
+    assert rows["emits_W"].tolist() == [True, True, False]
+    assert rows["tokens_W"].tolist()[:2] == [1, 6]
+    assert rows["lengths_W"].tolist()[:2] == [13, 6]
+
+    batch, rows = make_rectangle(state, 2, PAGE)
+    assert batch.views[0].write_T.tolist() == [positions_of(0, 13)[12], NULL_PAGE]
+    assert batch.views[0].decode_lengths_B.tolist() == [13, 0]
+    assert (batch.tokens_T.tolist(), batch.positions_T.tolist()) == ([70, 0], [12, 0])
+    assert rows.emits_W.tolist() == [True, False]
 
 
 def contiguous(q_TNH, k_UKH, v_UKH, window: int | None) -> np.ndarray:
@@ -193,9 +204,9 @@ def test_pages_equal_a_contiguous_cache(window, dtype):
         write_T=integers(positions_of(0, 13)[12], *positions_of(1, 6)[2:], NULL_PAGE),
         decode_tables_BJ=jnp.asarray(TABLE_BJ[:1]),
         decode_lengths_B=integers(LENGTHS[0]),
-        prefill_tables_RJ=jnp.asarray(TABLE_BJ[1:]),
-        prefill_starts_R1=integers(0, 4),
-        prefill_lengths_R=integers(LENGTHS[1]),
+        prefill_tables_RJ=jnp.asarray(TABLE_BJ),
+        prefill_starts_R1=integers(0, 1, 5),
+        prefill_lengths_R=integers(0, LENGTHS[1]),
     )
     heads, pages = jax.P(None, "tensor"), jax.P(None, None, "tensor")
     with jax.set_mesh(make_mesh(2)):

@@ -179,7 +179,7 @@ def test_without_a_seed_every_request_draws_its_own(llm):
 def dense_logprobs(llm: LLM, tokens: list[int]) -> np.ndarray:
     """log softmax of the model's own logits after every token, without a cache; one program for any length."""
     padded = np.pad(np.array(tokens, np.int32), (0, CONTEXT - len(tokens)))
-    logits_TV = run(llm.model, llm.engine.params, padded).logits_TV
+    logits_TV = run(llm.model, llm.engine.runner.params, padded).logits_TV
     return log_softmax(logits_TV[: len(tokens)].astype(np.float64), axis=1)
 
 
@@ -361,12 +361,12 @@ def test_the_package_gives_its_names_without_jax_until_it_is_needed():
 def test_the_cache_is_what_its_pages_say(llm):
     layout, config = llm.engine.layout, llm.model.config
     per_token = 2 * config.num_kv_heads * config.head_size * 4
-    held = sum(array.nbytes for array in jax.tree.leaves(llm.engine._cache))
+    held = sum(array.nbytes for array in jax.tree.leaves(llm.engine.runner.cache))
     assert held == config.num_layers * layout.num_pages[0] * layout.page_size * per_token
 
 
 def test_weights_take_the_dtype_that_is_asked_for(llm):
     half = LLM(llm.folder, dtype="bfloat16", max_model_len=32)
-    assert {array.dtype for array in half.engine.params} == {jnp.dtype(jnp.bfloat16)}
-    assert {array.dtype for array in jax.tree.leaves(half.engine._cache)} == {jnp.dtype(jnp.bfloat16)}
+    assert {array.dtype for array in half.engine.runner.params} == {jnp.dtype(jnp.bfloat16)}
+    assert {array.dtype for array in jax.tree.leaves(half.engine.runner.cache)} == {jnp.dtype(jnp.bfloat16)}
     assert half.model.context == half.engine.layout.max_tokens == 32

@@ -123,7 +123,7 @@ def test_streams_stop_strings_and_log_probabilities(llm):
 
 def test_the_forward_pass_is_on_its_way_when_the_host_makes_a_mask(llm, monkeypatch):
     """And the sampler waits for it; who runs without a constraint is asked for none."""
-    order, programs = [], llm.engine.programs
+    order, programs = [], llm.engine.runner.programs
 
     def logged(owner, name):
         call = getattr(owner, name)
@@ -159,7 +159,7 @@ def test_what_was_read_outlasts_a_step_that_fails(llm, monkeypatch):
         raise ZeroDivisionError
 
     with monkeypatch.context() as patched:
-        patched.setattr(llm.engine.programs, "_sample", fails)
+        patched.setattr(llm.engine.runner.programs, "_sample", fails)
         with pytest.raises(ZeroDivisionError):
             next(bound)
     assert [piece.finish_reason for piece in short][-1] == "length"

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import math
-import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,8 @@ from benchmarks.serving import offline, online, soak
 from benchmarks.serving.latency import Objective, summarize
 from benchmarks.serving.plot import plot_curve
 from benchmarks.serving.workload import WORKLOADS, Workload, longest
-from jaxinfer.engine import Engine, Options
+from jaxinfer.engine import Engine, Options, WarmUp
+from jaxinfer.machine import keep_compiled
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 
@@ -88,12 +88,24 @@ def measure_offline(options: argparse.Namespace) -> Iterator[list[Record]]:
     mesh = make_mesh(devices=jax.devices()[:1])
     model = Model(read_config(MODELS / options.model), mesh, context=longest([*workloads.values()]))
     params = jax.block_until_ready(model.random_params())
-    start = time.perf_counter()
     engine = Engine(model, params, engine_options(options))
-    engine.warm_up()
-    yield [Record(options.model, OURS, "warm-up", time.perf_counter() - start, "s")]
+    yield warm_up_records(options.model, engine.warm_up())
     for name, workload in workloads.items():
         yield run_workload(engine, f"{options.model} {name}", workload, options.static)
+
+
+def warm_up_records(case: str, done: WarmUp) -> list[Record]:
+    """Of a first start, which compiles all, or a second one, which finds all in the cache; of others nothing."""
+    print(done, flush=True)
+    if done.found not in (0, done.programs):
+        return []
+    start = "first start" if done.found == 0 else "second start"
+    return [
+        Record(case, OURS, f"warm-up, {start}", done.seconds, "s"),
+        Record(case, OURS, f"kernels and programs lowered, {start}", done.lowering, "s"),
+        Record(case, OURS, "programs", done.programs, "programs"),
+        Record(case, OURS, "kernels", done.kernels, "kernels"),
+    ]
 
 
 def engine_options(options: argparse.Namespace) -> Options:
@@ -140,4 +152,5 @@ WAYS = {"offline": measure_offline, "online": measure_online, "soak": measure_so
 
 
 if __name__ == "__main__":
+    keep_compiled()
     main()

@@ -28,7 +28,7 @@ def attend_pages(
     """Attention of a step's tokens over their sequences, causal or along the paths of a tree, on every device's own
     heads.
 
-    Flash decoding serves the rectangle, flash attention the ragged prefill. Both read from the pages, also the
+    Flash decoding serves what decodes, flash attention the ragged prefill. Both read from the pages, also the
     tokens of this very step.
 
     Returns:
@@ -52,22 +52,22 @@ def _local(q_TKgH, k_TKH, v_TKH, pages, view, sinks_Kg, **scores):
         "k_scales_PKS": pages.k_scales_PKS, "v_scales_PKS": pages.v_scales_PKS, "sinks_N": sinks_N,
         "implementation": view.implementation, **scores,
     }  # fmt: skip
-    parts = []
+    shape, out_TNH = q_TNH.shape, None
+    if len(view.prefill_lengths_R):
+        out_TNH = flash_attention(
+            q_TNH, k_PSKH, v_PSKH, view.prefill_tables_RJ, view.prefill_starts_R1, view.prefill_lengths_R, **options
+        )
     if rectangle:
-        q_BQNH = q_TNH[:rectangle].reshape(-1, view.queries, *q_TNH.shape[1:])
-        out_BQNH = flash_decoding(
+        q_BQNH = q_TNH[:rectangle].reshape(-1, view.queries, *shape[1:])
+        decoded_BQNH = flash_decoding(
             q_BQNH, k_PSKH, v_PSKH, view.decode_tables_BJ, view.decode_lengths_B,
             tree_mask_BQW=view.tree_mask_BQW, schedule=view.schedule, **options,
         )  # fmt: skip
-        parts.append(out_BQNH.reshape(rectangle, *q_TNH.shape[1:]))
-    if q_TNH.shape[0] > rectangle:
-        parts.append(
-            flash_attention(
-                q_TNH[rectangle:], k_PSKH, v_PSKH, view.prefill_tables_RJ, view.prefill_starts_R1,
-                view.prefill_lengths_R, **options,
-            )
-        )  # fmt: skip
-    return jnp.concatenate(parts).reshape(q_TKgH.shape), pages
+        decoded_TNH = decoded_BQNH.reshape(rectangle, *shape[1:])
+        # Of every row one of the two has seen nothing, and is zero.
+        out_TNH = decoded_TNH if out_TNH is None else out_TNH.at[:rectangle].add(decoded_TNH)
+    assert out_TNH is not None
+    return out_TNH.reshape(q_TKgH.shape), pages
 
 
 def scheduled(

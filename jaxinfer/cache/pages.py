@@ -40,14 +40,16 @@ class Pages:
 class View:
     """How the tokens of a step see one group of layers: where each is written, and what each sequence reads.
 
-    The tokens are a decode rectangle of B slots x `queries`, then a ragged prefill of R sequences.
+    The first B x `queries` rows are the decode rectangle, one slot after the other. Where there is a ragged prefill,
+    of R sequences, it goes over all rows: a row of the rectangle whose slot is idle may be a row of the prefill, and
+    rows that decode are the prefill's as those of a sequence of length 0.
 
     Attributes:
         write_T: where a token's key and value go, page x page size + slot; padding goes to the null page.
         decode_tables_BJ: page table of every slot of the rectangle.
         decode_lengths_B: keys that a slot sees, the step's own included; 0 for an idle slot.
         prefill_tables_RJ: page table of every prefilled sequence.
-        prefill_starts_R1: first row of each sequence among the prefill's tokens, and the end of the last.
+        prefill_starts_R1: first row of each sequence, from row 0 on, and the end of the last.
         prefill_lengths_R: keys that a sequence's last token sees, those of earlier chunks included.
         queries: tokens per slot of the rectangle.
         tree_mask_BQW: which of its slot's tokens each token of the rectangle sees, where they form a tree, as

@@ -1,4 +1,4 @@
-"""The tokens of one step: a decode rectangle of slots, then a ragged prefill, and how they see the cache."""
+"""The tokens of one step: slots that decode, then a ragged prefill, and how they see the cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Batch:
     """What the model is given: `jaxinfer.model.attention.Attends` over pages.
 
     Attributes:
-        tokens_T, positions_T: flat, the rectangle first.
+        tokens_T, positions_T: flat, what decodes first.
         views: how the tokens see each cache group.
     """
 
@@ -49,18 +49,23 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Prefill:
-    """The ragged part of a step: the next chunk of some prompts, by the host's choice.
+class StepInput:
+    """What the host says of one step: which slots decode, and the next chunk of some prompts.
+
+    The rows of the step are the slots that decode, one row each, then the chunks, then padding.
 
     Attributes:
-        tokens_T: tokens, chunk after chunk, padded at the end.
-        starts_R1: first row of each chunk and the end of the last; empty chunks pad.
+        tokens_T: tokens of the chunks in their rows; those of slots that decode are on the device.
+        slots_B: the slots that decode, in the order of their rows; one past the last slot pads.
+        starts_R1: first row of each chunk and the end of the last; empty chunks pad. So many slots decode as there
+            are rows before the first.
         slots_R: the slot of each chunk; one past the last slot pads.
         lengths_R: tokens of the prompt that are in the cache after the step.
         last_R: 1 where the chunk ends its prompt, so that the first token of the output is drawn.
     """
 
     tokens_T: Array
+    slots_B: Array
     starts_R1: Array
     slots_R: Array
     lengths_R: Array
@@ -68,95 +73,111 @@ class Prefill:
 
     def packed(self) -> np.ndarray:
         """One integer array, so that a step uploads once."""
-        parts = (self.tokens_T, self.starts_R1, self.slots_R, self.lengths_R, self.last_R)
+        parts = (self.tokens_T, self.slots_B, self.starts_R1, self.slots_R, self.lengths_R, self.last_R)
         return np.concatenate([np.asarray(part, np.int32) for part in parts])
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What is static of it."""
+        return {"tokens": len(self.tokens_T), "decode": len(self.slots_B)}
+
     @staticmethod
-    def unpacked(packed: jax.Array, tokens: int) -> Prefill:
-        """The inverse of `packed`, for a prefill of `tokens` rows."""
-        chunks = (packed.shape[0] - tokens - 1) // 4
-        tokens_T, starts_R1, slots_R, lengths_R, last_R = jnp.split(
-            packed, np.cumsum([tokens, chunks + 1, chunks, chunks])
-        )
-        return Prefill(tokens_T, starts_R1, slots_R, lengths_R, last_R)
+    def unpacked(packed: jax.Array, tokens: int, decode: int) -> StepInput:
+        """The inverse of `packed`, for a step of `tokens` rows of which up to `decode` decode."""
+        chunks = (packed.shape[0] - tokens - decode - 1) // 4
+        sizes = np.cumsum([tokens, decode, chunks + 1, chunks, chunks])
+        return StepInput(*jnp.split(packed, sizes))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a step that need logits: every slot of the rectangle, and the last token of every chunk.
+    """What the sampler is told of the first W slots.
 
     Attributes:
-        tokens_W: index into the step's flat tokens.
-        slots_W: the slot that the row's token goes to; one past the last slot pads.
-        emits_W: whether the row's token counts.
+        tokens_W: the slot's last row among the step's flat tokens; any row for a slot that has none.
+        emits_W: whether the slot draws a token that counts.
         lengths_W: tokens in the slot's cache after the step.
     """
 
     tokens_W: jax.Array
-    slots_W: jax.Array
     emits_W: jax.Array
     lengths_W: jax.Array
 
-    def padded(self, count: int, no_slot: int) -> Rows:
-        """With rows at the end that are of no slot."""
-        fills = Rows(tokens_W=0, slots_W=no_slot, emits_W=False, lengths_W=0)  # pyright: ignore[reportArgumentType]
-        return jax.tree.map(lambda array_W, fill: jnp.pad(array_W, (0, count), constant_values=fill), self, fills)
 
-
-def make_batch(state: SlotState, decode: int, prefill: Prefill, page_size: int) -> tuple[Batch, Rows]:
-    """Lays out one step: one new token for each of the first `decode` slots, then the prefill."""
-    active_B, position_B = state.active_B[:decode], state.length_B[:decode]
+def make_batch(state: SlotState, step: StepInput, page_size: int) -> tuple[Batch, Rows]:
+    """Lays out one step: one new token for each slot that decodes, then the chunks; the rows of all slots."""
+    slots, chunk_T, position_T, valid_T = len(state.token_B), *_place(step)
+    own_B, own_R = (jnp.minimum(jnp.asarray(own), slots - 1) for own in (step.slots_B, step.slots_R))
+    active_B = (step.slots_B < slots) & state.active_B[own_B]
+    position_B = state.length_B[own_B]
     lengths_B = jnp.where(active_B, position_B + 1, 0)
-    chunk_T, position_T, valid_T = _place(prefill)
-    slots_R = jnp.minimum(prefill.slots_R, state.token_B.shape[0] - 1)
+    # Rows of slots that decode count as one more sequence, which sees nothing: their attention is of its own.
+    decoding = jnp.zeros(1, jnp.int32)
+    rows = len(step.slots_B)
+    over = lambda chunk_T, decode_B: chunk_T.at[:rows].set(jnp.where(active_B, decode_B, chunk_T[:rows]))  # noqa: E731
 
     def view(table_BJ: jax.Array) -> View:
-        slots_B = jnp.arange(decode, dtype=jnp.int32)
-        decode_B = _slot_index(table_BJ, slots_B, position_B, active_B, page_size)
-        prefill_T = _slot_index(table_BJ, slots_R[chunk_T], position_T, valid_T, page_size)
+        decode_B = _slot_index(table_BJ, own_B, position_B, active_B, page_size)
+        chunks_T = _slot_index(table_BJ, own_R[chunk_T], position_T, valid_T, page_size)
         return View(
-            write_T=jnp.concatenate([decode_B, prefill_T]),
-            decode_tables_BJ=table_BJ[:decode],
+            write_T=over(chunks_T, decode_B),
+            decode_tables_BJ=table_BJ[own_B],
             decode_lengths_B=lengths_B,
-            prefill_tables_RJ=table_BJ[slots_R],
-            prefill_starts_R1=jnp.asarray(prefill.starts_R1),
-            prefill_lengths_R=jnp.asarray(prefill.lengths_R),
+            prefill_tables_RJ=table_BJ[jnp.concatenate([decoding, own_R])],
+            prefill_starts_R1=jnp.concatenate([decoding, step.starts_R1]),
+            prefill_lengths_R=jnp.concatenate([decoding, step.lengths_R]),
         )
 
     batch = Batch(
-        tokens_T=jnp.concatenate([jnp.where(active_B, state.token_B[:decode], 0), prefill.tokens_T]),
-        positions_T=jnp.concatenate([jnp.where(active_B, position_B, 0), jnp.where(valid_T, position_T, 0)]),
+        tokens_T=over(jnp.asarray(step.tokens_T), state.token_B[own_B]),
+        positions_T=over(jnp.where(valid_T, position_T, 0), position_B),
         views=tuple(view(table_BJ) for table_BJ in state.tables),
     )
-    rows = Rows(
-        tokens_W=jnp.concatenate([
-            jnp.arange(decode, dtype=jnp.int32), decode + jnp.maximum(prefill.starts_R1[1:] - 1, 0)
-        ]),
-        slots_W=jnp.concatenate([jnp.arange(decode, dtype=jnp.int32), prefill.slots_R]),
-        emits_W=jnp.concatenate([active_B, prefill.last_R == 1]),
-        lengths_W=jnp.concatenate([lengths_B, prefill.lengths_R]),
-    )  # fmt: skip
-    return batch, rows
+    row_B, last_R = jnp.arange(rows, dtype=jnp.int32), jnp.maximum(step.starts_R1[1:] - 1, 0)
+    zeros_B = jnp.zeros(slots, jnp.int32)
+
+    def by_slot(decode_B: jax.Array, chunk_R: Array) -> jax.Array:
+        return zeros_B.at[step.slots_B].set(decode_B, mode="drop").at[step.slots_R].set(chunk_R, mode="drop")
+
+    return batch, Rows(
+        tokens_W=by_slot(row_B, last_R),
+        emits_W=by_slot(active_B.astype(jnp.int32), jnp.asarray(step.last_R)) == 1,
+        lengths_W=by_slot(lengths_B, jnp.asarray(step.lengths_R)),
+    )
 
 
-def no_prefill() -> Prefill:
-    """A step that only decodes."""
-    none = jnp.zeros(0, jnp.int32)
-    return Prefill(none, jnp.zeros(1, jnp.int32), none, none, none)
+def make_rectangle(state: SlotState, decode: int, page_size: int) -> tuple[Batch, Rows]:
+    """Lays out a step in which each of the first `decode` slots decodes, without chunks."""
+    active_B, position_B = state.active_B[:decode], state.length_B[:decode]
+    lengths_B, slots_B = jnp.where(active_B, position_B + 1, 0), jnp.arange(decode, dtype=jnp.int32)
+
+    def view(table_BJ: jax.Array) -> View:
+        return View(
+            write_T=_slot_index(table_BJ, slots_B, position_B, active_B, page_size),
+            decode_tables_BJ=table_BJ[:decode],
+            decode_lengths_B=lengths_B,
+            prefill_tables_RJ=table_BJ[:0],
+            prefill_starts_R1=jnp.zeros(1, jnp.int32),
+            prefill_lengths_R=jnp.zeros(0, jnp.int32),
+        )
+
+    batch = Batch(
+        tokens_T=jnp.where(active_B, state.token_B[:decode], 0),
+        positions_T=jnp.where(active_B, position_B, 0),
+        views=tuple(view(table_BJ) for table_BJ in state.tables),
+    )
+    return batch, Rows(slots_B, active_B, lengths_B)
 
 
-def _place(prefill: Prefill) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """For every row of the prefill: its chunk, its position in the sequence, and whether it is no padding."""
-    chunks = prefill.slots_R.shape[0]
-    row_T = jnp.arange(prefill.tokens_T.shape[0], dtype=jnp.int32)
-    chunk_T = jnp.searchsorted(prefill.starts_R1[1:], row_T, side="right").astype(jnp.int32)
-    chunk_T = jnp.minimum(chunk_T, max(chunks - 1, 0))
-    if chunks == 0:
-        return chunk_T, row_T, row_T < 0
-    lengths_R, starts_R1 = jnp.asarray(prefill.lengths_R), jnp.asarray(prefill.starts_R1)
+def _place(step: StepInput) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """For every row of the step: its chunk, its position in the sequence, and whether it is of a chunk at all."""
+    starts_R1, lengths_R = jnp.asarray(step.starts_R1), jnp.asarray(step.lengths_R)
+    row_T = jnp.arange(len(step.tokens_T), dtype=jnp.int32)
+    chunk_T = jnp.searchsorted(starts_R1[1:], row_T, side="right").astype(jnp.int32)
+    chunk_T = jnp.minimum(chunk_T, len(lengths_R) - 1)
     position_T = lengths_R[chunk_T] - starts_R1[chunk_T + 1] + row_T
-    return chunk_T, position_T, row_T < prefill.starts_R1[-1]
+    return chunk_T, position_T, (row_T >= starts_R1[0]) & (row_T < starts_R1[-1])
 
 
 def _slot_index(table_BJ, slots_T, position_T, valid_T, page_size: int) -> jax.Array:

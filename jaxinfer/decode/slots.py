@@ -108,26 +108,24 @@ def release(state: SlotState, slot: jax.Array) -> SlotState:
     return replace(state, active_B=state.active_B.at[slot].set(False))
 
 
-def advance(
-    state: SlotState, sampled: Sampled, slots_W: jax.Array, emits_W: jax.Array, lengths_W: jax.Array
-) -> SlotState:
-    """The state after a step: every emitting row gives its token to its slot.
+def advance(state: SlotState, sampled: Sampled, emits_W: jax.Array, lengths_W: jax.Array) -> SlotState:
+    """The state after a step: every slot that emits takes its token.
 
     Args:
-        sampled: one choice per row.
-        slots_W: the slot of each row.
-        emits_W: rows whose token counts; the others leave their slot as it was.
+        sampled: one choice for each of the first W slots.
+        emits_W: slots whose token counts; the others stay as they were.
         lengths_W: tokens in the cache after the step.
     """
-    slots = state.token_B.shape[0]
-    target_W = jnp.where(emits_W, slots_W, slots)  # one past the last: dropped
-    rows_W = jnp.minimum(slots_W, slots - 1)
-    index_W = state.index_B[rows_W] + 1
-    stops_W = (state.sampling.stop_ids_BZ[rows_W] == sampled.tokens_W[:, None]).any(axis=1)
-    ended_W = stops_W | (index_W >= state.max_tokens_B[rows_W])
-    put = lambda array_B, new_W: array_B.at[target_W].set(new_W, mode="drop")  # noqa: E731
+    count = len(emits_W)
+    index_W = state.index_B[:count] + 1
+    stops_W = (state.sampling.stop_ids_BZ[:count] == sampled.tokens_W[:, None]).any(axis=1)
+    ended_W = stops_W | (index_W >= state.max_tokens_B[:count])
+
+    def put(array_B: jax.Array, new_W: jax.Array) -> jax.Array:
+        return array_B.at[:count].set(jnp.where(emits_W, new_W, array_B[:count]))
+
     token_B = put(state.token_B, sampled.tokens_W)
-    emitted_B = put(jnp.zeros(slots, jnp.bool_), emits_W)
+    emitted_B = jnp.pad(emits_W, (0, len(token_B) - count))
     return replace(
         state,
         token_B=token_B,

@@ -1,4 +1,4 @@
-"""How many prompt tokens the next program may prefill: as many as the options say, and beside sequences that decode
+"""How many prompt tokens the next program may prefill: as many as the options leave beside sequences that decode, and
 no more than the cost model allows.
 
 A sequence that decodes gets one token of each program that prefills, and `steps_per_dispatch` at once of each program
@@ -10,8 +10,7 @@ takes longer than the bound, its time is the bound.
 
 The bound has its price, since large programs make more of the machine: by prediction 256 requests of 100 to 1,024
 tokens in and out take an H200 19.4 s with the bound of 2, 15.2 s with 3 and 13.6 s without (Llama-3-8B, 256 slots).
-Where nobody waits for single tokens, `math.inf` is the choice. And since a program that prefills computes every slot,
-an engine of many slots of which few decode has little room, or none, beside the padding.
+Where nobody waits for single tokens, `math.inf` is the choice.
 
 Predicted is what the programs do, with their padding: the buckets of tokens and slots that are compiled. The sampler
 and the host are not. Of a sequence that decodes the tokens count that were read: those on their way would only
@@ -61,20 +60,21 @@ class Budget:
 
     def open(self, decoding: list[Sequence]) -> Allowance:
         """For the next program, in which these decode."""
+        beside = len(decoding)
         if not decoding or self._times is None:
-            return Allowance(self.most)
-        alone = rectangle([sequence.slot for sequence in decoding if sequence.slot is not None])
+            return Allowance(self.most, beside)
+        alone = rectangle([sequence.slot for sequence in decoding if sequence.slot is not None], self._slots)
         if self._whole_row is None:
-            attention = beside = self._times.decoding([len(sequence.tokens) for sequence in decoding])
+            attention = read = self._times.decoding([len(sequence.tokens) for sequence in decoding])
         else:
-            attention, beside = (self._times.decoding([self._whole_row] * slots) for slots in (alone, self._slots))
-        room = self._slowdown * (self._times.rest(alone, alone) + attention) - beside
-        return Allowance(self.most, PrefillTimes(self._times, self._slots), room)
+            attention, read = (self._times.decoding([self._whole_row] * slots) for slots in (alone, self._slots))
+        room = self._slowdown * (self._times.rest(alone, alone) + attention) - read
+        return Allowance(self.most, beside, StepSeconds(self._times, self._slots), room)
 
 
 def predicted_budget(model: Model, layout: Layout, options: Options) -> Budget:
     """What programs may prefill, by what the cost model says of this model on this machine."""
-    if layout.slots == 1 or options.max_slowdown == math.inf:  # no prompt ever comes beside a sequence that decodes
+    if layout.slots == 1 or options.max_slowdown == math.inf:  # no prompt comes beside a sequence that decodes
         return Budget(layout, options, times=None)
     precision = Precision.all_in(model.config.dtype, layout.cache_dtype)
     decode, prefill = gathers(layout.attention)
@@ -85,30 +85,29 @@ def predicted_budget(model: Model, layout: Layout, options: Options) -> Budget:
     return Budget(layout, options, times, whole_rows=decode)
 
 
-class PrefillTimes:
-    """The times of programs that prefill beside `slots` slots, without the attention of these."""
+class StepSeconds:
+    """The times of steps in an engine of `slots` slots, without the attention of those that decode."""
 
     def __init__(self, times: Times, slots: int):
         self.times, self._slots = times, slots
 
-    def seconds(self, size: int, chunks: Attended, scored: bool) -> float:
-        """Of a bucket of `size` tokens with the attention of these chunks, and where asked for the tokens' scores."""
-        rows = 2 * self._slots  # each slot may decode, and each may end a prompt
-        scores = size // SCORED * self.times.head(SCORED) if scored else 0.0
-        return self.times.rest(self._slots + size, rows) + self.times.prefilling(chunks) + scores
+    def __call__(self, rows: int, chunks: Attended, scored: bool) -> float:
+        """Of a step of `rows` rows with the attention of these chunks, and where asked for the rows' scores."""
+        scores = rows // SCORED * self.times.head(SCORED) if scored else 0.0
+        return self.times.rest(rows, self._slots) + self.times.prefilling(chunks) + scores
 
 
 class Allowance:
     """What one program may still prefill.
 
     Attributes:
-        taken: tokens that it prefills already.
+        taken: rows that it has already: of sequences that decode, and of chunks.
     """
 
-    def __init__(self, most: int, times: PrefillTimes | None = None, room: float = math.inf):
-        self.taken = 0
-        self._most, self._times, self._room = most, times, room
-        self._chunks, self._scored = Attended(), False
+    def __init__(self, most: int, beside: int = 0, seconds: StepSeconds | None = None, room: float = math.inf):
+        self.taken = beside
+        self._most, self._seconds, self._room = most, seconds, room
+        self._chunks, self._scored, self._empty = Attended(), False, True
 
     def tokens(self, start: int, wanted: int, scored: bool) -> int:
         """How many of the next `wanted` tokens after `start` may come with what is taken; for the first chunk at
@@ -118,20 +117,22 @@ class Allowance:
             scored: whether their log-probabilities are wanted.
         """
         wanted = min(wanted, self._most - self.taken)
-        if self._times is None or wanted <= 0:
+        if self._seconds is None or wanted <= 0:
             return wanted
-        for size in reversed(powers(SMALLEST_BUCKET, bucket(self.taken + wanted))):
+        sizes = powers(SMALLEST_BUCKET, bucket(self.taken + wanted))
+        for size in reversed(sizes):
             count = min(wanted, size - self.taken)
             if count <= 0:
                 break
-            attended = self._chunks.plus(self._times.times.chunk(count, start))
-            if self._times.seconds(size, attended, scored or self._scored) <= self._room:
+            attended = self._chunks.plus(self._seconds.times.chunk(count, start))
+            if self._seconds(size, attended, scored or self._scored) <= self._room:
                 return count
-        return 0 if self.taken else min(wanted, SMALLEST_BUCKET)
+        return min(wanted, bucket(self.taken + 1) - self.taken) if self._empty else 0
 
     def take(self, start: int, tokens: int, scored: bool) -> None:
         """Counts a chunk."""
         self.taken += tokens
-        if self._times is not None:
-            self._chunks = self._chunks.plus(self._times.times.chunk(tokens, start))
+        self._empty = False
+        if self._seconds is not None:
+            self._chunks = self._chunks.plus(self._seconds.times.chunk(tokens, start))
             self._scored = self._scored or scored

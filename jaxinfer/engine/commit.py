@@ -16,18 +16,18 @@ from jaxinfer.engine.sequence import Chunk, Sequence
 
 @dataclass(frozen=True)
 class Row:
-    """The tokens that one row of a program brought to a sequence, up to the one that ends it."""
+    """The tokens that a program brought to one sequence, up to the one that ends it."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
     reason: FinishReason | None
 
 
-def read_row(output: StepOutput, row: int, sequence: Sequence) -> Row:
-    """Appends what a row brought to the sequence's tokens."""
+def read_row(output: StepOutput, slot: int, sequence: Sequence) -> Row:
+    """Appends what a slot drew to the sequence's tokens."""
     request, tokens, logprobs, reason = sequence.request, [], [], None
     stop_ids = request.stop_ids
-    emitted = zip(output.emits_nW[:, row].tolist(), output.sampled.tokens_W[:, row].tolist(), strict=True)
+    emitted = zip(output.emits_nW[:, slot].tolist(), output.sampled.tokens_W[:, slot].tolist(), strict=True)
     for step, (emits, token) in enumerate(emitted):
         if not emits:
             continue
@@ -35,7 +35,7 @@ def read_row(output: StepOutput, row: int, sequence: Sequence) -> Row:
         if sequence.constraint is not None:
             sequence.constraint.accept(token)
         if request.params.logprobs is not None:
-            logprobs.append(_chosen(output.sampled, (step, row), request.params.logprobs))
+            logprobs.append(_chosen(output.sampled, (step, slot), request.params.logprobs))
         if token in stop_ids:
             reason = "stop"
         elif sequence.outputs + len(tokens) == request.params.max_tokens:
@@ -49,7 +49,7 @@ def read_row(output: StepOutput, row: int, sequence: Sequence) -> Row:
 
 
 def join_tiles(tiles: tuple[PromptLogprobs, ...]) -> PromptLogprobs:
-    """The log-probabilities of all rows of a prefill."""
+    """The log-probabilities of all rows of a step."""
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *tiles)
 
 

@@ -69,12 +69,14 @@ class Warmed:
 
     Attributes:
         name: what it does, and its size.
-        seconds: that it took to trace, compile or load, and run once.
+        lowering: seconds to trace and lower it, kernels above all; 0 where that is part of `seconds`.
+        seconds: to compile it or find it in the persistent compilation cache; others are compiled meanwhile.
         programs: XLA programs that it consists of, without those that were ready.
-        found: of these, those that the persistent compilation cache had; the others were compiled.
+        found: of these, those that the cache had; the others were compiled.
     """
 
     name: str
+    lowering: float
     seconds: float
     programs: int
     found: int
@@ -82,13 +84,22 @@ class Warmed:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """What `Engine.warm_up` did."""
+    """What `Engine.warm_up` did.
+
+    Attributes:
+        warmed: all programs.
+        seconds: from its beginning to its end.
+        kernels: Pallas kernels in them, each counted once in a program.
+    """
 
     warmed: tuple[Warmed, ...]
+    seconds: float
+    kernels: int
 
     @property
-    def seconds(self) -> float:
-        return sum(one.seconds for one in self.warmed)
+    def lowering(self) -> float:
+        """Seconds in which programs and their kernels were traced and lowered."""
+        return sum(one.lowering for one in self.warmed)
 
     @property
     def programs(self) -> int:
@@ -99,4 +110,7 @@ class WarmUp:
         return sum(one.found for one in self.warmed)
 
     def __str__(self) -> str:
-        return f"{self.programs} programs in {self.seconds:.1f} s, {self.found} of them from the cache"
+        return (
+            f"{self.programs} programs in {self.seconds:.1f} s, {self.found} of them from the cache; "
+            f"{self.kernels} kernels, lowered with them in {self.lowering:.1f} s"
+        )

@@ -25,7 +25,8 @@ class Options:
 
     Attributes:
         max_num_seqs, page_size, max_num_batched_tokens: sequences that run at once, tokens per page of the cache, and
-            prompt tokens of one step; powers of two in the ranges of POWERS.
+            tokens of one step that has prompts in it, those of sequences that decode included, so more than there
+            are sequences; powers of two in the ranges of POWERS.
         num_pages: pages of each cache group, the null page included; None gives every slot its longest sequence, as
             far as memory goes.
         max_slowdown: how many times as long as a decode step alone a program may take, by prediction, that prefills
@@ -54,6 +55,11 @@ class Options:
             value = getattr(self, name)
             if not _is_integer(value) or not least <= value <= most or value & (value - 1):
                 raise ValueError(f"{name} = {value!r} must be an integer power of two in {least}..{most}")
+        if self.max_num_batched_tokens <= self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens = {self.max_num_batched_tokens} must be more than max_num_seqs = "
+                f"{self.max_num_seqs}: each sequence that decodes takes one of them"
+            )
         if not _is_integer(self.steps_per_dispatch) or not 1 <= self.steps_per_dispatch <= MOST_STEPS:
             raise ValueError(f"steps_per_dispatch = {self.steps_per_dispatch!r} must be an integer in 1..{MOST_STEPS}")
         if not _is_number(self.max_slowdown) or not self.max_slowdown >= 1:

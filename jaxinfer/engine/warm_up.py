@@ -1,35 +1,154 @@
-"""Programs made ready one after the other, each counted and timed."""
+"""All programs that requests can meet, made ready ahead.
+
+The large ones are traced and lowered one after the other, which is Python, and compiled in as many threads as there
+are processors, or read from the persistent compilation cache. No program runs before all are compiled: the compiler
+times kernels on the device.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 
+from jax.stages import Lowered
+from jaxlib.mlir import ir
+
+from jaxinfer.decode import sampling
+from jaxinfer.decode.batch import StepInput
+from jaxinfer.decode.masks import no_masks
+from jaxinfer.decode.step import SCORED
+from jaxinfer.engine.buckets import FEW, powers, rectangles
 from jaxinfer.engine.metrics import Warmed, WarmUp
+from jaxinfer.engine.options import SMALLEST_BUCKET
+from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.step_input import lay_out, next_tokens
 from jaxinfer.machine import count_compiled
 
 Progress = Callable[[Warmed, int], None]  # what was made ready just now, and how many there are in all
+WARM = (sampling.GREEDY, sampling.UNFILTERED, sampling.EVERYTHING)  # kinds of sampling, the cheapest first
+KERNEL = "mosaic_gpu_v2"  # the custom call that holds one
 
 logger = logging.getLogger(__name__)
 
 
-def make_ready(programs: Sequence[tuple[str, Callable[[], None]]], progress: Progress | None) -> WarmUp:
-    """Runs all programs once; logs a line.
+@dataclass(frozen=True)
+class Program:
+    """What requests can meet.
+
+    Attributes:
+        name: what it does, and its size.
+        run: to be called once.
+        lower: where its compilation takes long: what gives the part that does.
+    """
+
+    name: str
+    run: Callable[[], object]
+    lower: Callable[[], Lowered] | None = None
+
+
+def warm_programs(runner: Runner, largest_step: int, masked: bool) -> Iterator[Program]:
+    """All there are.
 
     Args:
-        programs: a name, and a call that returns when the device is done.
-        progress: is told each program.
+        largest_step: rows.
+        masked: whether the host may have a say in what is drawn.
     """
-    warmed = []
-    for name, run in programs:
-        start = time.perf_counter()
-        with count_compiled() as counted:
-            run()
-        warmed.append(Warmed(name, time.perf_counter() - start, counted.programs, counted.found))
-        logger.debug("%s", warmed[-1])
+    slots = runner.layout.slots
+    yield Program("slots and page tables", runner.update_all)
+    for decoding, beside in ((None, ""), ([], " beside others")):
+        for tokens in powers(SMALLEST_BUCKET, largest_step):
+            given = lay_out([], tokens, slots, decoding)
+            yield _step(runner, f"{tokens} rows of prompts{beside}", given)
+    for decode in rectangles(slots):
+        for needs in WARM:
+            name = f"decoding {decode} slots, {needs.level}"
+            yield Program(name, partial(runner.loop, decode, needs), partial(runner.lower_loop, decode, needs))
+    given, targets_T = lay_out([], SCORED, slots), next_tokens([], SCORED)
+    for needs in WARM[1:]:
+        yield Program(f"{needs.level} sampling of prompts", partial(runner.step, given, needs, targets_T))
+    if masked:
+        masks = partial(no_masks, slots, runner.programs.model.config.vocab_size)
+        yield _step(runner, f"{FEW} rows without prompts", lay_out([], FEW, slots, []))
+        given = lay_out([], SMALLEST_BUCKET, slots, [])
+        yield Program("masks", partial(runner.step, given, WARM[0], masks=masks))
+
+
+def _step(runner: Runner, name: str, given: StepInput) -> Program:
+    return Program(name, partial(runner.step, given, WARM[0]), partial(runner.lower_step, given))
+
+
+def make_ready(programs: Iterable[Program], progress: Progress | None, wait: Callable[[], None]) -> WarmUp:
+    """Compiles all programs and runs each once; logs a line.
+
+    Args:
+        progress: is told each program.
+        wait: returns when the device is done.
+    """
+    start, programs = time.perf_counter(), list(programs)
+    warmed, kernels, pending = [], 0, deque[Future[Warmed]]()
+
+    def tell(done: Warmed) -> None:
+        warmed.append(done)
+        logger.debug("%s", done)
         if progress is not None:
-            progress(warmed[-1], len(programs))
-    done = WarmUp(tuple(warmed))
+            progress(done, len(programs))
+
+    small = [program for program in programs if program.lower is None]
+    large = [program for program in programs if program.lower is not None]
+    for program in small[:1]:  # what the others get is then what programs give
+        tell(_run(program, wait))
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        for program in large:
+            begun = time.perf_counter()
+            assert program.lower is not None
+            lowered = program.lower()
+            kernels += kernels_of(lowered)
+            pending.append(threads.submit(_compile, program.name, lowered, time.perf_counter() - begun))
+            while pending and pending[0].done():
+                tell(pending.popleft().result())
+        for future in pending:
+            tell(future.result())
+    for program in small[1:]:
+        tell(_run(program, wait))
+    for program in large:
+        program.run()
+    wait()
+    done = WarmUp(tuple(warmed), time.perf_counter() - start, kernels)
     logger.info("%s", done)
     return done
+
+
+def _compile(name: str, lowered: Lowered, lowering: float) -> Warmed:
+    start = time.perf_counter()
+    with count_compiled(everywhere=False) as counted:
+        lowered.compile()
+    return Warmed(name, lowering, time.perf_counter() - start, counted.programs, counted.found)
+
+
+def _run(program: Program, wait: Callable[[], None]) -> Warmed:
+    start = time.perf_counter()
+    with count_compiled(everywhere=False) as counted:
+        program.run()
+        wait()
+    return Warmed(program.name, 0.0, time.perf_counter() - start, counted.programs, counted.found)
+
+
+def kernels_of(lowered: Lowered) -> int:
+    """How many different Pallas kernels a program has. Their names in it make those of two programs different."""
+    found = set[str]()
+
+    def look(op: ir.Operation) -> ir.WalkResult:
+        if op.name == "stablehlo.custom_call" and KERNEL in str(op.attributes["call_target_name"]):
+            found.add(str(ir.DictAttr(op.attributes["mhlo.backend_config"])["kernel_hash"]))
+        return ir.WalkResult.ADVANCE
+
+    module = lowered.compiler_ir()
+    assert module is not None
+    module.operation.walk(look)
+    return len(found)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.decode.batch import Prefill, no_prefill
+from jaxinfer.decode.batch import StepInput, make_batch, make_rectangle
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import Layout, Programs
 from jaxinfer.model import Model, Params
@@ -30,8 +30,11 @@ def paged_logits(
 
     @partial(jax.jit, static_argnames="tokens", donate_argnames="cache")
     def step(params, state, cache, packed, tokens):
-        prefill = Prefill.unpacked(packed, tokens) if tokens else no_prefill()
-        cache, _, _, hidden_TD = programs._run(params, state, cache, prefill, decode=0 if tokens else 1)
+        if tokens:
+            batch, rows = make_batch(state, StepInput.unpacked(packed, tokens, 0), page_size)
+        else:
+            batch, rows = make_rectangle(state, 1, page_size)
+        cache, _, hidden_TD = programs._run(params, cache, batch, rows)
         return model.logits(params, hidden_TD), cache
 
     found, prompt = [], len(tokens_T) - decoded
@@ -40,8 +43,8 @@ def paged_logits(
         for start in range(0, prompt, CHUNK):
             own = tokens_T[start : min(start + CHUNK, prompt)]
             padded, end = np.pad(own, (0, CHUNK - len(own))), start + len(own)
-            packed = Prefill(padded, integers(0, len(own)), integers(0), integers(end), integers(0)).packed()
-            logits_TV, cache = step(params, state, cache, packed, CHUNK)
+            chunk = StepInput(padded, integers(), integers(0, len(own)), integers(0), integers(end), integers(0))
+            logits_TV, cache = step(params, state, cache, chunk.packed(), CHUNK)
             found.append(np.asarray(logits_TV, np.float32)[: len(own)])
         for position in range(prompt, len(tokens_T)):
             now = {"token_B": tokens_T[position], "length_B": position, "active_B": True}

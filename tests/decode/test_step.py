@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.decode.batch import Prefill
+from jaxinfer.decode.batch import StepInput
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import Layout, Programs, StepOutput
@@ -44,22 +44,29 @@ class Run:
             self.state = self.programs.admit(self.state, slot, row)
 
     def step(
-        self, pieces: list[tuple[int, int, int]], decode: int = 0, targets_T: np.ndarray | None = None
+        self,
+        pieces: list[tuple[int, int, int]],
+        decoding: list[int] | None = None,
+        targets_T: np.ndarray | None = None,
     ) -> StepOutput:
-        """Prefills (slot, start, end) pieces of the prompts beside a rectangle of `decode` slots."""
-        ends = np.cumsum([0, *(end - start for _, start, end in pieces)])
-        pad = SLOTS - len(pieces)
-        tokens = [token for slot, start, end in pieces for token in PROMPTS[slot][start:end]]
-        fill = lambda values, rest: np.array([*values, *[rest] * pad], np.int32)  # noqa: E731
-        prefill = Prefill(
-            tokens_T=np.pad(np.array(tokens, np.int32), (0, ROWS - len(tokens))),
-            starts_R1=fill(ends, ends[-1]),
+        """Prefills (slot, start, end) pieces of the prompts, beside slots that decode or with a program for none."""
+        first = len(decoding or ())
+        ends = first + np.cumsum([0, *(end - start for _, start, end in pieces)])
+        tokens = [0] * first + [token for slot, start, end in pieces for token in PROMPTS[slot][start:end]]
+
+        def fill(values, rest: int, size: int = SLOTS) -> np.ndarray:
+            return np.array([*values, *[rest] * (size - len(values))], np.int32)
+
+        given = StepInput(
+            tokens_T=fill(tokens, 0, ROWS),
+            slots_B=fill(decoding or [], SLOTS, 0 if decoding is None else SLOTS),
+            starts_R1=fill(ends, ends[-1], SLOTS + 1),
             slots_R=fill([slot for slot, _, _ in pieces], SLOTS),
             lengths_R=fill([end for _, _, end in pieces], 0),
             last_R=fill([end == len(PROMPTS[slot]) for slot, _, end in pieces], 0),
         )
         self.state, self.cache, output = self.programs.step(
-            self.params, self.state, self.cache, prefill, targets_T, decode, NEEDS
+            self.params, self.state, self.cache, given, targets_T, NEEDS
         )
         return jax.device_get(output)
 
@@ -87,13 +94,13 @@ def whole(slot: int) -> tuple[int, int, int]:
     return slot, 0, len(PROMPTS[slot])
 
 
-def assert_same(found: StepOutput, row: int, expected: StepOutput, expected_row: int, step: int = 0):
-    """One row of one step against the first step of another program."""
-    assert found.emits_nW[step, row]
-    assert expected.emits_nW[0, expected_row]
+def assert_same(found: StepOutput, slot: int, expected: StepOutput, expected_slot: int, step: int = 0):
+    """One slot of one step against the first step of another program."""
+    assert found.emits_nW[step, slot]
+    assert expected.emits_nW[0, expected_slot]
     ours, theirs = (
         jax.tree.map(lambda array, at=at: array[at], output.sampled)
-        for output, at in ((found, (step, row)), (expected, (0, expected_row)))
+        for output, at in ((found, (step, slot)), (expected, (0, expected_slot)))
     )
     assert ours.tokens_W == theirs.tokens_W
     np.testing.assert_allclose(ours.logprobs_W, theirs.logprobs_W, **CLOSE)
@@ -109,22 +116,22 @@ def test_prefill_in_chunks_equals_prefill_at_once(start):
     second = run.step([(2, 3, 20), (0, 7, 8), whole(1)])
     third = run.step([(0, 8, 29)])
     assert_same(third, 0, at_once, 0)
-    assert_same(second, 2, at_once, 1)
-    assert_same(second, 0, at_once, 2)
+    assert_same(second, 1, at_once, 1)
+    assert_same(second, 2, at_once, 2)
 
 
 def test_a_mixed_step_equals_separate_ones(start):
     apart, mixed = start(), start()
     for run in (apart, mixed):
         run.step([whole(0), whole(1)])
-    prefilled, decoded = apart.step([whole(2)]), apart.step([], SLOTS)
-    both = mixed.step([whole(2)], SLOTS)
-    assert both.emits_nW[0].tolist() == [True, True, False, False, True, False, False, False]
-    assert_same(both, SLOTS, prefilled, 0)
+    prefilled, decoded = apart.step([whole(2)]), apart.step([], [0, 1, 2])
+    both = mixed.step([whole(2)], [1, 0])  # in whatever order
+    assert both.emits_nW[0].tolist() == [True, True, True, False]
+    assert_same(both, 2, prefilled, 2)
     for slot in (0, 1):
         assert_same(both, slot, decoded, slot)
     # Then the slot that was prefilled beside the others decodes as theirs does.
-    after = mixed.step([], SLOTS)
+    after = mixed.step([], [2, 0, 1])
     assert_same(after, 2, decoded, 2)
 
 
@@ -136,8 +143,8 @@ def test_a_loop_equals_single_steps_and_ends_where_they_do(start):
     for _ in range(2):
         loop = looped.loop()
         for step in range(STEPS):
-            single = stepped.step([], SLOTS)
-            np.testing.assert_array_equal(loop.emits_nW[step], single.emits_nW[0, :SLOTS])
+            single = stepped.step([], [0, 1])
+            np.testing.assert_array_equal(loop.emits_nW[step], single.emits_nW[0])
             for slot in np.flatnonzero(loop.emits_nW[step]):
                 assert_same(loop, slot, single, slot, step)
             emitted += loop.emits_nW[step, :2]
@@ -147,14 +154,14 @@ def test_a_loop_equals_single_steps_and_ends_where_they_do(start):
 
 
 def test_prompts_scored_in_tiles_equal_prompts_scored_at_once(start, monkeypatch):
-    """The pieces end within tiles; beside a rectangle the tiles begin behind it."""
+    """The pieces end within tiles."""
     pieces, targets_T = [whole(1), whole(2), whole(0)], np.full(ROWS, -1, np.int32)
     following = [token for slot, _, _ in pieces for token in [*PROMPTS[slot][1:], -1]]
     targets_T[: len(following)] = following
-    (expected,) = start().step(pieces, 0, targets_T).prompt
+    (expected,) = start().step(pieces, targets_T=targets_T).prompt
     assert np.isfinite(expected.logprob_T[targets_T >= 0]).all()
     monkeypatch.setattr("jaxinfer.decode.step.SCORED", ROWS // 4)
-    tiles = compiler()().step(pieces, SLOTS, targets_T).prompt
+    tiles = compiler()().step(pieces, targets_T=targets_T).prompt
     assert [len(tile.logprob_T) for tile in tiles] == [ROWS // 4] * 4
     scored = jax.tree.map(lambda *parts: np.concatenate(parts), *tiles)
     np.testing.assert_allclose(scored.logprob_T, expected.logprob_T, **CLOSE)
@@ -166,7 +173,7 @@ def test_a_released_slot_stops_and_leaves_its_neighbour_alone(start):
     for each in (run, other):
         each.step([whole(0), whole(1)])
     run.state = run.programs.release(run.state, 0)
-    released, kept = run.step([], SLOTS), other.step([], SLOTS)
+    released, kept = run.step([], [0, 1]), other.step([], [0, 1])
     assert released.emits_nW[0, :2].tolist() == [False, True]
     assert_same(released, 1, kept, 1)
     np.testing.assert_array_equal(run.state.length_B[:1], [len(PROMPTS[0])])

@@ -131,37 +131,38 @@ class FakePrograms:
         state[slot].active = False
         return state
 
-    def step(self, params, state, cache, prefill, targets_T, decode, needs, masks=None):
+    def step(self, params, state, cache, given, targets_T, needs, masks=None):
         words_BU = no_masks(len(state), VOCABULARY) if masks is None else masks()
-        tokens_W, emits_W = self._decode(state, cache, decode, words_BU)
-        for chunk, number in enumerate(prefill.slots_R):
-            begin, end = prefill.starts_R1[chunk : chunk + 2]
-            token, last = 0, bool(prefill.last_R[chunk])
-            if number < self.layout.slots:
-                slot, start = state[number], prefill.lengths_R[chunk] - (end - begin)
-                for position, given in enumerate(prefill.tokens_T[begin:end].tolist(), int(start)):
-                    text = self._run(slot, cache, position, given)
-                slot.length = int(prefill.lengths_R[chunk])
-                if last:
-                    token = self._draw(slot, text, words_BU[number])
-            tokens_W.append(token)
-            emits_W.append(last)
+        decoding = given.slots_B[given.slots_B < len(state)].tolist()
+        assert given.starts_R1[0] == len(decoding)
+        tokens_W, emits_W = self._decode(state, cache, decoding, words_BU)
+        for chunk, number in enumerate(given.slots_R):
+            begin, end = given.starts_R1[chunk : chunk + 2]
+            if number < len(state):
+                slot, start = state[number], given.lengths_R[chunk] - (end - begin)
+                for position, token in enumerate(given.tokens_T[begin:end].tolist(), int(start)):
+                    text = self._run(slot, cache, position, token)
+                slot.length = int(given.lengths_R[chunk])
+                if given.last_R[chunk]:
+                    tokens_W[number], emits_W[number] = self._draw(slot, text, words_BU[number]), True
         return state, cache, _output([tokens_W], [emits_W])
 
     def loop(self, params, state, cache, *, decode, steps, needs):
         assert not any(slot.active and slot.request[0].structured_outputs for slot in state[:decode])
-        ran = [self._decode(state, cache, decode, no_masks(decode, VOCABULARY)) for _ in range(steps)]
+        words_BU = no_masks(len(state), VOCABULARY)
+        ran = [self._decode(state, cache, range(decode), words_BU) for _ in range(steps)]
         return state, cache, _output([tokens for tokens, _ in ran], [emits for _, emits in ran])
 
-    def _decode(self, state, cache, decode, words_BU):
-        emits_B = [slot.active for slot in state[:decode]]
-        texts = [self._run(slot, cache, slot.length, slot.token) if slot.active else None for slot in state[:decode]]
-        for slot in state[:decode]:
-            slot.length += slot.active
-        return [
-            0 if text is None else self._draw(slot, text, words_U)
-            for slot, text, words_U in zip(state, texts, words_BU, strict=False)
-        ], emits_B
+    def _decode(self, state, cache, numbers, words_BU):
+        """By slot: what each of these that is active draws, and whether it is."""
+        tokens_B, emits_B = [0] * len(state), [False] * len(state)
+        for number in numbers:
+            slot = state[number]
+            if slot.active:
+                text = self._run(slot, cache, slot.length, slot.token)
+                slot.length += 1
+                tokens_B[number], emits_B[number] = self._draw(slot, text, words_BU[number]), True
+        return tokens_B, emits_B
 
     def _run(self, slot, cache, position, token):
         """Writes a token's key, then reads all that it sees, back to the first: each must begin the one after it."""
@@ -230,7 +231,7 @@ def fake_engine(
     fits_always = mock.patch("jaxinfer.engine.memory.check_pages")
     budget = mock.patch("jaxinfer.engine.engine.predicted_budget", lambda _, *sizes: Budget(*sizes, times))
     threads = mock.patch("jaxinfer.engine.constraints.futures.ThreadPoolExecutor", return_value=AtOnce())
-    with mock.patch("jaxinfer.engine.engine.Programs", FakePrograms), fits_always, budget, threads:
+    with mock.patch("jaxinfer.engine.runner.Programs", FakePrograms), fits_always, budget, threads:
         return Engine(SimpleNamespace(config=config, context=context), [], options, lambda asked: Chain())
 
 

@@ -51,9 +51,9 @@ def decode_together(plans: Scheduler, count: int, prompt: int) -> None:
         commit(plans, plans.schedule())
 
 
-def predicted(model: str, card: str, plan: Plan, contexts: list[int], tokens: int) -> tuple[float, float]:
-    """Seconds of a decode step of those who decode, and of a program that also prefills the plan's chunks in a bucket
-    of `tokens`: put together from the cost model's parts."""
+def predicted(model: str, card: str, plan: Plan, contexts: list[int], rows: int) -> tuple[float, float]:
+    """Seconds of a decode step of those who decode, and of a step of `rows` rows that also prefills the plan's chunks:
+    put together from the cost model's parts."""
     config, hardware = read_config(f"configs/models/{model}"), MEASURED[f"{card}-measured"]
 
     def expected(cost, *names: str) -> float:
@@ -70,9 +70,9 @@ def predicted(model: str, card: str, plan: Plan, contexts: list[int], tokens: in
         return expected(body, *named) + expected(decode_step(config, rows, 1), "head")
 
     decoding = attention([decode_step(config, 1, context) for context in contexts])
-    alone = bucket(max(sequence.slot for sequence in plan.decoding) + 1, 1)
+    alone = next(size for size in (1, 8, 32) if size > max(sequence.slot for sequence in plan.decoding))
     chunks = attention([prefill(config, chunk.tokens, cached=chunk.start) for chunk in plan.chunks])
-    return rest(alone, alone) + decoding, rest(SLOTS + tokens, 2 * SLOTS) + decoding + chunks
+    return rest(alone, alone) + decoding, rest(rows, SLOTS) + decoding + chunks
 
 
 @pytest.mark.parametrize(("model", "card"), CASES)
@@ -89,18 +89,18 @@ def test_a_long_prompt_never_makes_a_step_twice_as_long(model, card, count, prom
         assert plan.steps == 1
         contexts = [before[sequence.request.id] for sequence in plan.decoding]
         (chunk,) = plan.chunks
-        size = bucket(chunk.tokens)
+        size = bucket(count + chunk.tokens)
         steady, seconds = predicted(model, card, plan, contexts, size)
         assert seconds <= 2 * steady or size == SMALLEST_BUCKET
         if not chunk.last and size < OPTIONS.max_num_batched_tokens:  # it gets what there is
-            wider = replace(plan, chunks=[replace(chunk, tokens=2 * size)])
+            wider = replace(plan, chunks=[replace(chunk, tokens=2 * size - count)])
             assert predicted(model, card, wider, contexts, 2 * size)[1] > 2 * steady
             larger += size > SMALLEST_BUCKET
         chunks.append(chunk.tokens)
         steps += 1
         commit(plans, plan)
     assert sum(chunks) == LONG
-    # Beside one sequence a mixture's program reads the experts of all 32 slots: no bucket at all is in time.
+    # Beside one sequence a mixture's step reads the experts of all 64 rows: no bucket at all is in time.
     assert larger > steps / 2 or (model, count) == ("mixtral-8x7b", 1)
     assert chunks[:-1] == sorted(chunks[:-1], reverse=True)  # less as its context grows
 
@@ -120,7 +120,7 @@ def test_the_bound_is_an_option(slowdown):
     decode_together(plans, 16, 1000)
     plans.add(request(99, LONG, 8))
     sizes = {1.0: SMALLEST_BUCKET, 1.5: 128, 4.0: 512, 8.0: 1024, math.inf: 8192}
-    assert plans.schedule().chunks[0].tokens == sizes[slowdown]
+    assert 16 + plans.schedule().chunks[0].tokens == sizes[slowdown]
 
 
 def test_several_prompts_share_what_there_is():
@@ -132,10 +132,10 @@ def test_several_prompts_share_what_there_is():
     contexts = [len(sequence.tokens) for sequence in plans.sequences.values() if sequence.slot is not None]
     plan = plans.schedule()
     assert [chunk.tokens for chunk in plan.chunks][:2] == [100, 100]
-    size = bucket(sum(chunk.tokens for chunk in plan.chunks))
+    size = bucket(8 + sum(chunk.tokens for chunk in plan.chunks))
     steady, seconds = predicted("llama-3-8b", "h200", plan, contexts, size)
     assert seconds <= 2 * steady
-    assert sum(chunk.tokens for chunk in plan.chunks) == size
+    assert 8 + sum(chunk.tokens for chunk in plan.chunks) == size
 
 
 def test_scores_of_a_prompt_take_their_time():
@@ -176,4 +176,4 @@ def test_prefill_goes_on_where_every_chunk_takes_too_long():
     before = engine.counters.prefilled_tokens
     for _ in range(5):
         engine.step()
-    assert engine.counters.prefilled_tokens - before == 5 * SMALLEST_BUCKET
+    assert engine.counters.prefilled_tokens - before == 5 * (SMALLEST_BUCKET - 1)

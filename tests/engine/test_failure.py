@@ -22,14 +22,14 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
 def test_an_interrupt_after_the_cache_was_donated(tmp_path_factory, monkeypatch, program):
     llm = warm_llm(tmp_path_factory.getbasetemp())
     expected = llm.generate("hello", PARAMS)
-    run = getattr(llm.engine.programs, program)
+    run = getattr(llm.engine.runner.programs, program)
 
     def interrupted(*arguments, **options):
         run(*arguments, **options)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(llm.engine.programs, program, interrupted)
+        patched.setattr(llm.engine.runner.programs, program, interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(["hello", "you"], PARAMS)
     assert llm.generate("hello", PARAMS) == expected
@@ -42,7 +42,7 @@ def test_a_stream_beside_a_failed_step_ends_and_says_so(tmp_path_factory, monkey
     first = next(stream)
     assert first.finish_reason is None
     with monkeypatch.context() as patched:
-        patched.setattr(llm.engine.programs, "loop", lambda *arguments, **options: 1 / 0)
+        patched.setattr(llm.engine.runner.programs, "loop", lambda *arguments, **options: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             llm.generate("hello", PARAMS)
     assert [piece.finish_reason for piece in stream][-1] == "abort"
@@ -91,7 +91,7 @@ def test_a_device_error_ends_all(monkeypatch):
         raise jax.errors.JaxRuntimeError("INTERNAL: an illegal memory access")
 
     with monkeypatch.context() as patched:
-        patched.setattr(engine.programs, "loop", broken)
+        patched.setattr(engine.runner.programs, "loop", broken)
         with pytest.raises(jax.errors.JaxRuntimeError):
             engine.step()
     run(engine, told)

@@ -118,7 +118,7 @@ def assert_idle(engine: Engine) -> None:
     scheduler = engine.scheduler
     assert (scheduler.sequences, scheduler.waiting, scheduler.running) == ({}, [], {})
     assert all(pool.used == 0 for pool in scheduler.paging.pools)
-    assert not any(slot.active for slot in engine._state)
+    assert not any(slot.active for slot in engine.runner.state)
 
 
 def assert_told(told: Told, request: Request, aborted: bool = False) -> None:

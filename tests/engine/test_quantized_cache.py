@@ -41,6 +41,6 @@ def test_the_batch_does_not_matter(dtype, tmp_path_factory):
 @pytest.mark.parametrize("dtype", LARGEST)
 def test_an_8_bit_cache_is_what_the_engine_holds(dtype, tmp_path_factory):
     llm = LLM(tiny_folder(tmp_path_factory.getbasetemp()), options=Options(cache_dtype=dtype, num_pages=9))
-    held = sum(array.nbytes for pages in llm.engine._cache for array in vars(pages).values())
+    held = sum(array.nbytes for pages in llm.engine.runner.cache for array in vars(pages).values())
     layers, pages, slots, heads, size = 2, 9, 16, 2, 8
     assert held == layers * pages * slots * 2 * heads * (size + 4)

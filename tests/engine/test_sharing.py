@@ -24,7 +24,7 @@ SEEDED = SamplingParams(temperature=0.9, top_k=40, presence_penalty=0.4, repetit
 def llm(tmp_path_factory):
     llm = warm_llm(tmp_path_factory.getbasetemp())
     yield llm
-    assert dict(llm.engine.programs.traces) == TRACES
+    assert dict(llm.engine.runner.programs.traces) == TRACES
 
 
 def engine(llm, pages: int | None = None, **changes) -> Engine:
@@ -32,10 +32,10 @@ def engine(llm, pages: int | None = None, **changes) -> Engine:
 
     What nobody wrote must not be read.
     """
-    made = Engine(llm.model, llm.engine.params, replace(OPTIONS, **changes))
+    made = Engine(llm.model, llm.engine.runner.params, replace(OPTIONS, **changes))
     assert made.layout == llm.engine.layout
-    made._cache = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), made._cache)
-    made.programs, made._warm = llm.engine.programs, llm.engine._warm
+    made.runner.cache = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), made.runner.cache)
+    made.runner.programs, made._warm = llm.engine.runner.programs, llm.engine._warm
     if pages is not None:
         made.scheduler.paging.pools = tuple(PagePool(pages) for _ in made.layout.num_pages)
     return made

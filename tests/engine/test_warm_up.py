@@ -8,11 +8,15 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 
 import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Warmed, WarmUp
+from jaxinfer.engine.warm_up import kernels_of, warm_programs
 from tests.engine.tiny import CHARACTERS, assert_warm, tiny_folder, warm_llm
 
 VARIED = [
@@ -67,7 +71,8 @@ def test_each_program_is_told_when_it_is_ready(tmp_path_factory, caplog):
     with caplog.at_level("INFO", "jaxinfer.engine.warm_up"):
         done = llm.engine.warm_up(lambda warmed, total: told.append((warmed, total)))
     assert [warmed for warmed, _ in told] == list(done.warmed)
-    assert [warmed.name for warmed, _ in told] == [name for name, _ in llm.engine._all_programs()]
+    every = warm_programs(llm.engine.runner, llm.engine.options.max_num_batched_tokens, masked=True)
+    assert {warmed.name for warmed, _ in told} == {program.name for program in every}
     assert {total for _, total in told} == {len(told)} == {len({warmed.name for warmed, _ in told})}
     assert all(warmed.seconds > 0 for warmed in done.warmed)
     assert (done.programs, done.found) == (0, 0)  # it was warm
@@ -75,8 +80,26 @@ def test_each_program_is_told_when_it_is_ready(tmp_path_factory, caplog):
 
 
 def test_a_warm_up_in_words():
-    done = WarmUp((Warmed("a", 1.25, 3, 1), Warmed("b", 2.0, 2, 2)))
-    assert str(done) == "5 programs in 3.2 s, 3 of them from the cache"
+    done = WarmUp((Warmed("a", 0.5, 1.25, 3, 1), Warmed("b", 1.5, 2.0, 2, 2)), 2.75, 4)
+    assert str(done) == "5 programs in 2.8 s, 3 of them from the cache; 4 kernels, lowered with them in 2.0 s"
+
+
+def test_each_kernel_of_a_program_is_counted_once():
+    @partial(jax.jit, static_argnums=1)
+    def added(x: jax.Array, number: int) -> jax.Array:
+        def kernel(x_ref, out_ref):
+            out_ref[...] = x_ref[...] + number
+
+        return plgpu.kernel(kernel, out_type=jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+
+    def lowered(program):
+        x = jax.ShapeDtypeStruct((128,), jnp.float32)
+        return jax.jit(program).trace(x).lower(lowering_platforms=("cuda",))
+
+    assert kernels_of(lowered(lambda x: added(x, 1))) == 1
+    assert kernels_of(lowered(lambda x: added(added(x, 1), 1) + 1)) == 1
+    assert kernels_of(lowered(lambda x: added(added(x, 1), 2))) == 2
+    assert kernels_of(lowered(lambda x: x + 1)) == 0
 
 
 PROGRAM = """

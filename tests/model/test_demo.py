@@ -34,7 +34,7 @@ def test_logits(llm, golden):
     for index, theirs in enumerate(golden.logits):
         prompt = golden.prompts[index]
         padded = np.pad(np.asarray(prompt, np.int32), (0, longest - len(prompt)))  # one program for all
-        ours = run(llm.model, llm.engine.params, padded).logits_TV[: len(prompt)]
+        ours = run(llm.model, llm.engine.runner.params, padded).logits_TV[: len(prompt)]
         assert np.abs(ours[:, golden.columns] - theirs).max() < 1e-4 * golden.deviation
         assert np.abs(logsumexp(ours, axis=1) - golden.logsumexp[index]).max() < 1e-4 * golden.deviation
 

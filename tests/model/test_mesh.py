@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxinfer import checkpoint
 from jaxinfer.cache import make_cache
-from jaxinfer.decode.batch import Prefill, make_batch
+from jaxinfer.decode.batch import StepInput, make_batch
 from jaxinfer.decode.slots import empty_slots
 from jaxinfer.model import Model, ModelConfig, read_config
 from jaxinfer.parallel import make_mesh
@@ -89,18 +89,18 @@ def logits_of_two_steps(published: Published, tensor: int) -> np.ndarray:
 
     tokens = np.array([*PROMPTS[0], *PROMPTS[1], 0], np.int32)  # one of padding
     starts, slots = np.cumsum([0, *lengths], dtype=np.int32), np.arange(2, dtype=np.int32)
-    prompts = Prefill(tokens, starts, slots, lengths, np.ones(2, np.int32))
-    nothing = Prefill(0 * tokens, 0 * starts, slots + 2, 0 * lengths, 0 * slots)
+    prompts = StepInput(tokens, slots + 2, starts, slots, lengths, np.ones(2, np.int32))
+    both = StepInput(0 * tokens, slots, 0 * starts + 2, slots + 2, 0 * lengths, 0 * slots)
     with jax.set_mesh(model.mesh):
         first_WV, cache = _step(model, params, cache, idle, prompts.packed())
-        second_WV, _ = _step(model, params, cache, decoding, nothing.packed())
-    return np.concatenate([np.asarray(first_WV)[2 : 2 + sum(lengths)], np.asarray(second_WV)[:2]])
+        second_WV, _ = _step(model, params, cache, decoding, both.packed())
+    return np.concatenate([np.asarray(first_WV)[: sum(lengths)], np.asarray(second_WV)[:2]])
 
 
 @partial(jax.jit, static_argnums=0)
 def _step(model: Model, params, cache, slots, packed):
     rows = sum(map(len, PROMPTS)) + 1
-    batch, _ = make_batch(slots, len(PROMPTS), Prefill.unpacked(packed, rows), PAGE)
+    batch, _ = make_batch(slots, StepInput.unpacked(packed, rows, len(PROMPTS)), PAGE)
     hidden_TD, _, cache = model.forward(params, batch, cache)
     return jax.sharding.reshard(model.logits(params, hidden_TD), P(None, None)), cache
 

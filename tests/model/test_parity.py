@@ -10,7 +10,7 @@ import pytest
 
 from jaxinfer import checkpoint
 from jaxinfer.cache import make_cache
-from jaxinfer.decode.batch import Prefill, make_batch
+from jaxinfer.decode.batch import StepInput, make_batch, make_rectangle
 from jaxinfer.decode.slots import empty_slots
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
@@ -45,17 +45,21 @@ class Runner:
         # What nobody wrote must not be read.
         self.cache = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), cache)
 
-    @partial(jax.jit, static_argnums=(0, 4, 5))
-    def _logits(self, params, state, cache, decode, tokens, packed):
-        batch, _ = make_batch(state, decode, Prefill.unpacked(packed, tokens), PAGE)
+    @partial(jax.jit, static_argnums=(0, 4))
+    def _logits(self, params, state, cache, tokens, packed=None):
+        """Of a prefill of `tokens` rows, or else of a decode step of all slots."""
+        if packed is None:
+            batch, _ = make_rectangle(state, SLOTS, PAGE)
+        else:
+            batch, _ = make_batch(state, StepInput.unpacked(packed, tokens, 0), PAGE)
         hidden_TD, _, cache = self.model.forward(params, batch, cache)
         return jax.sharding.reshard(self.model.logits(params, hidden_TD), jax.P(None, None)), cache
 
     def prefill(self, pieces: list[tuple[int, int, int]], tokens: int) -> list[np.ndarray]:
         """Logits of (slot, start, end) pieces of the sequences, run as one ragged step."""
-        prefill = Prefill(
-            np.zeros(tokens, np.int32), np.zeros(SLOTS + 1, np.int32), np.full(SLOTS, SLOTS, np.int32),
-            np.zeros(SLOTS, np.int32), np.zeros(SLOTS, np.int32),
+        prefill = StepInput(
+            np.zeros(tokens, np.int32), np.zeros(0, np.int32), np.zeros(SLOTS + 1, np.int32),
+            np.full(SLOTS, SLOTS, np.int32), np.zeros(SLOTS, np.int32), np.zeros(SLOTS, np.int32),
         )  # fmt: skip
         at = 0
         for index, (slot, start, end) in enumerate(pieces):
@@ -64,7 +68,7 @@ class Runner:
             prefill.slots_R[index], prefill.lengths_R[index] = slot, end
             prefill.starts_R1[index + 1 :] = at
         with jax.set_mesh(self.model.mesh):
-            logits, self.cache = self._logits(self.params, self.state, self.cache, 0, tokens, prefill.packed())
+            logits, self.cache = self._logits(self.params, self.state, self.cache, tokens, prefill.packed())
         return np.split(np.asarray(logits), prefill.starts_R1[1 : len(pieces) + 1])[:-1]
 
     def decode(self, positions: list[int]) -> np.ndarray:
@@ -77,9 +81,8 @@ class Runner:
             length_B=np.pad(np.asarray(positions, np.int32), (0, rest)),
             active_B=np.arange(SLOTS) < len(positions),
         )
-        nothing = np.zeros(1, np.int32)
         with jax.set_mesh(self.model.mesh):
-            logits, self.cache = self._logits(self.params, state, self.cache, SLOTS, 0, nothing)
+            logits, self.cache = self._logits(self.params, state, self.cache, 0)
         return np.asarray(logits)[: len(positions)]
 
 

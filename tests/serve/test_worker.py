@@ -150,22 +150,23 @@ def test_what_the_cache_holds_is_asked_of_the_engine():
     assert worker.longest(engine, 20) == 20
 
 
-WARMED = (Warmed("64 prompt tokens", 1.5, 2, 1), Warmed("decoding 1 slots, greedy", 0.5, 1, 1))
+WARMED = (Warmed("64 rows of prompts", 0.5, 1.0, 2, 1), Warmed("decoding 1 slots, greedy", 0.1, 0.4, 1, 1))
+DONE = WarmUp(WARMED, seconds=2.0, kernels=3)
 
 
 def test_what_is_compiled_is_told_before_the_engine_is_ready(monkeypatch):
     def warm_up(told):
         for warmed in WARMED:
             told(warmed, len(WARMED))
-        return WarmUp(WARMED)
+        return DONE
 
     there, here = multiprocessing.Pipe()
     llm = SimpleNamespace(engine=SimpleNamespace(warm_up=warm_up))
     monkeypatch.setattr("jaxinfer.llm.LLM", lambda *arguments, **options: llm)
     loaded = worker.load(Setup(None, warm_up=True), lambda *told: there.send(Warming(*told)))
-    assert loaded == (llm, WarmUp(WARMED))
+    assert loaded == (llm, DONE)
     assert worker.load(Setup(None), progress) == (llm, None)
-    ready = Ready("a folder", 10, 64, (), 64, 2, WarmUp(WARMED))
+    ready = Ready("a folder", 10, 64, (), 64, 2, DONE)
     there.send(ready)
     seen = []
     assert wait_until_ready(SimpleNamespace(), here, seen.append) == ready

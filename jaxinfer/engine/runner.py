@@ -1,0 +1,95 @@
+"""What an engine has on the device: its programs, the cache, and the state of its slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+from jax.stages import Lowered
+
+from jaxinfer.decode.batch import StepInput
+from jaxinfer.decode.sampling import Needs
+from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.decode.slots import Admission
+from jaxinfer.decode.step import Layout, Programs, StepOutput
+from jaxinfer.model import Model, Params
+
+Masks = Callable[[], np.ndarray]  # asked for the tokens that each slot may draw, as late as may be
+
+
+class Runner:
+    """Runs programs one after the other, each on what the one before left.
+
+    Attributes:
+        steps: decode steps of a loop.
+    """
+
+    def __init__(self, model: Model, params: Params, layout: Layout, steps: int):
+        self.params, self.layout, self.steps = params, layout, steps
+        self.programs = Programs(model, layout)
+        self.state, self.cache = self.programs.new_state()
+
+    def clear(self) -> None:
+        """Forgets all requests and the cache, which a failed program may have consumed."""
+        del self.state, self.cache  # before the new ones take their place
+        self.state, self.cache = self.programs.new_state()
+
+    def wait(self) -> None:
+        """Until the device has nothing to do."""
+        jax.block_until_ready(self.state)
+
+    def admit(self, slot: int, row: Admission) -> None:
+        """Gives a slot to a request."""
+        self.state = self.programs.admit(self.state, slot, row)
+
+    def extend(self, entries: list[tuple[int, int, int, int]]) -> None:
+        """Writes entries of page tables; see `Programs.extend`."""
+        self.state = self.programs.extend(self.state, entries)
+
+    def release(self, slots: Iterable[int]) -> None:
+        """Stops slots."""
+        for slot in slots:
+            self.state = self.programs.release(self.state, slot)
+
+    def step(
+        self, given: StepInput, needs: Needs, targets_T: np.ndarray | None = None, masks: Masks | None = None
+    ) -> StepOutput:
+        """One step; see `Programs.step`."""
+        self.state, self.cache, output = self.programs.step(
+            self.params, self.state, self.cache, given, targets_T, needs, masks
+        )
+        return _send(output)
+
+    def loop(self, decode: int, needs: Needs) -> StepOutput:
+        """A program of decode steps of the first `decode` slots."""
+        self.state, self.cache, output = self.programs.loop(
+            self.params, self.state, self.cache, decode=decode, steps=self.steps, needs=needs
+        )
+        return _send(output)
+
+    def lower_step(self, given: StepInput) -> Lowered:
+        """The model's part of a step, to be compiled ahead."""
+        return self.programs.lower_step(self.params, self.state, self.cache, given)
+
+    def lower_loop(self, decode: int, needs: Needs) -> Lowered:
+        """A program of decode steps, to be compiled ahead."""
+        return self.programs.lower_loop(
+            self.params, self.state, self.cache, decode=decode, steps=self.steps, needs=needs
+        )
+
+    def update_all(self) -> None:
+        """Runs each of the small programs that bring the slots up to date, to the effect of none."""
+        for penalty in (1.0, 2.0):  # whether the sampler reads the prompt makes two programs of an admission
+            idle = SamplingParams(max_tokens=1, repetition_penalty=penalty)
+            row = self.programs.admission(idle, [()] * len(self.layout.num_pages), prompt_ids=(0,))
+            self.admit(0, row)
+        self.extend([(0, self.layout.slots, 0, 0)])  # of no slot
+        self.release([0])
+
+
+def _send(output: StepOutput) -> StepOutput:
+    """Starts the copy to the host, which waits for it when it reads."""
+    for array in jax.tree.leaves(output):
+        array.copy_to_host_async()
+    return output
