@@ -25,6 +25,7 @@ from jaxinfer.roofline.mixed import StepTimes
 from jaxinfer.roofline.precision import Precision
 from jaxinfer.roofline.shapes import parameters
 from jaxinfer.roofline.step import compute_bound_batch, decode_step, experts_touched, prefill
+from jaxinfer.roofline.workload import workload_limit
 
 __all__ = [
     "DATASHEETS",
@@ -50,4 +51,5 @@ __all__ = [
     "prefill",
     "sequence_bytes",
     "weight_memory",
+    "workload_limit",
 ]
