@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 RESULTS = Path(__file__).parent / "results"
+OURS = "jaxinfer"  # the implementation of what the engine does as a whole
 MACHINE = "machine"  # the case of what the device itself was timed at
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 

@@ -1,15 +1,20 @@
 """Many requests at once.
 
     python -m benchmarks.serving offline [--model llama-3-8b] [--static]
+    python -m benchmarks.serving latency [--model llama-3-8b]
     python -m benchmarks.serving online --url http://127.0.0.1:8000/v1 --model NAME [--rates 1 2 4 8] [--key KEY]
     python -m benchmarks.serving soak [--requests 10000] [--rate 20]
 
 Offline: requests of a workload that are all there at once, greedy, no stop, through the engine on random normal
-weights; `--static` adds static batching by the same engine, which gives out the next batch when the last has ended.
+weights; `--static` measures static batching too, by the same engine, which gives out the next requests, as many as
+there are slots, when the last have ended: of the workloads that it names, or of "1024 requests".
+Latency: all through one engine. Decoding after prompts of 128 tokens, 256 steps of all sequences; first tokens of
+prompts that come alone; and the steps of 16 sequences with contexts of 1,000 while a prompt of 32,768 tokens comes.
 Online: the workload "256 requests", arriving at each rate (a Poisson process), at any OpenAI-compatible server, ours
-or another; `inf` sends all at once. Soak: a server of the demo model under random arrivals, lengths, callers who hang
-up and overload; it must account for all of them, lose no page and compile nothing. Writes `serving.json`, and online a
-plot of throughput against latency.
+or another; `inf` sends all at once. A plot shows how long a token takes at each throughput, and how long it is read.
+Soak: a server of the demo model under random arrivals, lengths, callers who hang up and overload; it must account for
+all of them, lose no page and compile nothing.
+Writes `serving.json`, and online `serving.png`.
 """
 
 from __future__ import annotations
@@ -18,23 +23,23 @@ import argparse
 import asyncio
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import jax
 
 from benchmarks.decode import MODELS
-from benchmarks.record import RESULTS, Failure, Record, device_folder, environment, update
-from benchmarks.serving import offline, online, soak
-from benchmarks.serving.latency import Objective, summarize
+from benchmarks.record import OURS, RESULTS, Failure, Record, device_folder, environment, update
+from benchmarks.serving import latency, offline, online, soak
 from benchmarks.serving.plot import plot_curve
-from benchmarks.serving.workload import WORKLOADS, Workload, longest
+from benchmarks.serving.summary import Objective, summarize
+from benchmarks.serving.workload import WORKLOADS, longest
 from jaxinfer.engine import Engine, Options, WarmUp
-from jaxinfer.machine import keep_compiled
+from jaxinfer.machine import keep_compiled, measure_machine
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
+from jaxinfer.roofline import MEASURED, Hardware, find_by_device
 
-OURS = "jaxinfer"
+MORE_THAN_SLOTS = ["1024 requests"]  # for static batching, which is continuous where every request has a slot
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,14 +63,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder of what is written")
     ways = parser.add_subparsers(dest="how", required=True)
     alone = ways.add_parser("offline")
-    alone.add_argument("--model", default="llama-3-8b", help="a folder of configs/models")
-    alone.add_argument("--workload", nargs="+", choices=WORKLOADS, default=["256 requests", "32 x 8192 in, 64 out"])
-    alone.add_argument("--max-num-seqs", type=int, default=256)
-    alone.add_argument("--max-num-batched-tokens", type=int, default=8192)
-    alone.add_argument("--page-size", type=int, default=64)
-    alone.add_argument("--steps-per-dispatch", type=int, default=8)
-    alone.add_argument("--max-slowdown", type=float, default=math.inf, help="of a decode step by prompts beside it")
-    alone.add_argument("--static", action="store_true", help="also with static batching")
+    _add_engine(alone, max_slowdown=math.inf)
+    alone.add_argument("--workload", nargs="*", choices=WORKLOADS, default=["256 requests", "32 x 8192 in, 64 out"])
+    alone.add_argument("--static", nargs="*", choices=WORKLOADS, help="workloads, also with static batching")
+    timed = ways.add_parser("latency")
+    _add_engine(timed, max_slowdown=2.0)
+    timed.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64, 256], help="sequences that decode")
+    timed.add_argument("--prompts", type=int, nargs="*", default=[512, 2048, 8192], help="tokens of those alone")
+    timed.add_argument("--long", type=int, nargs="*", default=[32768], help="tokens of those beside 16 sequences")
     served = ways.add_parser("online")
     served.add_argument("--url", required=True, help="of the server, with /v1")
     served.add_argument("--model", required=True, help="the name that it serves")
@@ -82,16 +87,47 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _add_engine(parser: argparse.ArgumentParser, max_slowdown: float) -> None:
+    parser.add_argument("--model", default="llama-3-8b", help="a folder of configs/models")
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    parser.add_argument("--page-size", type=int, default=64)
+    parser.add_argument("--num-pages", type=int, help="as many as fit by default")
+    parser.add_argument("--steps-per-dispatch", type=int, default=8)
+    parser.add_argument(
+        "--max-slowdown", type=float, default=max_slowdown, help="of a decode step by prompts beside it"
+    )
+
+
 def measure_offline(options: argparse.Namespace) -> Iterator[list[Record]]:
     """The records of getting ready, then of each workload."""
-    workloads = {name: WORKLOADS[name] for name in options.workload}
-    mesh = make_mesh(devices=jax.devices()[:1])
-    model = Model(read_config(MODELS / options.model), mesh, context=longest([*workloads.values()]))
-    params = jax.block_until_ready(model.random_params())
-    engine = Engine(model, params, engine_options(options))
+    static = MORE_THAN_SLOTS if options.static == [] else options.static or []
+    names = list(dict.fromkeys([*options.workload, *static]))
+    engine = make_engine(options, longest([WORKLOADS[name] for name in names]))
     yield warm_up_records(options.model, engine.warm_up())
-    for name, workload in workloads.items():
-        yield run_workload(engine, f"{options.model} {name}", workload, options.static)
+    machine = ceilings()
+    for name in names:
+        yield offline.measure(engine, f"{options.model} {name}", WORKLOADS[name], machine, name in static)
+
+
+def measure_latency(options: argparse.Namespace) -> Iterator[list[Record]]:
+    """The records of each case."""
+    stalls = [latency.Stall(prompt=tokens) for tokens in options.long]
+    engine = make_engine(options, max([*options.prompts, *options.long, 0]) + latency.ROOM)
+    print(engine.warm_up(), flush=True)
+    desk = latency.Desk(options.model, engine, ceilings())
+    yield from latency.measure(desk, options.batches, options.prompts, stalls)
+
+
+def make_engine(options: argparse.Namespace, context: int) -> Engine:
+    """With random normal weights."""
+    model = Model(read_config(MODELS / options.model), make_mesh(devices=jax.devices()[:1]), context=context)
+    return Engine(model, jax.block_until_ready(model.random_params()), engine_options(options))
+
+
+def ceilings() -> Hardware:
+    """What fractions are set against: the entry of this device, or what it is timed at where there is none."""
+    return find_by_device(jax.devices()[0].device_kind, MEASURED) or measure_machine()
 
 
 def warm_up_records(case: str, done: WarmUp) -> list[Record]:
@@ -113,24 +149,10 @@ def engine_options(options: argparse.Namespace) -> Options:
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         page_size=options.page_size,
+        num_pages=options.num_pages,
         steps_per_dispatch=options.steps_per_dispatch,
         max_slowdown=options.max_slowdown,
     )
-
-
-def run_workload(engine: Engine, case: str, workload: Workload, static: bool) -> list[Record]:
-    draw = partial(workload.jobs, engine.model.config.vocab_size)
-    runs = {OURS: offline.run(engine, draw(seed=0))}
-    if static:  # with other prompts: those of the first run can be found in the cache
-        runs[f"{OURS}, static batching"] = offline.run(engine, draw(seed=1), engine.layout.slots)
-    return [
-        record
-        for name, run in runs.items()
-        for record in (
-            Record(case, name, "output throughput", run.output_rate, "tok/s"),
-            Record(case, name, "throughput in and out", run.total_rate, "tok/s"),
-        )
-    ]
 
 
 def measure_online(options: argparse.Namespace) -> Iterator[list[Record]]:
@@ -148,7 +170,7 @@ def measure_soak(options: argparse.Namespace) -> Iterator[list[Record]]:
         yield soak.soak(server, options.requests, options.rate)
 
 
-WAYS = {"offline": measure_offline, "online": measure_online, "soak": measure_soak}
+WAYS = {"offline": measure_offline, "latency": measure_latency, "online": measure_online, "soak": measure_soak}
 
 
 if __name__ == "__main__":

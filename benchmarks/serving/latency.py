@@ -1,56 +1,218 @@
-"""What many timelines say together: percentiles, throughput, and how many requests got what was promised."""
+"""How long tokens take through an engine: where sequences decode, where a prompt comes alone, and where a long prompt
+comes beside sequences that decode."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from benchmarks.record import Record
-from benchmarks.serving.online import Timeline
+from benchmarks.decode import NEW, PROMPT, REPEATS
+from benchmarks.record import OURS, Record
+from benchmarks.serving.offline import request
+from benchmarks.serving.workload import Workload
+from jaxinfer.engine import Engine, Request
+from jaxinfer.roofline import Hardware, Precision, decode_step, prefill
 
-PERCENTILES = (50, 95, 99)
+FIRST_TOKENS = 5  # prompts of each length, after a warm-up
+SPARE = 4  # times the new tokens that are timed, which each sequence may have: none ends meanwhile
+ROOM = PROMPT + SPARE * NEW  # tokens that a sequence may have beside the longest prompt
+SETTLE, STEADY = 6, 20  # programs of decode steps before the long prompt: not timed, and timed
 
 
 @dataclass(frozen=True)
-class Objective:
-    """What a request must not exceed to count as served well, in seconds."""
+class Stall:
+    """A prompt of `prompt` tokens comes while `decoding` sequences decode after prompts of `context` tokens."""
 
-    first_token: float = 1.0
-    per_token: float = 0.05
+    decoding: int = 16
+    context: int = 1000
+    prompt: int = 32768
 
-    def met(self, timeline: Timeline) -> bool:
-        if timeline.error is not None:
-            return False
-        return timeline.first_token <= self.first_token and timeline.per_token <= self.per_token
+    @property
+    def name(self) -> str:
+        return f"prompt {self.prompt} beside {self.decoding}"
 
 
-def summarize(case: str, implementation: str, timelines: Sequence[Timeline], objective: Objective) -> list[Record]:
-    """The records of one rate of arrival.
+@dataclass
+class Desk:
+    """Asks an engine, never for a prompt twice, and notes when it answers.
+
+    Attributes:
+        name: of the model in the records.
+        ceilings: fractions are of the limit that they set.
+        drawn: requests so far; the next one has this number.
+        asked: numbers of those that the engine has.
+        told: when it last told something.
+    """
+
+    name: str
+    engine: Engine
+    ceilings: Hardware
+    drawn: int = 0
+    asked: set[int] = field(default_factory=set)
+    told: float = 0.0
+
+    @property
+    def precision(self) -> Precision:
+        return Precision.all_in(self.engine.model.config.dtype, self.engine.layout.cache_dtype)
+
+    def draw(self, count: int, prompt: int, output: int) -> list[Request]:
+        """So many requests, to be asked."""
+        vocabulary = self.engine.model.config.vocab_size
+        jobs = Workload(((prompt, output),) * count).jobs(vocabulary, seed=self.drawn)
+        self.drawn += count
+        return [request(number, job) for number, job in enumerate(jobs, self.drawn - count)]
+
+    def ask(self, requests: Sequence[Request]) -> float:
+        """Hands them in; when that began."""
+        start = time.perf_counter()
+        for one in requests:
+            self.engine.add(one)
+        self.asked |= {one.id for one in requests}
+        return start
+
+    def hear(self) -> dict[int, int]:
+        """Steps until there is something: how many tokens a program brought, by request."""
+        while not (updates := self.engine.step()):
+            assert self.engine.busy
+        self.told = time.perf_counter()
+        assert all(update.finish_reason is None for update in updates)
+        return {update.request.id: len(update.tokens) for update in updates}
+
+    def hear_first(self, requests: Sequence[Request]) -> None:
+        """Until each of them has a token."""
+        left = {one.id for one in requests}
+        while left:
+            left -= self.hear().keys()
+
+    def clear(self) -> None:
+        """Drops all that was asked, and waits until the engine is idle."""
+        for number in self.asked:
+            self.engine.abort(number)
+        self.asked.clear()
+        while self.engine.busy:
+            self.engine.step()
+        assert not self.engine.metrics.counters.preemptions
+
+
+def measure(
+    desk: Desk, batches: Sequence[int], prompts: Sequence[int], stalls: Sequence[Stall]
+) -> Iterator[list[Record]]:
+    """The records of one case after the other, as they come."""
+    for tokens in prompts:
+        yield first_token(desk, tokens)
+    for batch in batches:
+        yield decoding(desk, batch)
+    for stall in stalls:
+        yield beside(desk, stall)
+
+
+def decoding(desk: Desk, batch: int) -> list[Record]:
+    """NEW tokens of each of so many sequences, from when all have their first one: every step has all of them."""
+    steps = sorted([_decode_step(desk, batch) for _ in range(REPEATS + 1)][1:])  # in the order of time, but the first
+    step, context = statistics.median(steps), PROMPT + NEW // 2
+    cost = decode_step(desk.engine.model.config, batch, context, desk.precision)
+    fraction = cost.fraction(desk.ceilings, step)
+    rates = [batch / seconds for seconds in steps]
+    case, spread = f"{desk.name} B{batch}", (steps[0] * 1e3, steps[-1] * 1e3, len(steps))
+    return [
+        Record(case, OURS, "decode", batch / step, "tok/s", fraction, rates[-1], rates[0], len(rates)),
+        Record(case, OURS, "decode step", step * 1e3, "ms", fraction, *spread),
+    ]
+
+
+def _decode_step(desk: Desk, batch: int) -> float:
+    """Seconds of a step."""
+    requests = desk.draw(batch, PROMPT, SPARE * NEW)
+    desk.ask(requests)
+    desk.hear_first(requests)
+    start, tokens = desk.told, 0
+    while tokens < batch * NEW:
+        tokens += sum(desk.hear().values())
+    seconds = desk.told - start
+    desk.clear()
+    return seconds * batch / tokens
+
+
+def first_token(desk: Desk, tokens: int) -> list[Record]:
+    """From the request to its first token, on an idle engine."""
+    seconds = sorted([_first_token(desk, tokens) for _ in range(FIRST_TOKENS + 1)][1:])
+    middle = statistics.median(seconds)
+    fraction = prefill(desk.engine.model.config, tokens, precision=desk.precision).fraction(desk.ceilings, middle)
+    spread = seconds[0] * 1e3, seconds[-1] * 1e3, len(seconds)
+    return [Record(f"{desk.name} prompt {tokens}", OURS, "first token", middle * 1e3, "ms", fraction, *spread)]
+
+
+def _first_token(desk: Desk, tokens: int) -> float:
+    requests = desk.draw(1, tokens, NEW)
+    start = desk.ask(requests)
+    desk.hear_first(requests)
+    seconds = desk.told - start
+    desk.clear()
+    return seconds
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """What a long prompt did, in seconds.
+
+    Attributes:
+        steady: of a decode step, program by program, before it came.
+        beside: from what a program brought to what the next one did, which prefilled a part of it.
+        first_token: of the prompt.
+    """
+
+    steady: list[float]
+    beside: list[float]
+    first_token: float
+
+
+def beside(desk: Desk, stall: Stall) -> list[Record]:
+    """The time between tokens of those who decode, while the prompt comes and before.
 
     Raises:
-        RuntimeError: no request was answered; with the first reason.
+        ValueError: the engine decodes a step at a time, which looks like a step with prompts.
     """
-    answered = [timeline for timeline in timelines if timeline.error is None]
-    if not answered:
-        raise RuntimeError(f"no request of {case!r} was answered: {timelines[0].error}")
-    seconds = max(timeline.pieces[-1] for timeline in answered) - min(timeline.sent for timeline in timelines)
-    tokens = sum(timeline.tokens for timeline in answered)
-    well = sum(map(objective.met, timelines))
-    times = {
-        "first token": [timeline.first_token for timeline in answered],
-        "time per token": [timeline.per_token for timeline in answered],
-        "gap": [gap for timeline in answered for gap in timeline.gaps] or [0.0],
-        "end to end": [timeline.whole for timeline in answered],
-    }
+    if (steps := desk.engine.options.steps_per_dispatch) < 2:
+        raise ValueError(f"steps_per_dispatch = {steps} must be at least 2 to tell decode steps from steps of prompts")
+    rounds = [_gaps(desk, stall) for _ in range(REPEATS + 1)][1:]
+    steady = np.concatenate([gaps.steady for gaps in rounds]) * 1e3
+    mixed = np.concatenate([gaps.beside for gaps in rounds]) * 1e3
+    first = sorted(gaps.first_token * 1e3 for gaps in rounds)
+    case, step = f"{desk.name} {stall.name}", float(np.median(steady))
+    middle, p99, worst = (float(np.percentile(mixed, percent)) for percent in (50, 99, 100))
     return [
-        Record(case, implementation, "output throughput", tokens / seconds, "tok/s"),
-        Record(case, implementation, "goodput", well / seconds, "requests/s"),
-        Record(case, implementation, "failed", len(timelines) - len(answered), "requests"),
-        *(
-            Record(case, implementation, f"{name} p{percent}", float(np.percentile(values, percent)) * 1e3, "ms")
-            for name, values in times.items()
-            for percent in PERCENTILES
-        ),
+        Record(case, OURS, "decode step", step, "ms", None, float(steady.min()), float(steady.max()), len(steady)),
+        Record(case, OURS, "step with the prompt p50", middle, "ms", samples=len(mixed)),
+        Record(case, OURS, "step with the prompt p99", p99, "ms", samples=len(mixed)),
+        Record(case, OURS, "step with the prompt, worst", worst, "ms", samples=len(mixed)),
+        Record(case, OURS, "p99 over a decode step", p99 / step, "x"),
+        Record(case, OURS, "worst over a decode step", worst / step, "x"),
+        Record(case, OURS, "first token", statistics.median(first), "ms", None, first[0], first[-1], len(first)),
     ]
+
+
+def _gaps(desk: Desk, stall: Stall) -> Gaps:
+    room = desk.engine.layout.max_tokens - stall.context  # none who decodes ends meanwhile
+    few, steps = desk.draw(stall.decoding, stall.context, room), desk.engine.options.steps_per_dispatch
+    long = desk.draw(1, stall.prompt, NEW)
+    desk.ask(few)
+    desk.hear_first(few)
+    for _ in range(SETTLE):
+        desk.hear()
+    steady, beside = [], []
+    for _ in range(STEADY):
+        before = desk.told
+        desk.hear()
+        steady.append((desk.told - before) / steps)
+    start, brought = desk.ask(long), dict[int, int]()
+    while long[0].id not in brought:
+        before, brought = desk.told, desk.hear()
+        if brought[few[0].id] == 1:  # a program of decode steps brings more
+            beside.append(desk.told - before)
+    first_token = desk.told - start
+    desk.clear()
+    return Gaps(steady, beside, first_token)

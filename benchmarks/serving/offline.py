@@ -6,9 +6,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.serving.workload import Job
+from benchmarks.record import OURS, Record
+from benchmarks.serving.workload import Job, Workload
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Engine, Request
+from jaxinfer.roofline import Hardware, Precision, workload_limit
+
+STATIC = f"{OURS}, static batching"
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,32 @@ class Throughput:
         return (self.tokens_in + self.tokens_out) / self.seconds
 
 
+def measure(engine: Engine, case: str, workload: Workload, ceilings: Hardware, static: bool = False) -> list[Record]:
+    """The records of one workload.
+
+    Args:
+        ceilings: fractions are of the limit that they set, for as many slots as there are requests.
+        static: also by static batching, of as many requests as there are slots.
+    """
+    config, layout = engine.model.config, engine.layout
+    precision = Precision.all_in(config.dtype, layout.cache_dtype)
+    limit = workload_limit(config, ceilings, workload.sizes, workload.shared, precision)
+    runs = {OURS: run(engine, workload.jobs(config.vocab_size, seed=0))}
+    if static:  # with other prompts: those of the first run can be found in the cache
+        runs[STATIC] = run(engine, workload.jobs(config.vocab_size, seed=1), layout.slots)
+    records = []
+    for name, took in runs.items():
+        fraction = limit / took.seconds
+        records += [
+            Record(case, name, "output throughput", took.output_rate, "tok/s", fraction),
+            Record(case, name, "throughput in and out", took.total_rate, "tok/s", fraction),
+        ]
+    if static:
+        ratio = runs[STATIC].seconds / runs[OURS].seconds
+        records.append(Record(case, OURS, "continuous over static batching", ratio, "x"))
+    return records
+
+
 def run(engine: Engine, jobs: Sequence[Job], batch: int | None = None) -> Throughput:
     """Serves all jobs, greedy.
 
@@ -36,7 +66,7 @@ def run(engine: Engine, jobs: Sequence[Job], batch: int | None = None) -> Throug
         batch: jobs that are given to it at a time, the next ones when all of these have ended: static batching. By
             default it gets all of them at once.
     """
-    requests = [_request(number, job) for number, job in enumerate(jobs)]
+    requests = [request(number, job) for number, job in enumerate(jobs)]
     size, generated = batch or len(requests), 0
     start = time.perf_counter()
     for first in range(0, len(requests), size):
@@ -58,6 +88,7 @@ def _drain(engine: Engine, requests: Sequence[Request]) -> int:
     return tokens
 
 
-def _request(number: int, job: Job) -> Request:
+def request(number: int, job: Job) -> Request:
+    """A job that the engine knows by that number."""
     params = SamplingParams(temperature=0.0, max_tokens=job.output, ignore_eos=True)
     return Request(number, job.prompt, params, (), 0)

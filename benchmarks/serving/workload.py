@@ -53,6 +53,7 @@ def mixed(count: int, low: int = 100, high: int = 1024) -> Workload:
 
 WORKLOADS = {
     "256 requests": mixed(256),
+    "1024 requests": mixed(1024),
     "32 x 8192 in, 64 out": Workload(((8192, 64),) * 32),
     "64 x 2048 in, of them 1920 shared, 128 out": Workload(((2048, 128),) * 64, shared=1920),
 }

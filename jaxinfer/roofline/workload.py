@@ -27,7 +27,7 @@ def workload_limit(
     """Seconds at the least until every request has its tokens.
 
     Args:
-        sizes: tokens in and out of each request. The first token out comes of the prefill, each other of a decode step.
+        sizes: tokens in and out of each request. The first one out comes of the prefill, each other of a decode step.
         shared: tokens that all prompts begin with, which are prefilled once.
 
     Raises:

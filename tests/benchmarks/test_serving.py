@@ -8,16 +8,22 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.decode import MODELS
 from benchmarks.record import Record
-from benchmarks.serving import offline
-from benchmarks.serving.latency import Objective, summarize
+from benchmarks.serving import __main__ as command
+from benchmarks.serving import latency, offline
 from benchmarks.serving.online import Target, Timeline, arrive
 from benchmarks.serving.plot import curves, plot_curve
+from benchmarks.serving.summary import Objective, summarize
 from benchmarks.serving.workload import WORKLOADS, Job, Workload, longest, mixed
-from tests.engine.tiny import warm_llm
+from jaxinfer.engine import WarmUp
+from jaxinfer.model import read_config
+from jaxinfer.roofline import Precision, find_hardware, workload_limit
+from tests.engine.tiny import assert_warm, warm_llm
 
 JOBS = [Job((1, 2, 3), 3), Job((4, 5), 1), Job((6,), 2)]
 
@@ -44,6 +50,76 @@ def test_every_job_is_served_whole(tmp_path_factory, batch):
     assert (found.tokens_in, found.tokens_out) == (6, 6)
     assert found.total_rate == pytest.approx(2 * found.output_rate)
     assert not engine.busy
+
+
+def test_an_offline_run_stands_beside_its_limit_and_static_batching(tmp_path_factory):
+    llm = warm_llm(tmp_path_factory.getbasetemp())
+    machine, sizes = find_hardware("h200"), Workload(((10, 12), (9, 2), (8, 3), (7, 2), (6, 12), (5, 2)))
+    alone = offline.measure(llm.engine, "a case", sizes, machine)
+    assert [(record.implementation, record.metric) for record in alone] == [
+        ("jaxinfer", "output throughput"),
+        ("jaxinfer", "throughput in and out"),
+    ]
+    *records, ratio = offline.measure(llm.engine, "a case", sizes, machine, static=True)
+    assert (ratio.implementation, ratio.metric, ratio.unit) == ("jaxinfer", "continuous over static batching", "x")
+    rates = {record.implementation: record.value for record in records if record.metric == "output throughput"}
+    assert rates.keys() == {"jaxinfer", "jaxinfer, static batching"}
+    assert ratio.value == pytest.approx(rates["jaxinfer"] / rates["jaxinfer, static batching"])
+    limit = workload_limit(llm.engine.model.config, machine, sizes.sizes, precision=Precision.all_in("float32"))
+    for record in (*alone, *records):
+        tokens = 33 if record.metric == "output throughput" else 33 + 45
+        assert record.roofline_fraction == pytest.approx(limit * record.value / tokens)
+    assert_warm(llm)
+
+
+def test_the_limit_is_the_one_that_other_systems_are_held_against():
+    config = read_config(MODELS / "llama-3-8b")
+    sizes = WORKLOADS["256 requests"].sizes
+    seconds = workload_limit(config, find_hardware("h200-measured"), sizes)
+    assert sum(output for _, output in sizes) / seconds == pytest.approx(13_300, rel=0.03)
+
+
+def test_latencies_through_the_engine(tmp_path_factory, monkeypatch):
+    for name, value in {"PROMPT": 5, "NEW": 8, "REPEATS": 2, "FIRST_TOKENS": 2, "SETTLE": 1, "STEADY": 2}.items():
+        monkeypatch.setattr(latency, name, value)
+    llm = warm_llm(tmp_path_factory.getbasetemp())
+    desk = latency.Desk("tiny", llm.engine, find_hardware("h200"))
+    stall = latency.Stall(decoding=2, context=6, prompt=80)
+    groups = latency.measure(desk, batches=[1, 4], prompts=[7, 60], stalls=[stall])
+    found = {(record.case, record.metric): record for group in groups for record in group}
+    assert {case for case, _ in found} == {
+        "tiny B1",
+        "tiny B4",
+        "tiny prompt 7",
+        "tiny prompt 60",
+        f"tiny {stall.name}",
+    }
+    for batch in (1, 4):
+        rate, step = (found[f"tiny B{batch}", metric] for metric in ("decode", "decode step"))
+        assert rate.value * step.value == pytest.approx(1e3 * batch)
+        assert rate.low <= rate.value <= rate.high
+        assert rate.roofline_fraction == step.roofline_fraction
+    assert found["tiny prompt 60", "first token"].samples == 2
+    case = f"tiny {stall.name}"
+    middle, p99, worst = (found[case, f"step with the prompt{name}"] for name in (" p50", " p99", ", worst"))
+    assert middle.samples == 2 * 2  # 80 tokens beside 2 take two programs of 64 rows, in each of two rounds
+    assert middle.value <= p99.value <= worst.value
+    ratio = found[case, "worst over a decode step"].value
+    assert ratio == pytest.approx(worst.value / found[case, "decode step"].value)
+    assert_warm(llm)
+
+
+def test_the_command_measures_static_batching_where_requests_outnumber_the_slots(monkeypatch):
+    """Of an engine that does nothing: which workloads, and how."""
+    seen, model = [], WarmUp((), 1.0, 0)
+    monkeypatch.setattr(command, "make_engine", lambda options, context: SimpleNamespace(warm_up=lambda: model))
+    monkeypatch.setattr(command, "ceilings", lambda: None)
+    monkeypatch.setattr(offline, "measure", lambda engine, case, sizes, machine, static: seen.append((case, static)))
+    for arguments in (["--static"], ["--workload", "--static", "256 requests"], []):
+        list(command.measure_offline(command.parse(["offline", "--model", "m", *arguments])))
+    usual = [("m 256 requests", False), ("m 32 x 8192 in, 64 out", False)]
+    assert seen == [*usual, ("m 1024 requests", True), ("m 256 requests", True), *usual]
+    assert len(WORKLOADS["1024 requests"].sizes) > command.parse(["offline"]).max_num_seqs
 
 
 class Server(BaseHTTPRequestHandler):
