@@ -17,16 +17,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS, Record, parts
+from benchmarks.record import OURS, RESULTS, Record, parts
+from benchmarks.serving.latency import Stall
+from benchmarks.serving.offline import STATIC
 
 README = Path(__file__).parents[1] / "README.md"
 FILES = (  # our own, then those of other systems; rows come in this order
     (("decode.json", "decode_xla.json"), ("anchors.json",)),
+    (("serving.json",), ("serving_anchors.json",)),
     (("kernels.json",), ("kernel_anchors.json",)),
 )
 NAMES = {
     "mosaic_gpu": "**jaxinfer**",
     "xla": "**jaxinfer**, XLA attention",
+    OURS: "**jaxinfer**, through the engine",
     "plan": "*predicted*",
     "plan with XLA attention": "*predicted*, XLA attention",
 }
@@ -37,6 +41,7 @@ KERNEL_NAMES = {
     "cudnn_paged": "cuDNN in JAX, paged",
     "streaming_matmul": "jaxinfer, a launch for each product",
 }
+SERVING_NAMES = {OURS: "**jaxinfer**", STATIC: "**jaxinfer**, static batching"}
 GATHERED = ("cudnn", "tokamax")  # take keys in one piece: pages are gathered into one before the clock starts
 _MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -49,6 +54,7 @@ class Table:
         metric: of the records that the table shows.
         head: what stands above the names of the rows.
         columns: titles by case.
+        others: titles of further columns, by case and metric.
         variants: what the case of a row may add to a column's, and what its title adds then.
         names: of implementations, in the order of their rows; others follow under their own.
     """
@@ -56,12 +62,42 @@ class Table:
     metric: str
     head: str
     columns: dict[str, str]
+    others: dict[tuple[str, str], str] = field(default_factory=dict)
     variants: dict[str, str] = field(default_factory=lambda: {"": ""})
     names: dict[str, str] = field(default_factory=lambda: NAMES)
+
+    def places(self, variant: str = "") -> list[tuple[str, str]]:
+        """Case and metric of each column of a row."""
+        return [
+            *((case + variant, self.metric) for case in self.columns),
+            *((case + variant, metric) for case, metric in self.others),
+        ]
+
+    @property
+    def titles(self) -> list[str]:
+        """Of the columns."""
+        return [*self.columns.values(), *self.others.values()]
 
 
 BATCHES = {f"llama-3-8b B{batch}": f"batch {batch}" for batch in (1, 16, 64, 256)}
 PROMPTS = {f"llama-3-8b prompt {tokens}": f"{tokens:,} tokens" for tokens in (512, 2048, 8192)}
+THROUGHPUT = {
+    "llama-3-8b 256 requests": "256 requests, out",
+    "qwen3-0.6b 256 requests": "Qwen3-0.6B, 256 requests, out",
+    "qwen3-0.6b 1024 requests": "Qwen3-0.6B, 1,024 requests, out",
+}
+IN_AND_OUT = {("llama-3-8b 32 x 8192 in, 64 out", "throughput in and out"): "32 x 8,192 in, 64 out, in and out"}
+STALL = f"llama-3-8b {Stall().name}"
+STEADY = {STALL: "alone"}
+BESIDE = {
+    (STALL, "step with the prompt p50"): "beside a prompt of 32,768, p50",
+    (STALL, "step with the prompt p99"): "p99",
+    (STALL, "step with the prompt, worst"): "worst",
+    (STALL, "worst over a decode step"): "worst over alone",
+    (STALL, "first token"): "first token of the prompt, ms",
+}
+STARTS = {f"llama-3-8b {start} start": f"{start} start" for start in ("first", "second")}
+PROGRAMS = {("llama-3-8b first start", metric): metric for metric in ("programs", "kernels")}
 PREFILL = {
     **{f"flash_attention llama-3-8b {x}": x for x in ("4x2048", "2x4096", "1x8192", "1x16384", "1x32768")},
     "flash_attention mistral-7b 1x32768": "1x32768, window 4096",
@@ -87,11 +123,14 @@ TABLES = {
     "decode": Table("decode", "tokens/s", BATCHES),
     "decode-step": Table("decode step", "ms a step", BATCHES),
     "first-token": Table("first token", "ms to the first token", PROMPTS),
-    "prefill-kernel": Table("arithmetic", "prefill, TFLOP/s", PREFILL, SHUFFLED, KERNEL_NAMES),
-    "decoding-kernel": Table("time", "decoding, us", DECODING, PAGES_OF_16, KERNEL_NAMES),
+    "throughput": Table("output throughput", "tokens/s", THROUGHPUT, IN_AND_OUT, names=SERVING_NAMES),
+    "beside-a-prompt": Table("decode step", "ms a step of 16 sequences", STEADY, BESIDE, names=SERVING_NAMES),
+    "warm-up": Table("warm-up", "seconds to get ready", STARTS, PROGRAMS, names=SERVING_NAMES),
+    "prefill-kernel": Table("arithmetic", "prefill, TFLOP/s", PREFILL, variants=SHUFFLED, names=KERNEL_NAMES),
+    "decoding-kernel": Table("time", "decoding, us", DECODING, variants=PAGES_OF_16, names=KERNEL_NAMES),
     "decoding-options": Table("time", "decoding, us", OPTIONS, names=KERNEL_NAMES),
     "row-kernel": Table("time", "layer after attention, us", ROW, names=KERNEL_NAMES),
-    "matmul-kernel": Table("traffic", "matmul, TB/s", MATMUL, TOKENS, KERNEL_NAMES),
+    "matmul-kernel": Table("traffic", "matmul, TB/s", MATMUL, variants=TOKENS, names=KERNEL_NAMES),
 }
 
 
@@ -134,16 +173,14 @@ def read(folder: Path, ours: Sequence[str], others: Sequence[str]) -> list[dict[
 
 def markdown(table: Table, records: list[Record]) -> str:
     """One table: a figure, and behind it the fraction of the hardware's limit. Empty without a figure."""
-    cells = {
-        (record.case, record.implementation): figure(record) for record in records if record.metric == table.metric
-    }
+    cells = {(record.case, record.metric, record.implementation): figure(record) for record in records}
     rank = {name: i for i, name in enumerate(table.names)}
-    lines = [[table.head, *table.columns.values()], ["---", *["---:"] * len(table.columns)]]
+    lines = [[table.head, *table.titles], ["---", *["---:"] * len(table.titles)]]
     for variant, addition in table.variants.items():
-        cases = [case + variant for case in table.columns]
-        names = dict.fromkeys(name for case, name in cells if case in cases)
+        places = table.places(variant)
+        names = dict.fromkeys(name for case, metric, name in cells if (case, metric) in places)
         for name in sorted(names, key=lambda name: rank.get(name, len(rank))):
-            lines.append([title(table, name, addition), *(cells.get((case, name), "") for case in cases)])
+            lines.append([title(table, name, addition), *(cells.get((*place, name), "") for place in places)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) if len(lines) > 2 else ""
 
 

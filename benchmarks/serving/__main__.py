@@ -130,15 +130,15 @@ def ceilings() -> Hardware:
     return find_by_device(jax.devices()[0].device_kind, MEASURED) or measure_machine()
 
 
-def warm_up_records(case: str, done: WarmUp) -> list[Record]:
+def warm_up_records(model: str, done: WarmUp) -> list[Record]:
     """Of a first start, which compiles all, or a second one, which finds all in the cache; of others nothing."""
     print(done, flush=True)
     if done.found not in (0, done.programs):
         return []
-    start = "first start" if done.found == 0 else "second start"
+    case = f"{model} {'first' if done.found == 0 else 'second'} start"
     return [
-        Record(case, OURS, f"warm-up, {start}", done.seconds, "s"),
-        Record(case, OURS, f"kernels and programs lowered, {start}", done.lowering, "s"),
+        Record(case, OURS, "warm-up", done.seconds, "s"),
+        Record(case, OURS, "lowering", done.lowering, "s"),  # within it
         Record(case, OURS, "programs", done.programs, "programs"),
         Record(case, OURS, "kernels", done.kernels, "kernels"),
     ]

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.record import PACKAGES, RESULTS, environment, parts
 
-ANCHORS = ("anchors.json", "kernel_anchors.json")  # other systems' figures, as stated
+ANCHORS = ("anchors.json", "kernel_anchors.json", "serving_anchors.json")  # other systems' figures, as stated
 WRITTEN = {
     f"{path.parent.name}/{path.name} {part['environment'].get('commit')}": part["environment"]
     for path in sorted(RESULTS.glob("*/*.json"))

@@ -20,6 +20,7 @@ from benchmarks.serving.online import Target, Timeline, arrive
 from benchmarks.serving.plot import curves, plot_curve
 from benchmarks.serving.summary import Objective, summarize
 from benchmarks.serving.workload import WORKLOADS, Job, Workload, longest, mixed
+from benchmarks.tables import TABLES
 from jaxinfer.engine import WarmUp
 from jaxinfer.model import read_config
 from jaxinfer.roofline import Precision, find_hardware, workload_limit
@@ -106,6 +107,7 @@ def test_latencies_through_the_engine(tmp_path_factory, monkeypatch):
     assert middle.value <= p99.value <= worst.value
     ratio = found[case, "worst over a decode step"].value
     assert ratio == pytest.approx(worst.value / found[case, "decode step"].value)
+    assert {metric for _, metric in TABLES["beside-a-prompt"].places()} <= {metric for _, metric in found}
     assert_warm(llm)
 
 

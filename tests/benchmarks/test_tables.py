@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.decode import MODELS
 from benchmarks.kernels.ops import OPS
 from benchmarks.record import RESULTS, Failure, Record, update
+from benchmarks.serving.__main__ import warm_up_records
+from benchmarks.serving.workload import WORKLOADS
 from benchmarks.tables import TABLES, render
-from jaxinfer.roofline import Work, find_hardware
+from jaxinfer.engine import Warmed, WarmUp
+from jaxinfer.model import read_config
+from jaxinfer.roofline import Work, find_hardware, workload_limit
 
 TEXT = "".join(f"<!-- table: {name} -->\n<!-- /table -->\n" for name in (*TABLES, "sources"))
 SHOWN = """\
@@ -75,6 +80,47 @@ def test_a_title_says_that_keys_in_one_piece_were_gathered(tmp_path):
     ]
 
 
+def test_serving_has_tables_of_its_own_and_rows_beside_single_programs(tmp_path):
+    case, stall = "llama-3-8b 32 x 8192 in, 64 out", "llama-3-8b prompt 32768 beside 16"
+    rate = "throughput in and out"
+    stated = [Record(case, "vLLM 0.24", rate, 34459, "tok/s", 0.836)]
+    update("serving_anchors", {"what": "stated figures"}, stated, [], tmp_path)
+    marks = "".join(
+        f"<!-- table: {name} -->\n<!-- /table -->\n" for name in ("throughput", "beside-a-prompt", "decode")
+    )
+    assert render(marks, tmp_path) == marks  # others stand beside our own alone
+    ours = [
+        Record("soak of 10", "jaxinfer", "pages lost", 0, "pages"),
+        Record("llama-3-8b B16", "jaxinfer", "decode", 2500, "tok/s", 0.8),
+        Record(case, "jaxinfer", "output throughput", 270, "tok/s", 0.8),
+        Record(case, "jaxinfer", rate, 35000, "tok/s", 0.85),
+        *(
+            Record("qwen3-0.6b 1024 requests", name, "output throughput", value, "tok/s")
+            for name, value in (("jaxinfer, static batching", 5000), ("jaxinfer", 11000))
+        ),
+        Record(stall, "jaxinfer", "decode step", 6.5, "ms"),
+        Record(stall, "jaxinfer", "worst over a decode step", 1.9, "x"),
+    ]
+    update("serving", {"commit": "new"}, ours, [], tmp_path)
+    rows = [line.split(" | ") for line in render(marks, tmp_path).splitlines() if line.startswith("| ")]
+    shown = {row[0].strip("| "): [cell.strip(" |") for cell in row[1:]] for row in rows if "---" not in row[0]}
+    assert shown["**jaxinfer**, static batching"] == ["", "", "5,000", ""]
+    assert shown["vLLM 0.24"] == ["", "", "", "34,459 (84%)"]
+    assert shown["**jaxinfer**, through the engine"] == ["", "2,500 (80%)", "", ""]
+    ours = [[cell.strip(" |") for cell in row[1:]] for row in rows if row[0] == "| **jaxinfer**"]
+    assert ours == [["", "", "11,000", "35,000 (85%)"], ["6.5", "", "", "", "1.9", ""]]
+
+
+def test_serving_columns_are_cases():
+    """As the benchmark names them."""
+    workloads = {f"{folder.name} {name}" for folder in MODELS.iterdir() for name in WORKLOADS}
+    assert {case for case, _ in TABLES["throughput"].places()} <= workloads
+    for found in (0, 1):
+        done = WarmUp((Warmed("a program", 1.0, 1.0, 1, found),), 1.0, 0)
+        made = {(record.case, record.metric) for record in warm_up_records("llama-3-8b", done)}
+        assert len(made & {*TABLES["warm-up"].places()}) == 3 - 2 * found
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_columns_and_rows_are_cases(name):
     """A title for a case that is never measured would be an empty cell for ever."""
@@ -100,3 +146,13 @@ def test_fractions_of_other_systems_are_those_of_the_problems():
         limit = Work(flops=problem.flops, cache=problem.bytes).limit(machine)
         # Their times are stated in whole microseconds.
         assert record.roofline_fraction == pytest.approx(limit / taken, rel=0.02), record
+
+
+def test_fractions_of_other_systems_are_those_of_the_workloads():
+    config, machine = read_config(MODELS / "llama-3-8b"), find_hardware("h200-measured")
+    for entry in json.loads((RESULTS / "h200" / "serving_anchors.json").read_text())["records"]:
+        record = Record(**entry)
+        sizes = WORKLOADS[record.case.removeprefix("llama-3-8b ")].sizes
+        tokens = sum(output + (record.metric == "throughput in and out") * prompt for prompt, output in sizes)
+        limit = workload_limit(config, machine, sizes)
+        assert record.roofline_fraction == pytest.approx(limit * record.value / tokens, rel=1e-3), record
