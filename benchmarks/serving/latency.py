@@ -174,8 +174,10 @@ def beside(desk: Desk, stall: Stall) -> list[Record]:
     """The time between tokens of those who decode, while the prompt comes and before.
 
     Raises:
-        ValueError: the engine decodes a step at a time, which looks like a step with prompts.
+        ValueError: the engine decodes a step at a time, which looks like a step with prompts, or has no slot left.
     """
+    if (slots := desk.engine.layout.slots) <= stall.decoding:
+        raise ValueError(f"max_num_seqs = {slots} must be more than the {stall.decoding} sequences that decode")
     if (steps := desk.engine.options.steps_per_dispatch) < 2:
         raise ValueError(f"steps_per_dispatch = {steps} must be at least 2 to tell decode steps from steps of prompts")
     rounds = [_gaps(desk, stall) for _ in range(REPEATS + 1)][1:]

@@ -109,6 +109,8 @@ def test_latencies_through_the_engine(tmp_path_factory, monkeypatch):
     assert ratio == pytest.approx(worst.value / found[case, "decode step"].value)
     assert {metric for _, metric in TABLES["beside-a-prompt"].places()} <= {metric for _, metric in found}
     assert_warm(llm)
+    with pytest.raises(ValueError, match="max_num_seqs = 4 must be more than the 4 sequences that decode"):
+        latency.beside(desk, latency.Stall(decoding=4))
 
 
 def test_the_command_measures_static_batching_where_requests_outnumber_the_slots(monkeypatch):
