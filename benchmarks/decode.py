@@ -144,7 +144,8 @@ class Bench:
         output = None
         for _ in range(NEW // self.subject.steps):
             self.state, self.cache, output = self.programs.loop(
-                self.subject.params, self.state, self.cache, decode=self.layout.slots, steps=self.subject.steps,
+                self.subject.params, self.state, self.cache, np.arange(self.layout.slots, dtype=np.int32),
+                steps=self.subject.steps,
                 needs=needs([GREEDY]),
             )  # fmt: skip
         assert output is not None

@@ -29,7 +29,7 @@ class Scores:
 
 @runtime_checkable
 class Attends(Protocol):
-    """What the model needs of a step: the tokens, their positions, and attention over what came before them."""
+    """What the model needs of a step: the tokens, their positions, and attention over what came before them. A pytree."""
 
     @property
     def tokens_T(self) -> jax.Array: ...
