@@ -258,10 +258,12 @@ class Programs:
 
     def _run(self, params, cache, batch: Batch, rows: Rows):
         """The model's part of a step: logits of the slots, and hidden states of all tokens."""
-        batch = batch.scheduled(*self._heads(), self.model.config.windows, self.layout.attention)
+        with jax.named_scope("attention"):
+            batch = batch.scheduled(*self._heads(), self.model.config.windows, self.layout.attention)
         hidden_TD, _, cache = self.model.forward(params, batch, cache)
         return cache, self.model.logits(params, hidden_TD[rows.tokens_W]), hidden_TD
 
+    @jax.named_scope("sampling")
     def _draw(self, state: SlotState, logits_WV: jax.Array, rows: Rows, needs: Needs) -> tuple[SlotState, Sampled]:
         """The sampler's part."""
         whole_WV = jax.sharding.reshard(logits_WV, P(None, None))

@@ -113,7 +113,9 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden_WD: jax.Array) -> jax.Array:
         """float32 logits, sharded over the vocabulary."""
-        return self.cap(einsum("WD,VD->WV", self.normalize(hidden_WD), self.head(), jnp.dtype(jnp.float32)))
+        normed_WD = self.normalize(hidden_WD)
+        with jax.named_scope("head"):
+            return self.cap(einsum("WD,VD->WV", normed_WD, self.head(), jnp.dtype(jnp.float32)))
 
     def normalize(self, hidden_WD: jax.Array) -> jax.Array:
         return self.final_norm(hidden_WD)
