@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS, Record, parts
+from benchmarks.step_classes import CLASSES
 
 README = Path(__file__).parents[1] / "README.md"
 FILES = (  # our own, then those of other systems; rows come in this order
     (("decode.json", "decode_xla.json"), ("anchors.json",)),
+    (("step.json",), ()),
     (("kernels.json",), ("kernel_anchors.json",)),
 )
 NAMES = {
@@ -86,6 +88,7 @@ SOURCES = "sources"
 TABLES = {
     "decode": Table("decode", "tokens/s", BATCHES),
     "decode-step": Table("decode step", "ms a step", BATCHES),
+    "step": Table("time in step", "us of a step", BATCHES | PROMPTS, names={name: name for name in CLASSES}),
     "first-token": Table("first token", "ms to the first token", PROMPTS),
     "prefill-kernel": Table("arithmetic", "prefill, TFLOP/s", PREFILL, SHUFFLED, KERNEL_NAMES),
     "decoding-kernel": Table("time", "decoding, us", DECODING, PAGES_OF_16, KERNEL_NAMES),
