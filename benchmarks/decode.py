@@ -159,8 +159,7 @@ class Bench:
         for _ in range(count):
             self.state, self.cache, output = self.programs.loop(
                 self.subject.params, self.state, self.cache, np.arange(self.layout.slots, dtype=np.int32),
-                steps=self.subject.steps,
-                needs=needs([GREEDY]),
+                steps=self.subject.steps, needs=needs([GREEDY]),
             )  # fmt: skip
         assert output is not None
         assert np.asarray(output.emits_nW).all()

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from benchmarks import decode
 from benchmarks.record import Record, environment, update
@@ -78,8 +79,10 @@ class Case:
 
 def run_decode(subject: decode.Subject, batch: int) -> Case:
     bench = decode.Bench(subject, batch, decode.PROMPT + decode.NEW + 1)
-    asked = {"decode": batch, "steps": subject.steps, "needs": needs([decode.GREEDY])}
-    lowered = bench.programs.lower_loop(subject.params, bench.state, bench.cache, **asked)
+    lowered = bench.programs.lower_loop(
+        subject.params, bench.state, bench.cache, np.arange(batch, dtype=np.int32), steps=subject.steps,
+        needs=needs([decode.GREEDY]),
+    )  # fmt: skip
     programs = read_programs(lowered.compile())
     seconds = []
     for _ in range(decode.REPEATS + 1):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from benchmarks import decode, step
@@ -143,7 +144,7 @@ def test_a_compiled_model_has_all_classes():
     tiny = subject("auto")
     bench = decode.Bench(tiny, 2, 16)
     lowered = bench.programs.lower_loop(
-        tiny.params, bench.state, bench.cache, decode=2, steps=2, needs=needs([decode.GREEDY])
+        tiny.params, bench.state, bench.cache, np.arange(2, dtype=np.int32), steps=2, needs=needs([decode.GREEDY])
     )
     (module, program), *none = step.read_programs(lowered.compile()).items()
     assert (module, none) == (LOOP, [])
