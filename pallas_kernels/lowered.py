@@ -1,7 +1,7 @@
 """Kernels that are lowered once in a process, whatever programs they are in.
 
-Mosaic GPU lowers a kernel in Python, in half a second to a second, again in every program. An engine's programs have many
-kernels in common. What is lowered here is a module of its own, which programs take in as it is.
+Mosaic GPU lowers a kernel in Python, in half a second to a second, again in every program. An engine's programs have
+many kernels in common. What is lowered here is a module of its own, which programs take in as it is.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from jaxinfer.cache import Pages, make_cache
 from jaxinfer.decode import sampling, slots
 from jaxinfer.decode.batch import Batch, Rows, StepInput, make_batch, make_rectangle
 from jaxinfer.decode.masks import WORD
+from jaxinfer.decode.packing import packed, unpacked
 from jaxinfer.decode.prompt_logprobs import PromptLogprobs, prompt_logprobs
 from jaxinfer.decode.sampling import Needs, Sampled
 from jaxinfer.decode.sampling_params import MAX_LOGPROBS, SamplingParams
@@ -91,7 +92,7 @@ class Programs:
         self._mask = jax.jit(self._traced_mask)
         self._score = jax.jit(self._traced_score)
         self._loop = jax.jit(self._traced_loop, static_argnames=("steps", "needs"), donate_argnames=donated)
-        self._admit = jax.jit(self._traced_admit, donate_argnames=("state",))
+        self._admit = jax.jit(self._traced_admit, static_argnames=("form",), donate_argnames=("state",))
         self._extend = jax.jit(self._traced_extend, donate_argnames=("tables",))
         self._release = jax.jit(self._traced_release, donate_argnames=("state",))
 
@@ -188,7 +189,7 @@ class Programs:
 
     def admit(self, state: SlotState, slot: int, row: Admission) -> SlotState:
         with jax.set_mesh(self.model.mesh):
-            return self._admit(state, np.int32(slot), row)
+            return self._admit(state, np.int32(slot), *packed(row))
 
     def extend(self, state: SlotState, entries: Sequence[tuple[int, int, int, int]]) -> SlotState:
         """Writes entries of the page tables: cache group, slot, column and page of each."""
@@ -244,9 +245,9 @@ class Programs:
         state = slots.put_back(state, slots_B, own) if some else own
         return state, cache, StepOutput(sampled, emits_nW, ())
 
-    def _traced_admit(self, state, slot, row):
+    def _traced_admit(self, state, slot, packed_U, form):
         self.traces["admit"] += 1
-        return slots.admit(state, slot, row)
+        return slots.admit(state, slot, unpacked(packed_U, form))
 
     def _traced_extend(self, tables, entries_E4):
         self.traces["extend"] += 1

@@ -74,9 +74,7 @@ class Runner:
 
     def lower_loop(self, slots_B: np.ndarray, needs: Needs) -> Lowered:
         """A program of decode steps, to be compiled ahead."""
-        return self.programs.lower_loop(
-            self.params, self.state, self.cache, slots_B, steps=self.steps, needs=needs
-        )
+        return self.programs.lower_loop(self.params, self.state, self.cache, slots_B, steps=self.steps, needs=needs)
 
     def update_all(self) -> None:
         """Runs each of the small programs that bring the slots up to date, to the effect of none."""

@@ -29,7 +29,8 @@ class Scores:
 
 @runtime_checkable
 class Attends(Protocol):
-    """What the model needs of a step: the tokens, their positions, and attention over what came before them. A pytree."""
+    """What the model needs of a step, as a pytree: the tokens, their positions, and attention over what came before
+    them."""
 
     @property
     def tokens_T(self) -> jax.Array: ...
