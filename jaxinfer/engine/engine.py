@@ -40,7 +40,7 @@ IN_FLIGHT = 2  # steps dispatched before the oldest is read
 
 @dataclass(frozen=True)
 class Work:
-    """A dispatched program: its plan and output, and the sequences that may draw in it, by their rows of the output."""
+    """A dispatched program: its plan and output, and the sequences that may draw in it, by their rows."""
 
     plan: Plan
     drawing: list[tuple[int, Sequence]]
