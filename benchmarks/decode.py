@@ -28,6 +28,7 @@ import numpy as np
 from benchmarks.record import MACHINE, Record, environment, update
 from jaxinfer.cache import CACHE_DTYPES
 from jaxinfer.cache.gathers import gathers
+from jaxinfer.decode.batch import StepInput
 from jaxinfer.decode.sampling import needs
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import Layout, Programs
@@ -117,6 +118,10 @@ class Bench:
     def prefill(self, tokens: int, chunk: int) -> float:
         """Gives every slot a prompt of `tokens` tokens, `chunk` of them in a step; seconds until the first tokens of
         the outputs are on the host."""
+        return self.run(self.admit(tokens, chunk))
+
+    def admit(self, tokens: int, chunk: int) -> list[StepInput]:
+        """Gives every slot a new prompt, and says which steps read it."""
         row, sequences = self.layout.pages_per_row, []
         for slot in range(self.layout.slots):
             pages = range(1 + slot * row, 1 + (slot + 1) * row)
@@ -128,6 +133,10 @@ class Bench:
         for first in range(0, tokens, chunk):
             chunks = [Chunk(sequence, first, min(chunk, tokens - first)) for sequence in sequences]
             steps.append(lay_out(chunks, chunk * self.layout.slots, self.layout.slots))
+        return steps
+
+    def run(self, steps: list[StepInput]) -> float:
+        """Seconds until the last of the steps has its tokens on the host."""
         jax.block_until_ready(self.state)
         output, start = None, time.perf_counter()
         for step in steps:
@@ -141,15 +150,19 @@ class Bench:
     def decode(self) -> float:
         """Seconds of NEW decode steps of every slot, the last token on the host."""
         start = time.perf_counter()
+        self.dispatch(NEW // self.subject.steps)
+        return time.perf_counter() - start
+
+    def dispatch(self, count: int) -> None:
+        """`count` dispatches of decode steps, the last token on the host."""
         output = None
-        for _ in range(NEW // self.subject.steps):
+        for _ in range(count):
             self.state, self.cache, output = self.programs.loop(
-                self.subject.params, self.state, self.cache, decode=self.layout.slots, steps=self.subject.steps,
-                needs=needs([GREEDY]),
+                self.subject.params, self.state, self.cache, np.arange(self.layout.slots, dtype=np.int32),
+                steps=self.subject.steps, needs=needs([GREEDY]),
             )  # fmt: skip
         assert output is not None
         assert np.asarray(output.emits_nW).all()
-        return time.perf_counter() - start
 
 
 def measure(subject: Subject, batches: list[int], prompts: list[int]) -> Iterator[list[Record]]:
@@ -248,6 +261,21 @@ def run_first_token(subject: Subject, tokens: int) -> list[Record]:
     ]
 
 
+def load(
+    name: str, prompts: list[int], steps: int, page_size: int = 64, implementation: str = "auto",
+    cache_dtype: str | None = None, chunk: int = 8192,
+) -> Subject:  # fmt: skip
+    """The model of a folder of configs/models, with random weights, on this machine as it is timed now. It takes
+    prompts of so many tokens, also longer ones than it was made for."""
+    machine = measure_machine()
+    config = read_config(MODELS / name)
+    longest = max(config.context, *(tokens + 1 for tokens in prompts), 0)
+    model = Model(config, make_mesh(devices=jax.devices()[:1]), context=longest)
+    params = jax.block_until_ready(model.random_params())  # drawing them must not count as a case's memory
+    ceilings = find_by_device(machine.device_kind, MEASURED) or machine
+    return Subject(name, model, params, page_size, steps, implementation, cache_dtype, chunk, machine, ceilings)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-3-8b", help="a folder of configs/models")
@@ -262,14 +290,9 @@ def main() -> None:
     parser.add_argument("--steps-per-dispatch", type=int, default=16)
     parser.add_argument("--output", type=Path, help="folder of the JSON file")
     arguments = parser.parse_args()
-    machine = measure_machine()
-    config = read_config(MODELS / arguments.model)
-    longest = max(config.context, *(tokens + 1 for tokens in arguments.prompts), 0)
-    model = Model(config, make_mesh(devices=jax.devices()[:1]), context=longest)
-    params = jax.block_until_ready(model.random_params())  # drawing them must not count as a case's memory
-    subject = Subject(
-        arguments.model, model, params, arguments.page_size, arguments.steps_per_dispatch, arguments.attention,
-        arguments.cache_dtype, arguments.chunk, machine, find_by_device(machine.device_kind, MEASURED) or machine,
+    subject = load(
+        arguments.model, arguments.prompts, arguments.steps_per_dispatch, arguments.page_size, arguments.attention,
+        arguments.cache_dtype, arguments.chunk,
     )  # fmt: skip
     name = "decode" if arguments.attention == "auto" else f"decode_{arguments.attention}"
     records, made_in = [], environment()

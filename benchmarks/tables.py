@@ -20,11 +20,13 @@ from typing import Any
 from benchmarks.record import OURS, RESULTS, Record, parts
 from benchmarks.serving.latency import Stall
 from benchmarks.serving.offline import STATIC
+from benchmarks.step_classes import CLASSES
 
 README = Path(__file__).parents[1] / "README.md"
 FILES = (  # our own, then those of other systems; rows come in this order
     (("decode.json", "decode_xla.json"), ("anchors.json",)),
     (("serving.json",), ("serving_anchors.json",)),
+    (("step.json",), ()),
     (("kernels.json",), ("kernel_anchors.json",)),
 )
 NAMES = {
@@ -122,6 +124,7 @@ SOURCES = "sources"
 TABLES = {
     "decode": Table("decode", "tokens/s", BATCHES),
     "decode-step": Table("decode step", "ms a step", BATCHES),
+    "step": Table("time in step", "us of a step", BATCHES | PROMPTS, names={name: name for name in CLASSES}),
     "first-token": Table("first token", "ms to the first token", PROMPTS),
     "throughput": Table("output throughput", "tokens/s", THROUGHPUT, IN_AND_OUT, names=SERVING_NAMES),
     "beside-a-prompt": Table("decode step", "ms a step of 16 sequences", STEADY, BESIDE, names=SERVING_NAMES),

@@ -124,7 +124,7 @@ for token in np.argsort(-probabilities_V)[:5]:
 # %%
 needs = sampling.needs([greedy])
 state, cache, first = programs.step(runner.params, state, cache, given, None, needs)
-state, cache, loop = programs.loop(runner.params, state, cache, decode=1, steps=8, needs=needs)
+state, cache, loop = programs.loop(runner.params, state, cache, np.array([0], np.int32), steps=8, needs=needs)
 drawn = [int(first.sampled.tokens_W[0, 0]), *np.asarray(loop.sampled.tokens_W[:, 0]).tolist()]
 print(repr(prompt + llm.tokenizer.decode(drawn)))
 print("tokens in the cache of each slot:", state.length_B)

@@ -15,7 +15,7 @@ from jaxinfer.cache import CACHE_DTYPES, NULL_PAGE, Pages, View, attend_pages, m
 from jaxinfer.cache.attention import write
 from jaxinfer.cache.quantized import LARGEST, SMALLEST_SCALE, numbers, quantize
 from jaxinfer.decode.batch import StepInput, make_batch, make_rectangle
-from jaxinfer.decode.slots import empty_slots
+from jaxinfer.decode.slots import empty_slots, taken
 from jaxinfer.parallel import make_mesh
 from pallas_kernels.blockwise import as_moved
 from pallas_kernels.flash_decoding import pack_tree_mask
@@ -146,11 +146,11 @@ def test_tokens_are_written_behind_what_their_sequence_has():
     assert rows["tokens_W"].tolist()[:2] == [1, 6]
     assert rows["lengths_W"].tolist()[:2] == [13, 6]
 
-    batch, rows = make_rectangle(state, 2, PAGE)
-    assert batch.views[0].write_T.tolist() == [positions_of(0, 13)[12], NULL_PAGE]
-    assert batch.views[0].decode_lengths_B.tolist() == [13, 0]
-    assert (batch.tokens_T.tolist(), batch.positions_T.tolist()) == ([70, 0], [12, 0])
-    assert rows.emits_W.tolist() == [True, False]
+    batch, rows = make_rectangle(taken(state, jnp.array([1, 0, 3, 3], jnp.int32)), PAGE)
+    assert batch.views[0].write_T.tolist() == [NULL_PAGE, positions_of(0, 13)[12], NULL_PAGE, NULL_PAGE]
+    assert batch.views[0].decode_lengths_B.tolist() == [0, 13, 0, 0]
+    assert (batch.tokens_T.tolist(), batch.positions_T.tolist()) == ([0, 70, 0, 0], [0, 12, 0, 0])
+    assert rows.emits_W.tolist() == [False, True, False, False]
 
 
 def contiguous(q_TNH, k_UKH, v_UKH, window: int | None) -> np.ndarray:

@@ -104,7 +104,11 @@ def write(
 
 
 def _stored(pool_PSKH, scales_PKS, write_T, new_TKH):
-    """Scatters along the first axis of flat arrays: for other axes XLA would move the whole pool."""
+    """Scatters along the first axis of flat arrays: for other axes XLA would move the whole pool.
+
+    No two tokens go to one place but the null page, of which nothing is read, whatever is written to it. Told that,
+    XLA takes 13 us for 8,192 tokens of 8 heads of 128 on an H100, and else 80.
+    """
     if scales_PKS is None:
         values_TKH = new_TKH.astype(pool_PSKH.dtype)
     else:
@@ -113,6 +117,7 @@ def _stored(pool_PSKH, scales_PKS, write_T, new_TKH):
         _, K, S = scales_PKS.shape
         row_TK = (write_T // S * K)[:, None] + jnp.arange(K, dtype=jnp.int32)[None]
         at_TK = row_TK * S + (write_T % S)[:, None]
-        scales_PKS = scales_PKS.reshape(-1).at[at_TK].set(scales_TK).reshape(scales_PKS.shape)
+        scales_P = scales_PKS.reshape(-1).at[at_TK].set(scales_TK, unique_indices=True)
+        scales_PKS = scales_P.reshape(scales_PKS.shape)
     flat = pool_PSKH.reshape(-1, *pool_PSKH.shape[2:])
-    return flat.at[write_T].set(values_TKH).reshape(pool_PSKH.shape), scales_PKS
+    return flat.at[write_T].set(values_TKH, unique_indices=True).reshape(pool_PSKH.shape), scales_PKS

@@ -92,7 +92,7 @@ class StepInput:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rows:
-    """What the sampler is told of the first W slots.
+    """What the sampler is told of every slot.
 
     Attributes:
         tokens_W: the slot's last row among the step's flat tokens; any row for a slot that has none.
@@ -142,20 +142,20 @@ def make_batch(state: SlotState, step: StepInput, page_size: int) -> tuple[Batch
 
     return batch, Rows(
         tokens_W=by_slot(row_B, last_R),
-        emits_W=by_slot(active_B.astype(jnp.int32), jnp.asarray(step.last_R)) == 1,
-        lengths_W=by_slot(lengths_B, jnp.asarray(step.lengths_R)),
+        emits_W=by_slot(active_B.astype(jnp.int32), step.last_R) == 1,
+        lengths_W=by_slot(lengths_B, step.lengths_R),
     )
 
 
-def make_rectangle(state: SlotState, decode: int, page_size: int) -> tuple[Batch, Rows]:
-    """Lays out a step in which each of the first `decode` slots decodes, without chunks."""
-    active_B, position_B = state.active_B[:decode], state.length_B[:decode]
-    lengths_B, slots_B = jnp.where(active_B, position_B + 1, 0), jnp.arange(decode, dtype=jnp.int32)
+def make_rectangle(state: SlotState, page_size: int) -> tuple[Batch, Rows]:
+    """Lays out a step in which each slot that is active decodes, without chunks."""
+    active_B, position_B = state.active_B, state.length_B
+    lengths_B, slots_B = jnp.where(active_B, position_B + 1, 0), jnp.arange(len(active_B), dtype=jnp.int32)
 
     def view(table_BJ: jax.Array) -> View:
         return View(
             write_T=_slot_index(table_BJ, slots_B, position_B, active_B, page_size),
-            decode_tables_BJ=table_BJ[:decode],
+            decode_tables_BJ=table_BJ,
             decode_lengths_B=lengths_B,
             prefill_tables_RJ=table_BJ[:0],
             prefill_starts_R1=jnp.zeros(1, jnp.int32),
@@ -163,7 +163,7 @@ def make_rectangle(state: SlotState, decode: int, page_size: int) -> tuple[Batch
         )
 
     batch = Batch(
-        tokens_T=jnp.where(active_B, state.token_B[:decode], 0),
+        tokens_T=jnp.where(active_B, state.token_B, 0),
         positions_T=jnp.where(active_B, position_B, 0),
         views=tuple(view(table_BJ) for table_BJ in state.tables),
     )
@@ -174,7 +174,8 @@ def _place(step: StepInput) -> tuple[jax.Array, jax.Array, jax.Array]:
     """For every row of the step: its chunk, its position in the sequence, and whether it is of a chunk at all."""
     starts_R1, lengths_R = jnp.asarray(step.starts_R1), jnp.asarray(step.lengths_R)
     row_T = jnp.arange(len(step.tokens_T), dtype=jnp.int32)
-    chunk_T = jnp.searchsorted(starts_R1[1:], row_T, side="right").astype(jnp.int32)
+    # A search would be a loop, for whose every turn a GPU waits for the host.
+    chunk_T = jnp.sum(row_T[:, None] >= starts_R1[None, 1:], axis=1, dtype=jnp.int32)
     chunk_T = jnp.minimum(chunk_T, len(lengths_R) - 1)
     position_T = lengths_R[chunk_T] - starts_R1[chunk_T + 1] + row_T
     return chunk_T, position_T, (row_T >= starts_R1[0]) & (row_T < starts_R1[-1])

@@ -108,29 +108,48 @@ def release(state: SlotState, slot: jax.Array) -> SlotState:
     return replace(state, active_B=state.active_B.at[slot].set(False))
 
 
-def advance(state: SlotState, sampled: Sampled, emits_W: jax.Array, lengths_W: jax.Array) -> SlotState:
+def taken(state: SlotState, slots_B: jax.Array) -> SlotState:
+    """The state of some slots alone, in this order.
+
+    Args:
+        slots_B: one past the last slot stands for one that is not active.
+    """
+    slots = len(state.token_B)
+    own = jax.tree.map(lambda array_B: array_B[jnp.minimum(slots_B, slots - 1)], state)
+    return replace(own, active_B=own.active_B & (slots_B < slots))
+
+
+def put_back(state: SlotState, slots_B: jax.Array, own: SlotState) -> SlotState:
+    """The state with what steps change of the slots that were `taken`."""
+    put = lambda array_B, new_B: array_B.at[slots_B].set(new_B, mode="drop")  # noqa: E731
+    sampled = replace(state.sampling, counts_BV=put(state.sampling.counts_BV, own.sampling.counts_BV))
+    return replace(
+        state,
+        token_B=put(state.token_B, own.token_B),
+        length_B=put(state.length_B, own.length_B),
+        index_B=put(state.index_B, own.index_B),
+        active_B=put(state.active_B, own.active_B),
+        sampling=sampled,
+    )
+
+
+def advance(state: SlotState, sampled: Sampled, emits_B: jax.Array, lengths_B: jax.Array) -> SlotState:
     """The state after a step: every slot that emits takes its token.
 
     Args:
-        sampled: one choice for each of the first W slots.
-        emits_W: slots whose token counts; the others stay as they were.
-        lengths_W: tokens in the cache after the step.
+        sampled: one choice per slot.
+        emits_B: slots whose token counts; the others stay as they were.
+        lengths_B: tokens in the cache after the step.
     """
-    count = len(emits_W)
-    index_W = state.index_B[:count] + 1
-    stops_W = (state.sampling.stop_ids_BZ[:count] == sampled.tokens_W[:, None]).any(axis=1)
-    ended_W = stops_W | (index_W >= state.max_tokens_B[:count])
-
-    def put(array_B: jax.Array, new_W: jax.Array) -> jax.Array:
-        return array_B.at[:count].set(jnp.where(emits_W, new_W, array_B[:count]))
-
-    token_B = put(state.token_B, sampled.tokens_W)
-    emitted_B = jnp.pad(emits_W, (0, len(token_B) - count))
+    index_B = state.index_B + 1
+    stops_B = (state.sampling.stop_ids_BZ == sampled.tokens_W[:, None]).any(axis=1)
+    ended_B = stops_B | (index_B >= state.max_tokens_B)
+    token_B = jnp.where(emits_B, sampled.tokens_W, state.token_B)
     return replace(
         state,
         token_B=token_B,
-        length_B=put(state.length_B, lengths_W),
-        index_B=put(state.index_B, index_W),
-        active_B=put(state.active_B, ~ended_W),
-        sampling=sampling.count(state.sampling, token_B, emitted_B),
+        length_B=jnp.where(emits_B, lengths_B, state.length_B),
+        index_B=jnp.where(emits_B, index_B, state.index_B),
+        active_B=jnp.where(emits_B, ~ended_B, state.active_B),
+        sampling=sampling.count(state.sampling, token_B, emits_B),
     )

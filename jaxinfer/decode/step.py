@@ -22,6 +22,7 @@ from jaxinfer.cache import Pages, make_cache
 from jaxinfer.decode import sampling, slots
 from jaxinfer.decode.batch import Batch, Rows, StepInput, make_batch, make_rectangle
 from jaxinfer.decode.masks import WORD
+from jaxinfer.decode.packing import packed, unpacked
 from jaxinfer.decode.prompt_logprobs import PromptLogprobs, prompt_logprobs
 from jaxinfer.decode.sampling import Needs, Sampled
 from jaxinfer.decode.sampling_params import MAX_LOGPROBS, SamplingParams
@@ -40,8 +41,8 @@ class StepOutput:
     """What the host reads of a program of n steps, late.
 
     Attributes:
-        sampled: the choice for every step (leading axis n) and slot.
-        emits_nW: slots whose token counts.
+        sampled: the choice for every step (leading axis n) and row: a slot, or in a loop of some slots one of these.
+        emits_nW: rows whose token counts.
         prompt: log-probabilities of each row's next token in tiles of `SCORED`; empty where nobody asked for them.
     """
 
@@ -90,8 +91,8 @@ class Programs:
         self._sample = jax.jit(self._traced_sample, static_argnames=("needs",), donate_argnames=("state",))
         self._mask = jax.jit(self._traced_mask)
         self._score = jax.jit(self._traced_score)
-        self._loop = jax.jit(self._traced_loop, static_argnames=("decode", "steps", "needs"), donate_argnames=donated)
-        self._admit = jax.jit(self._traced_admit, donate_argnames=("state",))
+        self._loop = jax.jit(self._traced_loop, static_argnames=("steps", "needs"), donate_argnames=donated)
+        self._admit = jax.jit(self._traced_admit, static_argnames=("form",), donate_argnames=("state",))
         self._extend = jax.jit(self._traced_extend, donate_argnames=("tables",))
         self._release = jax.jit(self._traced_release, donate_argnames=("state",))
 
@@ -137,18 +138,22 @@ class Programs:
             return self._step.lower(params, state, cache, given.packed(), **given.sizes)
 
     def loop(
-        self, params: Params, state: SlotState, cache: Cache, *, decode: int, steps: int, needs: Needs
+        self, params: Params, state: SlotState, cache: Cache, slots_B: np.ndarray, *, steps: int, needs: Needs
     ) -> tuple[SlotState, Cache, StepOutput]:
-        """`steps` decode steps of the first `decode` slots in one program."""
+        """`steps` decode steps in one program.
+
+        Args:
+            slots_B: those that decode, one past the last slot pads. As many as there are stand for all in their order.
+        """
         with jax.set_mesh(self.model.mesh):
-            return self._loop(params, state, cache, decode=decode, steps=steps, needs=needs)
+            return self._loop(params, state, cache, slots_B, steps=steps, needs=needs)
 
     def lower_loop(
-        self, params: Params, state: SlotState, cache: Cache, *, decode: int, steps: int, needs: Needs
+        self, params: Params, state: SlotState, cache: Cache, slots_B: np.ndarray, *, steps: int, needs: Needs
     ) -> Lowered:
         """`loop`, not compiled yet. Once it is, `loop` finds it."""
         with jax.set_mesh(self.model.mesh):
-            return self._loop.lower(params, state, cache, decode=decode, steps=steps, needs=needs)
+            return self._loop.lower(params, state, cache, slots_B, steps=steps, needs=needs)
 
     def admission(
         self, params: SamplingParams, pages: Sequence[Sequence[int]], prompt_ids: Sequence[int] = (),
@@ -184,7 +189,7 @@ class Programs:
 
     def admit(self, state: SlotState, slot: int, row: Admission) -> SlotState:
         with jax.set_mesh(self.model.mesh):
-            return self._admit(state, np.int32(slot), row)
+            return self._admit(state, np.int32(slot), *packed(row))
 
     def extend(self, state: SlotState, entries: Sequence[tuple[int, int, int, int]]) -> SlotState:
         """Writes entries of the page tables: cache group, slot, column and page of each."""
@@ -224,22 +229,25 @@ class Programs:
         top = min(MAX_LOGPROBS, self.model.config.vocab_size)
         return prompt_logprobs(normed_TD, head_VD, targets_T, top, chunk=VOCABULARY_CHUNK, transform=cap)
 
-    def _traced_loop(self, params, state, cache, *, decode, steps, needs):
+    def _traced_loop(self, params, state, cache, slots_B, *, steps, needs):
         self.traces["loop"] += 1
+        some = len(slots_B) < self.layout.slots
 
         def body(carry, _):
             state, cache = carry
-            batch, rows = make_rectangle(state, decode, self.layout.page_size)
+            batch, rows = make_rectangle(state, self.layout.page_size)
             cache, logits_WV, _ = self._run(params, cache, batch, rows)
             state, sampled = self._draw(state, logits_WV, rows, needs)
             return (state, cache), (sampled, rows.emits_W)
 
-        (state, cache), (sampled, emits_nW) = jax.lax.scan(body, (state, cache), length=steps)
+        own = slots.taken(state, slots_B) if some else state
+        (own, cache), (sampled, emits_nW) = jax.lax.scan(body, (own, cache), length=steps)
+        state = slots.put_back(state, slots_B, own) if some else own
         return state, cache, StepOutput(sampled, emits_nW, ())
 
-    def _traced_admit(self, state, slot, row):
+    def _traced_admit(self, state, slot, packed_U, form):
         self.traces["admit"] += 1
-        return slots.admit(state, slot, row)
+        return slots.admit(state, slot, unpacked(packed_U, form))
 
     def _traced_extend(self, tables, entries_E4):
         self.traces["extend"] += 1
@@ -251,16 +259,16 @@ class Programs:
 
     def _run(self, params, cache, batch: Batch, rows: Rows):
         """The model's part of a step: logits of the slots, and hidden states of all tokens."""
-        batch = batch.scheduled(*self._heads(), self.model.config.windows, self.layout.attention)
+        with jax.named_scope("attention"):
+            batch = batch.scheduled(*self._heads(), self.model.config.windows, self.layout.attention)
         hidden_TD, _, cache = self.model.forward(params, batch, cache)
         return cache, self.model.logits(params, hidden_TD[rows.tokens_W]), hidden_TD
 
+    @jax.named_scope("sampling")
     def _draw(self, state: SlotState, logits_WV: jax.Array, rows: Rows, needs: Needs) -> tuple[SlotState, Sampled]:
         """The sampler's part."""
-        count = len(rows.tokens_W)
-        own = jax.tree.map(lambda array_B: array_B[:count], state.sampling)
         whole_WV = jax.sharding.reshard(logits_WV, P(None, None))
-        sampled = sampling.sample(whole_WV, own, state.index_B[:count], needs)
+        sampled = sampling.sample(whole_WV, state.sampling, state.index_B, needs)
         return slots.advance(state, sampled, rows.emits_W, rows.lengths_W), sampled
 
     def _heads(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:

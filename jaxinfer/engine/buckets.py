@@ -29,6 +29,6 @@ def rectangles(slots: int) -> list[int]:
     return [size for size in powers(1, slots) if size not in SPARED or size == slots]
 
 
-def rectangle(occupied: list[int], slots: int) -> int:
-    """Slots of a program of decode steps alone that reaches all of these."""
-    return next(size for size in rectangles(slots) if size > max(occupied))
+def rectangle(decoding: int, slots: int) -> int:
+    """Slots of the program of decode steps alone that has room for so many."""
+    return next(size for size in rectangles(slots) if size >= decoding)

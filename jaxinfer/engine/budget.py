@@ -63,7 +63,7 @@ class Budget:
         beside = len(decoding)
         if not decoding or self._times is None:
             return Allowance(self.most, beside)
-        alone = rectangle([sequence.slot for sequence in decoding if sequence.slot is not None], self._slots)
+        alone = rectangle(beside, self._slots)
         if self._whole_row is None:
             attention = read = self._times.decoding([len(sequence.tokens) for sequence in decoding])
         else:

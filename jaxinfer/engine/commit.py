@@ -23,11 +23,11 @@ class Row:
     reason: FinishReason | None
 
 
-def read_row(output: StepOutput, slot: int, sequence: Sequence) -> Row:
-    """Appends what a slot drew to the sequence's tokens."""
+def read_row(output: StepOutput, row: int, sequence: Sequence) -> Row:
+    """Appends what a row brought to the sequence's tokens."""
     request, tokens, logprobs, reason = sequence.request, [], [], None
     stop_ids = request.stop_ids
-    emitted = zip(output.emits_nW[:, slot].tolist(), output.sampled.tokens_W[:, slot].tolist(), strict=True)
+    emitted = zip(output.emits_nW[:, row].tolist(), output.sampled.tokens_W[:, row].tolist(), strict=True)
     for step, (emits, token) in enumerate(emitted):
         if not emits:
             continue
@@ -35,7 +35,7 @@ def read_row(output: StepOutput, slot: int, sequence: Sequence) -> Row:
         if sequence.constraint is not None:
             sequence.constraint.accept(token)
         if request.params.logprobs is not None:
-            logprobs.append(_chosen(output.sampled, (step, slot), request.params.logprobs))
+            logprobs.append(_chosen(output.sampled, (step, row), request.params.logprobs))
         if token in stop_ids:
             reason = "stop"
         elif sequence.outputs + len(tokens) == request.params.max_tokens:

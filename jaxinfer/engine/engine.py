@@ -30,7 +30,7 @@ from jaxinfer.engine.request import Request, Update
 from jaxinfer.engine.runner import Masks, Runner
 from jaxinfer.engine.scheduler import Plan, Scheduler
 from jaxinfer.engine.sequence import Sequence
-from jaxinfer.engine.step_input import lay_out, next_tokens
+from jaxinfer.engine.step_input import lay_out, next_tokens, padded
 from jaxinfer.engine.warm_up import WARM, Progress, make_ready, warm_programs
 from jaxinfer.model import Model, Params
 
@@ -40,7 +40,7 @@ IN_FLIGHT = 2  # steps dispatched before the oldest is read
 
 @dataclass(frozen=True)
 class Work:
-    """A dispatched program: its plan and output, and the sequences that may draw in it, by their slots."""
+    """A dispatched program: its plan and output, and the sequences that may draw in it, by their rows."""
 
     plan: Plan
     drawing: list[tuple[int, Sequence]]
@@ -197,12 +197,14 @@ class Engine:
             return None
         drawing = [*plan.decoding, *(chunk.sequence for chunk in plan.chunks if chunk.last)]
         by_slot = [(sequence.slot, sequence) for sequence in drawing if sequence.slot is not None]
-        needs, masks = self._needs(plan), self._masks_for(drawing)
+        needs, masks, slots = self._needs(plan), self._masks_for(drawing), self.layout.slots
         occupied = [slot for slot, _ in by_slot[: len(plan.decoding)]]
         if not plan.chunks and masks is None and plan.steps == self.options.steps_per_dispatch:
-            return Work(plan, by_slot, self.runner.loop(rectangle(occupied, self.layout.slots), needs))
+            size = rectangle(len(occupied), slots)
+            rows = by_slot if size == slots else list(enumerate(plan.decoding))
+            return Work(plan, rows, self.runner.loop(padded(occupied, size, slots), needs))
         tokens = step_size(len(occupied) + sum(chunk.tokens for chunk in plan.chunks), bool(plan.chunks))
-        given = lay_out(plan.chunks, tokens, self.layout.slots, occupied or None)
+        given = lay_out(plan.chunks, tokens, slots, occupied or None)
         wants = any(chunk.sequence.scores_prompt for chunk in plan.chunks)
         targets_T = next_tokens(plan.chunks, tokens, len(occupied)) if wants else None
         return Work(plan, by_slot, self.runner.step(given, needs, targets_T, masks))
@@ -255,8 +257,8 @@ class Engine:
                     with self._alone(chunk.sequence):
                         keep_prompt_logprobs(chunk, first, scored)
                 first += chunk.tokens
-        for slot, sequence in work.drawing:
-            if not sequence.finished and (update := self._commit_row(output, slot, sequence)) is not None:
+        for row, sequence in work.drawing:
+            if not sequence.finished and (update := self._commit_row(output, row, sequence)) is not None:
                 self._updates.append(update)
 
     @contextmanager
@@ -273,16 +275,16 @@ class Engine:
                 self._failed_slots.append(slot)
             self._updates.append(Update(sequence.request, (), (), None, "error"))
 
-    def _commit_row(self, output: StepOutput, slot: int, sequence: Sequence) -> Update | None:
-        first, row = sequence.scores_prompt, None
+    def _commit_row(self, output: StepOutput, row: int, sequence: Sequence) -> Update | None:
+        first, drawn = sequence.scores_prompt, None
         with self._alone(sequence):
-            row = read_row(output, slot, sequence)
+            drawn = read_row(output, row, sequence)
         sequence.check()
-        if row is None or sequence.finished or not row.tokens:
+        if drawn is None or sequence.finished or not drawn.tokens:
             return None
-        self.counters.output_tokens += len(row.tokens)
+        self.counters.output_tokens += len(drawn.tokens)
         self.scheduler.read(sequence)
-        if row.reason:
+        if drawn.reason:
             self.scheduler.finish(sequence)
         prompt = tuple(sequence.prompt_logprobs) if first else None
-        return Update(sequence.request, row.tokens, row.logprobs, prompt, row.reason)
+        return Update(sequence.request, drawn.tokens, drawn.logprobs, prompt, drawn.reason)

@@ -20,13 +20,12 @@ def lay_out(chunks: Sequence[Chunk], tokens: int, slots: int, decoding: Sequence
     row = 0 if decoding is None else len(decoding)
     step = StepInput(
         tokens_T=np.zeros(tokens, np.int32),
-        slots_B=np.full(0 if decoding is None else min(slots, tokens), slots, np.int32),
+        slots_B=padded(decoding or (), 0 if decoding is None else min(slots, tokens), slots),
         starts_R1=np.full(slots + 1, row, np.int32),
         slots_R=np.full(slots, slots, np.int32),
         lengths_R=np.zeros(slots, np.int32),
         last_R=np.zeros(slots, np.int32),
     )
-    step.slots_B[:row] = decoding or ()
     for index, chunk in enumerate(chunks):
         step.tokens_T[row : row + chunk.tokens] = chunk.sequence.tokens[chunk.start : chunk.end]
         row += chunk.tokens
@@ -36,6 +35,11 @@ def lay_out(chunks: Sequence[Chunk], tokens: int, slots: int, decoding: Sequence
         step.starts_R1[index + 1] = row
     step.starts_R1[len(chunks) + 1 :] = row
     return step
+
+
+def padded(decoding: Sequence[int], size: int, slots: int) -> np.ndarray:
+    """Slots that decode, padded to `size`."""
+    return np.array([*decoding, *[slots] * (size - len(decoding))], np.int32)
 
 
 def next_tokens(chunks: Sequence[Chunk], tokens: int, first: int = 0) -> np.ndarray:

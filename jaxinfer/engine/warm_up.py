@@ -27,7 +27,7 @@ from jaxinfer.engine.buckets import FEW, powers, rectangles
 from jaxinfer.engine.metrics import Warmed, WarmUp
 from jaxinfer.engine.options import SMALLEST_BUCKET
 from jaxinfer.engine.runner import Runner
-from jaxinfer.engine.step_input import lay_out, next_tokens
+from jaxinfer.engine.step_input import lay_out, next_tokens, padded
 from jaxinfer.machine import count_compiled
 
 Progress = Callable[[Warmed, int], None]  # what was made ready just now, and how many there are in all
@@ -67,8 +67,9 @@ def warm_programs(runner: Runner, largest_step: int, masked: bool) -> Iterator[P
             yield _step(runner, f"{tokens} rows of prompts{beside}", given)
     for decode in rectangles(slots):
         for needs in WARM:
+            loop = padded([], decode, slots), needs
             name = f"decoding {decode} slots, {needs.level}"
-            yield Program(name, partial(runner.loop, decode, needs), partial(runner.lower_loop, decode, needs))
+            yield Program(name, partial(runner.loop, *loop), partial(runner.lower_loop, *loop))
     given, targets_T = lay_out([], SCORED, slots), next_tokens([], SCORED)
     for needs in WARM[1:]:
         yield Program(f"{needs.level} sampling of prompts", partial(runner.step, given, needs, targets_T))

@@ -29,7 +29,8 @@ class Scores:
 
 @runtime_checkable
 class Attends(Protocol):
-    """What the model needs of a step: the tokens, their positions, and attention over what came before them."""
+    """What the model needs of a step, as a pytree: the tokens, their positions, and attention over what came before
+    them."""
 
     @property
     def tokens_T(self) -> jax.Array: ...
@@ -67,10 +68,11 @@ class Attention(nnx.Module):
         """The outputs of all heads in a row, [T, M], and the layer's new state."""
         q_TKgH, k_TKH, v_TKH = self._project(x_TD, norm)
         cos_Tr, sin_Tr = rope
-        q_TKgH, k_TKH = rotate(q_TKgH, cos_Tr, sin_Tr), rotate(k_TKH, cos_Tr, sin_Tr)
         scores = Scores(self.config.scale, self.layer.window, self.config.attention_soft_cap)
         sinks_Kg = None if self.sinks_Kg is None else self.sinks_Kg[...]
-        out_TKgH, state = batch.attend(q_TKgH, k_TKH, v_TKH, state, self.group, scores, sinks_Kg)
+        with jax.named_scope("attention"):
+            q_TKgH, k_TKH = rotate(q_TKgH, cos_Tr, sin_Tr), rotate(k_TKH, cos_Tr, sin_Tr)
+            out_TKgH, state = batch.attend(q_TKgH, k_TKH, v_TKH, state, self.group, scores, sinks_Kg)
         return jnp.reshape(out_TKgH, (x_TD.shape[0], -1), out_sharding=P(None, TENSOR)), state
 
     def _project(self, x_TD: jax.Array, norm: Norm | None) -> tuple[jax.Array, jax.Array, jax.Array]:

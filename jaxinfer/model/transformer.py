@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -78,6 +79,12 @@ def _added(x_TD: jax.Array, y_TD: jax.Array, post_norm: Norm | None) -> jax.Arra
     return y_TD if post_norm is None else x_TD + post_norm(y_TD)
 
 
+# Jitted, so that layers which differ in nothing but their weights are traced and lowered once. XLA inlines the calls.
+@partial(jax.jit, static_argnums=0)
+def _run(graph: nnx.GraphDef[Layer], params: nnx.State, x_TD: jax.Array, batch: Attends, state: Any, rope: Any):
+    return nnx.merge(graph, params)(x_TD, batch, state, rope)
+
+
 class Transformer(nnx.Module):
     """Built abstractly: its parameters are shapes with shardings until `Model` is given values for them."""
 
@@ -98,14 +105,17 @@ class Transformer(nnx.Module):
         x_TD, states, tapped = self.embed(batch.tokens_T), list(cache), {}
         for index in range(layers):
             rope = ropes[self.config.layers[index].rope]
-            x_TD, states[index] = self.layers[index](x_TD, batch, states[index], rope)
+            graph, params = nnx.split(self.layers[index])
+            x_TD, states[index] = _run(graph, params, x_TD, batch, states[index], rope)
             if index in taps:
                 tapped[index] = x_TD
         return x_TD, tuple(tapped[index] for index in taps), tuple(states)
 
     def logits(self, hidden_WD: jax.Array) -> jax.Array:
         """float32 logits, sharded over the vocabulary."""
-        return self.cap(einsum("WD,VD->WV", self.normalize(hidden_WD), self.head(), jnp.dtype(jnp.float32)))
+        normed_WD = self.normalize(hidden_WD)
+        with jax.named_scope("head"):
+            return self.cap(einsum("WD,VD->WV", normed_WD, self.head(), jnp.dtype(jnp.float32)))
 
     def normalize(self, hidden_WD: jax.Array) -> jax.Array:
         return self.final_norm(hidden_WD)

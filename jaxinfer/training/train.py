@@ -69,6 +69,7 @@ class Report:
     held_out_per_byte: float
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DenseRows:
     """B rows of S tokens, flattened, that see the tokens before them in their row: attention without a cache."""

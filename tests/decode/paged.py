@@ -33,7 +33,7 @@ def paged_logits(
         if tokens:
             batch, rows = make_batch(state, StepInput.unpacked(packed, tokens, 0), page_size)
         else:
-            batch, rows = make_rectangle(state, 1, page_size)
+            batch, rows = make_rectangle(state, page_size)
         cache, _, hidden_TD = programs._run(params, cache, batch, rows)
         return model.logits(params, hidden_TD), cache
 

@@ -70,9 +70,9 @@ class Run:
         )
         return jax.device_get(output)
 
-    def loop(self) -> StepOutput:
+    def loop(self, slots: tuple[int, ...] = tuple(range(SLOTS))) -> StepOutput:
         self.state, self.cache, output = self.programs.loop(
-            self.params, self.state, self.cache, decode=SLOTS, steps=STEPS, needs=NEEDS
+            self.params, self.state, self.cache, np.array(slots, np.int32), steps=STEPS, needs=NEEDS
         )
         return jax.device_get(output)
 
@@ -151,6 +151,22 @@ def test_a_loop_equals_single_steps_and_ends_where_they_do(start):
     assert emitted.tolist() == [MAX_TOKENS] * 2
     assert not np.asarray(looped.state.active_B).any()
     np.testing.assert_array_equal(looped.state.length_B, [len(PROMPTS[0]) + 4, len(PROMPTS[1]) + 4, 0, 0])
+
+
+def test_a_loop_of_some_slots_is_theirs_alone_and_in_their_order(start):
+    every, some = start(), start()
+    for run in (every, some):
+        run.step([whole(0), whole(1), whole(2)])
+    expected, found = every.loop(), some.loop((2, 0, SLOTS))
+    assert found.emits_nW.tolist() == [[True, True, False]] * STEPS
+    for step in range(STEPS):
+        for row, slot in enumerate((2, 0)):
+            np.testing.assert_array_equal(found.sampled.tokens_W[step, row], expected.sampled.tokens_W[step, slot])
+    np.testing.assert_array_equal(some.state.index_B, [4, 1, 4, 0])
+    np.testing.assert_array_equal(some.state.sampling.counts_BV.sum(axis=1), [4, 1, 4, 0])
+    late = some.loop((1,))
+    np.testing.assert_array_equal(late.sampled.tokens_W[:, 0], expected.sampled.tokens_W[:, 1])
+    np.testing.assert_array_equal(some.state.token_B, every.state.token_B)
 
 
 def test_prompts_scored_in_tiles_equal_prompts_scored_at_once(start, monkeypatch):

@@ -147,11 +147,14 @@ class FakePrograms:
                     tokens_W[number], emits_W[number] = self._draw(slot, text, words_BU[number]), True
         return state, cache, _output([tokens_W], [emits_W])
 
-    def loop(self, params, state, cache, *, decode, steps, needs):
-        assert not any(slot.active and slot.request[0].structured_outputs for slot in state[:decode])
+    def loop(self, params, state, cache, slots_B, *, steps, needs):
+        some = len(slots_B) < len(state)
+        numbers = [number for number in slots_B.tolist() if number < len(state)] if some else range(len(state))
+        assert not any(state[number].active and state[number].request[0].structured_outputs for number in numbers)
         words_BU = no_masks(len(state), VOCABULARY)
-        ran = [self._decode(state, cache, range(decode), words_BU) for _ in range(steps)]
-        return state, cache, _output([tokens for tokens, _ in ran], [emits for _, emits in ran])
+        ran = [self._decode(state, cache, numbers, words_BU) for _ in range(steps)]
+        by_row = [np.array(each)[:, [*numbers]] for each in zip(*ran, strict=True)]
+        return state, cache, _output(*by_row)
 
     def _decode(self, state, cache, numbers, words_BU):
         """By slot: what each of these that is active draws, and whether it is."""

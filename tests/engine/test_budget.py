@@ -70,7 +70,7 @@ def predicted(model: str, card: str, plan: Plan, contexts: list[int], rows: int)
         return expected(body, *named) + expected(decode_step(config, rows, 1), "head")
 
     decoding = attention([decode_step(config, 1, context) for context in contexts])
-    alone = next(size for size in (1, 8, 32) if size > max(sequence.slot for sequence in plan.decoding))
+    alone = next(size for size in (1, 8, 32) if size >= len(plan.decoding))
     chunks = attention([prefill(config, chunk.tokens, cached=chunk.start) for chunk in plan.chunks])
     return rest(alone, alone) + decoding, rest(rows, SLOTS) + decoding + chunks
 

@@ -49,7 +49,7 @@ class Runner:
     def _logits(self, params, state, cache, tokens, packed=None):
         """Of a prefill of `tokens` rows, or else of a decode step of all slots."""
         if packed is None:
-            batch, _ = make_rectangle(state, SLOTS, PAGE)
+            batch, _ = make_rectangle(state, PAGE)
         else:
             batch, _ = make_batch(state, StepInput.unpacked(packed, tokens, 0), PAGE)
         hidden_TD, _, cache = self.model.forward(params, batch, cache)
