@@ -137,7 +137,7 @@ def make_batch(state: SlotState, step: StepInput, page_size: int) -> tuple[Batch
     row_B, last_R = jnp.arange(rows, dtype=jnp.int32), jnp.maximum(step.starts_R1[1:] - 1, 0)
     zeros_B = jnp.zeros(slots, jnp.int32)
 
-    def by_slot(decode_B: jax.Array, chunk_R: Array) -> jax.Array:
+    def by_slot(decode_B: Array, chunk_R: Array) -> jax.Array:
         return zeros_B.at[step.slots_B].set(decode_B, mode="drop").at[step.slots_R].set(chunk_R, mode="drop")
 
     return batch, Rows(
