@@ -119,17 +119,25 @@ def taken(state: SlotState, slots_B: jax.Array) -> SlotState:
     return replace(own, active_B=own.active_B & (slots_B < slots))
 
 
-def put_back(state: SlotState, slots_B: jax.Array, own: SlotState) -> SlotState:
-    """The state with what steps change of the slots that were `taken`."""
+def put_back(
+    state: SlotState, slots_B: jax.Array, own: SlotState, tokens_nB: jax.Array, emits_nB: jax.Array
+) -> SlotState:
+    """The state with what steps changed of the slots that were `taken`.
+
+    Args:
+        tokens_nB, emits_nB: what each of them drew in each step, and whether it counts. To count the tokens again is
+            little; to scatter rows of the vocabulary's length takes a GPU many milliseconds.
+    """
     put = lambda array_B, new_B: array_B.at[slots_B].set(new_B, mode="drop")  # noqa: E731
-    sampled = replace(state.sampling, counts_BV=put(state.sampling.counts_BV, own.sampling.counts_BV))
+    slots_nB = jnp.broadcast_to(slots_B, tokens_nB.shape)
+    counts_BV = state.sampling.counts_BV.at[slots_nB, tokens_nB].add(emits_nB.astype(jnp.int32), mode="drop")
     return replace(
         state,
         token_B=put(state.token_B, own.token_B),
         length_B=put(state.length_B, own.length_B),
         index_B=put(state.index_B, own.index_B),
         active_B=put(state.active_B, own.active_B),
-        sampling=sampled,
+        sampling=replace(state.sampling, counts_BV=counts_BV),
     )
 
 

@@ -242,7 +242,7 @@ class Programs:
 
         own = slots.taken(state, slots_B) if some else state
         (own, cache), (sampled, emits_nW) = jax.lax.scan(body, (own, cache), length=steps)
-        state = slots.put_back(state, slots_B, own) if some else own
+        state = slots.put_back(state, slots_B, own, sampled.tokens_W, emits_nW) if some else own
         return state, cache, StepOutput(sampled, emits_nW, ())
 
     def _traced_admit(self, state, slot, packed_U, form):
