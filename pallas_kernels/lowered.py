@@ -12,8 +12,6 @@ from typing import Any
 import jax
 from jax import export
 
-from pallas_kernels import dispatch
-
 _CHECKS = (export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2"),)
 _lowered: dict[Hashable, export.Exported] = {}
 
@@ -24,7 +22,7 @@ def once(kernel: Callable[..., Any], key: Hashable, *arguments: Any) -> Any:
     Args:
         key: all that the kernel does depends on it and the arguments' shapes alone.
     """
-    if dispatch.compute_capability() is None:
+    if not _on_gpu():
         return kernel(*arguments)
     leaves, tree = jax.tree.flatten(arguments)
     shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
@@ -33,3 +31,8 @@ def once(kernel: Callable[..., Any], key: Hashable, *arguments: Any) -> Any:
         exporting = export.export(jax.jit(kernel), platforms=("cuda",), disabled_checks=_CHECKS)
         _lowered[full] = exporting(*jax.tree.unflatten(tree, shapes))
     return _lowered[full].call(*arguments)
+
+
+def _on_gpu() -> bool:
+    """Elsewhere a kernel is interpreted, or lowered to be looked at."""
+    return jax.default_backend() == "gpu"

@@ -12,7 +12,8 @@ import pytest
 from jaxinfer.decode import sampling
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.step import Layout, Programs
-from jaxinfer.engine.engine import WARM
+from jaxinfer.engine.step_input import lay_out
+from jaxinfer.engine.warm_up import WARM
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from tests.engine.tiny import CONFIG
@@ -50,10 +51,10 @@ def compiled(
     given = (list(model.parameters.values()), *programs.new_state())
     with jax.set_mesh(model.mesh):
         if which == "loop":
-            lowered = programs._loop.lower(*given, decode=SLOTS, steps=3, needs=needs)
+            lowered = programs._loop.lower(*given, np.arange(SLOTS, dtype=np.int32), steps=3, needs=needs)
         else:
-            packed = np.zeros(TOKENS + 4 * SLOTS + 1, np.int32)
-            lowered = programs._step.lower(*given, packed, decode=SLOTS, tokens=TOKENS)
+            step = lay_out([], TOKENS, SLOTS, [])
+            lowered = programs._step.lower(*given, step.packed(), **step.sizes)
             if which == "sample":
                 _, logits_WV, rows, _ = lowered.out_info
                 lowered = programs._sample.lower(given[1], logits_WV, rows, needs=needs)

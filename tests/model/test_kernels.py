@@ -12,7 +12,8 @@ import pytest
 from jaxinfer.cache.quantized import LARGEST
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.step import Layout, Programs
-from jaxinfer.model import Model, ModelConfig, read_config
+from jaxinfer.engine.step_input import lay_out
+from jaxinfer.model import Model, ModelConfig, read_config, transformer
 from jaxinfer.parallel import make_mesh
 from pallas_kernels import dispatch
 from tests.decode.paged import paged_logits
@@ -34,8 +35,9 @@ def two_layers(name: str = "llama-3-8b", **changes) -> ModelConfig:
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """The choice of an implementation as it is on a Hopper GPU."""
+    """The choice of an implementation as it is on a Hopper GPU, and every layer written out to be counted."""
     monkeypatch.setattr(dispatch, "compute_capability", lambda: dispatch.HOPPER)
+    monkeypatch.setattr(transformer, "_run", transformer._run.__wrapped__)
 
 
 def lowered(
@@ -47,10 +49,10 @@ def lowered(
     given = (list(model.parameters.values()), *programs.new_state())
     with jax.set_mesh(model.mesh):
         if prefill is None:
-            traced = programs._loop.trace(*given, decode=slots, steps=3, needs=Needs("greedy", 0))
+            traced = programs._loop.trace(*given, np.arange(slots, dtype=np.int32), steps=3, needs=Needs("greedy", 0))
         else:
-            packed = np.zeros(prefill + 4 * slots + 1, np.int32)
-            traced = programs._step.trace(*given, packed, decode=slots, tokens=prefill)
+            step = lay_out([], prefill, slots, [])
+            traced = programs._step.trace(*given, step.packed(), **step.sizes)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 

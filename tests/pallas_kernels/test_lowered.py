@@ -14,7 +14,7 @@ X = jax.ShapeDtypeStruct((128,), jnp.float32)
 
 @pytest.fixture(autouse=True)
 def a_gpu_to_lower_for(monkeypatch):
-    monkeypatch.setattr("pallas_kernels.dispatch.compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(lowered, "_on_gpu", lambda: True)
     monkeypatch.setattr(lowered, "_lowered", {})
 
 
@@ -66,6 +66,6 @@ def test_devices_of_a_mesh_share_it_too():
 
 
 def test_without_a_gpu_the_kernel_is_called_as_it_is(monkeypatch):
-    monkeypatch.setattr("pallas_kernels.dispatch.compute_capability", lambda: None)
+    monkeypatch.setattr(lowered, "_on_gpu", lambda: False)
     assert lowered.once(lambda x: x + 1, "plain", 1) == 2
     assert not lowered._lowered
