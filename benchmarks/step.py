@@ -5,7 +5,7 @@
 Writes `step.json` to the results of the device, with the cases of `benchmarks.decode`. Microseconds of one decode step
 halfway through the new tokens, or of one prompt in a step of its own. The limit of a class is that of its parts in the
 cost model; sampling and gaps have none. A norm, a gate or a residual that a matmul's kernel takes in counts as that
-matmul, so that norms and glue may take less than their limit.
+matmul, so that norms and glue may take less than their limit, and have no fraction of it.
 
 A profile runs every kernel by its own launch, while XLA otherwise launches many at once. So the step is timed without
 a profile (the median of three), and the gaps are that time minus the kernels': what the device waits, and on a step
@@ -27,7 +27,7 @@ import numpy as np
 
 from benchmarks import decode
 from benchmarks.record import Record, environment, update
-from benchmarks.step_classes import CLASSES, GAPS, OTHER, PARTS, STEP, Event, Program, divide, read_program
+from benchmarks.step_classes import CLASSES, GAPS, GLUE, OTHER, PARTS, STEP, Event, Program, divide, read_program
 from benchmarks.tables import TABLES, markdown
 from jaxinfer.decode.sampling import needs
 from jaxinfer.roofline import Cost, Hardware, decode_step, prefill
@@ -136,7 +136,7 @@ def records(case: Case, ceilings: Hardware) -> list[Record]:
     found = []
     for kind, seconds in spent.items():
         limit = limits.get(kind)
-        fraction = limit / seconds if limit and seconds else None
+        fraction = limit / seconds if limit and seconds and kind != GLUE else None
         found.append(Record(case.name, kind, METRIC, seconds * 1e6, "us", fraction))
         if limit is not None:
             found.append(Record(case.name, kind, "limit", limit * 1e6, "us"))

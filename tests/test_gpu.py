@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from jaxinfer.decode.sampling import Needs
@@ -30,7 +31,12 @@ def decode_loop(num_pages: int, cache_dtype: str, slots: int = 16):
     state, cache = programs.new_state()
     with jax.set_mesh(model.mesh):
         lowered = programs._loop.lower(
-            list(model.parameters.values()), state, cache, decode=slots, steps=4, needs=Needs("greedy", 0)
+            list(model.parameters.values()),
+            state,
+            cache,
+            np.arange(slots, dtype=np.int32),
+            steps=4,
+            needs=Needs("greedy", 0),
         )
         return lowered.compile(), model, cache
 
