@@ -104,7 +104,7 @@ def make_ready(programs: Iterable[Program], progress: Progress | None, wait: Cal
     large = [program for program in programs if program.lower is not None]
     for program in small[:1]:  # what the others get is then what programs give
         tell(_run(program, wait))
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
         for program in large:
             begun = time.perf_counter()
             assert program.lower is not None
