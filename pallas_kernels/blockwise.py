@@ -234,3 +234,8 @@ def _finish(softmax: Softmax, sinks_N: jax.Array | None, dtype: jnp.dtype) -> tu
     lse_BKgQ = jnp.where(seen_BKgQ, max_BKgQ + jnp.log(sum_BKgQ), -jnp.inf)
     out_BQNH = out_BKgQH.astype(dtype).transpose(0, 3, 1, 2, 4).reshape(B, Q, K * g, H)
     return out_BQNH, lse_BKgQ.transpose(0, 3, 1, 2).reshape(B, Q, K * g)
+
+
+def share(part_lse: jax.Array, whole_lse: jax.Array) -> jax.Array:
+    """What attention over a part of the keys is of that over all, by their log-sum-exps; 0 where nothing is seen."""
+    return jnp.where(part_lse > -jnp.inf, jnp.exp(part_lse - whole_lse), 0.0)

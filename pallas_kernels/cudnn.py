@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused  # jax.nn gives the log-sum-exp in 16 bits only
 
 from pallas_kernels import dispatch
-from pallas_kernels.blockwise import Options, PagedKV, as_moved, ceil_div
+from pallas_kernels.blockwise import Options, PagedKV, as_moved, ceil_div, share
 
 DTYPES = ("bfloat16", "float16")
 
@@ -171,7 +171,7 @@ def _cudnn(
 def _merge(a: Part, b: Part) -> Part:
     """Of two sets of keys, each weighted by its sum of exponentials (FlashDecoding, Dao et al. 2023)."""
     lse_BQN = jnp.logaddexp(a.lse_BQN, b.lse_BQN)
-    a_BQNH, b_BQNH = (part.out_BQNH * _share(part.lse_BQN, lse_BQN)[..., None] for part in (a, b))
+    a_BQNH, b_BQNH = (part.out_BQNH * share(part.lse_BQN, lse_BQN)[..., None] for part in (a, b))
     return Part(a_BQNH + b_BQNH, lse_BQN)
 
 
@@ -182,13 +182,9 @@ def _finish(
     out_BQNH, lse_BQN = part
     if sinks_N is not None:
         lse_BQN = jnp.logaddexp(part.lse_BQN, sinks_N.astype(jnp.float32)[None, None])
-        out_BQNH = out_BQNH * _share(part.lse_BQN, lse_BQN)[..., None]
+        out_BQNH = out_BQNH * share(part.lse_BQN, lse_BQN)[..., None]
     seen_BQ1 = seen_BQ[..., None]
     return jnp.where(seen_BQ1[..., None], out_BQNH, 0.0).astype(dtype), jnp.where(seen_BQ1, lse_BQN, -jnp.inf)
-
-
-def _share(part: jax.Array, whole: jax.Array) -> jax.Array:
-    return jnp.where(part > -jnp.inf, jnp.exp(part - whole), 0.0)
 
 
 def _moved(x_BQ: jax.Array, by_B: jax.Array, length: int) -> jax.Array:

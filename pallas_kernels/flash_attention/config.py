@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tuned
-from pallas_kernels.blockwise import Options, PagedKV
+from pallas_kernels.blockwise import Options, PagedKV, ceil_div
 
 MAX_SHARED_BYTES = 227 * 1024  # of a block on Hopper
 ALIGNMENT = 1024  # of every buffer
 TMA_ALIGNMENT = 128  # in shared memory
 CONSUMERS = 2  # warpgroups that compute
+MAX_SPLITS = 16
+BLOCKS_OF_A_PART = 8  # at least, on average, for a part to be worth its merge
 HEAD_SIZES = (64, 96, 128, 256)
 DTYPES = ("bfloat16", "float16")
 QUANTIZED_DTYPES = ("int8", "float8_e4m3fn")
@@ -32,6 +34,7 @@ class Config:
       block_kv: keys of a step.
       stages: blocks of keys, and of values, that shared memory holds.
       blocks: CUDA blocks that share the work; None is one per multiprocessor.
+      splits: parts of the keys of a tile, each worked on alone. Their results, in float32, are merged afterwards.
       interpretable: weights reach the second product through shared memory instead of registers, and mbarriers
         stand for named barriers: what JAX's interpreter can run. Slower.
     """
@@ -40,6 +43,7 @@ class Config:
     block_kv: int = 128
     stages: int = 2
     blocks: int | None = None
+    splits: int = 1
     interpretable: bool = False
 
     def __post_init__(self):
@@ -51,6 +55,8 @@ class Config:
             raise ValueError(f"stages is {self.stages}; allowed: 2 and 3, for which there are named barriers")
         if self.blocks is not None and self.blocks < 1:
             raise ValueError(f"blocks is {self.blocks}; allowed: None and numbers above 0")
+        if not 1 <= self.splits <= MAX_SPLITS:
+            raise ValueError(f"splits is {self.splits}; allowed: 1 to {MAX_SPLITS}")
 
     @property
     def tile_rows(self) -> int:
@@ -77,6 +83,14 @@ def tuning_key(head_size: int, kv_dtype: jnp.dtype, page_size: int) -> str:
 def heuristic(head_size: int, quantized: bool) -> Config:
     """Large blocks, and as many as fit."""
     return Config(block_kv=64 if head_size > 128 else 128, stages=3 if head_size == 64 and not quantized else 2)
+
+
+def for_few_queries(config: Config, q_TNH: jax.Array, keys: int, multiprocessors: int) -> Config:
+    """Splits the keys, of which a sequence has up to `keys`, where the tiles of the queries are too few for the GPU: a
+    chunk of 128 queries and 32 heads is 32 tiles, each of which would go over the whole context alone."""
+    T, N, _ = q_TNH.shape
+    most = min(MAX_SPLITS, keys // (BLOCKS_OF_A_PART * config.block_kv))
+    return replace(config, splits=max(1, min(most, multiprocessors // (ceil_div(T, config.tile_rows) * N))))
 
 
 def candidates(q_TNH: jax.Array, kv: PagedKV) -> list[Config]:
@@ -119,7 +133,10 @@ def scratch(config: Config, head_size: int, page_size: int, dtype: jnp.dtype, kv
     quantized, stages = kv_dtype != dtype, config.stages
     kv = _swizzled((stages, config.block_kv, head_size), dtype)
     kv_full = plgpu.Barrier(num_arrivals=config.copies(page_size), num_barriers=stages)
+    out_dtype = result_dtype(config, dtype)
     out_columns = head_size if head_size <= (96 if quantized else 128) else 64
+    if out_dtype.itemsize > dtype.itemsize:  # no more bytes, in rows that TMA can copy
+        out_columns = 64 if out_columns == 128 else 32
     types = {
         "q": _swizzled((config.tile_rows, head_size), dtype),
         "k": kv,
@@ -127,7 +144,7 @@ def scratch(config: Config, head_size: int, page_size: int, dtype: jnp.dtype, kv
         "q_full": plgpu.Barrier(),
         "k_full": kv_full,
         "v_full": kv_full,
-        "out": _rows((CONSUMERS, config.block_q, out_columns), dtype),
+        "out": _rows((CONSUMERS, config.block_q, out_columns), out_dtype),
         "lse": plgpu.SMEM((CONSUMERS, config.block_q), jnp.float32),
     }
     if quantized:
@@ -153,6 +170,11 @@ def scratch(config: Config, head_size: int, page_size: int, dtype: jnp.dtype, kv
     return types
 
 
+def result_dtype(config: Config, dtype: jnp.dtype) -> jnp.dtype:
+    """Of what a tile leaves: what is merged afterwards is rounded only then."""
+    return dtype if config.splits == 1 else jnp.dtype(jnp.float32)
+
+
 def shared_bytes(types: dict) -> int:
     """Shared memory that `scratch` takes; barriers have 1 KB in all."""
     buffers = jax.tree.leaves(types, is_leaf=lambda x: isinstance(x, plgpu.Barrier))
@@ -168,7 +190,7 @@ def _rows(shape: tuple[int, ...], dtype: jnp.dtype):
 
 def _swizzled(shape: tuple[int, ...], dtype: jnp.dtype, rows: int = 8):
     """Memory swizzled against bank conflicts, in tiles of `rows` (8 is what wgmma reads) by 64 or 32 columns."""
-    columns = 64 if shape[-1] % 64 == 0 else 32
+    columns = 64 if shape[-1] % 64 == 0 and dtype.itemsize <= 2 else 32
     tiles = plgpu.TilingTransform((rows, columns))  # pyright: ignore[reportAbstractUsage]
     swizzle = plgpu.SwizzleTransform(columns * dtype.itemsize)  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(shape, dtype, transforms=(tiles, swizzle))

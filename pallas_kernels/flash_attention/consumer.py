@@ -256,6 +256,7 @@ def _store(problem: Problem, smem, refs: Refs, warpgroup, tile: Tile, row, head,
     out, lse = smem["out"].at[warpgroup], smem["lse"].at[warpgroup]
     own_all = (row >= tile.start) & (row + rows <= tile.end)
     first, end = jnp.clip(tile.start - row, 0, rows), jnp.clip(tile.end - row, 0, rows)
+    row = pl.multiple_of(row + tile.part * refs.q.shape[0], ROW_ALIGNMENT)
     width = out.shape[1]
     # A row that TMA could not copy from where it lies is in no tiles, and copied as so many bytes.
     in_rows = width * out.dtype.itemsize % TMA_ALIGNMENT > 0 and not problem.config.interpretable

@@ -17,9 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.blockwise import Options, PagedKV
+from pallas_kernels.blockwise import Options, PagedKV, share
 from pallas_kernels.flash_attention import consumer, producer, schedule
-from pallas_kernels.flash_attention.config import CONSUMERS, Config, choose, scratch
+from pallas_kernels.flash_attention.config import CONSUMERS, Config, choose, for_few_queries, result_dtype, scratch
 from pallas_kernels.flash_attention.schedule import ROW_ALIGNMENT, Tile
 from pallas_kernels.flash_attention.shared import LOG2E, Problem, Refs, Signals
 from pallas_kernels.lowered import once
@@ -42,25 +42,47 @@ def flash_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """See the public op; `config.unsupported` says what this one does not take. `config` is chosen unless given."""
     T, N, H = q_TNH.shape
-    config = config or choose(q_TNH, kv)
-    tiles_I5, count_1 = schedule.schedule(
-        cu_q_R1, lengths_R, T, rows=config.tile_rows, block_kv=config.block_kv, window=options.window
-    )
+    if config is None:
+        keys = table_RJ.shape[1] * kv.page_size
+        config = for_few_queries(choose(q_TNH, kv), q_TNH, keys, dispatch.multiprocessors())
+    tiles_I6, count_1 = schedule.schedule(
+        cu_q_R1, lengths_R, T, rows=config.tile_rows, block_kv=config.block_kv, window=options.window,
+        splits=config.splits,
+    )  # fmt: skip
     q_TM = q_TNH.reshape(T, N * H)
     if T % ROW_ALIGNMENT:
         q_TM = jnp.pad(q_TM, ((0, -T % ROW_ALIGNMENT), (0, 0)))
-    out_TM, lse_NT = _launch(q_TM, kv, table_RJ, tiles_I5, count_1, sinks_N, options, config, N)
-    return out_TM[:T].reshape(T, N, H), lse_NT[:, :T].T
+    whole = config.splits == 1
+    out_UM, lse_NU = _launch(q_TM, kv, table_RJ, tiles_I6, count_1, sinks_N if whole else None, options, config, N)
+    if whole:
+        return out_UM[:T].reshape(T, N, H), lse_NU[:, :T].T
+    out_STNH = out_UM.reshape(config.splits, -1, N, H)[:, :T]
+    lse_STN = lse_NU.reshape(N, config.splits, -1).transpose(1, 2, 0)[:, :T]
+    return _merged(out_STNH, lse_STN, sinks_N, q_TNH.dtype)
 
 
-def _launch(q_TM, kv: PagedKV, table_RJ, tiles_I5, count_1, sinks_N, options, config, N):
+def _merged(out_STNH, lse_STN, sinks_N, dtype) -> tuple[jax.Array, jax.Array]:
+    """Of the parts of the keys, each weighted by its sum of exponentials (Flash-Decoding, Dao et al. 2023)."""
+    lse_TN = whole_TN = jax.nn.logsumexp(lse_STN, axis=0)
+    if sinks_N is not None:
+        whole_TN = jnp.logaddexp(lse_TN, sinks_N.astype(jnp.float32)[None])
+    out_TNH = jnp.sum(out_STNH * share(lse_STN, whole_TN[None])[..., None], axis=0)
+    return out_TNH.astype(dtype), jnp.where(lse_TN > -jnp.inf, whole_TN, -jnp.inf)
+
+
+def _launch(q_TM, kv: PagedKV, table_RJ, tiles_I6, count_1, sinks_N, options, config, N):
+    """Rows of the results: those of the first part of the keys, of the second, and so on."""
     T, M = q_TM.shape
+    U = config.splits * T
     P, S, K, H = kv.k_PSKH.shape
     problem = Problem(N, K, H, S, kv.k_scales_PKS is not None, options, config)
     blocks = config.blocks or dispatch.multiprocessors()
     run = plgpu.kernel(
         partial(_kernel, problem, blocks),
-        out_type=(jax.ShapeDtypeStruct((T, M), q_TM.dtype), jax.ShapeDtypeStruct((N, T), jnp.float32)),
+        out_type=(
+            jax.ShapeDtypeStruct((U, M), result_dtype(config, q_TM.dtype)),
+            jax.ShapeDtypeStruct((N, U), jnp.float32),
+        ),
         scratch_types=scratch(config, H, S, q_TM.dtype, kv.k_PSKH.dtype),
         grid=(blocks,),
         grid_names=("block",),
@@ -76,7 +98,7 @@ def _launch(q_TM, kv: PagedKV, table_RJ, tiles_I5, count_1, sinks_N, options, co
     k, v = (pool_PSKH.reshape(P * S, K * H) for pool_PSKH in (kv.k_PSKH, kv.v_PSKH))
     scales = (x if x is None else x.reshape(-1) for x in (kv.k_scales_PKS, kv.v_scales_PKS))
     sinks_N = None if sinks_N is None else sinks_N.astype(jnp.float32) * LOG2E
-    return once(run, ("flash_attention", problem, blocks), q_TM, k, v, *scales, table_RJ, tiles_I5, count_1, sinks_N)
+    return once(run, ("flash_attention", problem, blocks), q_TM, k, v, *scales, table_RJ, tiles_I6, count_1, sinks_N)
 
 
 def _kernel(problem: Problem, blocks: int, *refs, **smem):
@@ -92,7 +114,7 @@ def _kernel(problem: Problem, blocks: int, *refs, **smem):
             item = schedule.item(index, blocks, i)
             rank, head = lax.div(item, jnp.int32(N)), lax.rem(item, jnp.int32(N))
             tile = Tile(*(refs.tiles[rank, field] for field in range(len(Tile._fields))))
-            keys = schedule.key_blocks(tile, config.tile_rows, config.block_kv, problem.options.window)
+            keys = schedule.key_blocks(tile, config.tile_rows, config.block_kv, problem.options.window, config.splits)
             work(tile, keys, head, done)
             return done + keys.total
 

@@ -17,7 +17,7 @@ class Tile(NamedTuple):
     """Some rows of q from `row` on, of which those in [start, end) belong to the sequence.
 
     `row` is a multiple of 8, so that the first tile of a sequence can begin before it. The query in row i has
-    position i + shift.
+    position i + shift. Where the keys of a tile are split, each of its parts is an entry of its own.
     """
 
     row: jax.Array
@@ -25,6 +25,7 @@ class Tile(NamedTuple):
     end: jax.Array
     shift: jax.Array
     sequence: jax.Array
+    part: jax.Array
 
 
 class Keys(NamedTuple):
@@ -50,6 +51,11 @@ class Blocks(NamedTuple):
         """Counted from the last block on."""
         return self.high - 1 - i
 
+    def part(self, number: jax.Array, splits: int) -> Blocks:
+        """The blocks of one of `splits` parts, as even as can be."""
+        low, high = (self.low + lax.div(self.total * i, jnp.full_like(i, splits)) for i in (number, number + 1))
+        return Blocks(*(jnp.clip(border, low, high) for border in self))
+
 
 def keys_in_sight(tile: Tile, window: int | None) -> Keys:
     end = tile.end + tile.shift
@@ -58,7 +64,7 @@ def keys_in_sight(tile: Tile, window: int | None) -> Keys:
     return Keys(jnp.maximum(tile.start + tile.shift - window + 1, 0), end)
 
 
-def key_blocks(tile: Tile, rows: int, block_kv: int, window: int | None) -> Blocks:
+def key_blocks(tile: Tile, rows: int, block_kv: int, window: int | None, splits: int) -> Blocks:
     first = jnp.maximum(tile.row, tile.start) + tile.shift
     last = jnp.minimum(tile.row + rows, tile.end) - 1 + tile.shift
 
@@ -71,16 +77,19 @@ def key_blocks(tile: Tile, rows: int, block_kv: int, window: int | None) -> Bloc
         low = jnp.minimum(whole_blocks(first - window + 1), high)
         clean_low = whole_blocks(last - window + block_kv)
     clean_high = jnp.clip(whole_blocks(first + 1), low, high)
-    return Blocks(low, jnp.clip(clean_low, low, clean_high), clean_high, high)
+    whole = Blocks(low, jnp.clip(clean_low, low, clean_high), clean_high, high)
+    return whole if splits == 1 else whole.part(tile.part, splits)
 
 
 def schedule(
-    cu_q_R1: jax.Array, lengths_R: jax.Array, tokens: int, *, rows: int, block_kv: int, window: int | None
-) -> tuple[jax.Array, jax.Array]:
+    cu_q_R1: jax.Array, lengths_R: jax.Array, tokens: int, *, rows: int, block_kv: int, window: int | None,
+    splits: int = 1,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """The tiles of `rows` rows as int32 rows of `Tile`, most blocks of keys first, and how many there are.
 
-    The rows past the last sequence are one more sequence, without keys. All of it depends on lengths only: XLA
-    computes it once for the layers of a model.
+    Each tile is listed once for each of the `splits` parts of its keys, of which some may be empty. The rows past the
+    last sequence are one more sequence, without keys. All of it depends on lengths only: XLA computes it once for the
+    layers of a model.
     """
     border_R1 = jnp.append(cu_q_R1, jnp.int32(tokens))
     start_R, end_R = border_R1[:-1], border_R1[1:]
@@ -92,22 +101,23 @@ def schedule(
     sequences = min(len(start_R), tokens)
     most_tiles = (tokens + (ROW_ALIGNMENT - 2) * sequences) // rows + sequences
 
-    tile_I = jnp.arange(most_tiles, dtype=jnp.int32)
+    entry_I = jnp.arange(most_tiles * splits, dtype=jnp.int32)
+    tile_I, part_I = entry_I // splits, entry_I % splits
     sequence_I = jnp.sum(tile_I[:, None] >= end_tile_R[None], axis=1, dtype=jnp.int32)
     sequence_I = jnp.minimum(sequence_I, len(start_R) - 1)
     row_I = aligned_R[sequence_I] + (tile_I - (end_tile_R - tiles_R)[sequence_I]) * rows
-    tiles = Tile(row_I, start_R[sequence_I], end_R[sequence_I], shift_R[sequence_I], sequence_I)
-    work_I = jnp.where(tile_I < end_tile_R[-1], key_blocks(tiles, rows, block_kv, window).total, -1)
+    tiles = Tile(row_I, start_R[sequence_I], end_R[sequence_I], shift_R[sequence_I], sequence_I, part_I)
+    work_I = jnp.where(tile_I < end_tile_R[-1], key_blocks(tiles, rows, block_kv, window, splits).total, -1)
     # The padding has no row in the page table, and reads no page.
     tiles = tiles._replace(sequence=jnp.minimum(sequence_I, len(lengths_R) - 1))
-    return _in_falling_order(jnp.stack(tiles, axis=1), work_I), end_tile_R[-1:]
+    return _in_falling_order(jnp.stack(tiles, axis=1), work_I), end_tile_R[-1:] * splits
 
 
-def _in_falling_order(x_I5: jax.Array, key_I: jax.Array) -> jax.Array:
+def _in_falling_order(x_I6: jax.Array, key_I: jax.Array) -> jax.Array:
     """Stable. Counting who comes first is one kernel for the GPU, where a sort is many."""
     i_I = jnp.arange(len(key_I), dtype=jnp.int32)
     first_II = (key_I[None] > key_I[:, None]) | ((key_I[None] == key_I[:, None]) & (i_I[None] < i_I[:, None]))
-    return jnp.zeros_like(x_I5).at[jnp.sum(first_II, axis=1, dtype=jnp.int32)].set(x_I5, unique_indices=True)
+    return jnp.zeros_like(x_I6).at[jnp.sum(first_II, axis=1, dtype=jnp.int32)].set(x_I6, unique_indices=True)
 
 
 def share(index: jax.Array, blocks: int, items: jax.Array) -> jax.Array:

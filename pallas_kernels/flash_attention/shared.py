@@ -40,7 +40,8 @@ class Problem:
 
 
 class Refs(NamedTuple):
-    """The arrays in global memory; queries and output are [T, N * H], keys and values [P * S, K * H]."""
+    """The arrays in global memory; queries are [T, N * H], keys and values [P * S, K * H]. The output has T rows for
+    each part of the keys."""
 
     q: jax.Ref
     k: jax.Ref
@@ -52,7 +53,7 @@ class Refs(NamedTuple):
     tile_count: jax.Ref
     sinks: jax.Ref | None  # in units of log 2
     out: jax.Ref
-    lse: jax.Ref  # [N, T]
+    lse: jax.Ref  # [N, T for each part]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from pallas_kernels.flash_attention.config import (
     Config,
     candidates,
     choose,
+    for_few_queries,
     scratch,
     shared_bytes,
 )
@@ -67,6 +68,35 @@ def check(inputs: Inputs, dtype, **config):
 def test_interpreted_kernel_is_the_float64_loop(name):
     with interpreted():
         check(Inputs(replace(CASES[name], head_size=64)), jnp.bfloat16, config=INTERPRETED)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("name", "splits"), [("ragged prompts and a chunk's tail", 3), ("window, soft cap, sinks", 2)]
+)
+def test_keys_in_parts(name, splits):
+    """Some parts are empty, and some rows see nothing in a part that others see."""
+    with interpreted():
+        inputs = Inputs(replace(CASES[name], head_size=64))
+        check(inputs, jnp.bfloat16, config=replace(INTERPRETED, splits=splits))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "keys", "splits"),
+    [
+        (128, 32, 32_768, 4),
+        (256, 32, 32_768, 2),
+        (512, 32, 32_768, 1),
+        (128, 64, 131_072, 2),
+        (128, 8, 131_072, 16),
+        (128, 32, 2_048, 2),
+        (128, 32, 512, 1),
+        (8_192, 32, 131_072, 1),
+    ],
+)
+def test_few_queries_before_long_contexts_fill_the_multiprocessors(tokens, heads, keys, splits):
+    q_TNH = jax.ShapeDtypeStruct((tokens, heads, 128), jnp.bfloat16)
+    assert for_few_queries(Config(), q_TNH, keys, multiprocessors=132).splits == splits
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -153,15 +183,19 @@ def test_lowers_for_a_gpu(head_size, dtype, kv_dtype, page_size, g, with_everyth
 @pytest.mark.parametrize("kv_dtype", [None, jnp.int8])
 def test_no_array_grows_with_the_page_table(kv_dtype):
     """Of 64 rows of a long context only the keys that are there take memory: pages and their scales stay in place."""
-    arguments = shapes(128, 16, jnp.bfloat16, 1, kv_dtype)
-    rows, columns = 64, 1000
-    arguments["page_table_RJ"] = jax.ShapeDtypeStruct((rows, columns), jnp.int32)
-    arguments["lengths_R"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    arguments["cu_q_R1"] = jax.ShapeDtypeStruct((rows + 1,), jnp.int32)
-    text = lower(partial(program, PLAIN), arguments)
-    sizes = [math.prod(map(int, dims[:-1].split("x"))) for dims in re.findall(r"tensor<((?:\d+x)+)\w+>", text)]
-    assert rows * columns in sizes
-    assert max(sizes) < 2 * rows * columns
+    rows = 64
+
+    def sizes(columns):
+        arguments = shapes(128, 16, jnp.bfloat16, 1, kv_dtype)
+        arguments["page_table_RJ"] = jax.ShapeDtypeStruct((rows, columns), jnp.int32)
+        arguments["lengths_R"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        arguments["cu_q_R1"] = jax.ShapeDtypeStruct((rows + 1,), jnp.int32)
+        text = lower(partial(program, PLAIN), arguments)
+        found = {math.prod(map(int, dims[:-1].split("x"))) for dims in re.findall(r"tensor<((?:\d+x)+)\w+>", text)}
+        assert rows * columns in found
+        return found - {rows * columns}
+
+    assert sizes(30_001) == sizes(60_001)
 
 
 def test_a_contiguous_cache_lowers_as_one_page_per_sequence():
@@ -195,19 +229,22 @@ def test_every_config_that_may_be_used_fits(head_size, kv_dtype, page_size):
     q, k, scales = arguments["q_TNH"], arguments["k_pages_PSKH"], arguments["k_scales_PKS"]
     possible = candidates(q, PagedKV(k, k, scales, scales))
     assert choose(q, PagedKV(k, k, scales, scales)) in possible
-    for config in possible:
+    for config in (*possible, *(replace(config, splits=2) for config in possible)):
         assert shared_bytes(scratch(config, head_size, page_size, q.dtype, k.dtype)) <= MAX_SHARED_BYTES
 
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
-def test_rows_that_are_copied_alone_begin_where_tma_can_read(head_size, kv_dtype):
+@pytest.mark.parametrize("config", [Config(), Config(splits=2)])
+def test_rows_that_are_copied_alone_begin_where_tma_can_read(head_size, kv_dtype, config):
     """Those of 96 numbers would not, and faulted on the card: they are in no tiles, and no TMA copies them."""
-    out = scratch(Config(), head_size, 16, jnp.dtype(jnp.bfloat16), jnp.dtype(kv_dtype))["out"]
+    out = scratch(config, head_size, 16, jnp.dtype(jnp.bfloat16), jnp.dtype(kv_dtype))["out"]
     assert not out.transforms or out.shape[-1] * out.dtype.itemsize % 128 == 0
 
 
-@pytest.mark.parametrize("size", [{"block_q": 96}, {"block_kv": 96}, {"stages": 1}, {"stages": 4}, {"blocks": 0}])
+@pytest.mark.parametrize(
+    "size", [{"block_q": 96}, {"block_kv": 96}, {"stages": 1}, {"stages": 4}, {"blocks": 0}, {"splits": 17}]
+)
 def test_a_config_that_cannot_be_names_what_is_wrong(size):
     ((name, value),) = size.items()
     with pytest.raises(ValueError, match=f"{name} is {value}; allowed"):
@@ -273,5 +310,5 @@ def test_on_a_gpu_as_exact_as_xla_and_the_same_twice(name):
 @pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_quantized_pages_on_a_gpu(kv_dtype, head_size):
-    case = Case((1009, 64, 3), (499, 64, 3), g=4, page_size=16, window=300, sinks=True, head_size=head_size)
+    case = Case((5009, 64, 3), (499, 64, 3), g=4, page_size=16, window=1300, sinks=True, head_size=head_size)
     check_quantized(Inputs(case), (jnp.bfloat16, jnp.float16)[HEAD_SIZES.index(head_size) % 2], kv_dtype)

@@ -15,10 +15,10 @@ from pallas_kernels.flash_attention.schedule import ROW_ALIGNMENT, Blocks, Tile
 ROWS, BLOCK_KV, TOKENS = 32, 16, 290
 
 
-@partial(jax.jit, static_argnums=2)
-def build(cu_q, lengths, window):
-    tiles, count = schedule.schedule(cu_q, lengths, TOKENS, rows=ROWS, block_kv=BLOCK_KV, window=window)
-    return tiles, jnp.stack(schedule.key_blocks(Tile(*tiles.T), ROWS, BLOCK_KV, window), axis=1), count
+@partial(jax.jit, static_argnums=(2, 3))
+def build(cu_q, lengths, window, splits=1):
+    tiles, count = schedule.schedule(cu_q, lengths, TOKENS, rows=ROWS, block_kv=BLOCK_KV, window=window, splits=splits)
+    return tiles, jnp.stack(schedule.key_blocks(Tile(*tiles.T), ROWS, BLOCK_KV, window, splits), axis=1), count
 
 
 @settings(deadline=None, max_examples=50)
@@ -51,6 +51,38 @@ def test_every_row_is_in_one_tile_and_every_visible_key_in_its_blocks(sequences,
         assert list(used) == list(range(keys.low, keys.high))
         assert list(clean) == list(range(keys.clean_low, keys.clean_high))
     assert (covered == 1).all()
+    assert work == sorted(work, reverse=True)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.tuples(st.integers(0, 70), st.integers(0, 200)), min_size=4, max_size=4),
+    st.sampled_from([(None, 2), (None, 5), (50, 3)]),
+)
+def test_parts_of_the_keys_of_a_tile_are_its_blocks_evenly(sequences, kind):
+    (window, splits), (queries, context) = kind, np.array(sequences).T
+    cu_q, lengths = np.cumsum([0, *queries], dtype=np.int32), (queries + context).astype(np.int32)
+    (tiles, blocks, (count,)), parts = (list(map(np.asarray, build(cu_q, lengths, window, n))) for n in (1, splits))
+    split_tiles, split_blocks, (split_count,) = parts
+    assert split_count == splits * count
+
+    def by_tile(tiles, blocks, count):
+        found = {}
+        for tile, keys in zip(tiles[:count].tolist(), blocks[:count], strict=True):
+            found.setdefault(tuple(tile[:-1]), {})[tile[-1]] = Blocks(*keys)
+        return found
+
+    whole, split = by_tile(tiles, blocks, count), by_tile(split_tiles, split_blocks, split_count)
+    assert whole.keys() == split.keys()
+    for tile, of_part in split.items():
+        keys = whole[tile][0]
+        assert sorted(of_part) == list(range(splits))
+        for kind in ((0, 3), (1, 2)):  # all blocks, and those that every row sees
+            ranges = [range(of_part[part][kind[0]], of_part[part][kind[1]]) for part in range(splits)]
+            assert list(itertools.chain(*ranges)) == list(range(keys[kind[0]], keys[kind[1]]))
+        sizes = [part.total for part in of_part.values()]
+        assert max(sizes) - min(sizes) <= 1
+    work = [Blocks(*keys).total for keys in split_blocks[:split_count]]
     assert work == sorted(work, reverse=True)
 
 
