@@ -17,6 +17,7 @@ from pallas_kernels.flash_decoding.units import Shape
 
 SHARED_MEMORY = 227 * 1024  # bytes that one CTA can have on Hopper
 ALIGNMENT = 1024  # of every buffer
+MOST_STAGES = 6
 TUNED = Path(__file__).with_name("tuned.json")
 
 
@@ -41,8 +42,8 @@ def tuning_key(shape: Shape) -> str:
 
 def candidates(shape: Shape, multiprocessors: int) -> list[Config]:
     """What a search should time: all that fit."""
-    sizes = itertools.product((2, 4, 6, 8, 10), (1, 2), (1, 2))
-    found = (Config(multiprocessors, stages, buffers, consumers) for stages, buffers, consumers in sizes)
+    sizes = itertools.product(range(2, MOST_STAGES + 1), (1, 2), (1, 2))
+    found = (Config(multiprocessors, *size) for size in sizes)
     return [config for config in found if shared_memory(shape, config) <= SHARED_MEMORY]
 
 
@@ -56,6 +57,6 @@ def choose(shape: Shape, multiprocessors: int) -> Config:
         config = replace(Config(**found), ctas=multiprocessors)
         if shared_memory(shape, config) <= SHARED_MEMORY:  # it was measured with few query rows, and more take more
             return config
-    most = 8 if shape.quantized else 6
-    wanted = (Config(multiprocessors, stages, buffers) for buffers in (2, 1) for stages in range(most, 0, -2))
+    sizes = itertools.product((2, 1), (2, 1), range(MOST_STAGES, 1, -1))
+    wanted = (Config(multiprocessors, stages, buffers, pipelines) for pipelines, buffers, stages in sizes)
     return next(config for config in wanted if shared_memory(shape, config) <= SHARED_MEMORY)

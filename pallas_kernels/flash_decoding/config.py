@@ -14,10 +14,11 @@ class Config:
     """Sizes of one launch.
 
     Attributes:
-        ctas: CTAs of the launch; each takes an equal share of all keys.
-        stages: tiles of keys and values under way to a CTA.
-        consumers: warpgroups that compute, 1 or 2.
-        q_buffers: units whose queries a CTA holds; with two, those of the next unit come early.
+        ctas: CTAs of the launch.
+        stages: tiles of keys and values under way in a pipeline.
+        q_buffers: units whose queries a pipeline holds; with two, those of the next unit come early.
+        pipelines: of a CTA, 1 or 2: a warpgroup that loads and one that computes, with memory of their own. Each takes
+            an equal share of all keys.
         interpretable: only what the interpreter can follow: the softmax's weights go to the second product through
             shared memory instead of registers, and parts are joined by a kernel of their own.
     """
@@ -25,18 +26,20 @@ class Config:
     ctas: int
     stages: int
     q_buffers: int = 2
-    consumers: int = 2
+    pipelines: int = 2
     interpretable: bool = False
 
     def __post_init__(self):
         for name, least in (("ctas", 1), ("stages", 2), ("q_buffers", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: at least {least}")
-        if self.consumers not in (1, 2):
-            raise ValueError(f"consumers is {self.consumers}; allowed: 1 or 2")
-        # A warpgroup counts the phases of the barriers that it waits for: a buffer must always be the same one's.
-        if self.stages % self.consumers:
-            raise ValueError(f"stages is {self.stages}; allowed: multiples of the {self.consumers} consumers")
+        if self.pipelines not in (1, 2):
+            raise ValueError(f"pipelines is {self.pipelines}; allowed: 1 or 2")
+
+    @property
+    def stretches(self) -> int:
+        """Shares of all keys."""
+        return self.ctas * self.pipelines
 
 
 def unsupported(dtype: str, kv_dtype: str, head_size: int, page_size: int) -> str | None:

@@ -16,7 +16,7 @@ from pallas_kernels.flash_decoding import quantized
 from pallas_kernels.flash_decoding.config import ROWS, TILE_KEYS, Config
 from pallas_kernels.flash_decoding.merge import join, with_sink
 from pallas_kernels.flash_decoding.schedule import partial_index
-from pallas_kernels.flash_decoding.shared import Inputs, Outputs, Part, Scratch
+from pallas_kernels.flash_decoding.shared import Inputs, Outputs, Part, Scratch, product_rows, stretch_of
 from pallas_kernels.flash_decoding.tree import WORD, first_new_tile
 from pallas_kernels.flash_decoding.units import Shape
 
@@ -29,30 +29,46 @@ def compute(
     inputs: Inputs, outputs: Outputs, scratch: Scratch, part: Part, *, shape: Shape, options: Options, config: Config
 ) -> None:
     """Attention of a unit's rows to the tiles of this part, online (FlashAttention-2, Dao 2023, algorithm 1)."""
-    consumer = lax.axis_index("role") - 1
-    buffer = lax.rem(part.nth, config.q_buffers)
+    buffer = part.q_buffer(config)
     position = _positions(inputs, part, shape)
     plgpu.barrier_wait(scratch.q_ready.at[buffer])
+    q = scratch.q.at[part.queries(shape, config, product_rows(shape))]
     attend = _quantized_tile if shape.quantized else _tile
-    tile = partial(attend, scratch, part, position, buffer, shape=shape, options=options, config=config)
-    # Tiles go around among the consumers; which one is first depends on the tiles that came before.
-    first = lax.rem(consumer + config.consumers - lax.rem(part.done, config.consumers), config.consumers)
-    turns = lambda tiles: (tiles - first + config.consumers - 1) // config.consumers  # noqa: E731
-    own = lambda turn, carry, tree=None: tile(tree, first + turn * config.consumers, carry)  # noqa: E731
-    begin, end = 0, turns(part.count)
-    softmax = _nothing_seen(shape)
+    tile = partial(attend, scratch, part, position, q, shape=shape, options=options, config=config)
+    begin, softmax = 0, _nothing_seen(shape)
     if inputs.tree is not None:  # first the tiles without new keys
-        begin = turns(jnp.clip(first_new_tile(part.length, shape.queries) - part.tile, 0, part.count))
-        softmax = lax.fori_loop(0, begin, own, softmax)
-    softmax = lax.fori_loop(begin, end, partial(own, tree=inputs.tree), softmax)
+        begin = jnp.clip(first_new_tile(part.length, shape.queries) - part.tile, 0, part.count)
+        softmax = lax.fori_loop(0, begin, partial(tile, None), softmax)
+    softmax = lax.fori_loop(begin, part.count, partial(tile, inputs.tree), softmax)
     plgpu.barrier_arrive(scratch.q_free.at[buffer])
-    store = partial(_store, inputs, outputs, scratch, part, shape=shape, config=config)
-    put = partial(_put, scratch, softmax, shape, config)
-    if config.consumers == 1:
-        store(_by_row(scratch, softmax, put, shape))
-    else:
-        pl.when(consumer == 1)(lambda: _hand_over(scratch, put))
-        pl.when(consumer == 0)(lambda: store(_taken_over(scratch, _by_row(scratch, softmax, put, shape), shape)))
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # results of the unit before
+    if shape.quantized:
+        softmax = _by_row(scratch, part, softmax, config)
+    _store(inputs, outputs, scratch, part, softmax, shape=shape, config=config)
+
+
+def clear_empty(
+    inputs: Inputs, outputs: Outputs, scratch: Scratch, pipeline, stretch, *, shape: Shape, config: Config
+):
+    """Writes the results of the empty slots that fall to a stretch, of which the schedule says nothing."""
+    out_smem, lse_smem = scratch.out.at[pipeline], scratch.statistics.at[pipeline, 0]
+    rows = pl.ds(0, shape.stored_rows)
+
+    @pl.loop(0, lax.div(shape.slots - 1 - stretch + config.stretches, config.stretches))
+    def _(nth):
+        slot = stretch + nth * config.stretches
+
+        @pl.when(inputs.lengths[slot] == 0)
+        def _():
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out_smem[...] = plgpu.layout_cast(jnp.zeros(out_smem.shape, out_smem.dtype), SCORES)
+            lse_smem[...] = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), BY_ROW)
+            plgpu.commit_smem()
+
+            @pl.loop(slot * shape.units, (slot + 1) * shape.units)
+            def _(unit):
+                plgpu.copy_smem_to_gmem(out_smem.at[rows], outputs.out.at[unit])
+                plgpu.copy_smem_to_gmem(lse_smem, outputs.lse.at[unit])
 
 
 def _nothing_seen(shape: Shape) -> tuple[jax.Array, ...]:
@@ -65,55 +81,19 @@ def _nothing_seen(shape: Shape) -> tuple[jax.Array, ...]:
     return zeros((rows, shape.head_size), SCORES), maximum, zeros((rows,), by_row)
 
 
-def _put(scratch: Scratch, softmax, shape: Shape, config: Config) -> None:
-    """Writes a softmax to shared memory, row by row."""
+def _by_row(scratch: Scratch, part: Part, softmax, config: Config) -> tuple[jax.Array, ...]:
+    """A quantized softmax with one row for every query row."""
     values, maximum, total = softmax
     rows = pl.ds(0, len(maximum))
-    values_smem = scratch.results[1].at[rows]
-    if shape.quantized:
-        total = quantized.over_keys("add", total, _own(scratch.meeting), config.interpretable)
-        quantized.store_by_row(values, values_smem, config.interpretable)
-    else:
-        values_smem[...] = values
-    scratch.statistics[0, rows], scratch.statistics[1, rows] = maximum, total
+    total = quantized.over_keys("add", total, scratch.meeting.at[part.pipeline], config.interpretable)
+    values_smem, statistics = scratch.part[0].at[part.pipeline], scratch.statistics.at[part.pipeline]
+    quantized.store_by_row(values, values_smem.at[rows], config.interpretable)
+    statistics[0, rows], statistics[1, rows] = maximum, total
     plgpu.commit_smem()
-
-
-def _read(scratch: Scratch, shape: Shape) -> tuple[jax.Array, ...]:
-    values = plgpu.load(scratch.results[1], layout=SCORES, optimized=not shape.quantized)
-    statistics = (plgpu.load(scratch.statistics.at[i], layout=BY_ROW) for i in range(2))
-    softmax = (values, *statistics)
+    values = plgpu.load(values_smem, layout=SCORES, optimized=False)
+    maximum, total = (plgpu.load(statistics.at[i], layout=BY_ROW) for i in range(2))
     plgpu.commit_smem()  # all have read before anyone writes
-    return softmax
-
-
-def _by_row(scratch: Scratch, softmax, put, shape: Shape):
-    """The softmax with one row for every query row, however its products came."""
-    if not shape.quantized:
-        return softmax
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # results of the unit before
-    put()
-    return _read(scratch, shape)
-
-
-def _hand_over(scratch: Scratch, put) -> None:
-    plgpu.barrier_wait(scratch.room)
-    put()
-    plgpu.barrier_arrive(scratch.handed_over)
-
-
-def _taken_over(scratch: Scratch, softmax, shape: Shape):
-    """One softmax of what two consumers saw."""
-    values, maximum, total = softmax
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # results of the unit before
-    plgpu.barrier_arrive(scratch.room)
-    plgpu.barrier_wait(scratch.handed_over)
-    others, others_maximum, others_total = _read(scratch, shape)
-    joint = jnp.maximum(maximum, others_maximum)
-    own, other = jnp.exp2(maximum - joint), jnp.exp2(others_maximum - joint)
-    values = values * lax.broadcast_in_dim(own, values.shape, [0])
-    values = values + others * lax.broadcast_in_dim(other, values.shape, [0])
-    return values, joint, total * own + others_total * other
+    return values, maximum, total
 
 
 def _positions(inputs: Inputs, part: Part, shape: Shape) -> jax.Array:
@@ -129,7 +109,7 @@ def _positions(inputs: Inputs, part: Part, shape: Shape) -> jax.Array:
 
 def _rows(shape: Shape) -> tuple[int, Any]:
     """Of a block, as the products take them, and the layout of what each has one of."""
-    return (shape.padded_rows, quantized.BY_ROW) if shape.quantized else (ROWS, BY_ROW)
+    return product_rows(shape), quantized.BY_ROW if shape.quantized else BY_ROW
 
 
 def _block(part: Part, shape: Shape):
@@ -138,13 +118,13 @@ def _block(part: Part, shape: Shape):
 
 
 def _tile(
-    scratch: Scratch, part: Part, position, buffer, tree, i, carry, *, shape: Shape, options: Options, config: Config
+    scratch: Scratch, part: Part, position, q, tree, i, carry, *, shape: Shape, options: Options, config: Config
 ):  # fmt: skip
     values, maximum, total = carry
-    stage = lax.rem(part.done + i, config.stages)
+    stage = part.stage(i, config)
     mask = _mask(tree, part, part.tile + i, position, shape, options)
     plgpu.barrier_wait(scratch.k_ready.at[stage])
-    scores = _product(scratch.q.at[buffer], scratch.k.at[stage].T, TILE_KEYS)
+    scores = _product(q, scratch.k.at[stage].T, TILE_KEYS)
     scores = mask.apply(_scaled(scores, options), key_axis=1)
     new_maximum = jnp.maximum(maximum, scores.max(axis=1))
     decay = jnp.exp2(maximum - new_maximum)
@@ -153,13 +133,13 @@ def _tile(
     values = values * lax.broadcast_in_dim(decay, values.shape, [0])
     plgpu.barrier_wait(scratch.v_ready.at[stage])
     _clear_unseen(scratch.v.at[stage], mask.seen)
-    values = _add_product(values, weights.astype(shape.dtype), scratch, scratch.v.at[stage], config)
+    values = _add_product(values, weights.astype(shape.dtype), scratch, part, scratch.v.at[stage], config)
     plgpu.barrier_arrive(scratch.tile_free.at[stage])
     return values, new_maximum, total
 
 
 def _quantized_tile(
-    scratch: Scratch, part: Part, position, buffer, tree, i, carry, *, shape: Shape, options: Options, config: Config
+    scratch: Scratch, part: Part, position, q, tree, i, carry, *, shape: Shape, options: Options, config: Config
 ):  # fmt: skip
     """The same with the keys as rows of the scores, and the components of the values as rows of theirs.
 
@@ -167,10 +147,10 @@ def _quantized_tile(
     taken relative to the largest of them, not of the weights.
     """
     values, maximum, total = carry
-    stage = lax.rem(part.done + i, config.stages)
+    stage = part.stage(i, config)
     mask = _mask(tree, part, part.tile + i, position, shape, options)
-    k_smem, v_smem = (None, None) if scratch.operands is None else map(_own, scratch.operands)
-    weights_smem = _own(scratch.weights)
+    k_smem, v_smem = (x and x.at[part.pipeline] for x in scratch.operands or (None, None))
+    weights_smem, meeting = scratch.weights.at[part.pipeline], scratch.meeting.at[part.pipeline]
 
     def load_values():
         plgpu.barrier_wait(scratch.v_ready.at[stage])
@@ -178,7 +158,7 @@ def _quantized_tile(
 
     plgpu.barrier_wait(scratch.k_ready.at[stage])
     k = quantized.keys_operand(scratch.k.at[stage], k_smem)
-    scores, v = _product_meanwhile(k, scratch.q.at[buffer].T, shape.padded_rows, load_values, config)
+    scores, v = _product_meanwhile(k, q.T, shape.padded_rows, load_values, config)
     k_scale = plgpu.load(scratch.k_scales.at[stage], layout=quantized.BY_KEY) * quantized.query_unit(shape.dtype)
     scores = _scaled(scores * lax.broadcast_in_dim(k_scale, scores.shape, [0]), options)
     scores = mask.apply(scores, key_axis=0)
@@ -186,7 +166,7 @@ def _quantized_tile(
     key = plgpu.broadcasted_iota(jnp.int32, v_scale.shape, 0, layout=quantized.BY_KEY)
     v_scale = jnp.where(mask.seen.of(key), v_scale, 0.0)
     products = scores + lax.broadcast_in_dim(quantized.log2_size(v_scale), scores.shape, [0])
-    largest = quantized.over_keys("max", products, _own(scratch.meeting), config.interpretable)
+    largest = quantized.over_keys("max", products, meeting, config.interpretable)
     new_maximum = jnp.maximum(maximum, largest)
     decay = jnp.exp2(maximum - new_maximum)
     weights = jnp.exp2(scores - lax.broadcast_in_dim(new_maximum, scores.shape, [1]))
@@ -200,11 +180,6 @@ def _quantized_tile(
     plgpu.barrier_arrive(scratch.tile_free.at[stage])  # the tile is in registers
     values = values * lax.broadcast_in_dim(decay, values.shape, [1])
     return _add(values, v, weights_smem.T, config), new_maximum, total
-
-
-def _own(memory):
-    """A consumer's own part of what all consumers have."""
-    return memory.at[lax.axis_index("role") - 1]
 
 
 def _product(a, b, columns: int) -> jax.Array:
@@ -303,9 +278,11 @@ def _clear_unseen(v_smem, seen: _Seen) -> None:
         pl.when((seen.high < TILE_KEYS) | (seen.low > 0))(clear)
 
 
-def _add_product(values: jax.Array, weights: jax.Array, scratch: Scratch, v_smem, config: Config) -> jax.Array:
+def _add_product(
+    values: jax.Array, weights: jax.Array, scratch: Scratch, part: Part, v_smem, config: Config
+) -> jax.Array:
     if config.interpretable:
-        weights_smem = _own(scratch.weights)
+        weights_smem = scratch.weights.at[part.pipeline]
         weights_smem[...] = weights
         plgpu.commit_smem()
         weights = weights_smem
@@ -324,53 +301,59 @@ def _store(
     inputs: Inputs, outputs: Outputs, scratch: Scratch, part: Part, softmax, *, shape: Shape, config: Config
 ) -> None:
     """Writes the result of a whole unit, or leaves that of a part to be joined."""
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the unit before
-    out_smem, part_smem, _ = scratch.results
-    lse_smem = scratch.statistics.at[0]
-    rows = pl.ds(0, shape.stored_rows)
     out, lse = _normalized(*softmax)
+    pl.when(part.whole)(lambda: _store_unit(inputs, outputs, scratch, part, out, lse, shape))
+    pl.when(jnp.logical_not(part.whole))(lambda: _store_part(inputs, outputs, scratch, part, out, lse, shape, config))
 
-    @pl.when(part.whole)
-    def _():
-        finished, finished_lse = _finished(inputs, part, out, lse)
-        unit = part.slot * shape.units + part.unit
-        out_smem[...] = finished.astype(shape.dtype)
-        lse_smem[...] = finished_lse
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem.at[rows], outputs.out.at[unit])
-        plgpu.copy_smem_to_gmem(lse_smem, outputs.lse.at[unit])
 
-    @pl.when(jnp.logical_not(part.whole))
-    def _():
-        cta = lax.axis_index("cta")
-        index = partial_index(cta, part.done == 0, config.ctas)
+def _store_unit(inputs: Inputs, outputs: Outputs, scratch: Scratch, part: Part, out, lse, shape: Shape) -> None:
+    out, lse = _finished(inputs, part, out, lse)
+    out_smem, lse_smem = scratch.out.at[part.pipeline], scratch.statistics.at[part.pipeline, 0]
+    unit = part.slot * shape.units + part.unit
+    out_smem[...] = out.astype(shape.dtype)
+    lse_smem[...] = lse
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, shape.stored_rows)], outputs.out.at[unit])
+    plgpu.copy_smem_to_gmem(lse_smem, outputs.lse.at[unit])
+
+
+def _store_part(
+    inputs: Inputs, outputs: Outputs, scratch: Scratch, part: Part, out, lse, shape: Shape, config: Config
+) -> None:
+    stretch = stretch_of(part.pipeline, config)
+    index = partial_index(stretch, part.done == 0, config.stretches)
+    part_smem, lse_smem = scratch.part[0].at[part.pipeline], scratch.statistics.at[part.pipeline, 0]
+    width = part_smem.shape[1]
+    lse_smem[...] = lse
+    for column in range(0, shape.head_size, width):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        values = out[:, column : column + width]
         if shape.quantized and not config.interpretable:
-            hopper.store_in_rows(out, part_smem)  # as `quantized.store_by_row` has it
+            hopper.store_in_rows(values, part_smem)  # as `quantized.store_by_row` has it
         else:
-            part_smem[...] = out
-        lse_smem[...] = lse
+            part_smem[...] = values
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(part_smem.at[rows], outputs.part.at[index, :, pl.ds(0, shape.head_size)])
-        plgpu.copy_smem_to_gmem(lse_smem, outputs.part_lse.at[index])
-        if not config.interpretable:
-            owner = inputs.work[cta, 4]
+        target = outputs.part.at[index, :, pl.ds(column, width)]
+        plgpu.copy_smem_to_gmem(part_smem.at[pl.ds(0, shape.stored_rows)], target)
+    plgpu.copy_smem_to_gmem(lse_smem, outputs.part_lse.at[index])
+    if not config.interpretable:
+        owner = inputs.work[stretch, 4]
 
-            @pl.when((part.done == 0) & (owner != cta))
-            def _():
-                plgpu.wait_smem_to_gmem(0)
-                hopper.signal(inputs.tickets.at[owner, 0])
+        @pl.when((part.done == 0) & (owner != stretch))
+        def _():
+            plgpu.wait_smem_to_gmem(0)
+            hopper.signal(inputs.tickets.at[owner, 0])
 
 
-def join_own(inputs: Inputs, outputs: Outputs, rows_smem) -> None:
-    """Joins the parts of the unit that begins in this CTA's stretch, when the other CTAs have written theirs."""
-    cta = lax.axis_index("cta")
+def join_own(inputs: Inputs, outputs: Outputs, stretch, rows_smem) -> None:
+    """Joins the parts of the unit that begins in a stretch, when those of the others are written."""
 
-    @pl.when(inputs.merge[cta, 0] >= 0)
+    @pl.when(inputs.merge[stretch, 0] >= 0)
     def _():
         plgpu.wait_smem_to_gmem(0)
-        hopper.wait_for(inputs.tickets.at[cta, 0], inputs.merge[cta, 3])
+        hopper.wait_for(inputs.tickets.at[stretch, 0], inputs.merge[stretch, 3])
 
-    join(inputs.merge, outputs.part, outputs.part_lse, inputs.sinks, outputs.out, outputs.lse, rows_smem)
+    join(stretch, inputs.merge, outputs.part, outputs.part_lse, inputs.sinks, outputs.out, outputs.lse, rows_smem)
 
 
 def _normalized(values, maximum, total) -> tuple[jax.Array, jax.Array]:

@@ -1,8 +1,8 @@
 """Joins the parts that several CTAs left of a unit: out = sum of exp(lse_i - lse) out_i (FlashDecoding, Dao 2023).
 
-The CTA in whose stretch a unit begins joins its parts, at the end of the kernel, when the others have signalled that
-theirs are written. A kernel of its own after the first would cost two launches and their latencies: on an H200, 12 to
-15 us a call. It is there for the interpreter, which knows no signals between CTAs.
+The pipeline in whose stretch a unit begins joins its parts, at the end of the kernel, when the others have signalled
+that theirs are written. A kernel of its own after the first would cost two launches and their latencies: on an H200,
+12 to 15 us a call. It is there for the interpreter, which knows no signals between CTAs.
 """
 
 from functools import partial
@@ -35,13 +35,13 @@ def merge(results: Any, merge_C4: jax.Array, sinks_UR: jax.Array | None) -> tupl
     def kernel(inputs, outputs, rows_smem):
         merge_ref, part_ref, part_lse_ref, sinks_ref = inputs
         out_ref, lse_ref = outputs
-        join(merge_ref, part_ref, part_lse_ref, sinks_ref, out_ref, lse_ref, rows_smem)
+        join(lax.axis_index("stretch"), merge_ref, part_ref, part_lse_ref, sinks_ref, out_ref, lse_ref, rows_smem)
 
     run = plgpu.kernel(
         kernel,
-        scratch_types=(rows_scratch(out.shape[1], out.shape[2], out.dtype),),
+        scratch_types=(plgpu.SMEM((rows_at_once(out.shape[1]), padded(out.shape[2])), out.dtype),),
         grid=(len(merge_C4),),
-        grid_names=("cta",),
+        grid_names=("stretch",),
         kernel_name="flash_decoding_merge",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
@@ -58,14 +58,13 @@ def padded(head_size: int) -> int:
     return ceil_div(head_size, WIDTH) * WIDTH
 
 
-def rows_scratch(rows: int, head_size: int, dtype: jnp.dtype) -> Any:
-    """Shared memory that `join` needs for units of so many rows."""
-    return plgpu.SMEM((rows_at_once(rows), padded(head_size)), dtype)
+def join(stretch, merge_ref, part_ref, part_lse_ref, sinks_ref, out_ref, lse_ref, rows_smem) -> None:
+    """Joins the parts of the unit that begins in this stretch and ends in another, if there is one.
 
-
-def join(merge_ref, part_ref, part_lse_ref, sinks_ref, out_ref, lse_ref, rows_smem) -> None:
-    """Joins the parts of the unit that begins in this CTA's stretch and ends in another's, if there is one."""
-    unit, first, rest, count = (merge_ref[lax.axis_index("cta"), i] for i in range(4))
+    Args:
+        rows_smem: room for `rows_at_once` rows, padded.
+    """
+    unit, first, rest, count = (merge_ref[stretch, i] for i in range(4))
     rows, head_size = out_ref.shape[1:]
     at_once = rows_at_once(rows)
 

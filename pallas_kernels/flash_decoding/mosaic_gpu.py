@@ -1,10 +1,10 @@
 """`flash_decoding` on Hopper: the pages stream through shared memory, and every byte of them is read once.
 
-One warpgroup of a CTA issues the copies (TMA) of its stretch of keys and values, tile after tile, into a ring of
-buffers in shared memory; the others multiply, a tile each in turn, and put their results together at the end of a
-unit. The query rows of a unit, all heads that share a KV head and all queries of the slot, are the rows of one matrix
+A CTA has two pipelines. In each, one warpgroup issues the copies (TMA) of a stretch of keys and values, tile after
+tile, into a ring of buffers in shared memory, and another multiplies; while one pipeline ends a unit, the other goes
+on. The query rows of a unit, all heads that share a KV head and all queries of the slot, are the rows of one matrix
 product, so that the heads of a group share one read of the keys. schedule.py says who reads what, and merge.py what
-becomes of units that several CTAs read.
+becomes of units that several of them read.
 """
 
 from collections.abc import Callable
@@ -23,16 +23,17 @@ from pallas_kernels.checks import require
 from pallas_kernels.flash_decoding import config as configs
 from pallas_kernels.flash_decoding.choice import choose
 from pallas_kernels.flash_decoding.config import ROWS, Config
-from pallas_kernels.flash_decoding.consumer import compute, join_own
+from pallas_kernels.flash_decoding.consumer import clear_empty, compute, join_own
 from pallas_kernels.flash_decoding.merge import merge, padded
 from pallas_kernels.flash_decoding.producer import drain, load
 from pallas_kernels.flash_decoding.schedule import Schedule, make_schedule, tiles_in_sight
-from pallas_kernels.flash_decoding.shared import Inputs, Outputs, Part, scratch_memory
+from pallas_kernels.flash_decoding.shared import Inputs, Outputs, Part, scratch_memory, stretch_of
 from pallas_kernels.flash_decoding.tree import tree_rows
 from pallas_kernels.flash_decoding.units import Shape, from_units, sinks_of_rows, to_units
 from pallas_kernels.lowered import once
 
-LOADER_REGISTERS, CONSUMER_REGISTERS = 40, 232
+# Of a thread: those of two pipelines share 65,536.
+LOADER_REGISTERS, CONSUMER_REGISTERS = 40, 216
 
 
 def flash_decoding(
@@ -50,8 +51,8 @@ def flash_decoding(
     shape = Shape.of(q_BQNH, kv, table_BJ)
     config = config or choose(shape, dispatch.multiprocessors())
     schedule = schedule or plan(lengths_B, shape, options.window, config)
-    ctas = len(schedule.work_C5)
-    require(ctas == config.ctas, "schedule", f"one for {ctas} CTAs", f"one for the {config.ctas} of this GPU")
+    made_for, needed = len(schedule.work_C5), config.stretches
+    require(made_for == needed, "schedule", f"one for {made_for} stretches", f"one for the {needed} of this GPU")
     return _launch(
         q_BQNH, kv, table_BJ, lengths_B, sinks_N, tree_mask_BQW, schedule,
         shape=shape, options=options, config=config,
@@ -61,7 +62,9 @@ def flash_decoding(
 def plan(lengths_B: jax.Array, shape: Shape, window: int | None, config: Config | None = None) -> Schedule:
     """The schedule of a problem; `config` is chosen unless given."""
     config = config or choose(shape, dispatch.multiprocessors())
-    return make_schedule(lengths_B, queries=shape.queries, window=window, units=shape.units, ctas=config.ctas)
+    return make_schedule(
+        lengths_B, queries=shape.queries, window=window, units=shape.units, stretches=config.stretches
+    )
 
 
 def unsupported(q_BQNH: jax.Array, kv: PagedKV) -> str | None:
@@ -97,8 +100,8 @@ def _launch(
     outputs = Outputs(
         out=jax.ShapeDtypeStruct((units, shape.stored_rows, H), shape.dtype),
         lse=jax.ShapeDtypeStruct((units, ROWS), jnp.float32),
-        part=jax.ShapeDtypeStruct((2 * config.ctas, shape.stored_rows, padded(H)), jnp.float32),
-        part_lse=jax.ShapeDtypeStruct((2 * config.ctas, ROWS), jnp.float32),
+        part=jax.ShapeDtypeStruct((2 * config.stretches, shape.stored_rows, padded(H)), jnp.float32),
+        part_lse=jax.ShapeDtypeStruct((2 * config.stretches, ROWS), jnp.float32),
     )
     run = plgpu.kernel(
         partial(_kernel, shape=shape, options=options, config=config),
@@ -106,7 +109,7 @@ def _launch(
         scratch_types=(scratch_memory(shape, config),),
         grid=(config.ctas,),
         grid_names=("cta",),
-        num_threads=1 + config.consumers,
+        num_threads=2 * config.pipelines,
         thread_name="role",
         kernel_name="flash_decoding",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=128),
@@ -120,48 +123,50 @@ def _kernel(inputs: Inputs, *refs, shape: Shape, options: Options, config: Confi
     *outputs, scratch = refs
     outputs = Outputs(*outputs)
     role = lax.axis_index("role")
-    walk = partial(_for_each_part, inputs, shape, options)
+    pipeline = lax.rem(role, config.pipelines)
+    stretch = stretch_of(pipeline, config)
+    walk = partial(_for_each_part, inputs, pipeline, stretch, shape, options)
 
-    @pl.when(role == 0)
+    @pl.when(role < config.pipelines)
     def _():
         _set_registers(LOADER_REGISTERS, "decrease", config)
         tiles, units = walk(partial(load, inputs, scratch, shape=shape, options=options, config=config))
-        drain(scratch.tile_free, tiles, config.stages)
-        drain(scratch.q_free, units, config.q_buffers)
+        drain(scratch.tile_free, tiles, pipeline, config.stages)
+        drain(scratch.q_free, units, pipeline, config.q_buffers)
 
-    @pl.when(role > 0)
+    @pl.when(role >= config.pipelines)
     def _():
         _set_registers(CONSUMER_REGISTERS, "increase", config)
+        clear_empty(inputs, outputs, scratch, pipeline, stretch, shape=shape, config=config)
         walk(partial(compute, inputs, outputs, scratch, shape=shape, options=options, config=config))
-
-    @pl.when(role == 1)
-    def _():
         if not config.interpretable:
-            join_own(inputs, outputs, scratch.results[2])
+            join_own(inputs, outputs, stretch, scratch.part[1].at[pipeline])
         plgpu.wait_smem_to_gmem(0)
 
 
 def _set_registers(count: int, action: Any, config: Config) -> None:
-    """The loader needs few; with three warpgroups a third each would not do for the others."""
-    if config.consumers > 1 and not config.interpretable:
+    """The loaders need few; with four warpgroups a quarter each would not do for the others."""
+    if config.pipelines > 1 and not config.interpretable:
         plgpu.set_max_registers(count, action=action)
 
 
-def _for_each_part(inputs: Inputs, shape: Shape, options: Options, visit: Callable[[Part], None]) -> tuple[Any, Any]:
-    """Walks over the stretch of this CTA, unit by unit; returns its numbers of tiles and units."""
-    cta = lax.axis_index("cta")
+def _for_each_part(
+    inputs: Inputs, pipeline, stretch, shape: Shape, options: Options, visit: Callable[[Part], None]
+) -> tuple[Any, Any]:
+    """Walks over a stretch, unit by unit; returns its numbers of tiles and units."""
 
     def step(state):
         slot, unit, tile, left, done, nth = state
         length = inputs.lengths[slot]
         first, tiles = tiles_in_sight(length, shape.queries, options.window)
         count = jnp.minimum(tiles - tile, left)
-        visit(Part(slot, unit, length, first + tile, count, count == tiles, done, nth))
-        last_unit = unit == shape.units - 1
+        part = Part(pipeline, slot, unit, length, first + tile, count, count == tiles, done, nth)
+        pl.when(tiles > 0)(lambda: visit(part))
+        last_unit = (unit == shape.units - 1) | (tiles == 0)
         next_slot = jnp.minimum(slot + last_unit.astype(jnp.int32), shape.slots - 1)
         next_unit = jnp.where(last_unit, 0, unit + 1)
-        return next_slot, next_unit, jnp.int32(0), left - count, done + count, nth + 1
+        return next_slot, next_unit, jnp.int32(0), left - count, done + count, nth + (tiles > 0).astype(jnp.int32)
 
-    start = tuple(inputs.work[cta, i] for i in range(4))
+    start = tuple(inputs.work[stretch, i] for i in range(4))
     *_, tiles, units = lax.while_loop(lambda state: state[3] > 0, step, (*start, jnp.int32(0), jnp.int32(0)))
     return tiles, units

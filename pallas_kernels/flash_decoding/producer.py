@@ -18,11 +18,11 @@ def load(inputs: Inputs, scratch: Scratch, part: Part, *, shape: Shape, options:
     head = part.unit // shape.blocks
 
     def step(i, pages):
-        tile, nth = part.tile + i, part.done + i
-        stage = lax.rem(nth, config.stages)
+        tile = part.tile + i
+        stage = part.stage(i, config)
         following = _pages(inputs, part.slot, tile + 1, shape)  # asked for before it is needed
 
-        @pl.when(nth >= config.stages)
+        @pl.when(part.done + i >= config.stages)
         def _():
             plgpu.barrier_wait(scratch.tile_free.at[stage])
 
@@ -35,7 +35,7 @@ def load(inputs: Inputs, scratch: Scratch, part: Part, *, shape: Shape, options:
 
 
 def _load_queries(inputs: Inputs, scratch: Scratch, part: Part, shape: Shape, config: Config) -> None:
-    buffer = lax.rem(part.nth, config.q_buffers)
+    buffer = part.q_buffer(config)
 
     @pl.when(part.nth >= config.q_buffers)
     def _():
@@ -43,9 +43,8 @@ def _load_queries(inputs: Inputs, scratch: Scratch, part: Part, shape: Shape, co
 
     rows = shape.padded_rows
     first = pl.multiple_of((part.slot * shape.units + part.unit) * rows, 8)
-    plgpu.copy_gmem_to_smem(
-        inputs.q.at[pl.ds(first, rows)], scratch.q.at[buffer, pl.ds(0, rows)], scratch.q_ready.at[buffer]
-    )
+    target = scratch.q.at[part.queries(shape, config, rows)]
+    plgpu.copy_gmem_to_smem(inputs.q.at[pl.ds(first, rows)], target, scratch.q_ready.at[buffer])
 
 
 def _pages(inputs: Inputs, slot, tile, shape: Shape) -> tuple[jax.Array, ...]:
@@ -89,9 +88,9 @@ def _copy_piece(
             plgpu.barrier_arrive(ready)
 
 
-def drain(free, used, buffers: int) -> None:
-    """Waits until the last uses of all buffers are over, so that every phase of their barriers was seen."""
+def drain(free, used, pipeline, buffers: int) -> None:
+    """Waits until the last uses of a pipeline's buffers are over, so that every phase of their barriers was seen."""
 
     @pl.loop(jnp.maximum(used - buffers, 0), used)
     def _(nth):
-        plgpu.barrier_wait(free.at[lax.rem(nth, buffers)])
+        plgpu.barrier_wait(free.at[pipeline * buffers + lax.rem(nth, buffers)])

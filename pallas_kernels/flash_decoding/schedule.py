@@ -1,10 +1,10 @@
 """Who reads what: the keys of all slots, spread evenly over the CTAs of the GPU.
 
 The keys of a slot are cut into tiles. Slot after slot, and within a slot head after head, the tiles form one long
-row, and every CTA takes an equal stretch of it, wherever that starts and ends (Stream-K, Osama et al. 2023, applied
-to FlashDecoding, Dao et al. 2023). So a batch of very different lengths keeps all CTAs busy to the end. A *unit* is
-the work of one slot, KV head and block of query rows; where the stretches of several CTAs meet in a unit, each
-leaves a partial result, and one of them merges these.
+row, and every pipeline takes an equal stretch of it, wherever that starts and ends (Stream-K, Osama et al. 2023,
+applied to FlashDecoding, Dao et al. 2023). So a batch of very different lengths keeps all of them busy to the end. A
+*unit* is the work of one slot, KV head and block of query rows; where several stretches meet in a unit, each leaves a
+partial result, and one of them merges these. Empty slots have no part in it.
 
 The arithmetic is a few operations on small arrays, done once per step for all layers of a cache group.
 """
@@ -22,15 +22,16 @@ from pallas_kernels.flash_decoding.config import TILE_KEYS
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Schedule:
-    """The stretches of C CTAs, and what has to be merged afterwards.
+    """The C stretches, and what has to be merged afterwards.
 
     Attributes:
-        work_C5: slot, unit within the slot, tile within the unit, and number of tiles of each CTA; and the CTA in
-            whose stretch its first unit begins.
-        merge_C4: for each CTA the unit that begins in its stretch and ends in another's: its number (slots x units),
-            the partial result that holds its beginning, the first of those that hold the rest, and their number;
-            -1 in front where there is none.
-        tickets_C1: zeros, on which CTAs count each other's signals within a launch; every launch leaves them at zero.
+        work_C5: slot, unit within the slot, tile within the unit, and number of tiles of each stretch; and the stretch
+            in which its first unit begins.
+        merge_C4: for each stretch the unit that begins in it and ends in another: its number (slots x units), the
+            partial result that holds its beginning, the first of those that hold the rest, and their number; -1 in
+            front where there is none.
+        tickets_C1: zeros, on which stretches count each other's signals within a launch; every launch leaves them at
+            zero.
         slots, queries, window, units: what it was made for: slots, queries of a slot, the sliding window, units of a
             slot.
     """
@@ -52,8 +53,8 @@ class Schedule:
             require(getattr(self, name) == value, f"schedule.{name}", getattr(self, name), f"{value}, as this call's")
 
 
-@partial(jax.jit, static_argnames=("queries", "window", "units", "ctas"))
-def make_schedule(lengths_B: jax.Array, *, queries: int, window: int | None, units: int, ctas: int) -> Schedule:
+@partial(jax.jit, static_argnames=("queries", "window", "units", "stretches"))
+def make_schedule(lengths_B: jax.Array, *, queries: int, window: int | None, units: int, stretches: int) -> Schedule:
     """The schedule of one step.
 
     Args:
@@ -61,16 +62,16 @@ def make_schedule(lengths_B: jax.Array, *, queries: int, window: int | None, uni
         queries: of each slot.
         window: keys that a query sees, itself included; None for all.
         units: of a slot: KV heads x blocks of query rows.
-        ctas: CTAs of the launch.
+        stretches: of the launch.
     """
     _, tiles_B = tiles_in_sight(lengths_B, queries, window)
     end_B = jnp.cumsum(tiles_B * units)
     total = end_B[-1]
-    used = jnp.minimum(ctas, total)
-    cta_C1 = jnp.arange(ctas + 1, dtype=jnp.int32)
-    # Floor of cta * total / used, in steps that cannot overflow.
+    used = jnp.clip(total, 1, stretches)
+    nth_C1 = jnp.arange(stretches + 1, dtype=jnp.int32)
+    # Floor of nth * total / used, in steps that cannot overflow.
     share, rest = total // used, total % used
-    start_C1 = jnp.where(cta_C1 < used, cta_C1 * share + cta_C1 * rest // used, total)
+    start_C1 = jnp.where(nth_C1 < used, nth_C1 * share + nth_C1 * rest // used, total)
     start_C, end_C = start_C1[:-1], start_C1[1:]
 
     slot_C, unit_C, tile_C = _locate(start_C, end_B, tiles_B, units)
@@ -81,31 +82,31 @@ def make_schedule(lengths_B: jax.Array, *, queries: int, window: int | None, uni
     unit_start_C = end_C - 1 - last_tile_C
     unit_end_C = unit_start_C + tiles_B[last_slot_C]
     splits_C = (start_C < end_C) & (unit_start_C >= start_C) & (unit_end_C > end_C)
-    following_C = _places(start_C, unit_end_C, "left") - cta_C1[1:]
+    following_C = _places(start_C, unit_end_C, "left") - nth_C1[1:]
     merge_C4 = jnp.stack(
         [
             jnp.where(splits_C, last_slot_C * units + last_unit_C, -1),
-            partial_index(cta_C1[:-1], unit_start_C == start_C, ctas),
-            partial_index(cta_C1[1:], True, ctas),
+            partial_index(nth_C1[:-1], unit_start_C == start_C, stretches),
+            partial_index(nth_C1[1:], True, stretches),
             following_C,
         ],
         axis=1,
     )
-    return Schedule(work_C5, merge_C4, jnp.zeros((ctas, 1), jnp.int32), len(lengths_B), queries, window, units)
+    return Schedule(work_C5, merge_C4, jnp.zeros((stretches, 1), jnp.int32), len(lengths_B), queries, window, units)
 
 
 def tiles_in_sight(lengths_B: jax.Array, queries: int, window: int | None) -> tuple[jax.Array, jax.Array]:
-    """The first tile that a slot's queries see, and how many there are: at least one, so that every unit has a CTA."""
+    """The first tile that a slot's queries see, and how many there are."""
     end_B = -(-lengths_B // TILE_KEYS)
     first_B = jnp.zeros_like(end_B)
     if window is not None:
         first_B = jnp.maximum(lengths_B - queries - window + 1, 0) // TILE_KEYS
-    return first_B, jnp.maximum(end_B - first_B, 1)
+    return first_B, end_B - first_B
 
 
-def partial_index(cta, begins_the_stretch, ctas: int):
-    """Where a CTA leaves the part of a unit: the first one of its stretch behind all of the last ones."""
-    return cta + jnp.where(begins_the_stretch, ctas, 0)
+def partial_index(stretch, begins_it, stretches: int):
+    """Where a stretch leaves the part of a unit: its first one behind the last ones of all."""
+    return stretch + jnp.where(begins_it, stretches, 0)
 
 
 def _locate(
@@ -114,7 +115,8 @@ def _locate(
     """Slot, unit and tile within the unit of places in the long row."""
     slot_C = jnp.minimum(_places(end_B, tile_C, "right"), len(end_B) - 1)
     within_C = tile_C - (end_B[slot_C] - tiles_B[slot_C] * units)
-    return slot_C, within_C // tiles_B[slot_C], within_C % tiles_B[slot_C]
+    tiles_C = jnp.maximum(tiles_B[slot_C], 1)
+    return slot_C, within_C // tiles_C, within_C % tiles_C
 
 
 def _places(sorted_A: jax.Array, x_C: jax.Array, side: str) -> jax.Array:

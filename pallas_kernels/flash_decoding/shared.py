@@ -4,12 +4,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_decoding.config import ROWS, TILE_KEYS, Config
-from pallas_kernels.flash_decoding.merge import rows_scratch
+from pallas_kernels.flash_decoding.merge import padded
 from pallas_kernels.flash_decoding.quantized import OPERAND, WARPS, value_rows
 from pallas_kernels.flash_decoding.units import Shape
+
+PART_COLUMNS = 32  # of a part that are stored at a time, for want of memory
 
 
 class Inputs(NamedTuple):
@@ -42,10 +46,11 @@ class Outputs(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """In shared memory: rings of buffers, their barriers, and room for what is stored.
+    """In shared memory, for one pipeline after the other: rings of buffers, their barriers, and room for what is
+    stored: units, and parts or the rows that they are joined to.
 
-    Of each consumer: the softmax's `weights` where they are an operand in memory, the tile's as `operands` for the
-    interpreter, and where its warps meet (`quantized.over_keys`).
+    Also the softmax's `weights` where they are an operand in memory, the tile's as `operands` for the interpreter, and
+    where the warps of a consumer meet (`quantized.over_keys`).
     """
 
     q: Any
@@ -56,22 +61,22 @@ class Scratch(NamedTuple):
     weights: Any
     operands: Any
     meeting: Any
-    results: Any
+    out: Any
+    part: Any
     statistics: Any
     q_ready: Any
     k_ready: Any
     v_ready: Any
     q_free: Any
     tile_free: Any
-    room: Any
-    handed_over: Any
 
 
 @dataclass(frozen=True)
 class Part:
-    """The tiles of one unit that lie in a CTA's stretch; traced scalars.
+    """The tiles of one unit that lie in a stretch; traced scalars.
 
     Attributes:
+        pipeline: of the CTA, whose stretch it is.
         slot, unit: which unit; `unit` counts within the slot.
         length: keys of the slot.
         tile, count: the first tile, counted from the slot's first key, and how many.
@@ -79,6 +84,7 @@ class Part:
         done, nth: tiles and units of the stretch that came before.
     """
 
+    pipeline: Any
     slot: Any
     unit: Any
     length: Any
@@ -88,26 +94,60 @@ class Part:
     done: Any
     nth: Any
 
+    def stage(self, i, config: Config) -> Any:
+        """The buffer of the nth of these tiles."""
+        return self.pipeline * config.stages + lax.rem(self.done + i, config.stages)
+
+    def q_buffer(self, config: Config) -> Any:
+        return self.pipeline * config.q_buffers + lax.rem(self.nth, config.q_buffers)
+
+    def queries(self, shape: Shape, config: Config, rows: int) -> Any:
+        """Where the first `rows` rows of the queries' buffer are."""
+        first = lax.rem(self.nth, config.q_buffers) * _q_stride(shape, config)
+        return pl.ds(pl.multiple_of(self.pipeline * _q_rows(shape, config) + first, 8), rows)
+
+
+def stretch_of(pipeline, config: Config) -> Any:
+    """The number of a pipeline's stretch."""
+    return lax.axis_index("cta") * config.pipelines + pipeline
+
+
+def _q_stride(shape: Shape, config: Config) -> int:
+    """Rows from a buffer of queries to the next. What a product takes beyond the queries is never looked at, and may
+    be those of the next buffer; the interpreter would see a race."""
+    return product_rows(shape) if config.interpretable else shape.padded_rows
+
+
+def _q_rows(shape: Shape, config: Config) -> int:
+    """Rows of a pipeline's buffers of queries."""
+    return product_rows(shape) + (config.q_buffers - 1) * _q_stride(shape, config)
+
+
+def product_rows(shape: Shape) -> int:
+    """Query rows that a product takes: 64 at least where they are its first operand."""
+    return shape.padded_rows if shape.quantized else ROWS
+
 
 def scratch_memory(shape: Shape, config: Config) -> Scratch:
-    H, stages, consumers = shape.head_size, config.stages, config.consumers
+    H, pipelines = shape.head_size, config.pipelines
+    stages, q_buffers = pipelines * config.stages, pipelines * config.q_buffers
     copies = max(1, TILE_KEYS // shape.page_size)
     scales = plgpu.SMEM((stages, TILE_KEYS), jnp.float32) if shape.quantized else None
     weights = operands = meeting = None
+    rows, dtype, part_columns = product_rows(shape), shape.dtype, PART_COLUMNS
     if shape.quantized:
-        rows, dtype = shape.padded_rows, OPERAND
-        weights = _matrix((consumers, rows, TILE_KEYS), dtype)
-        meeting = plgpu.SMEM((consumers, WARPS, rows), jnp.float32)
+        dtype, part_columns = OPERAND, H
+        weights = _matrix((pipelines, rows, TILE_KEYS), dtype)
+        meeting = plgpu.SMEM((pipelines, WARPS, rows), jnp.float32)
         if config.interpretable:
             sizes = ((TILE_KEYS, H), (value_rows(H), TILE_KEYS))
-            operands = tuple(_matrix((consumers, *size), dtype) for size in sizes)
-    else:
-        rows, dtype = ROWS, shape.dtype
-        if config.interpretable:
-            weights = _matrix((consumers, rows, TILE_KEYS), dtype)
+            operands = tuple(_matrix((pipelines, *size), dtype) for size in sizes)
+    elif config.interpretable:
+        weights = _matrix((pipelines, rows, TILE_KEYS), dtype)
+    padded_bytes = padded(H) * shape.dtype.itemsize
     arrivals = 2 * copies if shape.quantized else copies
     return Scratch(
-        q=_matrix((config.q_buffers, rows, H), dtype),
+        q=_matrix((pipelines * _q_rows(shape, config), H), dtype),
         k=_matrix((stages, TILE_KEYS, H), shape.kv_dtype),
         v=_matrix((stages, TILE_KEYS, H), shape.kv_dtype),
         k_scales=scales,
@@ -115,19 +155,18 @@ def scratch_memory(shape: Shape, config: Config) -> Scratch:
         weights=weights,
         operands=operands,
         meeting=meeting,
-        results=plgpu.RefUnion(
-            plgpu.SMEM((ROWS, H), shape.dtype),
-            plgpu.SMEM((ROWS, H), jnp.float32),
-            rows_scratch(shape.stored_rows, H, shape.dtype),
+        out=plgpu.SMEM((pipelines, ROWS, H), shape.dtype),
+        # Both of the same size, or what one pipeline writes would lie over what the other has.
+        part=plgpu.RefUnion(
+            plgpu.SMEM((pipelines, ROWS, part_columns), jnp.float32),
+            plgpu.SMEM((pipelines, ROWS * part_columns * 4 // padded_bytes, padded(H)), shape.dtype),
         ),
-        statistics=plgpu.SMEM((2, ROWS), jnp.float32),
-        q_ready=plgpu.Barrier(num_barriers=config.q_buffers),
+        statistics=plgpu.SMEM((pipelines, 2, ROWS), jnp.float32),
+        q_ready=plgpu.Barrier(num_barriers=q_buffers),
         k_ready=plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         v_ready=plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
-        q_free=plgpu.Barrier(num_arrivals=consumers, num_barriers=config.q_buffers),
+        q_free=plgpu.Barrier(num_barriers=q_buffers),
         tile_free=plgpu.Barrier(num_barriers=stages),
-        room=plgpu.Barrier(),
-        handed_over=plgpu.Barrier(),
     )
 
 

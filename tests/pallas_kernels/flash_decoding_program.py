@@ -14,7 +14,7 @@ import numpy as np
 
 from pallas_kernels.blockwise import Options, PagedKV
 from pallas_kernels.flash_decoding import flash_decoding, mosaic_gpu
-from pallas_kernels.flash_decoding.config import QUANTIZED_DTYPES
+from pallas_kernels.flash_decoding.config import QUANTIZED_DTYPES, Config
 from tests.pallas_kernels.cases import ATOL, Case, Inputs, assert_close, oracle
 from tests.pallas_kernels.gpu_program import lower
 
@@ -23,12 +23,14 @@ def slots(lengths: tuple[int, ...], queries: int = 1, **sizes) -> Case:
     return Case(lengths, (queries,) * len(lengths), padding=0, **{"head_size": 64, "page_size": 64} | sizes)
 
 
-# With the number of CTAs: one has all units, some have parts of several, one unit is spread over many.
+# With the number of stretches: one has all units, some have parts of several, one unit is spread over many.
 CAUSAL = {
-    "lengths around a page, one CTA": (slots((200, 0, 64, 1, 129)), 1),
-    "units cut between CTAs": (slots((200, 0, 64, 1, 129)), 3),
-    "one unit over many CTAs": (slots((700,), kv_heads=1, g=1), 5),
-    "more CTAs than tiles": (slots((30, 70), kv_heads=1, g=3, page_size=16), 7),
+    "lengths around a page, one stretch": (slots((200, 0, 64, 1, 129)), 1),
+    "units cut between stretches": (slots((200, 0, 64, 1, 129)), 4),
+    "empty slots": (slots((0, 70, 0, 0, 130, 0), kv_heads=1), 2),
+    "nothing but empty slots": (slots((0, 0, 0), 2, kv_heads=1, sinks=True), 2),
+    "one unit over many stretches": (slots((700,), kv_heads=1, g=1), 5),
+    "more stretches than tiles": (slots((30, 70), kv_heads=1, g=3, page_size=16), 7),
     "drafted tokens, soft cap, sinks": (slots((200, 2, 65), 3, page_size=16, soft_cap=2.0, sinks=True), 5),
     "a window over pages": (slots((300, 40, 131), 2, page_size=16, window=70, sinks=True), 4),
     "a window of one key": (slots((300, 64), page_size=32, window=1, g=5, kv_heads=1), 2),
@@ -42,6 +44,12 @@ TREES = {
     "trees of two words in blocks of rows": (slots((150, 90), 33, kv_heads=1, tree=True, window=70), 3),
     "trees over three tiles": (slots((193,), 128, g=1, kv_heads=1, tree=True), 2),
 }
+
+
+def interpretable(stretches: int) -> Config:
+    """Two in each CTA where they are even."""
+    pipelines = 1 + (stretches % 2 == 0)
+    return Config(stretches // pipelines, stages=2, pipelines=pipelines, interpretable=True)
 
 
 def run(inputs: Inputs, dtype, kv: PagedKV | None = None, **config):

@@ -7,13 +7,14 @@ from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT, TiledLayo
 
 from pallas_kernels.blockwise import PagedKV
 from pallas_kernels.flash_decoding import quantized
-from pallas_kernels.flash_decoding.config import HEAD_SIZES, QUANTIZED_DTYPES, TILE_KEYS, Config
+from pallas_kernels.flash_decoding.config import HEAD_SIZES, QUANTIZED_DTYPES, TILE_KEYS
 from tests.pallas_kernels.cases import ATOL, Inputs, assert_close, oracle
 from tests.pallas_kernels.flash_decoding_program import (
     CAUSAL,
     TREES,
     assert_exact_on_a_gpu,
     assert_lowers,
+    interpretable,
     run,
     slots,
 )
@@ -40,18 +41,18 @@ def check_quantized(inputs: Inputs, dtype, kv_dtype, **config):
 
 
 QUANTIZED = {
-    "int8, units cut between CTAs": (CAUSAL["units cut between CTAs"], jnp.bfloat16, "int8", 2),
-    "fp8, a window over pages": (CAUSAL["a window over pages"], jnp.bfloat16, "float8_e4m3fn", 2),
-    "fp8, drafted tokens, soft cap": (CAUSAL["drafted tokens, soft cap, sinks"], jnp.float16, "float8_e4m3fn", 2),
-    "int8, more rows than a block": (CAUSAL["more rows than a block, 71 heads on one"], jnp.float16, "int8", 2),
-    "fp8, trees, a window": (TREES["trees, a window, soft cap, sinks"], jnp.bfloat16, "float8_e4m3fn", 2),
-    "int8, trees in blocks of rows": (TREES["trees of two words in blocks of rows"], jnp.bfloat16, "int8", 2),
-    "int8, more queries than keys": (CAUSAL["more queries than keys"], jnp.bfloat16, "int8", 2),
+    "int8, units cut between stretches": (CAUSAL["units cut between stretches"], jnp.bfloat16, "int8"),
+    "fp8, a window over pages": (CAUSAL["a window over pages"], jnp.bfloat16, "float8_e4m3fn"),
+    "fp8, drafted tokens, soft cap": (CAUSAL["drafted tokens, soft cap, sinks"], jnp.float16, "float8_e4m3fn"),
+    "int8, more rows than a block": (CAUSAL["more rows than a block, 71 heads on one"], jnp.float16, "int8"),
+    "fp8, trees, a window": (TREES["trees, a window, soft cap, sinks"], jnp.bfloat16, "float8_e4m3fn"),
+    "int8, trees in blocks of rows": (TREES["trees of two words in blocks of rows"], jnp.bfloat16, "int8"),
+    "int8, more queries than keys": (CAUSAL["more queries than keys"], jnp.bfloat16, "int8"),
     "fp8, heads of 96 in pages of 8": (
-        (slots((200, 0, 70), g=3, kv_heads=1, head_size=96, page_size=8), 2), jnp.bfloat16, "float8_e4m3fn", 1,
+        (slots((200, 0, 70), g=3, kv_heads=1, head_size=96, page_size=8), 2), jnp.bfloat16, "float8_e4m3fn",
     ),
     "int8, heads of 256 in pages of 128": (
-        (slots((300,), g=2, kv_heads=1, head_size=256, page_size=128), 2), jnp.float16, "int8", 2,
+        (slots((300,), g=2, kv_heads=1, head_size=256, page_size=128), 2), jnp.float16, "int8",
     ),
 }  # fmt: skip
 
@@ -59,10 +60,9 @@ QUANTIZED = {
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_interpreted_quantized_pages(name):
-    (case, ctas), dtype, kv_dtype, consumers = QUANTIZED[name]
-    config = Config(ctas, stages=2, consumers=consumers, interpretable=True)
+    (case, stretches), dtype, kv_dtype = QUANTIZED[name]
     with interpreted():
-        check_quantized(Inputs(case), dtype, kv_dtype, config=config)
+        check_quantized(Inputs(case), dtype, kv_dtype, config=interpretable(stretches))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -76,7 +76,7 @@ def test_scales_of_any_size_are_no_danger_to_float16():
     inputs.kv[0][1] *= np.resize(sizes_S, 90)[:, None, None]
     exact_out, exact_lse = oracle(inputs)
     with interpreted():
-        config = Config(2, stages=2, interpretable=True)
+        config = interpretable(2)
         kv = PagedKV(kv.k_PSKH, kv.v_PSKH, kv.k_scales_PKS, v_scales)
         out, lse = run(inputs, jnp.bfloat16, kv, config=config)
     np.testing.assert_allclose(np.asarray(out, np.float64), exact_out, rtol=0, atol=0.01 * np.abs(exact_out).max())

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.flash_decoding import pack_tree_mask
-from pallas_kernels.flash_decoding.config import Config
 from tests.pallas_kernels.cases import Inputs
 from tests.pallas_kernels.flash_decoding_program import (
     TREES,
@@ -13,6 +12,7 @@ from tests.pallas_kernels.flash_decoding_program import (
     assert_lowers,
     assert_the_same,
     check,
+    interpretable,
     run,
     slots,
 )
@@ -22,9 +22,9 @@ from tests.pallas_kernels.gpu_program import interpreted
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NaN of unused slots in the interpreter's numpy
 @pytest.mark.parametrize("name", TREES)
 def test_interpreted_kernel_is_the_float64_loop(name):
-    case, ctas = TREES[name]
+    case, stretches = TREES[name]
     with interpreted():
-        check(Inputs(case), jnp.bfloat16, config=Config(ctas, stages=2, interpretable=True))
+        check(Inputs(case), jnp.bfloat16, config=interpretable(stretches))
 
 
 def causal_bits(slots: int, queries: int) -> jax.Array:
@@ -35,7 +35,7 @@ def causal_bits(slots: int, queries: int) -> jax.Array:
 def test_causal_bits_are_the_causal_mask():
     """With a window that ends among the new queries; on a GPU with others too."""
     inputs = Inputs(slots((200, 66, 3), 5, g=1, kv_heads=1, window=3))
-    config = Config(2, stages=2, interpretable=True)
+    config = interpretable(2)
     with interpreted():
         with_bits, without = (
             run(inputs, jnp.bfloat16, config=config, tree_mask=bits) for bits in (causal_bits(3, 5), None)

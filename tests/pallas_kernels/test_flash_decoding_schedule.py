@@ -1,4 +1,4 @@
-"""The schedule of flash_decoding: every tile is read once, all CTAs read alike, and what is cut is joined."""
+"""The schedule of flash_decoding: every tile is read once, in even stretches, and what is cut is joined."""
 
 import re
 from functools import partial
@@ -21,7 +21,7 @@ from tests.pallas_kernels.gpu_program import interpreted, lower
 LENGTHS = st.lists(st.integers(0, 1000), min_size=4, max_size=4)  # one shape, so that little is compiled
 # Every pair of two of these occurs, and each problem is compiled once.
 PROBLEMS = [
-    dict(zip(("queries", "window", "units", "ctas"), values, strict=True))
+    dict(zip(("queries", "window", "units", "stretches"), values, strict=True))
     for values in (
         (1, None, 1, 1), (4, None, 3, 5), (1, None, 3, 40), (4, 1, 1, 40), (1, 1, 3, 1), (1, 1, 1, 5), (4, 200, 3, 1),
         (1, 200, 1, 5), (4, 200, 1, 40),
@@ -29,51 +29,54 @@ PROBLEMS = [
 ]  # fmt: skip
 
 
-def stretches(made, tiles_B):
-    """The tiles of every CTA, as (slot, unit, tile), by walking as the kernel does."""
+def walked(made, tiles_B):
+    """The tiles of every stretch, as (slot, unit, tile), by walking as the kernel does."""
     for slot, unit, tile, left, _ in np.asarray(made.work_C5).tolist():
-        walked = []
-        for _ in range(left):
-            walked.append((slot, unit, tile))
-            tile += 1
+        tiles = []
+        while left > 0:
+            if tiles_B[slot] == 0:
+                slot += 1
+                continue
+            tiles.append((slot, unit, tile))
+            tile, left = tile + 1, left - 1
             if tile == tiles_B[slot]:
                 slot, unit, tile = (slot + 1, 0, 0) if unit == made.units - 1 else (slot, unit + 1, 0)
-        yield walked
+        yield tiles
 
 
 @settings(max_examples=60, deadline=None)
 @given(LENGTHS, st.sampled_from(PROBLEMS))
-def test_every_tile_is_read_once_and_ctas_read_alike(lengths, problem):
+def test_every_tile_is_read_once_in_even_stretches(lengths, problem):
     lengths = jnp.array(lengths, jnp.int32)
     made = make_schedule(lengths, **problem)
     _, tiles_B = map(np.asarray, tiles_in_sight(lengths, problem["queries"], problem["window"]))
-    walks = list(stretches(made, tiles_B))
+    walks = list(walked(made, tiles_B))
     every = [(b, u, t) for b, tiles in enumerate(tiles_B) for u in range(problem["units"]) for t in range(tiles)]
     assert [tile for walk in walks for tile in walk] == every
-    counts = [len(walk) for walk in walks if walk]
+    counts = [len(walk) for walk in walks if walk] or [0]
     assert max(counts) - min(counts) <= 1
 
 
 @settings(max_examples=60, deadline=None)
 @given(LENGTHS, st.sampled_from(PROBLEMS))
 def test_the_parts_of_a_cut_unit_are_joined_where_it_begins(lengths, problem):
-    lengths, ctas = jnp.array(lengths, jnp.int32), problem["ctas"]
+    lengths, stretches = jnp.array(lengths, jnp.int32), problem["stretches"]
     made = make_schedule(lengths, **problem)
     _, tiles_B = map(np.asarray, tiles_in_sight(lengths, problem["queries"], problem["window"]))
-    parts: dict[int, list[tuple[int, int]]] = {}  # of a unit, by CTA: where it is left
-    for cta, walk in enumerate(stretches(made, tiles_B)):
+    parts: dict[int, list[tuple[int, int]]] = {}  # of a unit, by stretch: where it is left
+    for stretch, walk in enumerate(walked(made, tiles_B)):
         units = list(dict.fromkeys((slot, unit) for slot, unit, _ in walk))
         for place, (slot, unit) in enumerate(units):
             if sum(entry[:2] == (slot, unit) for entry in walk) < tiles_B[slot]:
-                index = int(partial_index(cta, place == 0, ctas))
-                parts.setdefault(slot * problem["units"] + unit, []).append((cta, index))
+                index = int(partial_index(stretch, place == 0, stretches))
+                parts.setdefault(slot * problem["units"] + unit, []).append((stretch, index))
     found = {}
-    for cta, (unit, first, rest, count) in enumerate(np.asarray(made.merge_C4).tolist()):
+    for stretch, (unit, first, rest, count) in enumerate(np.asarray(made.merge_C4).tolist()):
         if unit >= 0:
-            found[unit] = [(cta, first), *((cta + 1 + i, rest + i) for i in range(count))]
+            found[unit] = [(stretch, first), *((stretch + 1 + i, rest + i) for i in range(count))]
     assert found == parts
     owners = np.asarray(made.work_C5)[:, 4]
-    assert all(owners[cta] == places[0][0] for places in parts.values() for cta, _ in places[1:])
+    assert all(owners[stretch] == places[0][0] for places in parts.values() for stretch, _ in places[1:])
 
 
 def arguments(slots=2, queries=1, heads=8, kv_heads=2, dtype=jnp.bfloat16) -> tuple[jax.Array, ...]:
@@ -95,7 +98,7 @@ def test_a_plan_is_made_where_the_kernel_runs():
     assert planned(*given, implementation="xla") is None
     made = planned(*given, window=9, implementation="mosaic_gpu")
     assert (made.slots, made.queries, made.window, made.units) == (2, 1, 9, 2)
-    expected = make_schedule(given[-1], queries=1, window=9, units=2, ctas=len(made.work_C5))
+    expected = make_schedule(given[-1], queries=1, window=9, units=2, stretches=len(made.work_C5))
     jax.tree.map(np.testing.assert_array_equal, made, expected)
     with pytest.raises(ValueError, match=r"cannot run: q.dtype is float32"):
         planned(*arguments(dtype=jnp.float32), implementation="mosaic_gpu")
@@ -130,15 +133,15 @@ def test_a_schedule_of_another_problem_is_named(sizes, window, message, implemen
 
 def test_a_schedule_of_another_gpu_is_named():
     given = arguments()
-    other = make_schedule(given[-1], queries=1, window=None, units=2, ctas=7)
-    with pytest.raises(ValueError, match="schedule is one for 7 CTAs; allowed: one for the "):
+    other = make_schedule(given[-1], queries=1, window=None, units=2, stretches=7)
+    with pytest.raises(ValueError, match="schedule is one for 7 stretches; allowed: one for the "):
         jax.eval_shape(partial(flash_decoding, scale=0.1, implementation="mosaic_gpu"), *given, schedule=other)
 
 
 def test_calls_share_a_schedule():
     q_BQNH, k_PSKH, v_PSKH, table_BJ, lengths_B = arguments(slots=3)
     config = Config(2, stages=2, interpretable=True)
-    shared = make_schedule(lengths_B, queries=1, window=None, units=2, ctas=2)
+    shared = make_schedule(lengths_B, queries=1, window=None, units=2, stretches=4)
     run = partial(mosaic_gpu.flash_decoding, sinks_N=None, options=Options(0.125), config=config)
     with interpreted():
         for k, v in ((k_PSKH, v_PSKH), (v_PSKH, k_PSKH)):
