@@ -83,10 +83,12 @@ class Table:
 
 BATCHES = {f"llama-3-8b B{batch}": f"batch {batch}" for batch in (1, 16, 64, 256)}
 PROMPTS = {f"llama-3-8b prompt {tokens}": f"{tokens:,} tokens" for tokens in (512, 2048, 8192)}
+LONG = {"llama-3-8b prompt 131072 in chunks of 8192": "131,072 tokens"}
 THROUGHPUT = {
     "llama-3-8b 256 requests": "256 requests, out",
     "qwen3-0.6b 256 requests": "Qwen3-0.6B, 256 requests, out",
     "qwen3-0.6b 1024 requests": "Qwen3-0.6B, 1,024 requests, out",
+    "qwen3-0.6b 1024 chats": "Qwen3-0.6B, 1,024 chats, out",
 }
 IN_AND_OUT = {("llama-3-8b 32 x 8192 in, 64 out", "throughput in and out"): "32 x 8,192 in, 64 out, in and out"}
 STALL = f"llama-3-8b {Stall().name}"
@@ -104,7 +106,9 @@ PREFILL = {
     **{f"flash_attention llama-3-8b {x}": x for x in ("4x2048", "2x4096", "1x8192", "1x16384", "1x32768")},
     "flash_attention mistral-7b 1x32768": "1x32768, window 4096",
 }
-DECODING = {f"flash_decoding llama-3-8b {x}": x for x in ("1x8192", "1x131072", "16x8192", "64x4096", "128x2048")}
+DECODING = {
+    f"flash_decoding llama-3-8b {x}": x for x in ("1x8192", "1x131072", "16x8192", "64x4096", "128x2048", "256x256")
+}
 OPTIONS = {
     "flash_decoding llama-3-8b 64x4096": "64x4096",
     "flash_decoding llama-3-8b 64x4096 8 queries": "8 queries",
@@ -125,7 +129,7 @@ TABLES = {
     "decode": Table("decode", "tokens/s", BATCHES),
     "decode-step": Table("decode step", "ms a step", BATCHES),
     "step": Table("time in step", "us of a step", BATCHES | PROMPTS, names={name: name for name in CLASSES}),
-    "first-token": Table("first token", "ms to the first token", PROMPTS),
+    "first-token": Table("first token", "ms to the first token", PROMPTS | LONG),
     "throughput": Table("output throughput", "tokens/s", THROUGHPUT, IN_AND_OUT, names=SERVING_NAMES),
     "beside-a-prompt": Table("decode step", "ms a step of 16 sequences", STEADY, BESIDE, names=SERVING_NAMES),
     "warm-up": Table("warm-up", "seconds to get ready", STARTS, PROGRAMS, names=SERVING_NAMES),

@@ -6,8 +6,8 @@
     python -m benchmarks.serving soak [--requests 10000] [--rate 20]
 
 Offline: requests of a workload that are all there at once, greedy, no stop, through the engine on random normal
-weights; `--static` measures static batching too, by the same engine, which gives out the next requests, as many as
-there are slots, when the last have ended: of the workloads that it names, or of "1024 requests".
+weights; `--static` measures static batching too, by the same engine: as many requests as there are slots, all of which
+go on until the longest has ended, then the next ones. Of the workloads that it names, or of those with 1,024 requests.
 Latency: all through one engine. Decoding after prompts of 128 tokens, 256 steps of all sequences; first tokens of
 prompts that come alone; and the steps of 16 sequences with contexts of 1,000 while a prompt of 32,768 tokens comes.
 Online: the workload "256 requests", arriving at each rate (a Poisson process), at any OpenAI-compatible server, ours
@@ -38,8 +38,12 @@ from jaxinfer.machine import keep_compiled, measure_machine
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import MEASURED, Hardware, find_by_device
+from jaxinfer.serve.worker import settle
 
-MORE_THAN_SLOTS = ["1024 requests"]  # for static batching, which is continuous where every request has a slot
+MORE_THAN_SLOTS = [
+    "1024 requests",
+    "1024 chats",
+]  # for static batching, which is continuous where every request has a slot
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -105,6 +109,7 @@ def measure_offline(options: argparse.Namespace) -> Iterator[list[Record]]:
     names = list(dict.fromkeys([*options.workload, *static]))
     engine = make_engine(options, longest([WORKLOADS[name] for name in names]))
     yield warm_up_records(options.model, engine.warm_up())
+    settle()
     machine = ceilings()
     for name in names:
         yield offline.measure(engine, f"{options.model} {name}", WORKLOADS[name], machine, name in static)
@@ -115,6 +120,7 @@ def measure_latency(options: argparse.Namespace) -> Iterator[list[Record]]:
     stalls = [latency.Stall(prompt=tokens) for tokens in options.long]
     engine = make_engine(options, max([*options.prompts, *options.long, 0]) + latency.ROOM)
     print(engine.warm_up(), flush=True)
+    settle()
     desk = latency.Desk(options.model, engine, ceilings())
     yield from latency.measure(desk, options.batches, options.prompts, stalls)
 

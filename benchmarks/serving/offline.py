@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import batched
 
 from benchmarks.record import OURS, Record
 from benchmarks.serving.workload import Job, Workload
@@ -63,17 +65,24 @@ def run(engine: Engine, jobs: Sequence[Job], batch: int | None = None) -> Throug
 
     Args:
         engine: idle, and warm if compiling is not to count.
-        batch: jobs that are given to it at a time, the next ones when all of these have ended: static batching. By
-            default it gets all of them at once.
+        batch: jobs that are given to it at a time, the next ones when all of these have ended: static batching, in
+            which every sequence keeps its place, and is computed, until the longest has ended. What comes past the end
+            of a job does not count. By default the engine gets all jobs at once.
     """
-    requests = [request(number, job) for number, job in enumerate(jobs)]
-    size, generated = batch or len(requests), 0
+    batches = [list(jobs)] if batch is None else [as_long(jobs) for jobs in batched(jobs, batch)]
+    numbers = itertools.count()
+    requests = [[request(next(numbers), job) for job in batch] for batch in batches]
     start = time.perf_counter()
-    for first in range(0, len(requests), size):
-        generated += _drain(engine, requests[first : first + size])
+    generated = sum(_drain(engine, batch) for batch in requests)
     seconds = time.perf_counter() - start
-    assert generated == sum(job.output for job in jobs)
-    return Throughput(seconds, sum(len(job.prompt) for job in jobs), generated)
+    assert generated == sum(job.output for batch in batches for job in batch)
+    return Throughput(seconds, sum(len(job.prompt) for job in jobs), sum(job.output for job in jobs))
+
+
+def as_long(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs of a static batch, each of which goes on until the longest has ended."""
+    longest = max(job.output for job in jobs)
+    return [replace(job, output=longest) for job in jobs]
 
 
 def _drain(engine: Engine, requests: Sequence[Request]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,9 +52,21 @@ def mixed(count: int, low: int = 100, high: int = 1024) -> Workload:
     return Workload(tuple((rng.randint(low, high), rng.randint(low, high)) for _ in range(count)))
 
 
+def chats(count: int, prompt: float = 161, output: float = 338, most: int = 1024) -> Workload:
+    """Lengths as people chat: exponential around the means of ShareGPT, `most` in and out at most (Kwon et al. 2023,
+    "Efficient Memory Management for Large Language Model Serving with PagedAttention", section 6.1)."""
+    rng = random.Random(0)
+
+    def length(mean: float) -> int:
+        return min(math.ceil(rng.expovariate(1 / mean)), most)
+
+    return Workload(tuple((length(prompt), length(output)) for _ in range(count)))
+
+
 WORKLOADS = {
     "256 requests": mixed(256),
     "1024 requests": mixed(1024),
+    "1024 chats": chats(1024),
     "32 x 8192 in, 64 out": Workload(((8192, 64),) * 32),
     "64 x 2048 in, of them 1920 shared, 128 out": Workload(((2048, 128),) * 64, shared=1920),
 }

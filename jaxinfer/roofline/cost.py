@@ -26,6 +26,7 @@ class Work:
     """One part of a step, on one device."""
 
     flops: float = 0.0
+    wasted: float = 0.0  # time on the matmul units that is spent beside those, as FLOPs
     weights: float = 0.0  # bytes of weights that are read
     cache: float = 0.0  # bytes of keys and values that are read and written
     activations: float = 0.0  # bytes of the residual stream that are read and written
@@ -63,7 +64,10 @@ class Work:
     def expected(self, hardware: Hardware) -> float:
         """Seconds that it is expected to take, its kernels' and messages' constants included."""
         constants = self.kernels * hardware.overhead + self.messages * hardware.message_latency
-        return math.hypot(*self.times(hardware).values()) + constants
+        busy = self.times(hardware)
+        if self.wasted:
+            busy["compute"] += self.wasted / hardware.rate(self.dtype)
+        return math.hypot(*busy.values()) + constants
 
     def bound(self, hardware: Hardware) -> str:
         """The busiest resource, one of `RESOURCES`."""

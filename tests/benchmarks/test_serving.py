@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import math
 import random
 import threading
 import time
@@ -122,8 +123,23 @@ def test_the_command_measures_static_batching_where_requests_outnumber_the_slots
     for arguments in (["--static"], ["--workload", "--static", "256 requests"], []):
         list(command.measure_offline(command.parse(["offline", "--model", "m", *arguments])))
     usual = [("m 256 requests", False), ("m 32 x 8192 in, 64 out", False)]
-    assert seen == [*usual, ("m 1024 requests", True), ("m 256 requests", True), *usual]
-    assert len(WORKLOADS["1024 requests"].sizes) > command.parse(["offline"]).max_num_seqs
+    more = ["1024 requests", "1024 chats"]
+    assert seen == [*usual, *((f"m {name}", True) for name in more), ("m 256 requests", True), *usual]
+    assert min(len(WORKLOADS[name].sizes) for name in more) > command.parse(["offline"]).max_num_seqs
+
+
+def test_a_static_batch_goes_on_until_its_longest_has_ended():
+    jobs = [Job((1, 2), 5), Job((3,), 9), Job((4,), 1)]
+    assert offline.as_long(jobs) == [Job((1, 2), 9), Job((3,), 9), Job((4,), 9)]
+
+
+def test_chats_have_the_lengths_that_they_are_said_to_have():
+    prompts, outputs = zip(*WORKLOADS["1024 chats"].sizes, strict=True)
+    assert min(prompts) >= 1 <= min(outputs)
+    assert max(outputs) == 1024  # as many as are cut off there, the mean is below that of the distribution
+    for lengths, mean in ((prompts, 161), (outputs, 338)):
+        cut = mean * (1 - math.exp(-1024 / mean))
+        assert sum(lengths) / len(lengths) == pytest.approx(cut, rel=4 / math.sqrt(len(lengths)))
 
 
 class Server(BaseHTTPRequestHandler):
