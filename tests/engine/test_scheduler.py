@@ -130,6 +130,24 @@ def test_of_two_that_run_the_one_of_higher_number_gives_way():
     assert engine.counters.preemptions >= 1
 
 
+def test_prompts_take_the_budget_by_rank_whether_they_run_or_wait():
+    plans = scheduler(num_pages=61)
+    expected = [[(0, 64)], [(1, 64)], [(1, 6), (0, 6), (2, 52)]]
+    for number, (priority, taken) in enumerate(zip([2, 1, 3], expected, strict=True)):
+        plans.add(request(number, 70, 8, priority))
+        assert [(chunk.sequence.request.id, chunk.tokens) for chunk in plans.schedule().chunks] == taken
+
+
+@pytest.mark.parametrize("room", [{"max_num_seqs": 1}, {"num_pages": 22}])
+def test_where_the_first_that_waits_finds_no_room_those_that_run_go_on(room):
+    plans = scheduler(**room)
+    plans.add(request(0, 70, 8, priority=2))
+    plans.schedule()
+    plans.add(request(1, 20, 8, priority=1))
+    plans.add(request(2, 2, 8, priority=1))  # which would find it
+    assert [(chunk.sequence.request.id, chunk.tokens) for chunk in plans.schedule().chunks] == [(0, 6)]
+
+
 def test_who_waits_too_long_is_told():
     engine = fake_engine(replace(OPTIONS, max_num_seqs=1, max_waiting_time=5.0), 160, (None,))
     engine.scheduler.clock = clock = Clock()
