@@ -109,6 +109,20 @@ def test_the_last_gives_way_and_the_first_never_does():
     assert 8 < recomputed < 72  # the second one's, once
 
 
+def test_what_the_device_is_told_of_a_request_is_made_once_and_after_a_preemption_anew(monkeypatch):
+    engine = fake_engine(replace(OPTIONS, num_pages=19), 72, (None,))
+    made, admission = [], engine.runner.programs.admission
+
+    def counted(params, pages, prompt_ids, eos_ids, seed, output_ids):
+        made.append((prompt_ids[0], len(output_ids) > 0))
+        return admission(params, pages, prompt_ids, eos_ids, seed, output_ids)
+
+    monkeypatch.setattr(engine.runner.programs, "admission", counted)
+    assert ends(engine, [request(number, 8, 64) for number in range(2)]) == [0, 1]
+    assert engine.counters.preemptions == 1
+    assert made == [(0, False), (100, False), (100, True)]
+
+
 def test_what_a_preempted_sequence_had_is_found_again():
     """The third of them, when the second has ended."""
     engine = fake_engine(replace(OPTIONS, num_pages=30), 72, (None,))
