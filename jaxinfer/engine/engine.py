@@ -122,7 +122,8 @@ class Engine:
         )
 
     def step(self) -> list[Update]:
-        """Dispatches the next program, reads the oldest one, and returns what that brought.
+        """Dispatches the next program, reads the oldest one, and returns what that brought. Where nothing is to be run
+        until a constraint is made, it waits for one, but briefly, so that its caller can add and abort meanwhile.
 
         A step that fails, or is interrupted, may have consumed the cache. The engine then starts afresh before the
         exception goes on, and the next step ends every request that was queued with the reason `abort`. Those whose
