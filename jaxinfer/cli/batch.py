@@ -66,5 +66,7 @@ def batch(
             append(file, told)
             statuses[told["response"]["status_code"]] += 1
             progress.advance(task)
-    refused = statuses.total() - statuses[200]
-    console.print(f"{statuses[200]} answered, {refused} refused, {len(lines) - len(left)} were there already")
+    failed = sum(count for status, count in statuses.items() if status >= 500)
+    refused = statuses.total() - statuses[200] - failed
+    there = len(lines) - len(left)
+    console.print(f"{statuses[200]} answered, {refused} refused, {failed} failed, {there} were there already")
