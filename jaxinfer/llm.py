@@ -77,7 +77,8 @@ class LLM:
                 of the model, for the sizes of prompts and of decoding, and 11 small ones; where llguidance is
                 installed 4 and 2 more, for structured outputs. Without it each program is compiled when a request
                 first needs it.
-            options: of the engine.
+            options: of the engine. Its default is made for throughput: a long prompt may hold up the tokens of others.
+                Who streams them beside such prompts bounds that with `max_slowdown`, as `jaxinfer serve` does.
 
         Raises:
             FileNotFoundError, ValueError: what is missing or wrong in the checkpoint, by file and tensor; or the

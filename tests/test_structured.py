@@ -4,12 +4,15 @@ import json
 import math
 import re
 import threading
+import time
 from dataclasses import replace
 
 import pytest
 
 from jaxinfer import LLM, SamplingParams, StructuredOutputsParams
+from jaxinfer.engine import Request
 from jaxinfer.engine.commit import read_row
+from jaxinfer.engine.constraints import BRIEFLY
 from jaxinfer.structured import GrammarConstraint, Grammars
 from tests.engine.tiny import OPTIONS, assert_clean, assert_warm, tiny_folder, warm_llm
 
@@ -226,6 +229,33 @@ def test_a_constraint_is_made_beside_the_steps(llm, monkeypatch):
     assert {index: (one.text, one.finish_reason) for index, one in rest.items()} == {
         0: ("a", "stop"), 1: ("", "error"), 3: ("c", "stop")
     }  # fmt: skip
+    assert_warm(llm)
+
+
+def test_an_idle_engine_waits_only_briefly_for_a_constraint(llm, monkeypatch):
+    """What comes meanwhile, it takes between two steps; and it makes no more of these than it must."""
+    made = threading.Event()
+
+    def slow(asked):
+        assert made.wait(20)
+        return llm.intake.grammars.constraint(asked)
+
+    monkeypatch.setattr(llm.engine._constraints, "_constrain", slow)
+    while llm.engine.busy:  # with a program of the test before
+        llm.engine.step()
+    names = (10**6, 10**6 + 1)
+    for name in names:
+        llm.engine.add(Request(name, (1, 2), ask(regex="a"), llm.intake.limits.eos_ids, 0))
+    begun = time.monotonic()
+    assert [llm.engine.step() for _ in range(5)] == [[]] * 5
+    assert time.monotonic() - begun >= 5 * BRIEFLY
+    llm.engine.abort(names[0])
+    made.set()
+    updates = []
+    while llm.engine.busy:
+        updates += llm.engine.step()
+    assert {update.request.id for update in updates} == {names[1]}
+    assert updates[-1].finish_reason == "stop"
     assert_warm(llm)
 
 

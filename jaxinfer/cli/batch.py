@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -52,9 +51,7 @@ def batch(
             dtype=dtype,
             max_model_len=max_model_len,
             tensor_parallel_size=tensor_parallel,
-            options=Options(  # nobody waits for a single token
-                max_num_seqs=max_num_seqs, cache_dtype=cache_dtype, max_slowdown=math.inf
-            ),
+            options=Options(max_num_seqs=max_num_seqs, cache_dtype=cache_dtype),
         )
     except (ValueError, OSError) as error:
         raise bad_argument(error) from error
@@ -66,5 +63,7 @@ def batch(
             append(file, told)
             statuses[told["response"]["status_code"]] += 1
             progress.advance(task)
-    refused = statuses.total() - statuses[200]
-    console.print(f"{statuses[200]} answered, {refused} refused, {len(lines) - len(left)} were there already")
+    failed = sum(count for status, count in statuses.items() if status >= 500)
+    refused = statuses.total() - statuses[200] - failed
+    there = len(lines) - len(left)
+    console.print(f"{statuses[200]} answered, {refused} refused, {failed} failed, {there} were there already")

@@ -24,6 +24,7 @@ from jaxinfer.decode.sampling_params import (
 
 MAX_EOS_IDS = 8
 _PAD = -1
+_LARGEST_ID, _LARGEST_SEED = 2**31 - 1, 2**32 - 1
 
 
 @jax.tree_util.register_dataclass
@@ -77,10 +78,10 @@ def pack(params: SamplingParams, eos_ids: Sequence[int], seed: int) -> dict[str,
       seed: 0..2**32 - 1. The caller chooses it, since a request has n continuations and may name no seed.
 
     Raises:
-      ValueError: more than `MAX_EOS_IDS` end-of-sequence tokens.
+      ValueError: there are `problems`.
     """
-    if len(eos_ids) > MAX_EOS_IDS:
-        raise ValueError(f"eos_ids has {len(eos_ids)} tokens; at most {MAX_EOS_IDS} are allowed")
+    if found := problems(eos_ids, seed):
+        raise ValueError("; ".join(found))
     bias = params.logit_bias or {}
     stop_ids = [*(params.stop_token_ids or ()), *(() if params.ignore_eos else eos_ids)]
     return {
@@ -97,6 +98,19 @@ def pack(params: SamplingParams, eos_ids: Sequence[int], seed: int) -> dict[str,
         "stop_ids_BZ": _padded(stop_ids, MAX_STOP_TOKEN_IDS + MAX_EOS_IDS, _PAD, np.int32),
         "min_tokens_B": np.asarray(params.min_tokens, np.int32),
     }
+
+
+def problems(eos_ids: Sequence[int], seed: int, prompt_ids: Sequence[int] = ()) -> list[str]:
+    """Why a request's row cannot be made, in words: what `SamplingParams` do not say themselves. Empty if it can."""
+    found = []
+    if len(eos_ids) > MAX_EOS_IDS:
+        found.append(f"eos_ids has {len(eos_ids)} tokens; at most {MAX_EOS_IDS} are allowed")
+    if not 0 <= seed <= _LARGEST_SEED:
+        found.append(f"seed = {seed} must be in 0..{_LARGEST_SEED}")
+    for name, ids in (("eos_ids", eos_ids), ("prompt_ids", prompt_ids)):
+        if ids and not 0 <= min(ids) <= max(ids) <= _LARGEST_ID:
+            found.append(f"{name} has token ids in {min(ids)}..{max(ids)}; each must be in 0..{_LARGEST_ID}")
+    return found
 
 
 def _padded(values: Sequence[float], size: int, pad: int, dtype: type[np.generic]) -> np.ndarray:

@@ -97,10 +97,11 @@ class Programs:
         self._release = jax.jit(self._traced_release, donate_argnames=("state",))
 
     def new_state(self) -> tuple[SlotState, Cache]:
-        """No request, and an empty cache."""
+        """No request, and an empty cache; sharded as programs give them back, so that one compilation serves both."""
         model, layout = self.model, self.layout
         empty = slots.empty_slots(layout.slots, len(layout.num_pages), layout.pages_per_row, model.config.vocab_size)
-        state = jax.device_put(empty, NamedSharding(model.mesh, P()))
+        whole = jax.tree.map(lambda array: NamedSharding(model.mesh, P(*[None] * array.ndim)), empty)
+        state = jax.device_put(empty, whole)
         groups = tuple(model.config.group(layer) for layer in range(model.config.num_layers))
         cache = make_cache(
             model.mesh, groups, layout.num_pages, layout.page_size, model.kv_slots, model.config.head_size,

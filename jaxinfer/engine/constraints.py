@@ -16,6 +16,7 @@ from jaxinfer.engine.request import Request
 from jaxinfer.engine.sequence import Sequence
 
 THREADS = 8  # that make constraints and their masks: both leave Python's lock alone
+BRIEFLY = 0.01  # seconds that an idle engine waits at a time, before whoever drives it may add or abort something
 TOGETHER = 8  # masks that one of them makes: most take 20 us, and a thread is no sooner there
 
 logger = logging.getLogger(__name__)
@@ -71,9 +72,10 @@ class Constraints:
         self._making.pop(request_id, None)
 
     def ready(self, wait: bool) -> Iterator[tuple[Request, Constraint | None]]:
-        """Requests whose constraint is made, or cannot be (None); waits for one on demand."""
+        """Requests whose constraint is made, or cannot be (None); waits for one on demand, but never for long."""
         if wait and self._making:
-            futures.wait([making for _, making in self._making.values()], return_when=futures.FIRST_COMPLETED)
+            making = [making for _, making in self._making.values()]
+            futures.wait(making, BRIEFLY, return_when=futures.FIRST_COMPLETED)
         for request, making in [entry for entry in self._making.values() if entry[1].done()]:
             del self._making[request.id]
             try:

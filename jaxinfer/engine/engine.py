@@ -74,23 +74,21 @@ class Engine:
         """Why the engine could never run a request, in words; empty when it can."""
         if request.params.structured_outputs is not None and not self._constraints.possible:
             return ["structured_outputs has no use here: this engine makes no constraints"]
-        return self.scheduler.problems(request)
+        if request.capacity > (most := self.layout.max_tokens):
+            return [f"prompt and max_tokens need a context of {request.capacity} tokens; the engine has {most}"]
+        told = sampling.problems(request.eos_ids, request.seed, request.prompt_ids)
+        return told or self.scheduler.problems(request)
 
     def add(self, request: Request) -> None:
-        """Queues a request. What the host makes of it for the device is tried now, so that it fails here if it does.
+        """Queues a request, of which the host can then make what the device must know.
 
         Raises:
-            ValueError: the cache could never hold it, a request of that id has not ended, or it has too many
-                end-of-sequence tokens.
-            OverflowError: one of its numbers is too large for the device.
+            ValueError: it has `problems`, or a request of that id has not ended.
         """
         if problems := self.problems(request):
             raise ValueError("; ".join(problems))
         if request.id in self.scheduler.sequences or request.id in self._constraints:
             raise ValueError(f"id = {request.id} is that of a request that has not ended; allowed: any other")
-        no_pages = [()] * len(self.layout.num_pages)
-        self.runner.programs.admission(request.params, no_pages, request.prompt_ids, request.eos_ids, request.seed, ())
-        np.asarray(request.prompt_ids, np.int32)
         if request.params.structured_outputs is not None:
             self._constraints.add(request)
         else:
@@ -124,7 +122,8 @@ class Engine:
         )
 
     def step(self) -> list[Update]:
-        """Dispatches the next program, reads the oldest one, and returns what that brought.
+        """Dispatches the next program, reads the oldest one, and returns what that brought. Where nothing is to be run
+        until a constraint is made, it waits for one, but briefly, so that its caller can add and abort meanwhile.
 
         A step that fails, or is interrupted, may have consumed the cache. The engine then starts afresh before the
         exception goes on, and the next step ends every request that was queued with the reason `abort`. Those whose

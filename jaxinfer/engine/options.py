@@ -30,8 +30,8 @@ class Options:
         num_pages: pages of each cache group, the null page included; None gives every slot its longest sequence, as
             far as memory goes.
         max_slowdown: how many times as long as a decode step alone a program may take, by prediction, that prefills
-            beside sequences that decode: at least 1; `math.inf`, no limit, is best for throughput. See
-            `jaxinfer.engine.budget`.
+            beside sequences that decode: at least 1. No limit, the default, is best for throughput; where somebody
+            waits for single tokens, as `jaxinfer serve` takes it to be, 2 is a choice. See `jaxinfer.engine.budget`.
         steps_per_dispatch: decode steps in one program, at most MOST_STEPS.
         cache_dtype: of keys and values, one of CACHE_DTYPES; None takes the model's. In int8 and float8_e4m3fn every
             key and value of a head has a float32 scale of its own.
@@ -44,7 +44,7 @@ class Options:
     max_num_batched_tokens: int = 1024
     page_size: int = 16
     num_pages: int | None = None
-    max_slowdown: float = 2.0
+    max_slowdown: float = math.inf
     steps_per_dispatch: int = 8
     cache_dtype: str | None = None
     enable_prefix_caching: bool = True

@@ -2,7 +2,8 @@
 
 Sequences go by rank: lower priorities first, and within one first come, first served. Whoever is first by rank gets
 what it needs, if necessary from the last, who then waits and computes its text again; so the first always goes on, and
-every request ends. Those who wait take from nobody.
+every request ends. Those who wait take from nobody; what
+a program may prefill goes by rank to those who run and, where slots and pages are free, to those who wait.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass
+from heapq import merge
 
 from jaxinfer.decode.step import Layout
 from jaxinfer.engine.budget import Allowance, Budget
@@ -164,27 +166,35 @@ class Scheduler:
         return released
 
     def _prefilled(self, decoding: list[Sequence], released: list[int]) -> tuple[list[Chunk], list[Sequence]]:
-        """The texts that are prefilled next, beside those that decode: first of those that run, and those among them
-        that begin to run.
+        """The texts that are prefilled next, beside those that decode, and those among them that begin to run.
 
-        Adds the slots that were taken for that to `released`. Nobody begins when somebody was preempted.
+        Those that run and those that wait share what may be prefilled by rank. Where the first that waits finds no
+        room, none that waits begins. Adds the slots that were taken for those that run to `released`; nobody begins
+        when somebody was preempted.
         """
         chunks, admitted = [], []
-        if not self.waiting and not any(sequence.prompt_left for sequence in self.running.values()):
+        prompts = [sequence for sequence in self._by_rank() if sequence.prompt_left]
+        if not self.waiting and not prompts:
             return chunks, admitted
         allowance = self.budget.open(decoding)
-        for sequence in self._by_rank():
-            if sequence.slot is not None and _allowed(sequence, allowance):
-                while (chunk := self._chunk(sequence, allowance)) is None and self._last() is not sequence:
-                    released.append(self._preempt(self._last()))
-                if chunk is not None:
-                    chunks.append(chunk)
-        while not released and (sequence := self._admit(allowance)) is not None:
-            admitted.append(sequence)
-            chunk = self._chunk(sequence, allowance)
-            assert chunk is not None, "a sequence was admitted without a page"
-            chunks.append(chunk)
+        first_to_wait, room = self.waiting[: self.slots - len(self.running)], True
+        for sequence in merge(prompts, first_to_wait, key=_rank):
+            if sequence.slot is not None:
+                chunks += self._continue(sequence, allowance, released)
+            elif room and not released:
+                begun = self._admit(sequence, allowance)
+                room = bool(begun)
+                chunks += begun
+                admitted += [chunk.sequence for chunk in begun]
         return chunks, admitted
+
+    def _continue(self, sequence: Sequence, allowance: Allowance, released: list[int]) -> list[Chunk]:
+        """The next chunk of one that runs, if some of it may be prefilled; pages that it lacks come from the last."""
+        if not _allowed(sequence, allowance):
+            return []
+        while (chunk := self._chunk(sequence, allowance)) is None and self._last() is not sequence:
+            released.append(self._preempt(self._last()))
+        return [] if chunk is None else [chunk]
 
     def _chunk(self, sequence: Sequence, allowance: Allowance) -> Chunk | None:
         """As much of a sequence's text as may come next and the pages allow."""
@@ -201,26 +211,26 @@ class Scheduler:
         allowance.take(start, end - start, sequence.scores_prompt)
         return Chunk(sequence, start, end - start)
 
-    def _admit(self, allowance: Allowance) -> Sequence | None:
+    def _admit(self, sequence: Sequence, allowance: Allowance) -> list[Chunk]:
         """Gives the first that waits the lowest free slot and the pages that can be found for it, if there is room and
-        some of it may be prefilled.
+        some of it may be prefilled; returns its first chunk, if so.
 
         One that was preempted first waits for the tokens that are on their way.
         """
-        if not self.waiting or len(self.running) == self.slots or self.waiting[0].in_flight:
-            return None
-        sequence, paging, spare = self.waiting[0], self.paging, self._spare()
+        if sequence.in_flight:
+            return []
+        paging, spare = self.paging, self._spare()
         if not allowance.tokens(0, 1, False):
-            return None
+            return []
         if self.running and min(spare) < 1:  # not worth a look for what could be found
-            return None
+            return []
         found = paging.found(sequence)
         start = found * paging.page_size
         if not allowance.tokens(start, len(sequence.tokens) - start, sequence.scores_prompt):
-            return None
+            return []
         costs = [paging.cost(sequence, found, group, self.budget.most) for group in range(len(spare))]
         if self.running and any(cost > left for cost, left in zip(costs, spare, strict=True)):
-            return None
+            return []
         self._stop_waiting(sequence)
         slot = next(slot for slot in range(self.slots) if slot not in self.running)
         sequence.start(slot, len(paging.pools))
@@ -229,7 +239,9 @@ class Scheduler:
         if paging.sharing and not sequence.scores_prompt:
             self.counters.prefix_queries += len(sequence.tokens)
             self.counters.prefix_hits += sequence.prefilled
-        return sequence
+        chunk = self._chunk(sequence, allowance)
+        assert chunk is not None, "a sequence was admitted without a page"
+        return [chunk]
 
     def _spare(self) -> list[int]:
         """Pages of every group that remain beside what those who run have yet to prefill and one more page for each of

@@ -91,8 +91,7 @@ def make_ready(programs: Iterable[Program], progress: Progress | None, wait: Cal
         progress: is told each program.
         wait: returns when the device is done.
     """
-    start, programs = time.perf_counter(), list(programs)
-    warmed, kernels, pending = [], 0, deque[Future[Warmed]]()
+    start, programs, warmed = time.perf_counter(), list(programs), []
 
     def tell(done: Warmed) -> None:
         warmed.append(done)
@@ -100,29 +99,33 @@ def make_ready(programs: Iterable[Program], progress: Progress | None, wait: Cal
         if progress is not None:
             progress(done, len(programs))
 
-    small = [program for program in programs if program.lower is None]
-    large = [program for program in programs if program.lower is not None]
-    for program in small[:1]:  # what the others get is then what programs give
-        tell(_run(program, wait))
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for program in large:
-            begun = time.perf_counter()
-            assert program.lower is not None
-            lowered = program.lower()
-            kernels += kernels_of(lowered)
-            pending.append(threads.submit(_compile, program.name, lowered, time.perf_counter() - begun))
-            while pending and pending[0].done():
-                tell(pending.popleft().result())
-        for future in pending:
-            tell(future.result())
-    for program in small[1:]:
-        tell(_run(program, wait))
-    for program in large:
-        program.run()
+    kernels = _compile_all({program.name: program.lower for program in programs if program.lower is not None}, tell)
+    for program in programs:
+        if program.lower is None:
+            tell(_run(program, wait))
+    for program in programs:
+        if program.lower is not None:
+            program.run()
     wait()
     done = WarmUp(tuple(warmed), time.perf_counter() - start, kernels)
     logger.info("%s", done)
     return done
+
+
+def _compile_all(lower: dict[str, Callable[[], Lowered]], tell: Callable[[Warmed], None]) -> int:
+    """Compiles the large programs, by their names, and tells each; returns how many kernels they have."""
+    kernels, pending = 0, deque[Future[Warmed]]()
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for name, lowers in lower.items():
+            begun = time.perf_counter()
+            lowered = lowers()
+            kernels += kernels_of(lowered)
+            pending.append(threads.submit(_compile, name, lowered, time.perf_counter() - begun))
+            while pending and pending[0].done():
+                tell(pending.popleft().result())
+        for future in pending:
+            tell(future.result())
+    return kernels
 
 
 def _compile(name: str, lowered: Lowered, lowering: float) -> Warmed:

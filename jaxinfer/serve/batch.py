@@ -2,8 +2,8 @@
 
 A line of the input is `{"custom_id", "method": "POST", "url", "body"}`, with the body of a completion or a chat. Its
 line of the output is `{"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error": null}`, written
-as soon as it is whole, in the order in which they end. What the model cannot serve is answered with the status and the
-error body that the server would send.
+as soon as it is whole, in the order in which they end. What the model cannot serve, and what the engine gives up, is
+answered with the status and the error body that the server would send.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,7 +22,7 @@ from pydantic_core import to_json
 from jaxinfer.llm import LLM
 from jaxinfer.outputs import CompletionOutput
 from jaxinfer.serve.endpoints import ENDPOINTS
-from jaxinfer.serve.errors import ApiError, malformed
+from jaxinfer.serve.errors import ApiError, given_up, malformed
 from jaxinfer.serve.prompts import Asked, Prompts, template_or_reason
 from jaxinfer.serve.protocol import BODY_FIELDS
 from jaxinfer.serve.responses import Answer, usage
@@ -117,7 +118,7 @@ def answer_lines(llm: LLM, name: str, lines: Sequence[Line]) -> Iterator[dict[st
         work, index = owners[place]
         work.outputs[index], work.left = output.outputs, work.left - 1
         if work.left == 0:
-            yield _told(work.line, 200, _body(work))
+            yield _told(work.line, *_answer(work))
 
 
 def append(file: TextIO, told: dict[str, Any]) -> None:
@@ -140,6 +141,14 @@ def _read(line: Line, name: str, prompts: Prompts) -> Work:
         raise ApiError(400, "stream is true; a batch is answered whole", param="stream")
     asked, answer = endpoint.asked(body, prompts, name)
     return Work(line, asked, answer, body.priority or 0, left=len(asked[0]))
+
+
+def _answer(work: Work) -> tuple[int, dict[str, Any]]:
+    """Status and body: an error where the engine gave up any of the outputs."""
+    for output in chain(*work.outputs.values()):
+        if (error := given_up(output.finish_reason)) is not None:
+            return error.status, error.body
+    return 200, _body(work)
 
 
 def _body(work: Work) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from jaxinfer.continuation import Continuation
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.intake import Intake
 from jaxinfer.outputs import CompletionOutput
-from jaxinfer.serve.errors import ApiError, refused
+from jaxinfer.serve.errors import ApiError, given_up, refused
 from jaxinfer.serve.messages import Abort, Add, Failed, Refused, Step, Tokens
 from jaxinfer.serve.metrics import Metrics
 
@@ -210,7 +210,7 @@ class Client:
             self._fail(group, ApiError(500, "the text of this request cannot be made", code="internal_error"))
             return False
         self._time(running, len(entry.tokens), now)
-        if (error := _never_ended(continuation)) is not None:
+        if (error := given_up(continuation.finish_reason)) is not None:
             self._fail(group, error)
             return False
         group.changed.set()
@@ -236,15 +236,3 @@ class Client:
         self.drop(group)
         group.error = error
         group.changed.set()
-
-
-def _never_ended(continuation: Continuation) -> ApiError | None:
-    """What the caller is told of a continuation that the engine gave up."""
-    if continuation.finish_reason == "abort":
-        return ApiError(500, "the engine failed while the request ran; try again", code="aborted")
-    if continuation.finish_reason == "error":
-        return ApiError(500, "this request failed in the engine; its log says why", code="internal_error")
-    if continuation.finish_reason == "timeout":
-        message = "the request waited longer than this server lets one wait; try again later"
-        return ApiError(503, message, code="timeout", headers={"Retry-After": "10"})
-    return None

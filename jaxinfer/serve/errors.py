@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from jaxinfer.engine.request import FinishReason
+
 _FIELD = re.compile(r"(?:SamplingParams: )?(\w+) (?:=|has) ")
 
 
@@ -56,6 +58,18 @@ def refused(problems: Sequence[str], param: str, spelled: dict[str, str] | None 
         message = re.sub(rf"\b{theirs}(?= =| has )", ours, message)
     too_long = "context of" in message or "pages of" in message
     return ApiError(400, message, param=field, code="context_length_exceeded" if too_long else None)
+
+
+def given_up(reason: FinishReason | None) -> ApiError | None:
+    """What is told of an output that the engine gave up; None where it goes on, or came to its end."""
+    if reason == "abort":
+        return ApiError(500, "the engine failed while the request ran; try again", code="aborted")
+    if reason == "error":
+        return ApiError(500, "this request failed in the engine; its log says why", code="internal_error")
+    if reason == "timeout":
+        message = "the request waited longer than one may wait here; try again later"
+        return ApiError(503, message, code="timeout", headers={"Retry-After": "10"})
+    return None
 
 
 def malformed(error: ValidationError, fields: set[str]) -> ApiError:

@@ -1,6 +1,7 @@
 """The commands as a user types them."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from jaxinfer import checkpoint
 from jaxinfer.cli import app
+from jaxinfer.engine import Options
 from jaxinfer.llm import DEMO
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
@@ -68,6 +70,18 @@ def test_the_dtype_of_the_cache_reaches_the_engine(command, tmp_path, monkeypatc
     files = [str(tmp_path / name) for name in ("in", "out")]
     result = run(command, *(["a"] if command == "generate" else files), "--cache-dtype", "int8")
     assert "a cache of int8" in flat(result.output)
+
+
+def test_a_server_bounds_how_long_a_prompt_holds_up_the_others(monkeypatch):
+    asked = []
+
+    def served(setup, *others):
+        asked.append(Options(**setup.options))
+        return 0
+
+    monkeypatch.setattr("jaxinfer.serve.server.run", served)
+    assert run("serve", "--port", "0").exit_code == 0
+    assert [options.max_slowdown for options in (*asked, Options())] == [2, math.inf]
 
 
 def test_convert_keeps_every_bit(tmp_path):

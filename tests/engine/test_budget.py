@@ -17,7 +17,10 @@ from jaxinfer.roofline import MEASURED, StepTimes, decode_step, prefill
 from tests.engine.fake import FakeTimes, fake_engine
 
 SLOTS, CONTEXT, LONG = 32, 2**16, 2**15
-OPTIONS = Options(max_num_seqs=SLOTS, max_num_batched_tokens=8192, page_size=64, steps_per_dispatch=8)
+OPTIONS = Options(
+    max_num_seqs=SLOTS, max_num_batched_tokens=8192, page_size=64, max_slowdown=2.0, steps_per_dispatch=8
+)
+THROUGHPUT = Options().max_slowdown
 CASES = [("llama-3-8b", "h200"), ("llama-3-8b", "h100"), ("gemma-2-9b", "h100"), ("mixtral-8x7b", "h200")]
 
 
@@ -167,8 +170,11 @@ def test_a_prompt_found_to_its_end_counts_the_context_that_it_attends():
     )
 
 
-def test_prefill_goes_on_where_every_chunk_takes_too_long():
-    engine = fake_engine(replace(OPTIONS, num_pages=200), 8000, (None,), FakeTimes(0.0, 1.0, 1.0))
+@pytest.mark.parametrize(
+    ("options", "tokens"), [(OPTIONS, 5 * (SMALLEST_BUCKET - 1)), (replace(OPTIONS, max_slowdown=THROUGHPUT), 1000)]
+)
+def test_prefill_goes_on_where_every_chunk_takes_too_long_and_by_default_takes_what_it_wants(options, tokens):
+    engine = fake_engine(replace(options, num_pages=200), 8000, (None,), FakeTimes(0.0, 1.0, 1.0))
     engine.add(request(0, 100, 4000))
     while not engine.counters.output_tokens:
         engine.step()
@@ -176,4 +182,4 @@ def test_prefill_goes_on_where_every_chunk_takes_too_long():
     before = engine.counters.prefilled_tokens
     for _ in range(5):
         engine.step()
-    assert engine.counters.prefilled_tokens - before == 5 * (SMALLEST_BUCKET - 1)
+    assert engine.counters.prefilled_tokens - before == tokens

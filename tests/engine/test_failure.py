@@ -13,6 +13,7 @@ from jaxinfer.engine import Request
 from jaxinfer.engine.commit import read_row
 from tests.engine.fake import Told, fake_engine, gather, run
 from tests.engine.test_paging import CONTEXT, OPTIONS, TIMES, assert_exact, assert_idle, assert_told, request
+from tests.engine.tiny import CONTEXT as CONTEXT_OF_TINY
 from tests.engine.tiny import assert_warm, warm_llm
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
@@ -139,16 +140,34 @@ def test_a_text_that_cannot_be_made_ends_its_own_request_alone(tmp_path_factory,
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "words"),
     [
-        {"eos_ids": tuple(range(9))},
-        {"prompt_ids": (1, 2**31)},
-        {"seed": 2**32},
+        ({"eos_ids": tuple(range(9))}, "eos_ids has 9 tokens; at most 8"),
+        ({"eos_ids": (-1,)}, r"eos_ids has token ids in -1..-1; each must be in 0..2147483647"),
+        ({"prompt_ids": (1, 2**31)}, r"prompt_ids has token ids in 1..2147483648; each must be in 0..2147483647"),
+        ({"seed": 2**32}, r"seed = 4294967296 must be in 0..4294967295"),
+        ({"seed": -1}, r"seed = -1 must be in 0..4294967295"),
+        ({"prompt_ids": (1,) * (CONTEXT_OF_TINY - 19)}, "need a context of 97 tokens; the engine has 96"),
     ],
 )
-def test_what_the_device_cannot_be_told_is_refused_before_it_is_queued(tmp_path_factory, wrong):
+def test_what_the_device_cannot_be_told_is_refused_before_it_is_queued(tmp_path_factory, wrong, words):
     engine = warm_llm(tmp_path_factory.getbasetemp()).engine
     asked = Request(10**6, (1, 2), PARAMS, (), 0)
-    with pytest.raises((ValueError, OverflowError)):
+    with pytest.raises(ValueError, match=words):
         engine.add(dataclasses.replace(asked, **wrong))
     assert not engine.scheduler.sequences
+
+
+def test_of_the_largest_request_that_is_queued_the_device_can_be_told(tmp_path_factory):
+    llm = warm_llm(tmp_path_factory.getbasetemp())
+    most = 2**31 - 1
+    params = SamplingParams(
+        max_tokens=1, min_tokens=1, temperature=1e6, top_k=most, repetition_penalty=100, presence_penalty=2,
+        frequency_penalty=2, logit_bias={most - i: 100.0 for i in range(300)}, stop_token_ids=[most] * 32,
+    )  # fmt: skip
+    asked = Request(10**6, (103,) * (CONTEXT_OF_TINY - 1), params, tuple(range(most - 7, most + 1)), 2**32 - 1)
+    assert not llm.engine.problems(asked)
+    llm.engine.add(asked)
+    (update,) = [update for _ in range(3) for update in llm.engine.step()]
+    assert (update.request, update.finish_reason) == (asked, "length")
+    assert_warm(llm)

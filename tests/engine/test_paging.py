@@ -17,7 +17,9 @@ from jaxinfer.engine.pages import PagePool
 from tests.engine.fake import FakeTimes, Told, expected_tokens, fake_engine, gather, run
 
 CONTEXT = 144
-OPTIONS = Options(max_num_seqs=4, max_num_batched_tokens=64, page_size=4, num_pages=21, steps_per_dispatch=3)
+OPTIONS = Options(
+    max_num_seqs=4, max_num_batched_tokens=64, page_size=4, num_pages=21, max_slowdown=2.0, steps_per_dispatch=3
+)
 # No limit, prompts that stretch a step to twice its time soon or late, and such that always do.
 TIMES = (None, FakeTimes(1.0, 0.005, 1e-4), FakeTimes(1.0, 0.001, 1e-4), FakeTimes(0.0, 1.0, 1.0))
 POOL = settings(max_examples=50, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow])

@@ -109,6 +109,20 @@ def test_the_last_gives_way_and_the_first_never_does():
     assert 8 < recomputed < 72  # the second one's, once
 
 
+def test_what_the_device_is_told_of_a_request_is_made_once_and_after_a_preemption_anew(monkeypatch):
+    engine = fake_engine(replace(OPTIONS, num_pages=19), 72, (None,))
+    made, admission = [], engine.runner.programs.admission
+
+    def counted(params, pages, prompt_ids, eos_ids, seed, output_ids):
+        made.append((prompt_ids[0], len(output_ids) > 0))
+        return admission(params, pages, prompt_ids, eos_ids, seed, output_ids)
+
+    monkeypatch.setattr(engine.runner.programs, "admission", counted)
+    assert ends(engine, [request(number, 8, 64) for number in range(2)]) == [0, 1]
+    assert engine.counters.preemptions == 1
+    assert made == [(0, False), (100, False), (100, True)]
+
+
 def test_what_a_preempted_sequence_had_is_found_again():
     """The third of them, when the second has ended."""
     engine = fake_engine(replace(OPTIONS, num_pages=30), 72, (None,))
@@ -128,6 +142,24 @@ def test_of_two_that_run_the_one_of_higher_number_gives_way():
     engine = fake_engine(replace(OPTIONS, num_pages=19), 72, (None,))
     assert ends(engine, [request(0, 8, 64, priority=1), request(1, 8, 64, priority=0)]) == [1, 0]
     assert engine.counters.preemptions >= 1
+
+
+def test_prompts_take_the_budget_by_rank_whether_they_run_or_wait():
+    plans = scheduler(num_pages=61)
+    expected = [[(0, 64)], [(1, 64)], [(1, 6), (0, 6), (2, 52)]]
+    for number, (priority, taken) in enumerate(zip([2, 1, 3], expected, strict=True)):
+        plans.add(request(number, 70, 8, priority))
+        assert [(chunk.sequence.request.id, chunk.tokens) for chunk in plans.schedule().chunks] == taken
+
+
+@pytest.mark.parametrize("room", [{"max_num_seqs": 1}, {"num_pages": 22}])
+def test_where_the_first_that_waits_finds_no_room_those_that_run_go_on(room):
+    plans = scheduler(**room)
+    plans.add(request(0, 70, 8, priority=2))
+    plans.schedule()
+    plans.add(request(1, 20, 8, priority=1))
+    plans.add(request(2, 2, 8, priority=1))  # which would find it
+    assert [(chunk.sequence.request.id, chunk.tokens) for chunk in plans.schedule().chunks] == [(0, 6)]
 
 
 def test_who_waits_too_long_is_told():

@@ -12,12 +12,17 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxinfer.decode.sampling import GREEDY
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Warmed, WarmUp
+from jaxinfer.engine.step_input import lay_out, padded
 from jaxinfer.engine.warm_up import kernels_of, warm_programs
-from tests.engine.tiny import CHARACTERS, assert_warm, tiny_folder, warm_llm
+from jaxinfer.llm import LLM
+from jaxinfer.machine import count_compiled
+from tests.engine.tiny import CHARACTERS, OPTIONS, assert_warm, tiny_folder, warm_llm
 
 VARIED = [
     ("a", SamplingParams(max_tokens=1)),
@@ -79,6 +84,23 @@ def test_each_program_is_told_when_it_is_ready(tmp_path_factory, caplog):
     assert [record.getMessage() for record in caplog.records] == [str(done)]
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_is_lowered_for_a_new_state_serves_those_that_programs_give_back(tmp_path_factory, devices):
+    folder = tiny_folder(tmp_path_factory.getbasetemp())
+    runner = LLM(folder, options=OPTIONS, tensor_parallel_size=devices).engine.runner
+    given, slots_B = lay_out([], 64, 4), padded([], 4, 4)
+    runner.lower_step(given).compile()
+    runner.lower_loop(slots_B, GREEDY).compile()
+    with count_compiled() as compiled:
+        for _ in range(2):
+            runner.update_all()
+            runner.step(given, GREEDY)
+            runner.loop(slots_B, GREEDY)
+        runner.wait()
+    traces = {"admit": 2, "release": 1, "extend": 1, "step": 1, "sample": 1, "loop": 1}
+    assert (runner.programs.traces, compiled.programs) == (traces, 5)  # all but the step and the loop
+
+
 def test_a_warm_up_in_words():
     done = WarmUp((Warmed("a", 0.5, 1.25, 3, 1), Warmed("b", 1.5, 2.0, 2, 2)), 2.75, 4)
     assert str(done) == "5 programs in 2.8 s, 3 of them from the cache; 4 kernels, lowered with them in 2.0 s"
@@ -106,6 +128,7 @@ PROGRAM = """
 import json, sys
 from jaxinfer.engine import Options
 from jaxinfer.llm import LLM
+from jaxinfer.machine import count_compiled
 from jaxinfer.machine import count_compiled, keep_compiled
 
 keep_compiled()

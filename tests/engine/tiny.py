@@ -39,7 +39,9 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-OPTIONS = Options(max_num_seqs=4, max_num_batched_tokens=64, page_size=8, num_pages=33, steps_per_dispatch=4)
+OPTIONS = Options(
+    max_num_seqs=4, max_num_batched_tokens=64, page_size=8, num_pages=33, max_slowdown=2.0, steps_per_dispatch=4
+)
 # What `warm_up` compiles for them. Admissions: with and without a prompt for the sampler. Steps: of prompts alone and
 # beside others, and of few rows without prompts, where the host has a say in what is drawn. Sampling of three kinds.
 # Loops: of 1 and 4 slots, with each kind of sampling.

@@ -16,6 +16,7 @@ from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline.hardware import DATASHEETS
 from jaxinfer.roofline.memory import page_bytes, plan_memory, sequence_bytes, weight_memory
 from jaxinfer.roofline.precision import BF16, Precision
+from jaxinfer.roofline.precision import CACHE_DTYPES as PLANNED_DTYPES
 from jaxinfer.roofline.shapes import parameters
 from tests.roofline.small import small, sparse, windowed
 
@@ -58,6 +59,10 @@ def test_weights_are_those_that_one_device_holds(devices):
     arrays = Model(WINDOWED, make_mesh(devices)).parameters.values()
     held = sum(int(np.prod(array.sharding.shard_shape(array.shape))) * 2 for array in arrays)
     assert weight_memory(WINDOWED, BF16, devices) == held
+
+
+def test_the_dtypes_of_a_cache_are_those_that_the_cost_model_knows():
+    assert tuple(PLANNED_DTYPES) == CACHE_DTYPES
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])

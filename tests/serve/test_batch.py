@@ -1,6 +1,7 @@
 """Files of requests: every one is answered once, however often the command is interrupted."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 from jaxinfer.cli import app
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.serve.batch import answer_lines, append, done, read_lines
+from jaxinfer.serve.errors import given_up
 from tests.engine.tiny import assert_clean, tiny_folder, warm_llm
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True}
@@ -85,6 +87,41 @@ def test_what_cannot_be_served_is_an_answer_too(llm, tmp_path, given, status, pa
     assert found["fine"]["status_code"] == 200
 
 
+@pytest.mark.parametrize(
+    ("reason", "status", "code"),
+    [("error", 500, "internal_error"), ("abort", 500, "aborted"), ("timeout", 503, "timeout")],
+)
+def test_what_the_engine_gives_up_is_the_error_that_the_server_sends(llm, tmp_path, monkeypatch, reason, status, code):
+    """Whichever choice of a request it is."""
+    path = write(tmp_path / "in.jsonl", [line("x", prompt=["abc", "de"], n=2, **DRAWN), line("fine", prompt="abc")])
+    generate = llm.generate_iter
+
+    def ended(*asked, **options):
+        for place, output in generate(*asked, **options):
+            if place == 1:
+                output.outputs[1] = replace(output.outputs[1], finish_reason=reason)
+            yield place, output
+
+    monkeypatch.setattr(llm, "generate_iter", ended)
+    found = answers(llm, path)
+    assert found["x"]["status_code"] == status
+    assert found["x"]["body"] == given_up(reason).body
+    assert found["x"]["body"]["error"].items() >= {"type": "server_error", "code": code}.items()
+    assert found["fine"]["status_code"] == 200
+
+
+def test_the_command_counts_what_failed(tmp_path_factory, tmp_path, monkeypatch):
+    def broken(output, row, sequence):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("jaxinfer.engine.engine.read_row", broken)
+    asked, told = write(tmp_path / "in.jsonl", [line("a", prompt="abc")]), tmp_path / "out.jsonl"
+    folder = str(tiny_folder(tmp_path_factory.getbasetemp()))
+    result = CliRunner().invoke(app, ["batch", str(asked), str(told), "--model", folder, "--max-num-seqs", "2"])
+    assert "0 answered, 0 refused, 1 failed, 0 were there already" in result.output
+    assert json.loads(told.read_text())["response"]["status_code"] == 500
+
+
 def test_the_lowest_priority_comes_first(llm, tmp_path):
     path = write(tmp_path / "in.jsonl", [line(str(rank), prompt="abc", priority=rank) for rank in (5, 0, 4, 1, 3, 2)])
     found = list(answers(llm, path))
@@ -145,6 +182,6 @@ def test_the_command_does_what_is_left(tmp_path_factory, tmp_path):
     command = ["batch", str(asked), str(told), "--model", folder, "--max-num-seqs", "2"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    assert "0 answered, 1 refused, 1 were there already" in result.output
+    assert "0 answered, 1 refused, 0 failed, 1 were there already" in result.output
     assert [json.loads(text)["custom_id"] for text in told.read_text().splitlines()] == ["a", "b"]
-    assert "0 answered, 0 refused, 2 were there already" in CliRunner().invoke(app, command).output
+    assert "0 answered, 0 refused, 0 failed, 2 were there already" in CliRunner().invoke(app, command).output
