@@ -107,7 +107,8 @@ def measure_offline(options: argparse.Namespace) -> Iterator[list[Record]]:
     """The records of getting ready, then of each workload."""
     static = MORE_THAN_SLOTS if options.static == [] else options.static or []
     names = list(dict.fromkeys([*options.workload, *static]))
-    engine = make_engine(options, longest([WORKLOADS[name] for name in names]))
+    all_of_them, statically = ([WORKLOADS[name] for name in which] for which in (names, static))
+    engine = make_engine(options, longest(all_of_them, statically))
     yield warm_up_records(options.model, engine.warm_up())
     settle()
     machine = ceilings()

@@ -72,6 +72,12 @@ WORKLOADS = {
 }
 
 
-def longest(workloads: Sequence[Workload]) -> int:
-    """Tokens of the longest sequence, in and out."""
-    return max(prompt + output for workload in workloads for prompt, output in workload.sizes)
+def longest(workloads: Sequence[Workload], static: Sequence[Workload] = ()) -> int:
+    """Tokens of the longest sequence, in and out.
+
+    Args:
+        static: those that are also batched statically, where each sequence may become as long as the others' output.
+    """
+    alone = [prompt + output for workload in workloads for prompt, output in workload.sizes]
+    together = [sum(map(max, zip(*workload.sizes, strict=True))) for workload in static]
+    return max([*alone, *together])

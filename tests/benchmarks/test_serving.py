@@ -38,6 +38,7 @@ def test_the_mixed_workload_is_the_one_that_other_systems_are_measured_with():
 def test_prompts_have_their_lengths_and_what_they_share():
     jobs = Workload(((8, 2), (6, 3)), shared=5).jobs(vocabulary=50)
     assert [(len(job.prompt), job.output) for job in jobs] == [(8, 2), (6, 3)]
+    assert longest([], static=[Workload(((8, 2), (6, 3)))]) == 11
     assert jobs[0].prompt[:5] == jobs[1].prompt[:5]
     assert jobs[0].prompt[5:7] != jobs[1].prompt[5:7]
     assert all(0 <= token < 50 for job in jobs for token in job.prompt)
