@@ -26,6 +26,7 @@ shape_checks.install()
 WARM_ENGINE = (
     "tests/engine/test_warm_up.py", "tests/engine/test_batch_invariance.py", "tests/engine/test_failure.py",
     "tests/engine/test_sharing.py", "tests/test_llm.py", "tests/test_bad_input.py", "tests/test_structured.py",
+    "tests/benchmarks/test_serving.py", "tests/serve/test_batch.py",
 )  # fmt: skip
 # What runs longest comes first, so that no process is left alone with it at the end.
 FIRST = (*WARM_ENGINE, "tests/model/test_parity.py")

@@ -133,7 +133,7 @@ from jaxinfer.machine import count_compiled, keep_compiled
 
 keep_compiled()
 with count_compiled() as all_of_it:
-    llm = LLM(sys.argv[1], options=Options(max_num_seqs=2, max_num_batched_tokens=64, page_size=8, num_pages=9))
+    llm = LLM(sys.argv[1], options=Options(max_num_seqs=1, max_num_batched_tokens=64, page_size=8, num_pages=9))
     done = llm.engine.warm_up()
     llm.generate("hello")
 print(json.dumps([done.programs, done.found, all_of_it.programs, all_of_it.found]))

@@ -48,7 +48,7 @@ EMAIL = r"[a-z]{2,9}@[a-z]{1,9}\.(com|org)"
 
 @pytest.fixture(scope="module")
 def server():
-    with serving(max_waiting=64, max_num_seqs=8) as running:
+    with serving(max_waiting=64, max_num_seqs=8, optimized=True) as running:
         yield running
 
 
