@@ -16,15 +16,16 @@ from typing import Any
 
 import jax
 
-NEAREST = "NVIDIA H200"  # whose entries stand in for those of a device that has none
+# Devices whose entries stand in for those of one that has none: the first of them that has some.
+NEAREST = ("NVIDIA H200", "NVIDIA H100 80GB HBM3")
 Found = dict[str, Any] | str
 
 
 def find(path: Path, key: str) -> Found | None:
     """What the file says for this device: fields of a config, or the name of an implementation."""
     entries = read(path)
-    device = jax.devices()[0].device_kind
-    device = device if any(kind == device for kind, _ in entries) else NEAREST
+    measured = {device for device, _ in entries}
+    device = next((device for device in (jax.devices()[0].device_kind, *NEAREST) if device in measured), "")
     entry = entries.get((device, key))
     return None if entry is None else entry["config"]
 
