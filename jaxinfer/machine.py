@@ -61,7 +61,7 @@ def known_machine(dtype: str) -> Hardware:
 
 
 def keep_compiled() -> None:
-    """Keeps what XLA compiles from now on for later processes, which then start without compiling it.
+    """Keeps what XLA compiles and the kernels lowered from now on for later processes, which do neither again.
 
     In `jaxinfer/compiled` of the user's cache folder, unless JAX was given another (`JAX_COMPILATION_CACHE_DIR`);
     `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing. This is for programs of their own, such as commands: it is a

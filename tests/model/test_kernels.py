@@ -89,6 +89,15 @@ def test_a_layer_is_two_launches_around_attention(hopper, tokens):
     assert text.count("stablehlo.dot_general") == 1
 
 
+def test_the_name_of_a_kernel_is_the_same_in_every_process(hopper):
+    """It names the file in which the kernel is kept: nothing of it is an address."""
+    for prefill, cache_dtype in ((None, "bfloat16"), (None, "int8"), (128, "bfloat16")):
+        lowered(two_layers(), 16, cache_dtype=cache_dtype, prefill=prefill)
+    names = {repr(full) for full in once._lowered}
+    assert {full[0][0] for full in once._lowered} == {"flash_attention", "flash_decoding", "streaming_matmul"}
+    assert not [name for name in names if " at 0x" in name]
+
+
 def test_with_more_tokens_a_layer_is_four_products_and_nothing_around_them(hopper):
     """x, w, and the norm's scale or the residual."""
     text = lowered(two_layers(), 64)

@@ -1,4 +1,4 @@
-"""A kernel is lowered once, whatever programs call it, and is in all of them."""
+"""A kernel is lowered once, whatever programs call it, is in all of them, and is kept for later processes."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ class Adder:
             out_ref[...] = x_ref[...] + number
 
         run = plgpu.kernel(kernel, out_type=jax.ShapeDtypeStruct(x.shape, x.dtype))
-        return lowered.once(run, ("add", number), x)
+        return lowered.once(run, ("add", number), x)[0]
 
 
 def text_of(program, *arguments) -> str:
@@ -67,5 +67,95 @@ def test_devices_of_a_mesh_share_it_too():
 
 def test_without_a_gpu_the_kernel_is_called_as_it_is(monkeypatch):
     monkeypatch.setattr(lowered, "_on_gpu", lambda: False)
-    assert lowered.once(lambda x: x + 1, "plain", 1) == 2
+    assert lowered.once(lambda x: x + 1, "plain", 1) == [2]
     assert not lowered._lowered
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """Where kernels are kept."""
+    monkeypatch.setattr(lowered, "_folder", lambda: tmp_path / "kernels")
+    return tmp_path / "kernels"
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """What a later process lowers: a program that adds a number, and how often it traced the kernel."""
+
+    def lower(number: int = 1) -> tuple[str, int]:
+        monkeypatch.setattr(lowered, "_lowered", {})
+        add = Adder()
+        return text_of(lambda x: add(x, number), X), add.traced
+
+    return lower
+
+
+def test_a_later_process_reads_the_kernel(folder, later):
+    text, traced = later()
+    assert traced == 1
+    assert later() == (text, 0)
+    assert len([*folder.iterdir()]) == 1
+
+
+def test_other_kernels_and_other_versions_are_lowered(monkeypatch, folder, later):
+    assert [later(number)[1] for number in (1, 2, 2)] == [1, 1, 0]
+    monkeypatch.setattr(lowered, "_made_by", lambda: "another")
+    assert [later()[1] for _ in range(2)] == [1, 0]
+
+
+def test_a_file_that_cannot_be_read_is_written_anew(folder, later, caplog):
+    later()
+    (file,) = folder.iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    assert later()[1] == 1
+    assert f"the kernel in {file} cannot be read" in caplog.text
+    assert later()[1] == 0
+
+
+def test_a_folder_that_cannot_be_written_is_said(folder, later, caplog):
+    folder.write_text("a file")
+    assert later()[1] == 1
+    assert "the kernel is not kept in" in caplog.text
+
+
+def test_a_disk_that_is_full_leaves_nothing_behind(monkeypatch, folder, later, caplog):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lowered.os, "replace", full)
+        assert later()[1] == 1
+    assert "No space left on device" in caplog.text
+    assert [*folder.iterdir()] == []
+
+
+@pytest.mark.parametrize(("settings", "kept"), [
+    ({"jax_compilation_cache_dir": "/a", "jax_enable_compilation_cache": True}, "/a/kernels"),
+    ({"jax_compilation_cache_dir": "/a", "jax_enable_compilation_cache": False}, None),
+    ({"jax_compilation_cache_dir": None, "jax_enable_compilation_cache": True}, None),
+    ({"jax_compilation_cache_dir": "gs://a", "jax_enable_compilation_cache": True}, None),
+])  # fmt: skip
+def test_kernels_are_kept_beside_what_xla_compiled(settings, kept):
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        found = lowered._folder()
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    assert (None if found is None else str(found)) == kept
+
+
+def test_without_flatbuffers_nothing_is_kept(monkeypatch, caplog):
+    monkeypatch.setattr(lowered.importlib.util, "find_spec", lambda name: None)
+    lowered._say_what_is_missing.cache_clear()
+    with caplog.at_level("INFO", lowered.__name__):
+        settings = {"jax_compilation_cache_dir": "/a", "jax_enable_compilation_cache": True}
+        test_kernels_are_kept_beside_what_xla_compiled(settings, None)
+    assert "needs the package flatbuffers" in caplog.text
+
+
+def test_who_made_a_kernel_is_the_versions_and_the_source():
+    assert f"jax {jax.__version__}, jaxlib" in lowered._made_by()
+    assert lowered._made_by() == lowered._made_by.__wrapped__()
