@@ -1,5 +1,6 @@
 """Prompts beside sequences that decode take no longer than the cost model allows; alone they take what they want."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from jaxinfer.engine.budget import Budget
 from jaxinfer.engine.options import SMALLEST_BUCKET
 from jaxinfer.engine.scheduler import Plan, Scheduler
 from jaxinfer.model import read_config
-from jaxinfer.roofline import MEASURED, StepTimes, decode_step, prefill
+from jaxinfer.roofline import MEASURED, Cost, StepTimes, decode_step, prefill
 from tests.engine.fake import FakeTimes, fake_engine
 
 SLOTS, CONTEXT, LONG = 32, 2**16, 2**15
@@ -54,10 +55,20 @@ def decode_together(plans: Scheduler, count: int, prompt: int) -> None:
         commit(plans, plans.schedule())
 
 
+@functools.cache
+def prefilled(model: str, tokens: int, cached: int = 0) -> Cost:
+    return prefill(read_config(f"configs/models/{model}"), tokens, cached=cached)
+
+
+@functools.cache
+def decoded(model: str, batch: int, context: int) -> Cost:
+    return decode_step(read_config(f"configs/models/{model}"), batch, context)
+
+
 def predicted(model: str, card: str, plan: Plan, contexts: list[int], rows: int) -> tuple[float, float]:
     """Seconds of a decode step of those who decode, and of a step of `rows` rows that also prefills the plan's chunks:
     put together from the cost model's parts."""
-    config, hardware = read_config(f"configs/models/{model}"), MEASURED[f"{card}-measured"]
+    hardware = MEASURED[f"{card}-measured"]
 
     def expected(cost, *names: str) -> float:
         return sum(part.expected(hardware) for name, part in cost.parts.items() if name in names)
@@ -68,13 +79,13 @@ def predicted(model: str, card: str, plan: Plan, contexts: list[int], rows: int)
         return total.expected(hardware)
 
     def rest(tokens: int, rows: int) -> float:
-        body = prefill(config, tokens)
+        body = prefilled(model, tokens)
         named = [name for name in body.parts if name not in ("attention", "head")]
-        return expected(body, *named) + expected(decode_step(config, rows, 1), "head")
+        return expected(body, *named) + expected(decoded(model, rows, 1), "head")
 
-    decoding = attention([decode_step(config, 1, context) for context in contexts])
+    decoding = attention([decoded(model, 1, context) for context in contexts])
     alone = next(size for size in (1, 8, 32) if size >= len(plan.decoding))
-    chunks = attention([prefill(config, chunk.tokens, cached=chunk.start) for chunk in plan.chunks])
+    chunks = attention([prefilled(model, chunk.tokens, chunk.start) for chunk in plan.chunks])
     return rest(alone, alone) + decoding, rest(rows, SLOTS) + decoding + chunks
 
 

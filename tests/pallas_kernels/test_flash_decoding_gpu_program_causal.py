@@ -41,13 +41,11 @@ def test_interpreted_kernel_with_other_layouts(config):
 
 
 LOWERED = {
-    "Llama-3-8B": {},
     "Llama-3-8B, 8 drafted tokens": {"queries": 8, "kv_heads": 8},
     "Gemma-2": {"head_size": 256, "g": 2, "window": 100, "soft_cap": 50.0},
     "gpt-oss": {"head_size": 64, "g": 8, "window": 128, "sinks": True, "page_size": 16},
     "Falcon": {"head_size": 64, "g": 71, "kv_heads": 1, "page_size": 32},
     "lookahead": {"queries": 120, "page_size": 128, "dtype": jnp.float16},
-    "Phi-3-mini": {"head_size": 96, "g": 1, "kv_heads": 8},
     "Phi-3-mini, 8 drafted tokens in pages of 16": {"head_size": 96, "g": 1, "queries": 8, "page_size": 16},
     "everything": {
         "queries": 3,

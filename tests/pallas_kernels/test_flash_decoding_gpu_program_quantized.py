@@ -141,17 +141,14 @@ def test_threads_hold_the_operands_that_the_tensor_cores_read(head_size, monkeyp
 
 LOWERED = {
     "Llama-3-8B, int8": {"kv_dtype": "int8"},
-    "Llama-3-8B, fp8": {"kv_dtype": "float8_e4m3fn"},
     "Llama-3-8B, fp8, 8 drafted tokens in pages of 16": {
         "kv_dtype": "float8_e4m3fn",
         "queries": 8,
         "kv_heads": 8,
         "page_size": 16,
     },
-    "Phi-3-mini, fp8": {"head_size": 96, "g": 1, "kv_heads": 8, "kv_dtype": "float8_e4m3fn", "page_size": 8},
     "Phi-3-mini, int8": {"head_size": 96, "g": 1, "kv_heads": 8, "kv_dtype": "int8", "dtype": jnp.float16},
     "Gemma-2, int8": {"head_size": 256, "g": 2, "window": 100, "soft_cap": 50.0, "kv_dtype": "int8"},
-    "gpt-oss, fp8": {"head_size": 64, "g": 8, "window": 128, "sinks": True, "kv_dtype": "float8_e4m3fn"},
     "lookahead, int8": {"queries": 120, "page_size": 128, "dtype": jnp.float16, "kv_dtype": "int8"},
     "gpt-oss, fp8, a tree of 8": {
         "queries": 8,
