@@ -117,10 +117,10 @@ def measure_offline(options: argparse.Namespace) -> Iterator[list[Record]]:
 
 
 def measure_latency(options: argparse.Namespace) -> Iterator[list[Record]]:
-    """The records of each case."""
+    """The records of getting ready, then of each case."""
     stalls = [latency.Stall(prompt=tokens) for tokens in options.long]
     engine = make_engine(options, max([*options.prompts, *options.long, 0]) + latency.ROOM)
-    print(engine.warm_up(), flush=True)
+    yield warm_up_records(options.model, engine.warm_up())
     settle()
     desk = latency.Desk(options.model, engine, ceilings())
     yield from latency.measure(desk, options.batches, options.prompts, stalls)
