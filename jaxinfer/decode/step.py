@@ -33,9 +33,6 @@ Cache = tuple[Pages, ...]
 VOCABULARY_CHUNK = 8192
 SCORED = 64  # rows that one program gives log-probabilities, where the step has as many
 ENTRIES = 256  # of page tables that one program writes
-# By device: each kernel of a step is launched for itself. It keeps up, for a step with prompts takes longer than its
-# launches; a CUDA graph must be updated first where the program before was another, which holds up who decodes.
-STEP_OPTIONS = {"gpu": {"xla_gpu_graph_min_graph_size": 2**31 - 1}}
 
 
 @jax.tree_util.register_dataclass
@@ -90,10 +87,7 @@ class Programs:
     def __init__(self, model: Model, layout: Layout):
         self.model, self.layout, self.traces = model, layout, Counter[str]()
         donated = ("state", "cache")
-        self._step = jax.jit(
-            self._traced_step, static_argnames=("tokens", "decode"), donate_argnames=("cache",),
-            compiler_options=STEP_OPTIONS.get(model.mesh.devices.flat[0].platform),
-        )  # fmt: skip
+        self._step = jax.jit(self._traced_step, static_argnames=("tokens", "decode"), donate_argnames=("cache",))
         self._sample = jax.jit(self._traced_sample, static_argnames=("needs",), donate_argnames=("state",))
         self._mask = jax.jit(self._traced_mask)
         self._score = jax.jit(self._traced_score)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels.flash_decoding import pack_tree_mask
@@ -81,6 +82,13 @@ def test_on_a_gpu_as_exact_as_16_bits_allow_and_the_same_twice(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 3, 100])
 def test_on_a_gpu_causal_bits_are_the_causal_mask(window):
+    """But for the last bit here and there: in two programs the compiler fuses other products with sums."""
     inputs = Inputs(slots((1009, 66, 3, 640), 33, g=4, head_size=128, window=window))
-    with_bits, without = (run(inputs, jnp.bfloat16, tree_mask=bits) for bits in (causal_bits(4, 33), None))
-    assert_the_same(with_bits, without)
+    (out, lse), (expected, expected_lse) = (
+        [np.asarray(x, np.float32) for x in run(inputs, jnp.bfloat16, tree_mask=bits)]
+        for bits in (causal_bits(4, 33), None)
+    )
+    rounding = 1e-6  # of what is of size one in float32, before it is rounded to bfloat16
+    np.testing.assert_allclose(lse, expected_lse, rtol=rounding, atol=rounding)
+    np.testing.assert_allclose(out, expected, rtol=float(jnp.finfo(jnp.bfloat16).eps), atol=rounding)
+    assert np.mean(out != expected) < 1e-3

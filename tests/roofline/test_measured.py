@@ -13,9 +13,9 @@ from jaxinfer.roofline import MEASURED, Hardware, Precision, find_by_device
 
 # The runs that the files hold: each with the ceilings of its own machine.
 RUNS = {
-    f"{path.parent.name} {path.stem} {part['environment']['commit'][:7]}": part
+    f"{path.parent.name} {path.stem} {number} {part['environment']['commit'][:7]}": part
     for path in sorted(RESULTS.glob("*/decode*.json"))
-    for part in parts(json.loads(path.read_text()))
+    for number, part in enumerate(parts(json.loads(path.read_text())))
 }
 NAME = re.compile(r"(\S+) (?:B|prompt )(\d+)(?: in chunks of (\d+))?(?: (\w+))?")  # of a case
 H200_OVERHEAD = 1.9  # us, for the one run that was made before the overhead was timed

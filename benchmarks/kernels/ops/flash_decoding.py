@@ -34,13 +34,21 @@ def ours(name: str, problem: Problem) -> Run:
 
 
 def configured(problem: Problem, config: Config) -> Run:
+    """Its schedule is made beforehand too."""
+    shape, options = shape_of(problem), Options(**problem.heads.options)
+
+    def prepare(arguments: Arguments) -> Arguments:
+        return arguments | {"schedule": mosaic_gpu.plan(arguments["lengths_B"], shape, options.window, config)}
+
     def call(arguments: Arguments) -> jax.Array:
         q_BQNH, k_PSKH, v_PSKH, table_BJ, lengths_B = (arguments[name] for name in (*_PAGED, "lengths_B"))
         kv = PagedKV(k_PSKH, v_PSKH, arguments.get("k_scales_PKS"), arguments.get("v_scales_PKS"))
-        options, sinks_N = Options(**problem.heads.options), arguments.get("sinks_N")
-        return mosaic_gpu.flash_decoding(q_BQNH, kv, table_BJ, lengths_B, sinks_N, options, config=config)[0]
+        return mosaic_gpu.flash_decoding(
+            q_BQNH, kv, table_BJ, lengths_B, arguments.get("sinks_N"), options,
+            schedule=arguments["schedule"], config=config,
+        )[0]  # fmt: skip
 
-    return Run(call)
+    return Run(call, prepare)
 
 
 def candidates(problem: Problem) -> list[Config]:
