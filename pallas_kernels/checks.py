@@ -26,27 +26,34 @@ def check_attention(
     q: jax.Array, kv: PagedKV, table_BJ: jax.Array, lengths_B: jax.Array, sinks_N: jax.Array | None
 ) -> None:
     """Checks what both ops share; `q` has any leading axes and ends in NH."""
-    heads, head_size = q.shape[-2:]
+    check_layout(q, kv.k_PSKH, table_BJ, lengths_B)
+    _require_values("page_table", table_BJ, 0, kv.k_PSKH.shape[0] - 1, "pages of the pool")
+    _check_values(kv)
+    if sinks_N is not None:
+        heads = (q.shape[-2],)
+        _require_dtype("sinks", sinks_N, COMPUTE_DTYPES)
+        require(sinks_N.shape == heads, "sinks.shape", sinks_N.shape, f"{heads}, one per query head")
+
+
+def check_layout(q: jax.Array, k_PSKH: jax.Array, table_BJ: jax.Array, lengths_B: jax.Array) -> None:
+    """Checks what says how many keys there are and of which queries; of the pages only shape and dtype matter."""
     _require_dtype("q", q, COMPUTE_DTYPES)
-    _check_pages(kv, heads, head_size)
+    _check_keys(k_PSKH, *q.shape[-2:])
     _require_rank("page_table", table_BJ, 2)
     _require_dtype("page_table", table_BJ, ("int32",))
     require(min(table_BJ.shape) >= 1, "page_table.shape", table_BJ.shape, "at least one row and one column")
     _require_dtype("lengths", lengths_B, ("int32",))
     rows = (table_BJ.shape[0],)
     require(lengths_B.shape == rows, "lengths.shape", lengths_B.shape, f"{rows}, one per row of page_table")
-    if sinks_N is not None:
-        _require_dtype("sinks", sinks_N, COMPUTE_DTYPES)
-        require(sinks_N.shape == (heads,), "sinks.shape", sinks_N.shape, f"{(heads,)}, one per query head")
-    pool, page_size = kv.k_PSKH.shape[:2]
-    _require_values("page_table", table_BJ, 0, pool - 1, "pages of the pool")
-    _require_values("lengths", lengths_B, 0, table_BJ.shape[1] * page_size, "keys that a row of page_table holds")
+    most = table_BJ.shape[1] * k_PSKH.shape[1]
+    _require_values("lengths", lengths_B, 0, most, "keys that a row of page_table holds")
 
 
 def check_options(options: Options) -> None:
     scale, window, soft_cap = options.scale, options.window, options.soft_cap
     require(math.isfinite(scale), "scale", scale, "a finite number")
-    require(window is None or window >= 1, "window", window, "None or at least 1")
+    whole = isinstance(window, int | np.integer) and window >= 1
+    require(window is None or whole, "window", window, "None or a whole number, at least 1")
     require(soft_cap is None or 0 < soft_cap < math.inf, "soft_cap", soft_cap, "None or a finite number above 0")
 
 
@@ -67,8 +74,7 @@ def check_ragged(cu_q_R1: jax.Array, lengths_R: jax.Array, tokens: int) -> None:
     require(cu_q[-1] <= tokens, "cu_q[-1]", cu_q[-1], f"at most the {tokens} rows of q")
 
 
-def _check_pages(kv: PagedKV, heads: int, head_size: int) -> None:
-    k, v = kv.k_PSKH, kv.v_PSKH
+def _check_keys(k: jax.Array, heads: int, head_size: int) -> None:
     _require_rank("k_pages", k, 4)
     require(min(k.shape) >= 1, "k_pages.shape", k.shape, "every one of the axes PSKH at least 1")
     require(k.shape[3] == head_size, "k_pages.shape", k.shape, f"head size {head_size}, as q")
@@ -78,13 +84,16 @@ def _check_pages(kv: PagedKV, heads: int, head_size: int) -> None:
         k.shape,
         f"a number of KV heads that divides {heads} query heads",
     )
+    _require_dtype("k_pages", k, (*COMPUTE_DTYPES, *QUANTIZED_DTYPES))
+
+
+def _check_values(kv: PagedKV) -> None:
+    """And the scales of both."""
+    k, v = kv.k_PSKH, kv.v_PSKH
     require(v.shape == k.shape, "v_pages.shape", v.shape, f"{k.shape}, as k_pages")
     require(v.dtype == k.dtype, "v_pages.dtype", v.dtype, f"{k.dtype}, as k_pages")
-    scales = {"k_scales": kv.k_scales_PKS, "v_scales": kv.v_scales_PKS}
     quantized = k.dtype.name in QUANTIZED_DTYPES
-    if not quantized:
-        _require_dtype("k_pages", k, (*COMPUTE_DTYPES, *QUANTIZED_DTYPES))
-    for name, scale in scales.items():
+    for name, scale in {"k_scales": kv.k_scales_PKS, "v_scales": kv.v_scales_PKS}.items():
         need = f"an array for pages of {k.dtype}" if quantized else f"None for pages of {k.dtype}"
         require((scale is not None) == quantized, name, "None" if scale is None else "an array", need)
         if scale is not None:

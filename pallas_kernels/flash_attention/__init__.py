@@ -69,9 +69,9 @@ def flash_attention(
         asked for by name says what it cannot take.
 
     The softmax is computed in float32 and the products in q's dtype with float32 sums. Memory beyond the
-    result is independent of the pool and of the lengths (xla; cudnn: a copy of one block of keys and values, and of
-    one tile of queries). Source: FlashAttention-2 (Dao 2023); pages
-    as in PagedAttention (Kwon et al. 2023).
+    result is independent of the pool and of the lengths (mosaic_gpu: of few queries before a long context, float32
+    results of up to 16 parts of the keys; xla; cudnn: a copy of one block of keys and values, and of one tile of
+    queries). Source: FlashAttention-2 (Dao 2023); pages as in PagedAttention (Kwon et al. 2023).
     """
     kv = PagedKV(k_pages_PSKH, v_pages_PSKH, k_scales_PKS, v_scales_PKS)
     options = Options(scale, window, soft_cap)

@@ -81,12 +81,7 @@ def flash_decoding(
     checks.check_queries(q_BQNH, "BQNH")
     checks.check_options(options)
     checks.check_attention(q_BQNH, kv, page_table_BJ, lengths_B, sinks_N)
-    checks.require(
-        len(q_BQNH) == len(lengths_B),
-        "q.shape",
-        q_BQNH.shape,
-        f"one row for each of the {len(lengths_B)} slots",
-    )
+    _check_slots(q_BQNH, lengths_B)
     if tree_mask_BQW is not None:
         check_tree_mask(tree_mask_BQW, *q_BQNH.shape[:2])
     if schedule is not None:
@@ -126,9 +121,17 @@ def plan(
     """
     kv, options = PagedKV(k_pages_PSKH, k_pages_PSKH), Options(1.0, window, None)
     checks.check_queries(q_BQNH, "BQNH")
+    checks.check_options(options)
+    checks.check_layout(q_BQNH, k_pages_PSKH, page_table_BJ, lengths_B)
+    _check_slots(q_BQNH, lengths_B)
     if _choose(q_BQNH, kv, options, False, implementation) is not mosaic_gpu.flash_decoding:
         return None
     return mosaic_gpu.plan(lengths_B, Shape.of(q_BQNH, kv, page_table_BJ), window)
+
+
+def _check_slots(q_BQNH: jax.Array, lengths_B: jax.Array) -> None:
+    slots = len(lengths_B)
+    checks.require(q_BQNH.shape[0] == slots, "q.shape", q_BQNH.shape, f"one row for each of the {slots} slots")
 
 
 def _choose(q_BQNH: jax.Array, kv: PagedKV, options: Options, tree: bool, implementation: str) -> Callable:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import dispatch
 from pallas_kernels.lowered import once
 from pallas_kernels.streaming_matmul import xla
 from pallas_kernels.streaming_matmul.arguments import Arguments
@@ -24,6 +25,8 @@ from pallas_kernels.streaming_matmul.block import Block
 from pallas_kernels.streaming_matmul.config import (
     MAX_TOKENS,
     ROWS,
+    SMEM_OF_BLOCK,
+    SMS,
     Buffer,
     Config,
     MLPConfig,
@@ -32,6 +35,7 @@ from pallas_kernels.streaming_matmul.config import (
     config_for,
     mlp_config_for,
     row_refusal,
+    smem_bytes,
 )
 from pallas_kernels.streaming_matmul.mlp import MLPArguments, Result, compose, products
 from pallas_kernels.streaming_matmul.stream import run
@@ -91,6 +95,8 @@ def unsupported(arguments: Arguments) -> str | None:
         return f"N is {shape.outputs}; a multiple of 64"
     if shape.norm_dtype is not None and shape.dtype == jnp.float16:
         return "x is float16 and normed; x times its scale, before the norm divides it, may exceed float16"
+    if smem_bytes((config_for(shape), shape)) > SMEM_OF_BLOCK:
+        return f"D is {shape.hidden}; the norm's scale leaves no shared memory for two tiles of the weight"
     return None
 
 
@@ -125,6 +131,8 @@ def _derivative_of_row(
 
 def unsupported_mlp(arguments: MLPArguments) -> str | None:
     """Why the kernel cannot take these arguments; None if it can."""
+    if (found := dispatch.multiprocessors()) < SMS:
+        return f"this GPU has {found} multiprocessors; at least {SMS}, since all blocks wait for each other"
     row = products(arguments)
     if refusal := next(filter(None, map(unsupported, row)), None):
         return refusal

@@ -55,6 +55,7 @@ WRONG = {
     "falling borders": ({"cu_q_R1": ints(0, 4, 3)}, "cu_q"),
     "borders beyond the tokens": ({"cu_q_R1": ints(0, 4, 7)}, r"cu_q\[-1\] is 7"),
     "window": ({"window": 0}, "window is 0"),
+    "half a key": ({"window": 2.5}, "window is 2.5; allowed: None or a whole number"),
     "soft cap": ({"soft_cap": 0.0}, "soft_cap is 0"),
     "scale": ({"scale": float("nan")}, "scale is nan"),
     "sinks": ({"sinks_N": jnp.ones((2,), jnp.float32)}, "sinks.shape"),
@@ -78,7 +79,10 @@ def test_the_unchanged_arguments_are_right():
     [
         ({"q_BQNH": jnp.ones((3, 1, 4, 8), jnp.float32)}, "q.shape .*2 slots"),
         ({"q_BQNH": jnp.ones((2, 4, 8), jnp.float32)}, "q.shape"),
+        ({"q_BQNH": jnp.ones((2, 1, 3, 8), jnp.float32)}, "k_pages.shape"),
+        ({"page_table_BJ": ints([0, 1, 2], [0, 5, 0])}, r"page_table .*\[5\].* 0 to 4"),
         ({"lengths_B": ints(4, 13)}, "lengths"),
+        ({"window": 0}, "window is 0"),
         ({"implementation": "cuda"}, "implementation='cuda' of flash_decoding"),
     ],
 )

@@ -104,6 +104,28 @@ def test_a_plan_is_made_where_the_kernel_runs():
         planned(*arguments(dtype=jnp.float32), implementation="mosaic_gpu")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q_BQNH": jnp.ones((2, 8, 64), jnp.bfloat16)}, "q.shape"),
+        ({"q_BQNH": jnp.ones((3, 1, 8, 64), jnp.bfloat16)}, r"q.shape .*2 slots"),
+        ({"k_PSKH": jnp.ones((2, 64, 3, 64), jnp.bfloat16)}, r"k_pages.shape .*divides 8 query heads"),
+        ({"k_PSKH": jnp.ones((2, 64, 2, 128), jnp.bfloat16)}, r"k_pages.shape .*head size 64"),
+        ({"table_BJ": jnp.zeros(2, jnp.int32)}, r"page_table.shape .*2 axes"),
+        ({"lengths_B": jnp.array([3, 65], jnp.int32)}, r"lengths .*\[65\]; allowed: 0 to 64"),
+        ({"lengths_B": jnp.zeros(3, jnp.int32)}, "lengths.shape"),
+        ({"lengths_B": jnp.zeros(2, jnp.float32)}, "lengths.dtype is float32"),
+        ({"window": 0}, "window is 0"),
+    ],
+)
+@pytest.mark.parametrize("implementation", ["auto", "mosaic_gpu"])
+def test_what_a_plan_cannot_be_made_of_is_named(change, message, implementation):
+    names = ("q_BQNH", "k_PSKH", "v_PSKH", "table_BJ", "lengths_B")
+    given = dict(zip(names, arguments(), strict=True)) | change
+    with pytest.raises(ValueError, match=message):
+        planned(**given, implementation=implementation)
+
+
 def test_shapes_are_enough_for_a_plan():
     q_BQNH, k_PSKH, _, *rest = arguments()
     q_shape, k_shape = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BQNH, k_PSKH))

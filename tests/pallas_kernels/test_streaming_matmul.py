@@ -309,6 +309,10 @@ BEYOND_THE_KERNEL = {
     "D": ({"x": floats(3, 136), "w": floats(136, 128)}, "D is 136"),
     "small D": ({"x": floats(3, 64), "w": floats(64, 128)}, "D is 64; a multiple of 64, from 128"),
     "N": ({"w": floats(128, 100)}, "N is 100"),
+    "a norm's scale of 240 KB": (
+        {"x": floats(3, 61440), "w": floats(61440, 128), "norm_scale_D": floats(61440, dtype=F32)},
+        "D is 61440; the norm's scale leaves no shared memory",
+    ),
     "normed float16": (
         {"x": floats(3, 128, dtype=F16), "w": floats(128, 128, dtype=F16), "norm_scale_D": floats(128)},
         "x is float16 and normed",

@@ -206,6 +206,16 @@ def test_the_kernel_is_what_auto_takes_on_a_hopper_gpu(monkeypatch):
     assert takes_mlp(x, up, down, **options)
 
 
+def test_blocks_that_wait_for_each_other_are_not_more_than_a_gpu_holds(monkeypatch):
+    """A part of a card, and some that are sold as H100 or H20, have fewer multiprocessors: the kernel would hang."""
+    monkeypatch.setattr(dispatch, "compute_capability", lambda: dispatch.HOPPER)
+    monkeypatch.setattr(dispatch, "multiprocessors", lambda: 114)
+    with pytest.raises(ValueError, match="this GPU has 114 multiprocessors; at least 132"):
+        evaluate({"implementation": "mosaic_gpu"})
+    x, up, down, scale, attended, o = GIVEN.values()
+    assert not takes_mlp(x, up, down, norm_scale_D=scale, attended_ME=attended, o_ED=o)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 3, 16, 20, 32])
 @pytest.mark.parametrize("sizes", [LLAMA_3_8B, (3584, 18944, None), (8192, 4096, 2048)])
