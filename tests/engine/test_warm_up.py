@@ -128,7 +128,6 @@ PROGRAM = """
 import json, sys
 from jaxinfer.engine import Options
 from jaxinfer.llm import LLM
-from jaxinfer.machine import count_compiled
 from jaxinfer.machine import count_compiled, keep_compiled
 
 keep_compiled()
