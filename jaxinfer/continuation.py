@@ -31,7 +31,8 @@ class Continuation:
     @classmethod
     def start(cls, request: Request, index: int, tokenizer: Tokenizer) -> Self:
         """Nothing yet of the continuation `index` of a prompt."""
-        return cls(request, index, IncrementalDecoder(tokenizer), StopChecker(request.params.stop_strings))
+        decoder = IncrementalDecoder(tokenizer, request.prompt_ids)
+        return cls(request, index, decoder, StopChecker(request.params.stop_strings))
 
     def push(self, update: Update) -> None:
         """Takes the new tokens, up to the one that completes a stop string."""

@@ -60,9 +60,9 @@ def plan(
     from jaxinfer.machine import measure_machine
 
     try:
+        config, precision = find_model(model), Precision(weights, cache, activations or _operands(weights))
         machine = measure_machine() if hardware == "here" else find_hardware(hardware)
-        precision = Precision(weights, cache, activations or _operands(weights))
-        made = make_plan(find_model(model), machine, batch, context, precision, tensor_parallel, attention)
+        made = make_plan(config, machine, batch, context, precision, tensor_parallel, attention)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     if plot:

@@ -81,7 +81,7 @@ def check_messages(messages: Sequence[Message]) -> None:
 def _read_source(folder: Path) -> str:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return _decoded(file)
     config = folder / "tokenizer_config.json"
     source = read_json(config).get("chat_template")
     if isinstance(source, list):  # several templates by name
@@ -95,6 +95,13 @@ def _read_source(folder: Path) -> str:
             ": give a prompt instead of messages"
         )
     return source
+
+
+def _decoded(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not valid UTF-8: {error}") from error
 
 
 def _named(config: Path, index: int, entry: Any) -> tuple[str, str]:

@@ -53,7 +53,7 @@ def _token(path: Path, role: str, value: Any) -> str | None:
     if not isinstance(text, str):
         allowed = "a string, null, or an object whose content is a string"
         raise ValueError(f"{path}: {role} is {reprlib.repr(value)}; it must be {allowed}")
-    return text
+    return check_text(text, f"{path}: {role}")
 
 
 def check_text(text: object, field: str) -> str:

@@ -19,22 +19,27 @@ class IncrementalDecoder:
     """Turns token ids into text, one at a time.
 
     The pieces put together equal `decode` of all ids whenever that is valid text, at a cost per token that
-    does not grow. Tokens cannot be decoded alone: a character may be split over several of them, and
-    SentencePiece decoders drop the space before the first. So each token is decoded after a window of the
-    tokens just before it, and what the window itself shows is cut off again. (The exception: ten or more
-    U+FFFD in a row that the model wrote as such are not waited out, and may show as more of them.)
+    does not grow; after a prompt, what they add to its text. Tokens cannot be decoded alone: a character may be
+    split over several of them, and SentencePiece decoders drop the space before the first. So each token is
+    decoded after a window of the tokens just before it, and what the window itself shows is cut off again. (The
+    exception: ten or more U+FFFD in a row that the model wrote as such are not waited out, and may show as more
+    of them.)
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()):
+        """Args:
+        prompt_ids: what the tokens go on from. Its end is the first context, unless a part of a character ends it.
+        """
         self._tokenizer = tokenizer
         self._window: list[int] = []  # the context, then the tokens not yet shown in full
         self._context = 0  # tokens of the window that are context
         self._shown = 0  # characters of the window's text that were returned already
+        self._begin([token for token in prompt_ids[-LONGEST_HOLD // 2 :] if self._has_text(token)])
 
     def push(self, token: int) -> str:
         """The text that `token` completes: often empty, never part of a character."""
-        if token in self._tokenizer.special_ids or token >= self._tokenizer.vocab_size:
-            return ""  # without text it would be a context that hides nothing
+        if not self._has_text(token):
+            return ""  # it would be a context that hides nothing
         self._window.append(token)
         text = self._tokenizer.decode(self._window)
         # Held in full: byte fallback shows a whole run of bytes as U+FFFD while its last character is open.
@@ -55,6 +60,19 @@ class IncrementalDecoder:
         rest = self._tokenizer.decode(self._window)[self._shown :]
         self._window, self._context, self._shown = [], 0, 0
         return rest
+
+    def _begin(self, end: list[int]) -> None:
+        """Makes the end of a prompt the context, less tokens of a character that begins before it.
+
+        Byte fallback would show these, and a run of bytes after them, as U+FFFD.
+        """
+        for start in range(min(len(end), LONGEST_UNFINISHED + 1)):
+            if not self._tokenizer.decode(end[start:]).endswith(REPLACEMENT):
+                self._slide(end[start:], held=0)
+                return
+
+    def _has_text(self, token: int) -> bool:
+        return token not in self._tokenizer.special_ids and token < self._tokenizer.vocab_size
 
     def _slide(self, window: list[int], held: int) -> None:
         """Makes `window` the context, unless it shows nothing: then it cannot stand in for a first token."""

@@ -91,6 +91,8 @@ def _read_backend(folder: Path) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises plain Exception
         raise ValueError(f"{path} is not a valid tokenizer: {error}") from error
+    if not backend.get_vocab_size():
+        raise ValueError(f"{path} is not a valid tokenizer: its vocabulary is empty; it must have at least one token")
     # Files saved after training may carry both, and would cut or pad prompts silently.
     backend.no_truncation()
     backend.no_padding()

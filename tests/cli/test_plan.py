@@ -92,6 +92,14 @@ def test_here_is_the_measured_machine(monkeypatch):
     assert "for each kernel, decode is expected at" in result.output
 
 
+@pytest.mark.parametrize("arguments", [["no-such-model"], ["llama-3-8b", "--weights", "bf15"]])
+def test_model_and_dtypes_are_checked_before_the_machine_is_measured(monkeypatch, arguments):
+    measured = []
+    monkeypatch.setattr("jaxinfer.machine.measure_machine", lambda: measured.append(1))
+    assert run(*arguments, "--hardware", "here").exit_code == 2
+    assert not measured
+
+
 @pytest.mark.parametrize("attention", ["flash", "materialized"])
 def test_the_attention_is_that_of_the_prediction(attention):
     config, machine = find_model("llama-3-8b"), find_hardware("h200-measured")

@@ -105,6 +105,12 @@ def test_without_a_template_the_error_says_so(tmp_path, template):
         template(None)
 
 
+def test_a_template_that_is_no_text_names_its_file(tmp_path):
+    (tmp_path / "chat_template.jinja").write_bytes(b"{{ messages }}\xff")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is not valid UTF-8: "):
+        ChatTemplate.from_folder(tmp_path)
+
+
 def test_invalid_template_is_told_with_its_line(template):
     with pytest.raises(ValueError, match="line 2"):
         template("\n{% if %}")

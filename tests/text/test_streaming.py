@@ -2,6 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxinfer.continuation import Continuation
+from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.engine import Request, Update
 from jaxinfer.text import IncrementalDecoder, StopChecker
 
 TEXTS = [
@@ -17,8 +20,8 @@ KINDS = st.sampled_from(["byte_level", "sentencepiece_bpe", "metaspace_unigram"]
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
 
-def stream(tokenizer, ids):
-    decoder = IncrementalDecoder(tokenizer)
+def stream(tokenizer, ids, prompt_ids=()):
+    decoder = IncrementalDecoder(tokenizer, prompt_ids)
     return [*(decoder.push(i) for i in ids), decoder.flush()]
 
 
@@ -36,6 +39,32 @@ def test_pieces_make_up_any_text(tokenizers_by_kind, kind, text):
     tokenizer = tokenizers_by_kind[kind]
     ids = tokenizer.encode(text)
     assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("text", ["the dog the  dog", *TEXTS[2:6]])
+def test_pieces_add_to_the_text_of_a_prompt(tokenizer, text):
+    """The space before the first word is not lost. A prompt may end within a character, but shows none of its own."""
+    ids = [*sorted(tokenizer.special_ids), *tokenizer.encode(text, add_special_tokens=False)]
+    for cut in range(len(ids)):
+        before, after = tokenizer.decode(ids[:cut]), "".join(stream(tokenizer, ids[cut:], ids[:cut]))
+        if not before.endswith("\ufffd"):
+            assert before + after == tokenizer.decode(ids)
+
+
+def test_a_continuation_keeps_the_space_after_its_prompt(tokenizers_by_kind):
+    tokenizer = tokenizers_by_kind["sentencepiece_bpe"]
+    the, dog = tokenizer.encode("the", add_special_tokens=False), tokenizer.encode("the dog", add_special_tokens=False)
+    request = Request(0, (*the,), SamplingParams(), (), 0)
+    continuation = Continuation.start(request, 0, tokenizer)
+    continuation.push(Update(request, tuple(dog[len(the) :]), (), None, "length"))
+    assert continuation.text == " dog"
+
+
+@given(kind=KINDS, text=UNICODE)
+def test_a_prompt_is_never_repeated(tokenizers_by_kind, kind, text):
+    tokenizer = tokenizers_by_kind[kind]
+    ids = tokenizer.encode(text)
+    assert "".join(stream(tokenizer, [], ids)) == ""
 
 
 @given(kind=KINDS, data=st.data())

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -133,6 +134,17 @@ def test_malformed_file_is_named(checkpoint, name, content):
     (folder / name).write_text(content)
     with pytest.raises(ValueError, match=name):
         Tokenizer.from_folder(folder)
+
+
+def test_an_empty_vocabulary_is_named(tmp_path):
+    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a valid tokenizer: its vocabulary is empty"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_special_token_that_is_no_unicode_is_named(checkpoint):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: eos_token holds a lone surrogate, U\+D800"):
+        Tokenizer.from_folder(checkpoint(eos_token="\ud800"))
 
 
 @pytest.mark.parametrize(("text", "message"), [("ab\ud800", r"U\+D800, at position 2"), (7, "string")])
