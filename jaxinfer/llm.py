@@ -73,10 +73,9 @@ class LLM:
                 at most that, unless its rotary embeddings adapt to longer ones (dynamic NTK, LongRoPE).
             tensor_parallel_size: devices that share the model.
             seed: of the requests that name none.
-            warm_up: compile now whatever requests can meet, so that none waits for a compiler: by default 19 programs
-                of the model, for the sizes of prompts and of decoding, and 11 small ones; where llguidance is
-                installed 4 and 2 more, for structured outputs. Without it each program is compiled when a request
-                first needs it.
+            warm_up: compile now whatever requests can meet, so that none waits for a compiler: the programs of the
+                model, for the sizes of prompts and of decoding, and small ones; where llguidance is installed those of
+                structured outputs too. Without it each program is compiled when a request first needs it.
             options: of the engine. Its default is made for throughput: a long prompt may hold up the tokens of others.
                 Who streams them beside such prompts bounds that with `max_slowdown`, as `jaxinfer serve` does.
 

@@ -7,7 +7,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _ATTEMPTS, _PAUSE = 50, 0.1  # seconds between removals
@@ -27,7 +27,11 @@ def staged(folder: Path, size: int) -> Iterator[Path]:
     """
     if folder.exists():
         raise ValueError(f"{folder} exists; checkpoints are written to a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _parents_of(folder):
+        yield from _staged(folder, size)
+
+
+def _staged(folder: Path, size: int) -> Iterator[Path]:
     if (free := shutil.disk_usage(folder.parent).free) < size:
         raise OSError(errno.ENOSPC, f"no space for a checkpoint of {size} bytes; {free} are free", str(folder))
     staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
@@ -40,6 +44,20 @@ def staged(folder: Path, size: int) -> Iterator[Path]:
         raise OSError(number, f"writing the checkpoint failed: {error}", str(folder)) from error
     finally:
         _remove(staging)
+
+
+@contextmanager
+def _parents_of(folder: Path) -> Iterator[None]:
+    """Makes those that are missing, and removes them again where `folder` does not come to be."""
+    made = [parent for parent in folder.parents if not parent.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if not folder.exists():
+            for parent in made:
+                with suppress(OSError):  # somebody else has put something there
+                    parent.rmdir()
 
 
 def _remove(folder: Path) -> None:

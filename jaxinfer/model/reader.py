@@ -110,7 +110,7 @@ class ConfigReader:
         odd = {self.path(name): self.fields[name] for name in sorted(unread) if self.fields[name] not in (None, False)}
         if odd:
             raise ValueError(
-                f"config.json: unsupported fields for {architecture}: {odd}; expected them absent, null or false"
+                f"config.json: unsupported fields for {architecture}: {odd}; expected them absent, null, false or 0"
             )
 
 

@@ -5,6 +5,9 @@ tile, into a ring of buffers in shared memory, and another multiplies; while one
 on. The query rows of a unit, all heads that share a KV head and all queries of the slot, are the rows of one matrix
 product, so that the heads of a group share one read of the keys. schedule.py says who reads what, and merge.py what
 becomes of units that several of them read.
+
+There a pipeline waits for what those of other CTAs leave, so all CTAs must be on the GPU together: they are no more
+than multiprocessors, and no two launches may run beside each other, which XLA's one stream of computations keeps.
 """
 
 from collections.abc import Callable

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blockwise import Options, PagedKV
-from pallas_kernels.flash_attention.reference import attend
+from pallas_kernels.dense import attend
 from pallas_kernels.flash_decoding.tree import unpack_tree_mask
 
 

@@ -46,8 +46,8 @@ class Outputs(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """In shared memory, for one pipeline after the other: rings of buffers, their barriers, and room for what is
-    stored: units, and parts or the rows that they are joined to.
+    """In shared memory, that of one pipeline beside that of the other: rings of buffers, their barriers, and room for
+    what is stored: units, and parts or the rows that they are joined to.
 
     Also the softmax's `weights` where they are an operand in memory, the tile's as `operands` for the interpreter, and
     where the warps of a consumer meet (`quantized.over_keys`).

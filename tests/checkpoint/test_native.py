@@ -165,7 +165,7 @@ def full_disk(monkeypatch):
 def test_no_disk_space_is_found_before_writing(publish, tmp_path, full_disk):
     source = publish("qwen2")
     with pytest.raises(OSError, match=r"no space for a checkpoint of \d+ bytes; 1000 are free.*ours") as caught:
-        checkpoint.convert(source, tmp_path / "ours", make_mesh())
+        checkpoint.convert(source, tmp_path / "new" / "sub" / "ours", make_mesh())
     assert caught.value.errno == errno.ENOSPC
     assert left_in(tmp_path) == ["qwen2"]
 

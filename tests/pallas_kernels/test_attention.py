@@ -1,9 +1,12 @@
 """Values of flash_attention and flash_decoding, against a float64 loop and against each other."""
 
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_kernels
 from pallas_kernels.blockwise import Options, PagedKV
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_attention import xla as attention_xla
@@ -11,6 +14,7 @@ from pallas_kernels.flash_decoding import flash_decoding
 from pallas_kernels.flash_decoding import xla as decoding_xla
 from tests.pallas_kernels.cases import ATOL, Case, Inputs, assert_close, oracle
 
+PACKAGE = Path(pallas_kernels.__file__).parent
 PAGE_EDGES = (0, 1, 7, 8, 9, 31, 64)
 PREFILL = {
     "whole prompts": Case(PAGE_EDGES, PAGE_EDGES),
@@ -136,6 +140,11 @@ def test_chunks_equal_the_whole():
         borders = np.cumsum([0, *np.subtract(ends, starts)], dtype=np.int32)
         chunk = flash_attention(q, k, v, table, borders, np.array(ends, np.int32), **whole.options)
         assert_close([chunk[: len(rows)]], [expected[rows]])
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.glob("*/reference.py")), ids=lambda file: file.parent.name)
+def test_a_specification_is_short(file):
+    assert len(file.read_text().splitlines()) <= 40
 
 
 def test_pages_equal_one_contiguous_page():
