@@ -178,6 +178,24 @@ def test_who_waits_too_long_is_told():
     assert engine.counters.timeouts == 1
 
 
+def test_the_first_token_tells_how_long_its_request_waited():
+    engine = fake_engine(replace(OPTIONS, num_pages=19), 72, (None,))
+    engine.scheduler.clock = clock = Clock()
+    for number in range(2):
+        engine.add(request(number, 8, 64))
+    waited, tokens = {}, {0: 0, 1: 0}
+    while engine.busy:
+        clock.now += 2.0  # a second wait, after a preemption, is none of the queue
+        for update in engine.step():
+            if not tokens[update.request.id]:
+                waited[update.request.id] = update.queued
+            else:
+                assert update.queued is None
+            tokens[update.request.id] += len(update.tokens)
+    assert engine.counters.preemptions
+    assert (waited, tokens) == ({0: 2.0, 1: 2.0}, {0: 64, 1: 64})
+
+
 def test_who_ran_once_may_wait_on():
     engine = fake_engine(replace(OPTIONS, num_pages=19, max_waiting_time=5.0), 72, (None,))
     engine.scheduler.clock = clock = Clock()

@@ -216,6 +216,8 @@ def test_metrics_count_what_was_asked(server, client):
     assert grown["jaxinfer_tokens_total"] == 18
     assert grown['jaxinfer_requests_total{reason="length"}'] == 2
     assert grown["jaxinfer_time_to_first_token_seconds_count"] == 2
+    assert grown["jaxinfer_queue_seconds_count"] == 2
+    assert 0 < grown["jaxinfer_queue_seconds_sum"] < grown["jaxinfer_time_to_first_token_seconds_sum"]
     assert after["jaxinfer_cache_pages"] > 0
     assert after["jaxinfer_cache_pages_used"] == 0
 
