@@ -181,6 +181,13 @@ def test_a_file_that_is_no_output_is_left_alone(tmp_path):
     assert done(tmp_path / "absent.jsonl") == set()
 
 
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    asked = write(tmp_path / "in.jsonl", [line("a", prompt="abc")])
+    result = CliRunner().invoke(app, ["batch", str(asked), str(tmp_path / "absent" / "out.jsonl")])
+    assert result.exit_code == 2
+    assert "No such file or directory" in result.output
+
+
 def test_the_command_does_what_is_left(tmp_path_factory, tmp_path):
     asked = write(tmp_path / "in.jsonl", [line("a", prompt="abc"), line("b", prompt="abc", n=0)])
     told = write(tmp_path / "out.jsonl", [{"custom_id": "a"}])
