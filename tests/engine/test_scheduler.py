@@ -132,6 +132,21 @@ def test_what_a_preempted_sequence_had_is_found_again():
     assert engine.counters.prefilled_tokens == 3 * 8 + 4
 
 
+def test_each_program_is_dispatched_before_the_one_before_is_read(monkeypatch):
+    engine, order = fake_engine(OPTIONS, 160, (None,)), []
+
+    def logged(owner, name, what):
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given: order.append(what) or call(*given))
+
+    logged(engine.runner, "step", "dispatch")
+    logged(engine.runner, "loop", "dispatch")
+    logged(engine, "_commit", "read")
+    assert ends(engine, [request(0, 8, 10)]) == [0]
+    programs = 1 + 9 // OPTIONS.steps_per_dispatch
+    assert order == ["dispatch", *["dispatch", "read"] * (programs - 1), "read"]
+
+
 def test_lower_priorities_go_first_and_equal_ones_by_arrival():
     engine = fake_engine(replace(OPTIONS, max_num_seqs=1), 160, (None,))
     order = ends(engine, [request(number, 8, 8, priority) for number, priority in enumerate([0, 2, 1, -1, 1, 0])])
