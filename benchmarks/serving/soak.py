@@ -24,6 +24,7 @@ OPTIONS = ("--max-num-seqs=8", "--max-num-batched-tokens=128", "--max-waiting=16
 LONGEST_PROMPT, MOST_TOKENS = 120, 64
 VOCABULARY = 1000  # prompts are token ids below it; every model has more
 COMPILED = "jaxinfer_compiled_programs"
+FLAT = 1.05  # of the memory after a tenth of the requests, at most at the end
 QUIET = 60.0  # seconds that a server has to settle
 
 
@@ -117,7 +118,7 @@ def soak(server: Server, count: int, rate: float) -> list[Record]:
     """Sends the callers, and holds the server to what it owes them.
 
     Raises:
-        RuntimeError: an answer was wrong, a request was lost, or pages were.
+        RuntimeError: an answer was wrong, a request was lost, or pages were; the server compiled, or its memory grew.
     """
     early = asyncio.run(crowd(server.url, visits(count // 10, rate)))
     server.settle()
@@ -131,11 +132,15 @@ def soak(server: Server, count: int, rate: float) -> list[Record]:
         raise RuntimeError(f"of {count} requests {outcomes.total()} are accounted for")
     if after["jaxinfer_cache_pages_used"]:
         raise RuntimeError(f"{after['jaxinfer_cache_pages_used']:g} pages are lost")
+    if compiled := after[COMPILED] - before[COMPILED]:
+        raise RuntimeError(f"{compiled:g} programs were compiled meanwhile")
+    if (memory := server.memory()) > FLAT * memory_early:
+        raise RuntimeError(f"memory grew from {memory_early / 1e6:.0f} to {memory / 1e6:.0f} MB")
     figures = {f"requests {name}": (number, "requests") for name, number in outcomes.items()} | {
         "pages lost": (after["jaxinfer_cache_pages_used"], "pages"),
         "memory after a tenth": (memory_early / 1e6, "MB"),
-        "memory at the end": (server.memory() / 1e6, "MB"),
-        "programs compiled meanwhile": (after[COMPILED] - before[COMPILED], "programs"),
+        "memory at the end": (memory / 1e6, "MB"),
+        "programs compiled meanwhile": (compiled, "programs"),
     }
     return [Record(f"soak of {count}", "jaxinfer", name, value, unit) for name, (value, unit) in figures.items()]
 

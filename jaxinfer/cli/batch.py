@@ -46,6 +46,7 @@ def batch(
         lines = read_lines(requests)
         earlier = done(answers)
         left = [line for line in lines if line.custom_id not in earlier]
+        answers.open("a").close()  # what cannot be written is told before the model is loaded
         llm = LLM(
             DEMO if model is None else model,
             dtype=dtype,

@@ -11,6 +11,7 @@ MAX_N = 1024
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_STOP_TOKEN_IDS = 32
+MAX_STOP_STRINGS = 32  # each is looked for in every new piece of text
 _REPORTED = 8
 
 GREEDY_BELOW = 1e-5
@@ -161,7 +162,12 @@ _RULES = {
         )
     ),
     "seed": _or_none(_integers(0, 2**32 - 1)),
-    "stop": _or_none(_Rule("a string or a list of strings", lambda v: isinstance(v, str | list | tuple))),
+    "stop": _or_none(
+        _Rule(
+            f"a string or a list of at most {MAX_STOP_STRINGS} strings",
+            lambda v: isinstance(v, str) or (isinstance(v, list | tuple) and len(v) <= MAX_STOP_STRINGS),
+        )
+    ),
     "stop_token_ids": _or_none(
         _Rule(
             f"a list of at most {MAX_STOP_TOKEN_IDS} token ids",

@@ -275,7 +275,7 @@ class Engine:
             self._updates.append(Update(sequence.request, (), (), None, "error"))
 
     def _commit_row(self, output: StepOutput, row: int, sequence: Sequence) -> Update | None:
-        first, drawn = sequence.scores_prompt, None
+        first, scored, drawn = sequence.outputs == 0, sequence.scores_prompt, None
         with self._alone(sequence):
             drawn = read_row(output, row, sequence)
         sequence.check()
@@ -285,5 +285,7 @@ class Engine:
         self.scheduler.read(sequence)
         if drawn.reason:
             self.scheduler.finish(sequence)
-        prompt = tuple(sequence.prompt_logprobs) if first else None
-        return Update(sequence.request, drawn.tokens, drawn.logprobs, prompt, drawn.reason)
+        prompt = tuple(sequence.prompt_logprobs) if scored else None
+        assert sequence.begun is not None
+        queued = sequence.begun - sequence.arrived if first else None
+        return Update(sequence.request, drawn.tokens, drawn.logprobs, prompt, drawn.reason, queued)

@@ -64,6 +64,7 @@ class Update:
             failed step took the request's cache with it, `timeout` where it waited longer than
             `Options.max_waiting_time` and never ran, `error` where the host failed at this request alone; None goes
             on.
+        queued: seconds from the request's arrival to its first slot, with the update of the first token.
     """
 
     request: Request
@@ -71,3 +72,4 @@ class Update:
     logprobs: tuple[TokenLogprobs, ...]
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None
     finish_reason: FinishReason | None
+    queued: float | None = None

@@ -234,6 +234,7 @@ class Scheduler:
         self._stop_waiting(sequence)
         slot = next(slot for slot in range(self.slots) if slot not in self.running)
         sequence.start(slot, len(paging.pools))
+        sequence.begun = self.clock() if sequence.begun is None else sequence.begun
         self.running[slot] = sequence
         paging.begin(sequence, found)
         if paging.sharing and not sequence.scores_prompt:

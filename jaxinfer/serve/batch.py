@@ -66,7 +66,7 @@ def read_lines(path: Path) -> list[Line]:
         ValueError: a line is none, by number and field, or has the `custom_id` of another.
     """
     lines: dict[str, Line] = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not text.strip():
             continue
         try:

@@ -209,23 +209,29 @@ class Client:
             logger.exception("the text of request %d cannot be made", entry.id)
             self._fail(group, ApiError(500, "the text of this request cannot be made", code="internal_error"))
             return False
-        self._time(running, len(entry.tokens), now)
+        self._time(running, entry, now)
         if (error := given_up(continuation.finish_reason)) is not None:
+            self._ended(entry.id, continuation)
             self._fail(group, error)
             return False
         group.changed.set()
         if continuation.finish_reason is None:
             return False
-        del self._running[entry.id]
-        self.metrics.requests.labels(continuation.finish_reason).inc()
+        self._ended(entry.id, continuation)
         self.metrics.whole.observe(now - group.started)
         self._mean_seconds += _SMOOTH * (now - group.started - self._mean_seconds)
         return entry.finish_reason is None
 
-    def _time(self, running: _Running, tokens: int, now: float) -> None:
-        if not tokens:
+    def _ended(self, name: int, continuation: Continuation) -> None:
+        del self._running[name]
+        self.metrics.requests.labels(continuation.finish_reason).inc()
+
+    def _time(self, running: _Running, entry: Tokens, now: float) -> None:
+        if not (tokens := len(entry.tokens)):
             return
         self.metrics.tokens.inc(tokens)
+        if entry.queued is not None:
+            self.metrics.queued.observe(entry.queued)
         if running.last is None:
             self.metrics.first_token.observe(now - running.group.started)
         else:

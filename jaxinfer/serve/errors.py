@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from jaxinfer.engine.request import FinishReason
 
@@ -81,7 +82,7 @@ def malformed(error: ValidationError, fields: set[str]) -> ApiError:
     first, *others = error.errors(include_url=False, include_context=False)
     # Of the types that a value may have, the one that fits further is meant.
     inside = [other for other in others if _path(other["loc"], fields).startswith(_path(first["loc"], fields) + "[")]
-    first = inside[0] if inside else first
+    first = max(inside, key=_reached) if inside else first
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['msg'].partition(': ')[2]}", code="invalid_json")
     param = _path(first["loc"], fields)
@@ -94,6 +95,11 @@ def malformed(error: ValidationError, fields: set[str]) -> ApiError:
     alternatives = [first["msg"], *(other["msg"] for other in others if _path(other["loc"], fields) == param)]
     said = " or ".join(dict.fromkeys(text.removeprefix("Value error, ") for text in alternatives))
     return ApiError(400, f"{param or 'the body'}: {said}, got {_short(first['input'])}", param=param or None)
+
+
+def _reached(error: ErrorDetails) -> list[int]:
+    """How far into the lists a value was right."""
+    return [part for part in error["loc"] if isinstance(part, int)]
 
 
 def _path(loc: Sequence[str | int], fields: set[str]) -> str:

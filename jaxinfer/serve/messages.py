@@ -112,14 +112,18 @@ class Tokens:
     logprobs: tuple[TokenLogprobs, ...]
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None
     finish_reason: FinishReason | None
+    queued: float | None = None
 
     @classmethod
     def of(cls, update: Update) -> Tokens:
-        return cls(update.request.id, update.tokens, update.logprobs, update.prompt_logprobs, update.finish_reason)
+        return cls(
+            update.request.id, update.tokens, update.logprobs, update.prompt_logprobs, update.finish_reason,
+            update.queued,
+        )  # fmt: skip
 
     def update(self, request: Request) -> Update:
         """The update again, of the request that `id` names."""
-        return Update(request, self.tokens, self.logprobs, self.prompt_logprobs, self.finish_reason)
+        return Update(request, self.tokens, self.logprobs, self.prompt_logprobs, self.finish_reason, self.queued)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,14 @@ import re
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
 
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.structured_params import StructuredOutputsParams
 from jaxinfer.serve.errors import ApiError, refused
+
+# One wrong entry says enough: an error for each of millions would take minutes, in which no other caller is served.
+type Listed[T] = Annotated[list[T], FailFast()]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -44,7 +47,7 @@ class StructuredOutputs(_Body):
 
     schema_: dict[str, Any] | str | None = Field(None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Listed[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
@@ -95,8 +98,8 @@ class SamplingBody(_Body):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Listed[str] | None = None
+    stop_token_ids: Listed[int] | None = None
     ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -165,7 +168,7 @@ class SamplingBody(_Body):
 class CompletionBody(SamplingBody):
     """Of `/v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Listed[str] | Listed[int] | Listed[Listed[int]]
     logprobs: int | None = None
     echo: _only(None, False) = None  # pyright: ignore[reportInvalidTypeForm]
     suffix: _only(None, "") = None  # pyright: ignore[reportInvalidTypeForm]
@@ -193,7 +196,7 @@ class Message(_Body):
     """One turn. What else an answer of this server holds may come back with it, where it holds nothing."""
 
     role: str
-    content: str | list[Part]
+    content: str | Listed[Part]
     name: str | None = None
     tool_call_id: str | None = None
     refusal: _only(None) = None  # pyright: ignore[reportInvalidTypeForm]
@@ -228,7 +231,7 @@ def conversation(messages: list[Message], variables: dict[str, Any]) -> list[dic
 class ChatBody(SamplingBody):
     """Of `/v1/chat/completions`."""
 
-    messages: list[Message]
+    messages: Listed[Message]
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     max_completion_tokens: int | None = None
@@ -268,7 +271,7 @@ class TokenizeBody(_Body):
     model: str | None = None
     prompt: str | None = None
     add_special_tokens: bool = True
-    messages: list[Message] | None = None
+    messages: Listed[Message] | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 

@@ -121,6 +121,19 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
+def listen(bound: socket.socket) -> None:
+    """Takes callers on a socket that `bind` gave.
+
+    Raises:
+        StartError: another process bound the address meanwhile, which the system allows, and was ready first.
+    """
+    try:
+        bound.listen()
+    except OSError as error:
+        host, port = bound.getsockname()[:2]
+        raise StartError(Failed("input", f"cannot listen on port {port} of {host}: {error.strerror}")) from error
+
+
 def run(
     setup: Setup, settings: Settings, bound: socket.socket, say: Callable[[str], None],
     warming: Callable[[Warming], None],
@@ -131,12 +144,13 @@ def run(
         the exit code: 0 after a stop that was asked for, 1 where the engine failed.
 
     Raises:
-        StartError: the engine process could not start.
+        StartError: the engine process could not start, or the address is taken meanwhile.
     """
     with engine_process(setup) as (process, connection):
         ready = wait_until_ready(process, connection, warming)
         if ready.warm_up is not None:
             say(str(ready.warm_up))
+        listen(bound)
         return asyncio.run(_Serving(ready, settings, process, connection, _address(bound, settings), say).serve(bound))
 
 

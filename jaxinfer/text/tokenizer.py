@@ -72,7 +72,9 @@ class Tokenizer:
           ValueError: `text` is not a string, or holds a lone surrogate (its position is named).
         """
         check_text(text, "prompt")
-        ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # `encode` would hold Python's lock meanwhile: seconds for a text of some MB.
+        (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids = encoding.ids
         if not add_special_tokens or self.bos_id is None:
             return ids
         begun = _post_processor_adds(self.backend, self.bos_id)

@@ -16,7 +16,7 @@ import pytest
 from benchmarks.decode import MODELS
 from benchmarks.record import Record
 from benchmarks.serving import __main__ as command
-from benchmarks.serving import latency, offline
+from benchmarks.serving import latency, offline, soak
 from benchmarks.serving.online import Target, Timeline, arrive
 from benchmarks.serving.plot import curves, plot_curve
 from benchmarks.serving.summary import Objective, summarize
@@ -233,3 +233,35 @@ def test_the_curve_goes_through_the_rates():
         "a server, p50",
         "people read at this speed",
     ]
+
+
+# --- soak
+
+
+def soaked(settled: dict[str, float], memories: list[int]) -> list[Record]:
+    """The records of a server that nobody calls."""
+    start = {soak.COMPILED: 40.0, "jaxinfer_cache_pages_used": 0.0}
+    figures, memories = iter([start, start | settled]), list(memories)
+    server = SimpleNamespace(url="http://127.0.0.1:1", memory=lambda: memories.pop(0))
+    server.figures, server.settle = lambda: start, lambda: next(figures)
+    return soak.soak(server, 0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("settled", "memories", "words"),
+    [
+        ({"jaxinfer_cache_pages_used": 2.0}, [10**9, 10**9], "2 pages are lost"),
+        ({soak.COMPILED: 43.0}, [10**9, 10**9], "3 programs were compiled meanwhile"),
+        ({}, [10**9, 11 * 10**8], "memory grew from 1000 to 1100 MB"),
+    ],
+)
+def test_what_a_server_owes_after_a_soak(settled, memories, words):
+    with pytest.raises(RuntimeError, match=words):
+        soaked(settled, memories)
+
+
+def test_a_soak_that_went_well():
+    found = {record.metric: record.value for record in soaked({}, [10**9, 1001 * 10**6])}
+    assert found == {
+        "pages lost": 0, "memory after a tenth": 1000, "memory at the end": 1001, "programs compiled meanwhile": 0,
+    }  # fmt: skip

@@ -132,6 +132,21 @@ def test_what_a_preempted_sequence_had_is_found_again():
     assert engine.counters.prefilled_tokens == 3 * 8 + 4
 
 
+def test_each_program_is_dispatched_before_the_one_before_is_read(monkeypatch):
+    engine, order = fake_engine(OPTIONS, 160, (None,)), []
+
+    def logged(owner, name, what):
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given: order.append(what) or call(*given))
+
+    logged(engine.runner, "step", "dispatch")
+    logged(engine.runner, "loop", "dispatch")
+    logged(engine, "_commit", "read")
+    assert ends(engine, [request(0, 8, 10)]) == [0]
+    programs = 1 + 9 // OPTIONS.steps_per_dispatch
+    assert order == ["dispatch", *["dispatch", "read"] * (programs - 1), "read"]
+
+
 def test_lower_priorities_go_first_and_equal_ones_by_arrival():
     engine = fake_engine(replace(OPTIONS, max_num_seqs=1), 160, (None,))
     order = ends(engine, [request(number, 8, 8, priority) for number, priority in enumerate([0, 2, 1, -1, 1, 0])])
@@ -176,6 +191,24 @@ def test_who_waits_too_long_is_told():
     assert told[1] == ([], "timeout")
     assert [told[number][1] for number in (0, 2)] == ["length", "length"]
     assert engine.counters.timeouts == 1
+
+
+def test_the_first_token_tells_how_long_its_request_waited():
+    engine = fake_engine(replace(OPTIONS, num_pages=19), 72, (None,))
+    engine.scheduler.clock = clock = Clock()
+    for number in range(2):
+        engine.add(request(number, 8, 64))
+    waited, tokens = {}, {0: 0, 1: 0}
+    while engine.busy:
+        clock.now += 2.0  # a second wait, after a preemption, is none of the queue
+        for update in engine.step():
+            if not tokens[update.request.id]:
+                waited[update.request.id] = update.queued
+            else:
+                assert update.queued is None
+            tokens[update.request.id] += len(update.tokens)
+    assert engine.counters.preemptions
+    assert (waited, tokens) == ({0: 2.0, 1: 2.0}, {0: 64, 1: 64})
 
 
 def test_who_ran_once_may_wait_on():

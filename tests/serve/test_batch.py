@@ -145,6 +145,12 @@ def test_a_file_of_other_lines_is_refused_by_its_line(tmp_path, text, words):
     assert words in str(error.value)
 
 
+def test_line_separators_within_a_prompt_end_no_line(tmp_path):
+    path, prompt = tmp_path / "in.jsonl", "a\u2028b\u2029c\x85d"
+    path.write_text(json.dumps(line("a", prompt=prompt), ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert [each.body["prompt"] for each in read_lines(path)] == [prompt]
+
+
 def test_a_kill_loses_nothing_and_repeats_nothing(llm, tmp_path):
     lines = [line(str(i), prompt="abc", max_tokens=1 + i) for i in range(7)]
     asked, told = read_lines(write(tmp_path / "in.jsonl", lines)), tmp_path / "out.jsonl"
@@ -173,6 +179,13 @@ def test_a_file_that_is_no_output_is_left_alone(tmp_path):
         done(path)
     assert path.read_text() == "one\ntwo\nthree"
     assert done(tmp_path / "absent.jsonl") == set()
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    asked = write(tmp_path / "in.jsonl", [line("a", prompt="abc")])
+    result = CliRunner().invoke(app, ["batch", str(asked), str(tmp_path / "absent" / "out.jsonl")])
+    assert result.exit_code == 2
+    assert "No such file or directory" in result.output
 
 
 def test_the_command_does_what_is_left(tmp_path_factory, tmp_path):

@@ -43,6 +43,9 @@ def test_what_the_engine_gave_up_is_an_error(reason, status, words):
             await given_up.outputs()
         (output,) = await other.outputs()
         assert (caught.value.status, output.token_ids) == (status, [5, 6, 7, 8])
+        counted = client.metrics.registry.get_sample_value
+        assert counted("jaxinfer_requests_total", {"reason": reason}) == 1
+        assert [type(message) for message in sent] == [Add, Add]  # what has ended is not aborted
         other.close()
         assert client.idle
 

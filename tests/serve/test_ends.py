@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jaxinfer.cli import app
+from jaxinfer.serve.server import StartError, bind, listen
 from tests.engine.tiny import CONFIG, write_checkpoint
 from tests.serve.running import serving
 
@@ -113,6 +114,16 @@ def test_a_port_in_use_is_named():
         code, said = run("--port", str(port))
     assert code == 2
     assert f"cannot listen on port {port} of 127.0.0.1: Address already in use" in said
+
+
+def test_of_two_servers_that_start_on_one_port_the_later_says_so():
+    """The system lets both bind it while their models load."""
+    with bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with bind("127.0.0.1", port) as second:
+            listen(first)
+            with pytest.raises(StartError, match=f"cannot listen on port {port} of 127.0.0.1: Address already"):
+                listen(second)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ from collections import defaultdict
 
 import openai
 import pytest
+from pydantic import ValidationError
 
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Options
 from jaxinfer.llm import LLM
+from jaxinfer.serve.protocol import ChatBody, CompletionBody
 from tests.serve.running import DTYPE, OPTIONS, serving
 
 MESSAGES = [{"role": "user", "content": "Add two numbers"}]
@@ -214,6 +216,8 @@ def test_metrics_count_what_was_asked(server, client):
     assert grown["jaxinfer_tokens_total"] == 18
     assert grown['jaxinfer_requests_total{reason="length"}'] == 2
     assert grown["jaxinfer_time_to_first_token_seconds_count"] == 2
+    assert grown["jaxinfer_queue_seconds_count"] == 2
+    assert 0 < grown["jaxinfer_queue_seconds_sum"] < grown["jaxinfer_time_to_first_token_seconds_sum"]
     assert after["jaxinfer_cache_pages"] > 0
     assert after["jaxinfer_cache_pages_used"] == 0
 
@@ -243,6 +247,8 @@ BAD = {  # path, body, status, param, words of the message
     "an empty prompt": (COMPLETION, {"prompt": ""}, 400, "prompt", "at least one token"),
     "no prompts": (COMPLETION, {"prompt": []}, 400, "prompt", "at least one token"),
     "a prompt of another type": (COMPLETION, {"prompt": 5}, 400, "prompt", "valid string"),
+    "half a prompt": (COMPLETION, {"prompt": [1, 2, 3.5]}, 400, "prompt[2]", "prompt[2]: Input should be a valid int"),
+    "half of the prompts": (COMPLETION, {"prompt": [[1], [2, "a"]]}, 400, "prompt[1][1]", "valid integer, got 'a'"),
     "a prompt of strange tokens": (COMPLETION, {"prompt": [1, 4096]}, 400, "prompt", "token id 4096 at position 1"),
     "a prompt of huge tokens": (COMPLETION, {"prompt": [10**400]}, 400, "prompt", "must be in 0..4095"),
     "a prompt that is too long": (COMPLETION, {"prompt": [1] * 1024}, 400, "prompt", "context of 1024"),
@@ -260,6 +266,7 @@ BAD = {  # path, body, status, param, words of the message
     "an unknown field": (COMPLETION, {"prompt": "a", "tempereature": 1}, 400, "tempereature", "not a field"),
     "a seed": (COMPLETION, {"prompt": "a", "seed": -1}, 400, "seed", "seed = -1 must be"),
     "a stop string": (COMPLETION, {"prompt": "a", "stop": [""]}, 400, "stop", "not empty"),
+    "many stop strings": (COMPLETION, {"prompt": "a", "stop": ["a"] * 33}, 400, "stop", "at most 32 strings"),
     "stop of another type": (COMPLETION, {"prompt": "a", "stop": {"a": 1}}, 400, "stop", "valid string or "),
     "a bias": (COMPLETION, {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", "'x'; each must be a token"),
     "a large bias": (COMPLETION, {"prompt": "a", "logit_bias": {"4096": 1}}, 400, "logit_bias", "4096; each must"),
@@ -328,6 +335,25 @@ BAD = {  # path, body, status, param, words of the message
     "no endpoint": ("/v1/nothing", {}, 404, None, "Not Found"),
     "no method": ("/health", {}, 405, None, "Method Not Allowed"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionBody, b'{"prompt": [%s]}'),
+        (CompletionBody, b'{"prompt": [[%s]]}'),
+        (CompletionBody, b'{"prompt": "a", "stop": [%s]}'),
+        (CompletionBody, b'{"prompt": "a", "stop_token_ids": [%s]}'),
+        (CompletionBody, b'{"prompt": "a", "structured_outputs": {"choice": [%s]}}'),
+        (ChatBody, b'{"messages": [%s]}'),
+        (ChatBody, b'{"messages": [{"role": "user", "content": [%s]}]}'),
+    ],
+)
+def test_of_many_wrong_entries_one_is_told(kind, body):
+    """An error for each would keep the process for minutes over a body of some MB."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate_json(body % b",".join([b"{}"] * 1000))
+    assert caught.value.error_count() <= 6
 
 
 @pytest.mark.parametrize("name", BAD)

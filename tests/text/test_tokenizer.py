@@ -1,4 +1,7 @@
+import itertools
 import json
+import threading
+import time
 
 import pytest
 import tokenizers
@@ -15,6 +18,17 @@ def test_every_unicode_text_survives_the_byte_level_round_trip(tokenizers_by_kin
     # A prompt may spell a special token out; decoding leaves it out.
     assert tokenizer.decode(ids) == text.replace("</s>", "").replace("<s>", "")
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+def test_a_long_text_leaves_other_threads_their_time(tokenizer):
+    encoding = threading.Thread(target=tokenizer.encode, args=("a b " * 500_000,))
+    moments = [time.monotonic()]
+    encoding.start()
+    while encoding.is_alive():
+        time.sleep(0.001)
+        moments.append(time.monotonic())
+    gaps = [after - before for before, after in itertools.pairwise(moments)]
+    assert max(gaps) < 0.7 * (moments[-1] - moments[0])
 
 
 def test_vocabulary_counts_the_largest_id(tokenizer):
