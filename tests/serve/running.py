@@ -78,7 +78,7 @@ def serving(
     """
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in (OPTIONS | options).items()]
     command = [sys.executable, "-c", "from jaxinfer.cli import app; app()", "serve", *arguments, *flags]
-    environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "COLUMNS": "400"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest", "COLUMNS": "400"}
     if optimized:
         del environment["XLA_FLAGS"]
     process = subprocess.Popen(
