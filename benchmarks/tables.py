@@ -90,7 +90,12 @@ THROUGHPUT = {
     "qwen3-0.6b 1024 requests": "Qwen3-0.6B, 1,024 requests, out",
     "qwen3-0.6b 1024 chats": "Qwen3-0.6B, 1,024 chats, out",
 }
-IN_AND_OUT = {("llama-3-8b 32 x 8192 in, 64 out", "throughput in and out"): "32 x 8,192 in, 64 out, in and out"}
+IN_AND_OUT = {
+    ("llama-3-8b 32 x 8192 in, 64 out", "throughput in and out"): "32 x 8,192 in, 64 out, in and out",
+    ("llama-3-8b 64 x 2048 in, of them 1920 shared, 128 out", "throughput in and out"): (
+        "64 x 2,048 in, of them 1,920 shared, 128 out, in and out"
+    ),
+}
 STALL = f"llama-3-8b {Stall().name}"
 STEADY = {STALL: "alone"}
 BESIDE = {
