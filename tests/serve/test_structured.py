@@ -65,13 +65,13 @@ def formatted(schema):
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_json_follows_its_schema_whatever_is_drawn(client, name):
     completion = client.chat.completions.create(
-        model="demo", messages=MESSAGES, seed=100, n=16, max_tokens=700, response_format=formatted(SCHEMAS[name])
+        model="demo", messages=MESSAGES, seed=100, n=8, max_tokens=700, response_format=formatted(SCHEMAS[name])
     )
     found = [choice.message.content for choice in completion.choices]
     assert {choice.finish_reason for choice in completion.choices} == {"stop"}
     for text in found:
         jsonschema.validate(json.loads(text), SCHEMAS[name])
-    assert len(set(found)) > 12
+    assert len(set(found)) > 5
 
 
 def test_a_model_of_pydantic(client):
