@@ -10,8 +10,9 @@ weights; `--static` measures static batching too, by the same engine: as many re
 go on until the longest has ended, then the next ones. Of the workloads that it names, or of those with 1,024 requests.
 Latency: all through one engine. Decoding after prompts of 128 tokens, 256 steps of all sequences; first tokens of
 prompts that come alone; and the steps of 16 sequences with contexts of 1,000 while a prompt of 32,768 tokens comes.
-Online: the workload "256 requests", arriving at each rate (a Poisson process), at any OpenAI-compatible server, ours
-or another; `inf` sends all at once. A plot shows how long a token takes at each throughput, and how long it is read.
+Online: a workload, "256 requests" by default, arriving at each rate (a Poisson process), at any OpenAI-compatible
+server, ours or another; `inf` sends all at once. A plot shows how long a token takes at each throughput, and how long
+it is read.
 Soak: a server of the demo model under random arrivals, lengths, callers who hang up and overload; it must account for
 all of them, lose no page and compile nothing.
 Writes `serving.json`, and online `serving.png`.
@@ -81,7 +82,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     served.add_argument("--key", help="of its API")
     served.add_argument("--name", default=OURS, help="what the records call the system")
     served.add_argument("--rates", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0, 16.0], help="requests/s")
-    served.add_argument("--requests", type=int, default=256)
+    served.add_argument("--workload", choices=WORKLOADS, default="256 requests")
+    served.add_argument("--requests", type=int, default=256, help="of the workload at each rate")
     served.add_argument("--vocabulary", type=int, default=1000, help="prompts are token ids below it")
     served.add_argument("--first-token", type=float, default=1.0, help="seconds; more is not served well")
     served.add_argument("--per-token", type=float, default=0.05, help="seconds; likewise")
@@ -166,10 +168,11 @@ def measure_online(options: argparse.Namespace) -> Iterator[list[Record]]:
     """The records of each rate of arrival."""
     target = online.Target(options.url.rstrip("/"), options.model, options.key)
     objective = Objective(options.first_token, options.per_token)
-    workload = WORKLOADS["256 requests"].first(options.requests)
+    workload = WORKLOADS[options.workload].first(options.requests)
     for seed, rate in enumerate(options.rates):  # no prompt twice: it would be found in the server's cache
         timelines = asyncio.run(online.arrive(target, workload.jobs(options.vocabulary, seed), rate))
-        yield summarize(f"{options.model} at {rate:g} requests/s", options.name, timelines, objective)
+        case = f"{options.model} {options.workload} at {rate:g} requests/s"
+        yield summarize(case, options.name, timelines, objective)
 
 
 def measure_soak(options: argparse.Namespace) -> Iterator[list[Record]]:

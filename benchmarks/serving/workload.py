@@ -65,6 +65,7 @@ def chats(count: int, prompt: float = 161, output: float = 338, most: int = 1024
 
 WORKLOADS = {
     "256 requests": mixed(256),
+    "256 short requests": mixed(256, low=16, high=256),  # for a model of a short context, such as the demo's
     "1024 requests": mixed(1024),
     "1024 chats": chats(1024),
     "32 x 8192 in, 64 out": Workload(((8192, 64),) * 32),
