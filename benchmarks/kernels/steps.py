@@ -30,9 +30,8 @@ from benchmarks.kernels.timing import Effort, compiled, make_copies, start, time
 from benchmarks.record import Record, environment, update
 from jaxinfer.machine import measure_machine
 from pallas_kernels import hopper
-from pallas_kernels.blockwise import Options, PagedKV
+from pallas_kernels.blockwise import Options
 from pallas_kernels.flash_attention import consumer, mosaic_gpu, schedule, shared
-from pallas_kernels.flash_attention.config import choose
 
 WHOLE = "whole"
 Patch = Callable[[], AbstractContextManager[Any]]
@@ -90,19 +89,17 @@ VARIANTS: Mapping[str, Sequence[str]] = {
 
 def without(problem: op.Problem, steps: Sequence[str]) -> Run:
     """The kernel without these steps, traced anew."""
+    run = op.configured(problem, op.candidates(problem)[0])
 
     def call(arguments: Arguments) -> jax.Array:
-        q_TNH, k_PSKH, v_PSKH, table_RJ = (arguments[name] for name in op._PAGED)
-        kv, options = PagedKV(k_PSKH, v_PSKH), Options(**problem.heads.options)
         with ExitStack() as stack:
             for step in steps:
                 stack.enter_context(STEPS[step]())
-            # No kernel that was lowered before comes in.
+            # No trace and no kernel of another variant comes in.
             stack.enter_context(mock.patch.object(mosaic_gpu, "once", lambda kernel, key, *given: kernel(*given)))
-            return inspect.unwrap(mosaic_gpu.flash_attention)(
-                q_TNH, kv, table_RJ, arguments["cu_q_R1"], arguments["lengths_R"], None, options,
-                config=choose(q_TNH, kv),
-            )[0]  # fmt: skip
+            traced = inspect.unwrap(mosaic_gpu.flash_attention)
+            stack.enter_context(mock.patch.object(mosaic_gpu, "flash_attention", traced))
+            return run.call(arguments)
 
     return Run(call)
 

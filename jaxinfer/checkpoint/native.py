@@ -30,7 +30,7 @@ from jaxinfer.model import Model, read_config
 
 PARAMETERS, SIZES = "parameters", "parameters.json"
 _CHUNK = 8 << 20  # bytes of one stored chunk: a shard reads little more than itself
-_BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")  # config, tokenizer, chat template, licence
+_BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE")  # config, tokenizer, chat template, licence
 
 
 def convert(source: Path, destination: Path, mesh: Mesh) -> None:

@@ -1,5 +1,7 @@
 """A kernel is lowered once, whatever programs call it, is in all of them, and is kept for later processes."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -129,30 +131,31 @@ def test_a_disk_that_is_full_leaves_nothing_behind(monkeypatch, folder, later, c
     assert [*folder.iterdir()] == []
 
 
-@pytest.mark.parametrize(("settings", "kept"), [
-    ({"jax_compilation_cache_dir": "/a", "jax_enable_compilation_cache": True}, "/a/kernels"),
-    ({"jax_compilation_cache_dir": "/a", "jax_enable_compilation_cache": False}, None),
-    ({"jax_compilation_cache_dir": None, "jax_enable_compilation_cache": True}, None),
-    ({"jax_compilation_cache_dir": "gs://a", "jax_enable_compilation_cache": True}, None),
-])  # fmt: skip
-def test_kernels_are_kept_beside_what_xla_compiled(settings, kept):
+def folder_where(cache: str | None, enabled: bool) -> Path | None:
+    """Where kernels are kept with these settings of JAX's own cache."""
+    settings = {"jax_compilation_cache_dir": cache, "jax_enable_compilation_cache": enabled}
     before = {name: getattr(jax.config, name) for name in settings}
     try:
         for name, value in settings.items():
             jax.config.update(name, value)
-        found = lowered._folder()
+        return lowered._folder()
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
-    assert (None if found is None else str(found)) == kept
+
+
+@pytest.mark.parametrize(("cache", "enabled", "kept"), [
+    ("/a", True, Path("/a/kernels")), ("/a", False, None), (None, True, None), ("gs://a", True, None)
+])  # fmt: skip
+def test_kernels_are_kept_beside_what_xla_compiled(cache, enabled, kept):
+    assert folder_where(cache, enabled) == kept
 
 
 def test_without_flatbuffers_nothing_is_kept(monkeypatch, caplog):
     monkeypatch.setattr(lowered.importlib.util, "find_spec", lambda name: None)
     lowered._say_what_is_missing.cache_clear()
     with caplog.at_level("INFO", lowered.__name__):
-        settings = {"jax_compilation_cache_dir": "/a", "jax_enable_compilation_cache": True}
-        test_kernels_are_kept_beside_what_xla_compiled(settings, None)
+        assert folder_where("/a", enabled=True) is None
     assert "needs the package flatbuffers" in caplog.text
 
 
