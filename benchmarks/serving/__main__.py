@@ -1,15 +1,16 @@
 """Many requests at once.
 
-    python -m benchmarks.serving offline [--model llama-3-8b] [--static]
+    python -m benchmarks.serving offline [--model llama-3-8b] [--batches 1 16 64 256] [--static]
     python -m benchmarks.serving latency [--model llama-3-8b]
     python -m benchmarks.serving online --url http://127.0.0.1:8000/v1 --model NAME [--rates 1 2 4 8] [--key KEY]
     python -m benchmarks.serving soak [--requests 10000] [--rate 20]
 
-Offline: requests of a workload that are all there at once, greedy, no stop, through the engine on random normal
-weights; `--static` measures static batching too, by the same engine: as many requests as there are slots, all of which
-go on until the longest has ended, then the next ones. Of the workloads that it names, or of those with 1,024 requests.
-Latency: all through one engine. Decoding after prompts of 128 tokens, 256 steps of all sequences; first tokens of
-prompts that come alone; and the steps of 16 sequences with contexts of 1,000 while a prompt of 32,768 tokens comes.
+Offline: requests that are all there at once, greedy, no stop, through the engine on random normal weights: decoding
+after prompts of 128 tokens, 256 steps of all sequences, and whole workloads. `--static` measures static batching too,
+by the same engine: as many requests as there are slots, all of which go on until the longest has ended, then the next
+ones. Of the workloads that it names, or of those with 1,024 requests.
+Latency: through an engine with the budget of a server. First tokens of prompts that come alone, and the steps of 16
+sequences with contexts of 1,000 while a prompt of 32,768 tokens comes.
 Online: a workload, "256 requests" by default, arriving at each rate (a Poisson process), at any OpenAI-compatible
 server, ours or another; `inf` sends all at once. A plot shows how long a token takes at each throughput, and how long
 it is read.
@@ -69,11 +70,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     ways = parser.add_subparsers(dest="how", required=True)
     alone = ways.add_parser("offline")
     _add_engine(alone, max_slowdown=math.inf)
+    alone.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64, 256], help="sequences that decode")
     alone.add_argument("--workload", nargs="*", choices=WORKLOADS, default=["256 requests", "32 x 8192 in, 64 out"])
     alone.add_argument("--static", nargs="*", choices=WORKLOADS, help="workloads, also with static batching")
     timed = ways.add_parser("latency")
     _add_engine(timed, max_slowdown=2.0)
-    timed.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64, 256], help="sequences that decode")
     timed.add_argument("--prompts", type=int, nargs="*", default=[512, 2048, 8192], help="tokens of those alone")
     timed.add_argument("--long", type=int, nargs="*", default=[32768], help="tokens of those beside 16 sequences")
     served = ways.add_parser("online")
@@ -106,14 +107,17 @@ def _add_engine(parser: argparse.ArgumentParser, max_slowdown: float) -> None:
 
 
 def measure_offline(options: argparse.Namespace) -> Iterator[list[Record]]:
-    """The records of getting ready, then of each workload."""
+    """The records of getting ready, then of decoding and of each workload."""
     static = MORE_THAN_SLOTS if options.static == [] else options.static or []
     names = list(dict.fromkeys([*options.workload, *static]))
     all_of_them, statically = ([WORKLOADS[name] for name in which] for which in (names, static))
-    engine = make_engine(options, longest(all_of_them, statically))
+    engine = make_engine(options, max(longest(all_of_them, statically), latency.ROOM))
     yield warm_up_records(options.model, engine.warm_up())
     settle()
     machine = ceilings()
+    desk = latency.Desk(options.model, engine, machine)
+    for batch in options.batches:
+        yield latency.decoding(desk, batch)
     for name in names:
         yield offline.measure(engine, f"{options.model} {name}", WORKLOADS[name], machine, name in static)
 
@@ -125,7 +129,7 @@ def measure_latency(options: argparse.Namespace) -> Iterator[list[Record]]:
     yield warm_up_records(options.model, engine.warm_up())
     settle()
     desk = latency.Desk(options.model, engine, ceilings())
-    yield from latency.measure(desk, options.batches, options.prompts, stalls)
+    yield from latency.measure(desk, options.prompts, stalls)
 
 
 def make_engine(options: argparse.Namespace, context: int) -> Engine:

@@ -98,20 +98,20 @@ class Desk:
         assert not self.engine.metrics.counters.preemptions
 
 
-def measure(
-    desk: Desk, batches: Sequence[int], prompts: Sequence[int], stalls: Sequence[Stall]
-) -> Iterator[list[Record]]:
-    """The records of one case after the other, as they come."""
+def measure(desk: Desk, prompts: Sequence[int], stalls: Sequence[Stall]) -> Iterator[list[Record]]:
+    """The records of what prompts take alone and beside others, one case after the other, as they come."""
     for tokens in prompts:
         yield first_token(desk, tokens)
-    for batch in batches:
-        yield decoding(desk, batch)
     for stall in stalls:
         yield beside(desk, stall)
 
 
 def decoding(desk: Desk, batch: int) -> list[Record]:
-    """NEW tokens of each of so many sequences, from when all have their first one: every step has all of them."""
+    """NEW tokens of each of so many sequences, from when all have their first one: every step has all of them.
+
+    Prompts come with no budget, or else the first sequences are far on when the last has its first token, and their
+    contexts longer than is said.
+    """
     steps = sorted([_decode_step(desk, batch) for _ in range(REPEATS + 1)][1:])  # in the order of time, but the first
     step, context = statistics.median(steps), PROMPT + NEW // 2
     cost = decode_step(desk.engine.model.config, batch, context, desk.precision)

@@ -81,4 +81,4 @@ def longest(workloads: Sequence[Workload], static: Sequence[Workload] = ()) -> i
     """
     alone = [prompt + output for workload in workloads for prompt, output in workload.sizes]
     together = [sum(map(max, zip(*workload.sizes, strict=True))) for workload in static]
-    return max([*alone, *together])
+    return max([*alone, *together], default=0)

@@ -98,9 +98,14 @@ class AttentionModel:
         busy = 1.0 if self.materialized or tokens == 1 else tiles * _TILE / tokens / _TILE_RATE
         return Attended(flops, cache, scores, wasted=(busy - 1) * flops)
 
-    def decoding(self, contexts: list[int]) -> Attended:
+    def decoding(self, contexts: list[int], shared: int = 0) -> Attended:
         """Of one more query of each sequence, the last of its `context` tokens. As the sum of `sequence` over them,
-        but soon done for many."""
+        but soon done for many.
+
+        Args:
+            shared: tokens that all sequences begin with, in the same pages. Flash attention can do with reading them
+                once.
+        """
         if self.materialized:
             total = Attended()
             for context, count in Counter(contexts).items():
@@ -108,10 +113,10 @@ class AttentionModel:
             return total
         flops = cache = 0.0
         for layers in self._layers:
-            window = layers.window
-            keys = sum([min(context, window) for context in contexts]) if window else sum(contexts)
-            flops += keys * layers.flops_per_pair
-            cache += (keys + len(contexts)) * layers.bytes_per_key
+            window = layers.window or max(contexts)
+            own = [min(context - shared, window) for context in contexts]
+            flops += sum([min(context, window) for context in contexts]) * layers.flops_per_pair
+            cache += (sum(own) + min(shared, window - min(own)) + len(contexts)) * layers.bytes_per_key
         return Attended(flops, cache)
 
     def work(self, attended: Attended, sequences: int = 1) -> Work:

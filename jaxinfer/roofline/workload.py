@@ -28,7 +28,7 @@ def workload_limit(
 
     Args:
         sizes: tokens in and out of each request. The first one out comes of the prefill, each other of a decode step.
-        shared: tokens that all prompts begin with, which are prefilled once.
+        shared: tokens that all prompts begin with, which are prefilled once, and which a step need read only once.
 
     Raises:
         ValueError: there are no requests, one has no tokens in or out, or a prompt has no token of its own.
@@ -55,11 +55,12 @@ def workload_limit(
     own = [prompt - shared for prompt, _ in sizes]
     prompts = attention.sequence(shared, 0) if shared else Attended()
     for tokens in own:
-        prompts = prompts.plus(attention.sequence(tokens, shared))
+        alone = attention.sequence(tokens, 0)
+        prompts = prompts.plus(attention.sequence(tokens, shared)._replace(cache=alone.cache))
     seconds = step(shared + sum(own), len(sizes), prompts)
     active = list(sizes)
     for done in range(1, max(output for _, output in sizes)):
         active = [(prompt, output) for prompt, output in active if output > done]
-        attended = attention.decoding([prompt + done for prompt, _ in active])
+        attended = attention.decoding([prompt + done for prompt, _ in active], shared)
         seconds += step(len(active), len(active), attended)
     return seconds

@@ -88,7 +88,7 @@ def test_latencies_through_the_engine(tmp_path_factory, monkeypatch):
     llm = warm_llm(tmp_path_factory.getbasetemp())
     desk = latency.Desk("tiny", llm.engine, find_hardware("h200"))
     stall = latency.Stall(decoding=2, context=6, prompt=80)
-    groups = latency.measure(desk, batches=[1, 4], prompts=[7, 60], stalls=[stall])
+    groups = [*latency.measure(desk, [7, 60], [stall]), *(latency.decoding(desk, batch) for batch in (1, 4))]
     found = {(record.case, record.metric): record for group in groups for record in group}
     assert {case for case, _ in found} == {
         "tiny B1",
@@ -121,11 +121,15 @@ def test_the_command_measures_static_batching_where_requests_outnumber_the_slots
     monkeypatch.setattr(command, "make_engine", lambda options, context: SimpleNamespace(warm_up=lambda: model))
     monkeypatch.setattr(command, "ceilings", lambda: None)
     monkeypatch.setattr(offline, "measure", lambda engine, case, sizes, machine, static: seen.append((case, static)))
+    monkeypatch.setattr(latency, "decoding", lambda desk, batch: seen.append((desk.name, batch)))
     for arguments in (["--static"], ["--workload", "--static", "256 requests"], []):
-        list(command.measure_offline(command.parse(["offline", "--model", "m", *arguments])))
+        list(command.measure_offline(command.parse(["offline", "--model", "m", "--batches", *arguments])))
     usual = [("m 256 requests", False), ("m 32 x 8192 in, 64 out", False)]
     more = ["1024 requests", "1024 chats"]
     assert seen == [*usual, *((f"m {name}", True) for name in more), ("m 256 requests", True), *usual]
+    seen.clear()
+    list(command.measure_offline(command.parse(["offline", "--model", "m", "--workload", "--batches", "1", "4"])))
+    assert seen == [("m", 1), ("m", 4)]
     assert min(len(WORKLOADS[name].sizes) for name in more) > command.parse(["offline"]).max_num_seqs
 
 

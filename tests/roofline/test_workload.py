@@ -4,6 +4,7 @@ import pytest
 
 from jaxinfer.model.config import MoEConfig
 from jaxinfer.roofline import MEASURED, Precision, decode_step, prefill, workload_limit
+from jaxinfer.roofline.attention import AttentionModel
 from tests.roofline.small import small, sparse, windowed
 
 H200 = MEASURED["h200-measured"]
@@ -45,6 +46,25 @@ def test_what_all_prompts_share_is_prefilled_once():
     assert workload_limit(config, H200, [(50, 1)], shared=40) == pytest.approx(alone, rel=0.1)  # keys are read again
     sizes = [(500, 1)] * 8
     assert workload_limit(config, H200, sizes, shared=499) < 0.3 * workload_limit(config, H200, sizes)
+
+
+@pytest.mark.parametrize("window", [None, 3, 12, 30])
+@pytest.mark.parametrize("shared", [0, 7, 20])
+def test_a_step_reads_each_key_once_however_many_see_it(window, shared):
+    config, contexts = small(layers=windowed(window)), [shared + own for own in (1, 4, 4, 15)]
+    seen = [range(max(0, context - (window or context)), context) for context in contexts]
+    distinct = {(position, None if position < shared else nth) for nth, keys in enumerate(seen) for position in keys}
+    model = AttentionModel(config, Precision(), 1, "flash")
+    one = model.decoding([1])  # reads its key and writes it
+    found = model.decoding(contexts, shared)
+    assert found.cache == (len(distinct) + len(contexts)) * one.cache / 2
+    assert found.flops == sum(map(len, seen)) * one.flops
+
+
+def test_no_limit_of_shared_prompts_counts_their_keys_again():
+    sizes = [(2048, 128)] * 64
+    one = workload_limit(MODELS[1], H200, sizes[:1])
+    assert one < workload_limit(MODELS[1], H200, sizes, shared=2000) < 0.5 * workload_limit(MODELS[1], H200, sizes)
 
 
 def test_what_no_workload_is():
