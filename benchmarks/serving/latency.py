@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from benchmarks.decode import NEW, PROMPT, REPEATS
-from benchmarks.record import OURS, Record
+from benchmarks.record import MACHINE, OURS, Record
 from benchmarks.serving.offline import request
 from benchmarks.serving.workload import Workload
 from jaxinfer.engine import Engine, Request
@@ -20,6 +20,7 @@ from jaxinfer.roofline import Hardware, Precision, decode_step, prefill
 FIRST_TOKENS = 5  # prompts of each length, after a warm-up
 SPARE = 4  # times the new tokens that are timed, which each sequence may have: none ends meanwhile
 ROOM = PROMPT + SPARE * NEW  # tokens that a sequence may have beside the longest prompt
+PIECES = 5_000  # of plain Python, a millisecond each, that the host is timed with
 SETTLE, STEADY = 6, 20  # programs of decode steps before the long prompt: not timed, and timed
 
 
@@ -99,11 +100,31 @@ class Desk:
 
 
 def measure(desk: Desk, prompts: Sequence[int], stalls: Sequence[Stall]) -> Iterator[list[Record]]:
-    """The records of what prompts take alone and beside others, one case after the other, as they come."""
+    """The records of the host, then of what prompts take alone and beside others, one case after the other."""
+    yield host()
     for tokens in prompts:
         yield first_token(desk, tokens)
     for stall in stalls:
         yield beside(desk, stall)
+
+
+def host() -> list[Record]:
+    """How evenly this machine runs plain Python, equal pieces of it one after the other. What they take beyond their
+    median, the machine has given to others; in that time no token reaches anyone."""
+    seconds = np.array([_piece() for _ in range(PIECES)])
+    middle = float(np.median(seconds))
+    return [
+        Record(MACHINE, "measured", "piece of Python", middle * 1e3, "ms", samples=PIECES),
+        Record(MACHINE, "measured", "p99 over a piece of Python", float(np.percentile(seconds, 99)) / middle, "x"),
+        Record(MACHINE, "measured", "worst over a piece of Python", float(seconds.max()) / middle, "x"),
+    ]
+
+
+def _piece() -> float:
+    start, total = time.perf_counter(), 0
+    for number in range(20_000):
+        total += number
+    return time.perf_counter() - start
 
 
 def decoding(desk: Desk, batch: int) -> list[Record]:

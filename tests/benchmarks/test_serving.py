@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.decode import MODELS
-from benchmarks.record import Record
+from benchmarks.record import MACHINE, Record
 from benchmarks.serving import __main__ as command
 from benchmarks.serving import latency, offline, soak
 from benchmarks.serving.online import Target, Timeline, arrive
@@ -83,7 +83,15 @@ def test_the_limit_is_the_one_that_other_systems_are_held_against():
 
 
 def test_latencies_through_the_engine(tmp_path_factory, monkeypatch):
-    for name, value in {"PROMPT": 5, "NEW": 8, "REPEATS": 2, "FIRST_TOKENS": 2, "SETTLE": 1, "STEADY": 2}.items():
+    for name, value in {
+        "PROMPT": 5,
+        "NEW": 8,
+        "REPEATS": 2,
+        "FIRST_TOKENS": 2,
+        "SETTLE": 1,
+        "STEADY": 2,
+        "PIECES": 9,
+    }.items():
         monkeypatch.setattr(latency, name, value)
     llm = warm_llm(tmp_path_factory.getbasetemp())
     desk = latency.Desk("tiny", llm.engine, find_hardware("h200"))
@@ -91,6 +99,7 @@ def test_latencies_through_the_engine(tmp_path_factory, monkeypatch):
     groups = [*latency.measure(desk, [7, 60], [stall]), *(latency.decoding(desk, batch) for batch in (1, 4))]
     found = {(record.case, record.metric): record for group in groups for record in group}
     assert {case for case, _ in found} == {
+        MACHINE,
         "tiny B1",
         "tiny B4",
         "tiny prompt 7",
@@ -103,6 +112,9 @@ def test_latencies_through_the_engine(tmp_path_factory, monkeypatch):
         assert rate.low <= rate.value <= rate.high
         assert rate.roofline_fraction == step.roofline_fraction
     assert found["tiny prompt 60", "first token"].samples == 2
+    assert (
+        1 <= found[MACHINE, "p99 over a piece of Python"].value <= found[MACHINE, "worst over a piece of Python"].value
+    )
     case = f"tiny {stall.name}"
     middle, p99, worst = (found[case, f"step with the prompt{name}"] for name in (" p50", " p99", ", worst"))
     assert middle.samples == 2 * 2  # 80 tokens beside 2 take two programs of 64 rows, in each of two rounds
