@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -92,7 +93,16 @@ def _is_schema(value: Any) -> bool:
         return False
 
 
-def shortened(value: Any, width: int = 80) -> str:
-    """A value as an error shows it."""
-    text = repr(value)
-    return text if len(text) <= width else text[: width - 3] + "..."
+_SHOWN = 80  # characters of a value
+_REPR = reprlib.Repr(  # cuts the middle: what is shown is as `repr` has it
+    maxlist=_SHOWN, maxdict=_SHOWN, maxstring=2 * _SHOWN, maxlong=2 * _SHOWN, maxother=2 * _SHOWN
+)
+
+
+def shortened(value: Any) -> str:
+    """A value as an error shows it; what is not shown of a large one costs no time."""
+    try:
+        text = _REPR.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number that is too long to write"
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from jaxinfer.decode.structured_params import shortened
 from jaxinfer.engine.request import FinishReason
 
 _FIELD = re.compile(r"(?:SamplingParams: )?(\w+) (?:=|has) ")
@@ -94,7 +95,7 @@ def malformed(error: ValidationError, fields: set[str]) -> ApiError:
         return ApiError(400, f"{param} is missing", param=param, code="missing_field")
     alternatives = [first["msg"], *(other["msg"] for other in others if _path(other["loc"], fields) == param)]
     said = " or ".join(dict.fromkeys(text.removeprefix("Value error, ") for text in alternatives))
-    return ApiError(400, f"{param or 'the body'}: {said}, got {_short(first['input'])}", param=param or None)
+    return ApiError(400, f"{param or 'the body'}: {said}, got {shortened(first['input'])}", param=param or None)
 
 
 def _reached(error: ErrorDetails) -> list[int]:
@@ -110,11 +111,3 @@ def _path(loc: Sequence[str | int], fields: set[str]) -> str:
         elif part in fields:
             path += f".{part}" if path else part
     return path
-
-
-def _short(value: object, width: int = 80) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of thousands of digits
-        return "a number that is too long to write"
-    return text if len(text) <= width else text[: width - 3] + "..."

@@ -16,6 +16,9 @@ from jaxinfer.serve.errors import ApiError, malformed
 from jaxinfer.serve.protocol import BODY_FIELDS
 
 MAX_BODY = 8 << 20  # bytes: a prompt of a million tokens, as numbers
+# A parser holds Python's lock, and with it every other caller: for a tenth of a second at most with these.
+MAX_PARTS = 20_000  # strings, lists and objects: a chat of some 4,000 messages
+MAX_VALUES = 1_000_000  # in them
 _READ_ON = 8  # bodies of that size that are read to their end all the same, so that the caller reads the answer
 
 
@@ -27,7 +30,7 @@ async def read[Body: BaseModel](request: Request, kind: type[Body]) -> Body:
     """The JSON body of a request.
 
     Raises:
-        ApiError: it is too large, no JSON, or none of `kind`.
+        ApiError: it is too large, has too many parts, is no JSON, or none of `kind`.
         HangUp: the caller did before its end.
     """
     declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -46,10 +49,27 @@ async def read[Body: BaseModel](request: Request, kind: type[Body]) -> Body:
         raise HangUp from None
     if size > MAX_BODY:
         raise ApiError(413, f"the body has more than {MAX_BODY} bytes, the most that is taken", code="body_too_large")
+    if crowded(body):
+        message = f"the body has more than {MAX_PARTS} strings, lists and objects, or {MAX_VALUES} values"
+        raise ApiError(413, message, code="body_too_large")
     try:
         return kind.model_validate_json(bytes(body))
     except ValidationError as error:
         raise malformed(error, BODY_FIELDS) from None
+
+
+def crowded(body: bytes | bytearray, parts: int = MAX_PARTS, values: int = MAX_VALUES) -> bool:
+    """Whether JSON has more than `parts` strings, lists and objects, or `values` values that follow another.
+
+    Found by counting signs, which takes some milliseconds a MB. Of what is no JSON, what a parser would read counts.
+    """
+    unescaped = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    strings = unescaped.count(b'"') // 2
+    if strings > parts:
+        return True
+    outside = b"".join(unescaped.split(b'"')[::2])
+    opened, separated = outside.count(b"[") + outside.count(b"{"), outside.count(b",")
+    return strings + opened > parts or separated >= values
 
 
 async def unless_gone[Result](request: Request, answer: Awaitable[Result]) -> Result:

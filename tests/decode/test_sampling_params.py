@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.decode.structured_params import shortened
 
 INTEGERS = ["n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"]
 REALS = ["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"]
@@ -61,6 +62,13 @@ def test_a_bad_value_is_refused_by_name(field, value):
         SamplingParams(**{field: value})
     items = value.items() if isinstance(value, dict) else value if isinstance(value, list) else []
     assert any(repr(shown)[:70] in str(error.value) for shown in [value, *items])
+
+
+def test_of_a_large_value_the_beginning_is_shown():
+    assert shortened("a" * 10**7) == "'" + "a" * 76 + "..."
+    assert shortened([7] * 10**7) == "[" + "7, " * 25 + "7..."
+    assert shortened({10**40: 1}) == "{" + "1" + "0" * 40 + ": 1}"
+    assert shortened(10**5000) == "a number that is too long to write"
 
 
 def test_all_problems_of_one_request_come_in_one_error():
