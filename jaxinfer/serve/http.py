@@ -1,9 +1,10 @@
-"""HTTP that knows nothing of models: bodies in, server-sent events out, and the caller who hangs up."""
+"""HTTP that knows nothing of models: bodies in, server-sent events out, and callers who hang up or speak none."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 from collections.abc import Awaitable, Callable
 
 from fastapi import Request
@@ -11,6 +12,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from jaxinfer.serve.errors import ApiError, malformed
 from jaxinfer.serve.protocol import BODY_FIELDS
@@ -20,6 +22,18 @@ MAX_BODY = 8 << 20  # bytes: a prompt of a million tokens, as numbers
 MAX_PARTS = 20_000  # strings, lists and objects: a chat of some 4,000 messages
 MAX_VALUES = 1_000_000  # in them
 _READ_ON = 8  # bodies of that size that are read to their end all the same, so that the caller reads the answer
+
+
+class Protocol(AutoHTTPProtocol):
+    """Uvicorn's; but what is no HTTP gets an error body, too."""
+
+    transport: asyncio.Transport
+
+    def send_400_response(self, msg: str) -> None:
+        body = json.dumps(ApiError(400, msg, code="invalid_http").body)
+        head = ("HTTP/1.1 400 Bad Request", "Content-Type: application/json", f"Content-Length: {len(body)}")
+        self.transport.write("\r\n".join((*head, "Connection: close", "", body)).encode())
+        self.transport.close()
 
 
 class HangUp(Exception):

@@ -21,6 +21,7 @@ from jaxinfer.serve import worker
 from jaxinfer.serve.app import Service, make_app
 from jaxinfer.serve.channel import Channel
 from jaxinfer.serve.client import Client
+from jaxinfer.serve.http import Protocol
 from jaxinfer.serve.messages import Failed, Ready, Refused, Setup, Step, Stop, Warming
 from jaxinfer.serve.metrics import Metrics
 from jaxinfer.serve.prompts import Prompts, template_or_reason
@@ -192,6 +193,7 @@ class _Serving:
         self._server = _Server(
             uvicorn.Config(
                 make_app(service, settings.api_key),
+                http=Protocol,
                 log_level="warning",
                 access_log=False,
                 ssl_certfile=settings.ssl_certfile,

@@ -1,9 +1,11 @@
 """The server as OpenAI's own client sees it: over a real socket, against the embedded demo model."""
 
 import asyncio
+import http.client
 import json
 import re
 import signal
+import socket
 import threading
 import time
 from collections import defaultdict
@@ -369,6 +371,23 @@ def test_bad_input(server, name):
         assert answer["error"]["param"] == param
     assert len(answer["error"]["message"]) < 1000
     assert "Traceback" not in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("sent", [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\na b: c\r\n\r\n"])
+def test_what_is_no_http(server, sent):
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(sent)
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        error = json.load(response)["error"]
+    assert (response.status, response.headers["Content-Type"]) == (400, "application/json")
+    assert error == {
+        "message": "Invalid HTTP request received.",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "invalid_http",
+    }
 
 
 def test_a_body_of_another_type(server):
