@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
+from jaxinfer.decode.likeliest import likeliest
 from jaxinfer.decode.sampling_params import (
     GREEDY_BELOW,
     MAX_LOGIT_BIAS,
@@ -166,7 +167,7 @@ class Needs:
 
 _LEVELS = ("greedy", "random", "full")
 GREEDY = Needs("greedy", 0)
-UNFILTERED = Needs("random", 0)
+UNFILTERED = Needs("random", MAX_LOGPROBS)
 EVERYTHING = Needs("full", MAX_LOGPROBS)
 
 
@@ -311,7 +312,7 @@ def _report(logits_WV: Float32[Array, "W V"], tokens_W: Int32[Array, "W"], top: 
         return Sampled(tokens_W, jnp.full(rows, jnp.nan, jnp.float32), no_ids_WL, no_logprobs_WL)
     logprobs_WV = jax.nn.log_softmax(logits_WV, axis=1)
     chosen_W = jnp.take_along_axis(logprobs_WV, tokens_W[:, None], axis=1)[:, 0]
-    top_logprobs_WL, top_ids_WL = jax.lax.top_k(logprobs_WV, min(top, logits_WV.shape[1]))
+    top_logprobs_WL, top_ids_WL = likeliest(logprobs_WV, min(top, logits_WV.shape[1]))
     return Sampled(tokens_W, chosen_W, top_ids_WL, top_logprobs_WL)
 
 

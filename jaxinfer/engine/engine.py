@@ -172,8 +172,8 @@ class Engine:
     def warm_up(self, progress: Progress | None = None) -> WarmUp:
         """Compiles every program that requests can meet from then on, on an idle engine.
 
-        Three kinds of sampling are compiled: greedy, all but what sorts the vocabulary (filters, and the likeliest
-        tokens beside the chosen one), and all that there is. A batch takes the first that serves it.
+        Three kinds of sampling are compiled: greedy without log-probabilities, all but filters, for which the
+        vocabulary is sorted, and all that there is. A batch takes the first that serves it.
 
         Args:
             progress: is told of each program that is ready, and how many there are.

@@ -11,6 +11,7 @@ import pytest
 
 from jaxinfer.decode import sampling
 from jaxinfer.decode.sampling import Needs
+from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import Layout, Programs
 from jaxinfer.engine.step_input import lay_out
 from jaxinfer.engine.warm_up import WARM
@@ -136,14 +137,23 @@ def test_the_sampler_updates_its_state_in_place():
     assert aliased == [(str(index), str(index)) for index in range(len(jax.tree.leaves(sample.state)))]
 
 
+def widest_sort(text: str) -> int:
+    """Of all sorts, and of the searches for the largest, which may become one."""
+    shapes = dict(re.findall(r"(%[\w.-]+) = \w+\[([\d,]*)\]", text))
+    operands = re.findall(r" (?:sort|topk)\((%[\w.-]+)| custom-call\((%[\w.-]+)\)[^\n]*TopK", text)
+    return max((max(map(int, shapes[one or other].split(","))) for one, other in operands), default=0)
+
+
 @pytest.mark.parametrize("which", ["sample", "loop"])
 def test_the_vocabulary_is_sorted_for_filters_alone(which):
-    """Neither a temperature nor penalties ask for it; an argmax is one pass. The likeliest tokens beside the chosen
-    one are a sort, too, where they are searched for."""
-    texts = [compiled(which, ODD, needs=needs).text for needs in WARM]
-    sorts = [len(re.findall(r" sort\(| topk\(|TopK", text)) for text in texts]
-    assert sorts[:2] == [0, 0]
-    assert sorts[2] > 0
+    """Neither a temperature nor penalties nor log-probabilities ask for it; an argmax is one pass."""
+    vocab = 3001
+    texts = [compiled(which, ODD | {"vocab_size": vocab}, needs=needs).text for needs in WARM]
+    greedy, unfiltered, everything = map(widest_sort, texts)
+    assert (greedy, everything) == (0, vocab)
+    assert 0 < unfiltered < vocab // 2
+    asked = sampling.needs([SamplingParams(temperature=0.0, logprobs=5)])
+    assert [needs.covers(asked) for needs in WARM] == [False, True, True]
 
 
 @pytest.mark.parametrize(

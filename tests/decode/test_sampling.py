@@ -263,7 +263,7 @@ def test_logprobs_that_nobody_asked_for_are_absent():
 
 
 def test_the_sampler_runs_the_same_on_a_mesh_of_explicit_axes():
-    vocab = 64
+    vocab = 1400  # of which the likeliest are searched for in groups
     batch = [SamplingParams(top_p=0.9, presence_penalty=1.0, logprobs=5, min_tokens=2), SamplingParams(temperature=0)]
     logits_BV = random_logits(2, vocab, seed=12)
     prompt_T = jnp.array([1, 5, -1], jnp.int32)
