@@ -77,11 +77,12 @@ class Intake:
         return found
 
     def requests(
-        self, names: Iterator[int], ids: Sequence[int], params: SamplingParams, seed: int, priority: int = 0
-    ) -> list[Request]:
+        self, names: Iterator[int], ids: Sequence[int], params: SamplingParams, seed: int, priority: int,
+        arrived: float,
+    ) -> list[Request]:  # fmt: skip
         """The n continuations of one prompt, named by the next of `names`; each draws from a seed of its own."""
         prompt_ids, eos_ids, seeds = tuple(ids), self.limits.eos_ids, [(seed + i) % 2**32 for i in range(params.n)]
-        return [Request(next(names), prompt_ids, params, eos_ids, seed, priority) for seed in seeds]
+        return [Request(next(names), prompt_ids, params, eos_ids, seed, priority, arrived) for seed in seeds]
 
 
 def listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

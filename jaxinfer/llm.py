@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import reprlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
@@ -253,8 +254,8 @@ class LLM:
         """Queues the n continuations of one prompt; each goes to `ended` when it has, whoever runs the step."""
         ids, params, priority = asked
         seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
-        group = []
-        for index, request in enumerate(self.intake.requests(self._ids, ids, params, seed, priority)):
+        group, now = [], time.monotonic()
+        for index, request in enumerate(self.intake.requests(self._ids, ids, params, seed, priority, now)):
             self.engine.add(request)
             group.append(Continuation.start(request, index, self.tokenizer))
             self._running[request.id] = group[-1], deque() if ended is None else ended

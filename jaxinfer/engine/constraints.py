@@ -71,6 +71,13 @@ class Constraints:
     def drop(self, request_id: int) -> None:
         self._making.pop(request_id, None)
 
+    def drop_if(self, condition: Callable[[Request], bool]) -> list[Request]:
+        """Drops requests by a condition, and returns them."""
+        dropped = [request for request, _ in self._making.values() if condition(request)]
+        for request in dropped:
+            self.drop(request.id)
+        return dropped
+
     def ready(self, wait: bool) -> Iterator[tuple[Request, Constraint | None]]:
         """Requests whose constraint is made, or cannot be (None); waits for one on demand, but never for long."""
         if wait and self._making:

@@ -143,8 +143,7 @@ class Engine:
 
     def _step(self) -> None:
         self._welcome()
-        for sequence in self.scheduler.expired():
-            self._updates.append(Update(sequence.request, (), (), None, "timeout"))
+        self._expire()
         if (work := self._dispatch(self.scheduler.schedule())) is not None:
             self._in_flight.append(work)
         if self._in_flight and (work is None or len(self._in_flight) >= IN_FLIGHT):
@@ -158,6 +157,13 @@ class Engine:
                 self._updates.append(Update(request, (), (), None, "error"))
             else:
                 self.scheduler.add(request, constraint)
+
+    def _expire(self) -> None:
+        """Ends the requests that have waited too long, be it for their constraint."""
+        late = self._constraints.drop_if(self.scheduler.late)
+        late += [sequence.request for sequence in self.scheduler.expired()]
+        self.counters.timeouts += len(late)
+        self._updates += [Update(request, (), (), None, "timeout") for request in late]
 
     def _start_afresh(self) -> None:
         self._lost = [sequence.request for sequence in self.scheduler.sequences.values()]
@@ -286,6 +292,5 @@ class Engine:
         if drawn.reason:
             self.scheduler.finish(sequence)
         prompt = tuple(sequence.prompt_logprobs) if scored else None
-        assert sequence.begun is not None
-        queued = sequence.begun - sequence.arrived if first else None
+        queued = sequence.queued if first else None
         return Update(sequence.request, drawn.tokens, drawn.logprobs, prompt, drawn.reason, queued)

@@ -36,8 +36,8 @@ class Options:
         cache_dtype: of keys and values, one of CACHE_DTYPES; None takes the model's. In int8 and float8_e4m3fn every
             key and value of a head has a float32 scale of its own.
         enable_prefix_caching: texts that begin alike share the pages of their common beginning.
-        max_waiting_time: seconds after which a request that has not begun to run ends with the reason `timeout`; None
-            lets it wait.
+        max_waiting_time: seconds after its arrival at which a request that has not begun to run ends with the reason
+            `timeout`; None lets it wait.
     """
 
     max_num_seqs: int = 8

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -22,6 +23,7 @@ class Request:
         eos_ids: tokens that end the output, unless `params.ignore_eos`.
         seed: of the random draws.
         priority: the lower, the sooner, as in vLLM; equal ones go by arrival.
+        arrived: when the caller asked, by `time.monotonic` of any process of this machine.
     """
 
     id: int
@@ -30,6 +32,7 @@ class Request:
     eos_ids: tuple[int, ...]
     seed: int
     priority: int = 0
+    arrived: float = field(default_factory=time.monotonic, compare=False)
 
     @property
     def capacity(self) -> int:

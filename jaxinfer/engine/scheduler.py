@@ -84,7 +84,7 @@ class Scheduler:
         return []
 
     def add(self, request: Request, constraint: Constraint | None = None) -> None:
-        sequence = Sequence(request, self._arrivals, self.clock(), constraint=constraint)
+        sequence = Sequence(request, self._arrivals, constraint=constraint)
         self._arrivals += 1
         self.sequences[request.id] = sequence
         self._wait(sequence)
@@ -99,14 +99,15 @@ class Scheduler:
 
     def expired(self) -> list[Sequence]:
         """Ends those that have waited too long for their first slot, and returns them."""
-        if (limit := self.options.max_waiting_time) is None:
-            return []
-        now = self.clock()
-        late = [sequence for sequence in self.waiting if not sequence.prefilled and now - sequence.arrived > limit]
+        late = [sequence for sequence in self.waiting if sequence.queued is None and self.late(sequence.request)]
         for sequence in late:
             self.finish(sequence)
-        self.counters.timeouts += len(late)
         return late
+
+    def late(self, request: Request) -> bool:
+        """Whether a request that has not begun to run has waited too long."""
+        limit = self.options.max_waiting_time
+        return limit is not None and self.clock() - request.arrived > limit
 
     def finish(self, sequence: Sequence) -> None:
         """Forgets a sequence. Its pages are free for programs yet to be scheduled, which run after those in flight."""
@@ -234,7 +235,8 @@ class Scheduler:
         self._stop_waiting(sequence)
         slot = next(slot for slot in range(self.slots) if slot not in self.running)
         sequence.start(slot, len(paging.pools))
-        sequence.begun = self.clock() if sequence.begun is None else sequence.begun
+        if sequence.queued is None:
+            sequence.queued = self.clock() - sequence.request.arrived
         self.running[slot] = sequence
         paging.begin(sequence, found)
         if paging.sharing and not sequence.scores_prompt:

@@ -22,8 +22,7 @@ class Sequence:
     Attributes:
         request: what was asked.
         arrival: how many requests came before.
-        arrived: when, in seconds of the scheduler's clock.
-        begun: when it got its first slot; None where it has had none.
+        queued: seconds from the request's arrival to the first slot; None where it has had none.
         slot: None for a sequence that does not run.
         tokens: the prompt, and of the output what was read.
         goal: tokens that prefill brings into the cache: the prompt, and after a preemption the output so far.
@@ -43,8 +42,7 @@ class Sequence:
 
     request: Request
     arrival: int = 0
-    arrived: float = 0.0
-    begun: float | None = None
+    queued: float | None = None
     slot: int | None = None
     tokens: list[int] = field(init=False)
     goal: int = field(init=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,10 +92,10 @@ def _handler(service: Service, endpoint: Endpoint) -> Callable[[Request], Awaita
     """Answers requests to one endpoint, whole or as a stream."""
 
     async def handle(request: Request) -> Response:
-        body = await read(request, endpoint.body)
+        body, arrived = await read(request, endpoint.body), time.monotonic()
         asked, answer = await asyncio.to_thread(endpoint.asked, body, service.prompts, service.name)
         prompts, params = asked
-        group = service.client.start(prompts, params, body.priority or 0)
+        group = service.client.start(prompts, params, body.priority or 0, arrived)
         used = sum(map(len, prompts))
         try:
             if body.stream:

@@ -117,21 +117,24 @@ class Client:
 
     # --- requests out
 
-    def start(self, prompts: Sequence[Sequence[int]], params: SamplingParams, priority: int = 0) -> Group:
+    def start(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, priority: int = 0, arrived: float | None = None
+    ) -> Group:
         """Queues the n continuations of every prompt; those of the first prompt come first.
 
         Args:
             priority: the lower, the sooner the engine lets them run.
+            arrived: when the caller asked, by `time.monotonic`; by default now.
 
         Raises:
             ApiError: they are more than the queue has room for, now or ever, or the server takes none any more.
         """
         self._check_room(len(prompts) * params.n)
-        requests = []
+        arrived, requests = time.monotonic() if arrived is None else arrived, []
         for ids in prompts:
             seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
-            requests += self.intake.requests(self._ids, ids, params, seed, priority)
-        group = Group(self, [], time.monotonic())
+            requests += self.intake.requests(self._ids, ids, params, seed, priority, arrived)
+        group = Group(self, [], arrived)
         for index, request in enumerate(requests):
             group.continuations.append(Continuation.start(request, index, self.intake.tokenizer))
             self._running[request.id] = _Running(group, group.continuations[-1])

@@ -32,7 +32,7 @@ class Metrics:
         self.rejected = self._counter("rejected", "HTTP requests that were refused, by status.", ["status"])
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts that were queued.")
         self.tokens = self._counter("tokens", "New tokens.")
-        self.queued = self._histogram("queue_seconds", "From the engine's queue to the first slot.", _LATENCY)
+        self.queued = self._histogram("queue_seconds", "From a request's arrival to its first slot.", _LATENCY)
         self.first_token = self._histogram("time_to_first_token_seconds", "From queue to first token.", _LATENCY)
         self.between = self._histogram(
             "time_between_tokens_seconds", "Mean over the tokens that one step brought.", _BETWEEN

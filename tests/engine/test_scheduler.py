@@ -1,18 +1,21 @@
 """Who runs, who waits and who gives way; on the host alone."""
 
+from concurrent.futures import Future
 from dataclasses import replace
 from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import Layout
+from jaxinfer.decode.structured_params import StructuredOutputsParams
 from jaxinfer.engine import Options, Request
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.sequence import Chunk, Sequence
 from jaxinfer.engine.step_input import lay_out, next_tokens
-from tests.engine.fake import Told, fake_engine, gather, run
+from tests.engine.fake import Chain, Told, fake_engine, gather, run
 
 OPTIONS = Options(max_num_seqs=4, max_num_batched_tokens=64, page_size=4, num_pages=41, steps_per_dispatch=3)
 
@@ -24,10 +27,13 @@ class Clock:
         return self.now
 
 
-def request(number: int, prompt: int | tuple[int, ...], new: int, priority: int = 0) -> Request:
+def request(
+    number: int, prompt: int | tuple[int, ...], new: int, priority: int = 0, arrived: float = 0.0, **params
+) -> Request:
     """A prompt of so many tokens that no other one has, or the given one."""
     ids = prompt if isinstance(prompt, tuple) else tuple(range(100 * number, 100 * number + prompt))
-    return Request(number, ids, SamplingParams(max_tokens=new, ignore_eos=True), (), 0, priority)
+    given = SamplingParams(**{"max_tokens": new, "ignore_eos": True} | params)
+    return Request(number, ids, given, (), 0, priority, arrived)
 
 
 def scheduler(num_pages: int = 41, windows: tuple[int | None, ...] = (None,), **options) -> Scheduler:
@@ -185,12 +191,34 @@ def test_who_waits_too_long_is_told():
     engine.add(request(1, 8, 8))
     gather(told, engine.step())
     clock.now = 4.0
-    engine.add(request(2, 8, 8))
+    engine.add(request(2, 8, 8, arrived=4.0))
     clock.now = 5.5
     run(engine, told)
     assert told[1] == ([], "timeout")
     assert [told[number][1] for number in (0, 2)] == ["length", "length"]
     assert engine.counters.timeouts == 1
+
+
+def test_who_waits_for_a_constraint_waits():
+    """Of three of the same age one never gets its own, one no slot after it, and one is in time."""
+    engine = fake_engine(replace(OPTIONS, max_num_seqs=1, max_waiting_time=5.0), 160, (None,))
+    engine.scheduler.clock = clock = Clock()
+    making = [Future() for _ in range(3)]
+    engine._constraints._pool = SimpleNamespace(submit=lambda *_: making[len(engine._constraints)], map=map)
+    bound = {"structured_outputs": StructuredOutputsParams(regex="a"), "ignore_eos": False}
+    for number in range(3):
+        engine.add(request(number, 8, 40, **bound))
+    updates = []
+    for clock.now, number in ((2.0, 2), (4.0, 1)):
+        making[number].set_result(Chain())
+        updates += engine.step()
+    clock.now = 5.5
+    while engine.busy:
+        updates += engine.step()
+    assert [update.queued for update in updates if update.queued is not None] == [2.0]
+    told = {update.request.id: update.finish_reason for update in updates if update.finish_reason}
+    assert told == {0: "timeout", 1: "timeout", 2: "length"}
+    assert engine.counters.timeouts == 2
 
 
 def test_the_first_token_tells_how_long_its_request_waited():

@@ -36,8 +36,9 @@ def step(*tokens):
 def test_what_the_engine_gave_up_is_an_error(reason, status, words):
     async def ask():
         client, sent = made()
-        given_up, other = client.start([[1]], PARAMS), client.start([[2]], PARAMS, priority=-1)
+        given_up, other = client.start([[1]], PARAMS), client.start([[2]], PARAMS, priority=-1, arrived=5.0)
         assert [request.priority for message in sent for request in message.requests] == [0, -1]
+        assert sent[1].requests[0].arrived == other.started == 5.0
         client.receive(step(Tokens(0, (), (), None, reason), Tokens(1, (5, 6, 7, 8), (), None, "length")))
         with pytest.raises(ApiError, match=words) as caught:
             await given_up.outputs()
