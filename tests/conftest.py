@@ -28,8 +28,13 @@ WARM_ENGINE = (
     "tests/engine/test_sharing.py", "tests/test_llm.py", "tests/test_bad_input.py", "tests/test_structured.py",
     "tests/benchmarks/test_serving.py", "tests/serve/test_batch.py",
 )  # fmt: skip
+# These ask one server, which the last of them ends.
+SERVER = (
+    "tests/serve/test_answers.py", "tests/serve/test_refusals.py", "tests/serve/test_hang_ups.py",
+    "tests/serve/test_metrics.py", "tests/serve/test_page.py", "tests/serve/test_sigterm.py",
+)  # fmt: skip
 # What runs longest comes first, so that no process is left alone with it at the end.
-FIRST = (*WARM_ENGINE, "tests/model/test_parity.py")
+FIRST = (*WARM_ENGINE, "tests/model/test_parity.py", *SERVER)
 
 
 def pytest_configure(config):
@@ -59,13 +64,14 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """A module runs in one process, and so do those that share an engine: what they compile is compiled once."""
+    """A module runs in one process, and so do those that share an engine or a server: what they compile is compiled
+    once."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByModule(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             module = _module(nodeid)
-            return WARM_ENGINE[0] if module in WARM_ENGINE else module
+            return next((group[0] for group in (WARM_ENGINE, SERVER) if module in group), module)
 
     return ByModule(config, log)
 

@@ -18,6 +18,9 @@ from typing import Any
 
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "steps_per_dispatch": 4}
 DTYPE = "float32"  # in which an output does not depend on the batch
+COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "Add two numbers"}]
+LONG = {"max_tokens": 900, "temperature": 0, "extra_body": {"ignore_eos": True}}  # for OpenAI's client
 
 
 @dataclass

@@ -5,8 +5,10 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from jaxinfer.serve.http import crowded
+from jaxinfer.serve.protocol import ChatBody, CompletionBody
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text('a"\\[{,\né'),
@@ -59,3 +61,22 @@ def test_what_would_take_long_is_crowded(text):
 )
 def test_long_prompts_are_not(text):
     assert not crowded(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionBody, b'{"prompt": [%s]}'),
+        (CompletionBody, b'{"prompt": [[%s]]}'),
+        (CompletionBody, b'{"prompt": "a", "stop": [%s]}'),
+        (CompletionBody, b'{"prompt": "a", "stop_token_ids": [%s]}'),
+        (CompletionBody, b'{"prompt": "a", "structured_outputs": {"choice": [%s]}}'),
+        (ChatBody, b'{"messages": [%s]}'),
+        (ChatBody, b'{"messages": [{"role": "user", "content": [%s]}]}'),
+    ],
+)
+def test_of_many_wrong_entries_one_is_told(kind, body):
+    """An error for each would keep the process for minutes over a body of some MB."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate_json(body % b",".join([b"{}"] * 1000))
+    assert caught.value.error_count() <= 6

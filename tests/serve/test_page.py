@@ -7,8 +7,6 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tests.serve.running import serving
-
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1200,900",
@@ -21,12 +19,6 @@ new MutationObserver(() => {
   if (box) lengths.push(box.textContent.length);
 }).observe(document.getElementById("turns"), {childList: true, subtree: true, characterData: true});
 """
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serving() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

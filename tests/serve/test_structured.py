@@ -10,9 +10,8 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from tests.serve.running import serving
+from tests.serve.running import MESSAGES, serving
 
-MESSAGES = [{"role": "user", "content": "Add two numbers"}]
 SCHEMAS = {
     "flat": {
         "type": "object",
