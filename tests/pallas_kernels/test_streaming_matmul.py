@@ -1,7 +1,7 @@
 """The weight-streaming matmul: interpreted on the CPU against float64, lowered at real shapes, and run on a GPU."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,113 +12,25 @@ from pallas_kernels import dispatch
 from pallas_kernels.streaming_matmul import config as configs
 from pallas_kernels.streaming_matmul import mosaic_gpu, streaming_matmul, takes
 from pallas_kernels.streaming_matmul.arguments import Arguments
-from pallas_kernels.streaming_matmul.config import Config, Shape
+from pallas_kernels.streaming_matmul.config import Shape
 from pallas_kernels.streaming_matmul.problems import LLAMA_3_8B, PROBLEMS, Problem
-from tests.pallas_kernels.draws import Normal, on_the_device, on_the_host
+from tests.pallas_kernels.draws import on_the_host
 from tests.pallas_kernels.gpu_program import interpreted, lower
+from tests.pallas_kernels.matmul_cases import (
+    BF16,
+    EXPERTS,
+    F16,
+    F32,
+    INTERPRETED,
+    SMALL,
+    Case,
+    arguments,
+    assert_close,
+    call,
+    oracle,
+)
 
-BF16, F16, F32, INT32 = (jnp.dtype(dtype) for dtype in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int32))
-
-
-@dataclass(frozen=True)
-class Case:
-    tokens: int
-    w_axes: str
-    config: Config
-    extras: str = ""  # of norm, bias, residual
-    hidden: int = 256
-    outputs: int = 128
-    experts_of_groups: tuple[int, ...] = ()  # of EXPERTS
-    dtype: jnp.dtype = BF16
-    out_dtype: jnp.dtype = BF16
-
-
-def arguments(case: Case, normal: Normal | None = None) -> Arguments:
-    """Random arguments; the scale of a norm is float32, a bias is not."""
-    normal, dtype, D = normal or on_the_device(), case.dtype, case.hidden
-    sizes = {"E": EXPERTS, "D": D, "c": 2, "N": case.outputs}
-    groups = (len(case.experts_of_groups),) if case.experts_of_groups else ()
-    bias_shape = tuple(sizes[axis] for axis in case.w_axes if axis != "D")
-    return Arguments(
-        normal((*groups, case.tokens, D), dtype),
-        normal(tuple(sizes[axis] for axis in case.w_axes), dtype, D**-0.5),
-        jnp.asarray(case.experts_of_groups, jnp.int32) if groups else None,
-        normal((D,), F32, 1 / 4, 1.0) if "norm" in case.extras else None,
-        normal(bias_shape, dtype) if "bias" in case.extras else None,
-        normal((case.tokens, case.outputs), dtype) if "residual" in case.extras else None,
-        case.w_axes,
-        1e-5,
-        case.out_dtype,
-    )
-
-
-def call(given: Arguments, implementation: str) -> jax.Array:
-    return streaming_matmul(
-        given.x,
-        given.w,
-        w_axes=given.w_axes,
-        expert_A=given.expert_A,
-        norm_scale_D=given.norm_scale_D,
-        norm_eps=given.norm_eps,
-        bias=given.bias,
-        residual_MN=given.residual_MN,
-        out_dtype=given.out_dtype,
-        implementation=implementation,
-    )
-
-
-def oracle(given: Arguments) -> tuple[np.ndarray, np.ndarray]:
-    """The result in float64, and how far from it rounding may lead.
-
-    What the tensor cores take of a normed x is rounded to u = 2^-8 or 2^-11 of it at most, half of that on the mean;
-    D sums in float32 add D * 2^-24 of the magnitudes; the result is rounded once.
-    """
-    x, w = (np.asarray(array, np.float64) for array in (given.x, given.w))
-    bias = None if given.bias is None else np.asarray(given.bias, np.float64)
-    if given.expert_A is not None:
-        w = w[np.asarray(given.expert_A)]
-        bias = None if bias is None else bias[np.asarray(given.expert_A)][:, None]
-    unit = float(jnp.finfo(given.x.dtype).eps) / 2 if given.norm_scale_D is not None else 0.0
-    if given.norm_scale_D is not None:
-        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + given.norm_eps) * np.asarray(given.norm_scale_D, np.float64)
-    y = np.einsum(given.product, x, w, optimize=True)
-    bound = (unit + x.shape[-1] * 2.0**-24) * np.einsum(given.product, abs(x), abs(w), optimize=True)
-    if bias is not None:
-        y = y + bias
-    if given.gated:
-        (gate, up), (gate_bound, up_bound) = (np.moveaxis(array, -2, 0) for array in (y, bound))
-        silu = gate / (1 + np.exp(-gate))
-        bound = 1.1 * gate_bound * (abs(up) + up_bound) + abs(silu) * up_bound  # |silu'| < 1.1
-        y = silu * up
-    if given.residual_MN is not None:
-        y = y + np.asarray(given.residual_MN, np.float64)
-    return y, bound + (abs(y) + bound) * max(float(jnp.finfo(given.out_dtype).eps) / 2, 2.0**-20)
-
-
-def assert_close(found: jax.Array, given: Arguments) -> None:
-    exact, bound = oracle(given)
-    assert found.dtype == given.out_dtype
-    excess = abs(np.asarray(found, np.float64) - exact) - bound
-    assert excess.max() <= 0, f"{excess.max()} beyond the bound at {np.unravel_index(excess.argmax(), excess.shape)}"
-
-
-SMALL = Config(tile_n=128, tile_d=64, stages=2)
-# The interpreter knows no shared memory of another block: there the partial sums meet in device memory.
-PARTS = Config(tile_n=128, tile_d=64, stages=2, split=2, exchange="gmem")
-EXPERTS = 3
-
-INTERPRETED = {
-    "one token, three stages": Case(1, "DN", replace(SMALL, stages=3), "norm"),
-    "tiles in rounds, a ragged one": Case(3, "DN", replace(SMALL, tile_n=64, rounds=2), "bias residual", 320, 192),
-    "output head": Case(3, "ND", replace(SMALL, tile_d=128), "norm", out_dtype=F32),
-    "gated, in rounds": Case(8, "DcN", replace(SMALL, rounds=2), "norm bias residual", outputs=192),
-    "groups of two experts": Case(1, "EDcN", replace(SMALL, rounds=2), "norm", 128, 64, experts_of_groups=(2, 0)),
-    "groups of one expert": Case(8, "EDN", SMALL, "bias", 128, experts_of_groups=(1, 1)),
-    "parts of a normed head, past the end of D": Case(8, "ND", PARTS, "norm bias", 320),
-    "parts, tokens of several owners": Case(20, "DcN", PARTS, "norm residual", outputs=64),
-    "three parts, two owners": Case(64, "DN", replace(PARTS, split=3), "norm bias residual", 384, 64),
-    "float16": Case(64, "ND", replace(SMALL, tile_n=64), "bias residual", 128, dtype=F16, out_dtype=F16),
-}
+INT32 = jnp.dtype(jnp.int32)
 
 
 @pytest.mark.parametrize("name", INTERPRETED)
@@ -135,56 +47,6 @@ def test_interpreted_equals_float64(name):
 def test_other_implementations_equal_float64(name, implementation):
     given = arguments(replace(INTERPRETED[name], dtype=F32, out_dtype=F32), on_the_host())
     assert_close(call(given, implementation), given)
-
-
-DIFFERENTIATED = ("gated, in rounds", "groups of two experts", "parts, tokens of several owners")
-
-
-def gradients(given: Arguments, run) -> list[np.ndarray]:
-    """Of a weighted sum of the result, for every array but the experts."""
-    weights = jax.random.normal(jax.random.key(7), jax.eval_shape(run, given).shape, F32)
-
-    def loss(given: Arguments) -> jax.Array:
-        return jnp.sum(run(given).astype(F32) * weights)
-
-    found = jax.jit(jax.grad(loss, allow_int=True))(given)
-    return [np.asarray(x, np.float64) for x in jax.tree.leaves(replace(found, expert_A=None))]
-
-
-def assert_gradients_agree(given: Arguments, found: list[np.ndarray]) -> None:
-    """x, the product, its gradient and the result are each rounded to 8 bits: 2^-9 of their size on the mean."""
-    for x, exact in zip(found, gradients(given, lambda given: call(given, "reference")), strict=True):
-        assert np.linalg.norm(x - exact) <= 2.0**-7 * np.linalg.norm(exact)
-
-
-@pytest.mark.parametrize("name", DIFFERENTIATED)
-def test_the_kernel_has_a_derivative(name):
-    case = INTERPRETED[name]
-    given = arguments(case, on_the_host())
-    with interpreted():
-        found = gradients(given, lambda given: mosaic_gpu.streaming_matmul(given, config=case.config))
-    assert_gradients_agree(given, found)
-
-
-def test_a_tangent_goes_forward_too():
-    case = INTERPRETED["output head"]
-    given = arguments(case, on_the_host())
-    with interpreted():
-        y, tangent = jax.jit(
-            lambda given: jax.jvp(
-                lambda x: mosaic_gpu.streaming_matmul(replace(given, x=x), config=case.config), (given.x,), (given.x,)
-            )
-        )(given)
-    assert_close(y, given)
-    _, expected = jax.jvp(lambda x: call(replace(given, x=x), "reference"), (given.x,), (given.x,))
-    assert np.linalg.norm(tangent - expected) <= 2.0**-7 * np.linalg.norm(y)
-
-
-@pytest.mark.parametrize("name", [*DIFFERENTIATED, "three parts, two owners"])
-def test_the_derivative_lowers(name):
-    given = jax.eval_shape(lambda: arguments(replace(INTERPRETED[name], hidden=4096, outputs=4096)))
-    loss = lambda given: jnp.sum(call(given, "mosaic_gpu").astype(F32))  # noqa: E731
-    assert "mosaic_gpu" in lower(jax.value_and_grad(loss, allow_int=True), given)
 
 
 def shapes_of(problem: Problem, extras: str, out_dtype: jnp.dtype = BF16) -> Arguments:
@@ -392,13 +254,6 @@ def test_on_a_gpu_as_exact_as_xla_and_the_same_every_time(name, tokens):
     assert root_mean_square(first - exact) <= 1.1 * root_mean_square(by_xla - exact)
     np.testing.assert_array_equal(second, first)
     np.testing.assert_array_equal(third, first)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", DIFFERENTIATED)
-def test_on_a_gpu_it_has_a_derivative(name):
-    given = arguments(INTERPRETED[name])
-    assert_gradients_agree(given, gradients(given, lambda given: call(given, "mosaic_gpu")))
 
 
 @pytest.mark.gpu

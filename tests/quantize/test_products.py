@@ -15,7 +15,7 @@ from jaxinfer.quantize import contract, gated_silu, project
 from pallas_kernels import dispatch
 from pallas_kernels.streaming_matmul import IMPLEMENTATIONS, mosaic_gpu
 from tests.pallas_kernels.gpu_program import interpreted
-from tests.pallas_kernels.test_streaming_matmul import SMALL, Case, arguments, assert_close
+from tests.pallas_kernels.matmul_cases import SMALL, Case, arguments, assert_close
 
 TOKENS, D, F = 3, 128, 192
 EPS = 1e-5
