@@ -74,10 +74,11 @@ class ConfigReader:
             raise _refused(self.path(name), value, f"one of {sorted(allowed)}")
         return allowed[value]
 
-    def require(self, name: str, needed: Any) -> None:
+    def require(self, name: str, needed: bool | str) -> None:
         """Refuses a variant of a family that the supported checkpoints do not use; null counts as false."""
         value = self.get(name, needed)
-        if (value or False) != (needed or False):
+        counts = False if value is None else value
+        if type(counts) is not type(needed) or counts != needed:
             raise _refused(self.path(name), value, f"{needed!r}, the only one supported")
 
     def listed(self, name: str, kind: type) -> tuple[Any, ...]:
