@@ -107,15 +107,18 @@ class Rows:
 
 def make_batch(state: SlotState, step: StepInput, page_size: int) -> tuple[Batch, Rows]:
     """Lays out one step: one new token for each slot that decodes, then the chunks; the rows of all slots."""
-    slots, chunk_T, position_T, valid_T = len(state.token_B), *_place(step)
+    slots = len(state.token_B)
+    chunk_T, position_T, valid_T = _place(step)
     own_B, own_R = (jnp.minimum(jnp.asarray(own), slots - 1) for own in (step.slots_B, step.slots_R))
     active_B = (step.slots_B < slots) & state.active_B[own_B]
     position_B = state.length_B[own_B]
     lengths_B = jnp.where(active_B, position_B + 1, 0)
     # Rows of slots that decode count as one more sequence, which sees nothing: their attention is of its own.
     decoding = jnp.zeros(1, jnp.int32)
-    rows = len(step.slots_B)
-    over = lambda chunk_T, decode_B: chunk_T.at[:rows].set(jnp.where(active_B, decode_B, chunk_T[:rows]))  # noqa: E731
+
+    def over(chunk_T: jax.Array, decode_B: jax.Array) -> jax.Array:
+        rows = len(decode_B)
+        return chunk_T.at[:rows].set(jnp.where(active_B, decode_B, chunk_T[:rows]))
 
     def view(table_BJ: jax.Array) -> View:
         decode_B = _slot_index(table_BJ, own_B, position_B, active_B, page_size)
@@ -134,13 +137,18 @@ def make_batch(state: SlotState, step: StepInput, page_size: int) -> tuple[Batch
         positions_T=over(jnp.where(valid_T, position_T, 0), position_B),
         views=tuple(view(table_BJ) for table_BJ in state.tables),
     )
-    row_B, last_R = jnp.arange(rows, dtype=jnp.int32), jnp.maximum(step.starts_R1[1:] - 1, 0)
-    zeros_B = jnp.zeros(slots, jnp.int32)
+    return batch, _rows(step, slots, active_B, lengths_B)
+
+
+def _rows(step: StepInput, slots: int, active_B: Array, lengths_B: jax.Array) -> Rows:
+    """The rows of all slots, of which those that decode are active, and have the lengths, as told."""
+    row_B, last_R = jnp.arange(len(active_B), dtype=jnp.int32), jnp.maximum(step.starts_R1[1:] - 1, 0)
+    zeros_W = jnp.zeros(slots, jnp.int32)
 
     def by_slot(decode_B: Array, chunk_R: Array) -> jax.Array:
-        return zeros_B.at[step.slots_B].set(decode_B, mode="drop").at[step.slots_R].set(chunk_R, mode="drop")
+        return zeros_W.at[step.slots_B].set(decode_B, mode="drop").at[step.slots_R].set(chunk_R, mode="drop")
 
-    return batch, Rows(
+    return Rows(
         tokens_W=by_slot(row_B, last_R),
         emits_W=by_slot(active_B.astype(jnp.int32), step.last_R) == 1,
         lengths_W=by_slot(lengths_B, step.lengths_R),
