@@ -16,153 +16,20 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import jax
-import numpy as np
-
+from benchmarks.bench import Bench, Subject, load, memory_statistics
 from benchmarks.record import MACHINE, Record, environment, update
 from jaxinfer.cache import CACHE_DTYPES
 from jaxinfer.cache.gathers import gathers
-from jaxinfer.decode.batch import StepInput
-from jaxinfer.decode.sampling import needs
-from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.decode.step import Layout, Programs
-from jaxinfer.engine.request import Request
-from jaxinfer.engine.sequence import Chunk, Sequence
-from jaxinfer.engine.step_input import lay_out
-from jaxinfer.machine import measure_machine
-from jaxinfer.model import Model, ModelConfig, Params, read_config
-from jaxinfer.parallel import make_mesh
-from jaxinfer.roofline import (
-    MEASURED,
-    Cost,
-    Hardware,
-    activation_memory,
-    decode_step,
-    find_by_device,
-    page_bytes,
-    prefill,
-    weight_memory,
-)
+from jaxinfer.model import ModelConfig
+from jaxinfer.roofline import Cost, activation_memory, decode_step, page_bytes, prefill, weight_memory
 from jaxinfer.roofline.precision import BF16, Precision
-from pallas_kernels import dispatch
 from pallas_kernels.flash_decoding import IMPLEMENTATIONS
 
-MODELS = Path(__file__).parents[1] / "configs" / "models"
 PROMPT, NEW, REPEATS = 128, 256, 3
-GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW + 1, ignore_eos=True)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is measured, on what.
-
-    Attributes:
-        name: of the model in the records.
-        steps: decode steps of one dispatch.
-        implementation: of attention that is asked for.
-        cache_dtype: of keys and values; None is the model's.
-        chunk: tokens of a prompt that one step takes at most.
-        machine: as timed at the start of this run; predictions are made with it.
-        ceilings: those that all figures of such a machine are set against; fractions are of them.
-    """
-
-    name: str
-    model: Model
-    params: Params
-    page_size: int
-    steps: int
-    implementation: str
-    cache_dtype: str | None
-    chunk: int
-    machine: Hardware
-    ceilings: Hardware
-
-    @property
-    def precision(self) -> Precision:
-        return BF16 if self.cache_dtype is None else Precision.all_in("bfloat16", self.cache_dtype)
-
-    def case(self, what: str) -> str:
-        """The name of a case in the records."""
-        return f"{self.name} {what}" if self.cache_dtype is None else f"{self.name} {what} {self.precision.cache}"
-
-    @property
-    def attention(self) -> str:
-        """The implementation that runs here, as `pallas_kernels` chooses it."""
-        return dispatch.automatic()[0] if self.implementation == "auto" else self.implementation
-
-    @property
-    def plan(self) -> str:
-        """What the predictions for this attention are called."""
-        return "plan with XLA attention" if self.attention == "xla" else "plan"
-
-
-class Bench:
-    """One model in one layout: `slots` sequences of up to `length` tokens."""
-
-    def __init__(self, subject: Subject, slots: int, length: int):
-        config, row = subject.model.config, -(-length // subject.page_size)
-        pages = (slots * row + 1,) * len(config.windows)
-        self.subject, self.peak_before = subject, memory_statistics().get("peak_bytes_in_use", 0)
-        cache_dtype = subject.cache_dtype or config.dtype
-        self.layout = Layout(slots, subject.page_size, pages, length, cache_dtype, subject.implementation)
-        self.programs = Programs(subject.model, self.layout)
-        self.state, self.cache = self.programs.new_state()
-        self.random = np.random.default_rng(0)
-
-    def prefill(self, tokens: int, chunk: int) -> float:
-        """Gives every slot a prompt of `tokens` tokens, `chunk` of them in a step; seconds until the first tokens of
-        the outputs are on the host."""
-        return self.run(self.admit(tokens, chunk))
-
-    def admit(self, tokens: int, chunk: int) -> list[StepInput]:
-        """Gives every slot a new prompt, and says which steps read it."""
-        row, sequences = self.layout.pages_per_row, []
-        for slot in range(self.layout.slots):
-            pages = range(1 + slot * row, 1 + (slot + 1) * row)
-            admission = self.programs.admission(GREEDY, [pages] * len(self.layout.num_pages))
-            self.state = self.programs.admit(self.state, slot, admission)
-            prompt = tuple(self.random.integers(0, self.subject.model.config.vocab_size, tokens).tolist())
-            sequences.append(Sequence(Request(slot, prompt, GREEDY, (), 0), slot=slot))
-        steps = []
-        for first in range(0, tokens, chunk):
-            chunks = [Chunk(sequence, first, min(chunk, tokens - first)) for sequence in sequences]
-            steps.append(lay_out(chunks, chunk * self.layout.slots, self.layout.slots))
-        return steps
-
-    def run(self, steps: list[StepInput]) -> float:
-        """Seconds until the last of the steps has its tokens on the host."""
-        jax.block_until_ready(self.state)
-        output, start = None, time.perf_counter()
-        for step in steps:
-            self.state, self.cache, output = self.programs.step(
-                self.subject.params, self.state, self.cache, step, None, needs([GREEDY])
-            )
-        assert output is not None
-        np.asarray(output.sampled.tokens_W)
-        return time.perf_counter() - start
-
-    def decode(self) -> float:
-        """Seconds of NEW decode steps of every slot, the last token on the host."""
-        start = time.perf_counter()
-        self.dispatch(NEW // self.subject.steps)
-        return time.perf_counter() - start
-
-    def dispatch(self, count: int) -> None:
-        """`count` dispatches of decode steps, the last token on the host."""
-        output = None
-        for _ in range(count):
-            self.state, self.cache, output = self.programs.loop(
-                self.subject.params, self.state, self.cache, np.arange(self.layout.slots, dtype=np.int32),
-                steps=self.subject.steps, needs=needs([GREEDY]),
-            )  # fmt: skip
-        assert output is not None
-        assert np.asarray(output.emits_nW).all()
 
 
 def measure(subject: Subject, batches: list[int], prompts: list[int]) -> Iterator[list[Record]]:
@@ -185,7 +52,7 @@ def run_decode(subject: Subject, batch: int) -> list[Record]:
     seconds = []
     for _ in range(REPEATS + 1):
         bench.prefill(PROMPT, PROMPT)
-        seconds.append(bench.decode())
+        seconds.append(bench.decode(NEW))
     step = statistics.median(seconds[1:]) / NEW
     config, precision = subject.model.config, subject.precision
     fraction = decode_step(config, batch, PROMPT + NEW // 2, precision).fraction(subject.ceilings, step)
@@ -240,11 +107,6 @@ def memory_records(case: str, bench: Bench, tokens: int) -> list[Record]:
     ]
 
 
-def memory_statistics() -> dict[str, int]:
-    """Of the device; empty where it keeps none."""
-    return jax.devices()[0].memory_stats() or {}
-
-
 def run_first_token(subject: Subject, tokens: int) -> list[Record]:
     """The fraction is of the limit of one step with the whole prompt: what chunks read again is no part of it."""
     bench, chunk = Bench(subject, 1, tokens + 1), min(tokens, subject.chunk)
@@ -259,21 +121,6 @@ def run_first_token(subject: Subject, tokens: int) -> list[Record]:
         Record(case, subject.plan, "first token", predicted * 1e3, "ms"),
         *memory_records(case, bench, chunk),
     ]
-
-
-def load(
-    name: str, prompts: list[int], steps: int, page_size: int = 64, implementation: str = "auto",
-    cache_dtype: str | None = None, chunk: int = 8192,
-) -> Subject:  # fmt: skip
-    """The model of a folder of configs/models, with random weights, on this machine as it is timed now. It takes
-    prompts of so many tokens, also longer ones than it was made for."""
-    machine = measure_machine()
-    config = read_config(MODELS / name)
-    longest = max(config.context, *(tokens + 1 for tokens in prompts), 0)
-    model = Model(config, make_mesh(devices=jax.devices()[:1]), context=longest)
-    params = jax.block_until_ready(model.random_params())  # drawing them must not count as a case's memory
-    ceilings = find_by_device(machine.device_kind, MEASURED) or machine
-    return Subject(name, model, params, page_size, steps, implementation, cache_dtype, chunk, machine, ceilings)
 
 
 def main() -> None:

@@ -25,7 +25,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks import decode
+from benchmarks.bench import GREEDY, Bench, Subject, load
+from benchmarks.decode import NEW, PROMPT, REPEATS
 from benchmarks.record import Record, environment, update
 from benchmarks.step_classes import CLASSES, GAPS, GLUE, OTHER, PARTS, STEP, Event, Program, divide, read_program
 from benchmarks.tables import TABLES, markdown
@@ -77,36 +78,36 @@ class Case:
     cost: Cost
 
 
-def run_decode(subject: decode.Subject, batch: int) -> Case:
-    bench = decode.Bench(subject, batch, decode.PROMPT + decode.NEW + 1)
+def run_decode(subject: Subject, batch: int) -> Case:
+    bench = Bench(subject, batch, PROMPT + NEW + 1)
     lowered = bench.programs.lower_loop(
         subject.params, bench.state, bench.cache, np.arange(batch, dtype=np.int32), steps=subject.steps,
-        needs=needs([decode.GREEDY]),
+        needs=needs([GREEDY]),
     )  # fmt: skip
     programs = read_programs(lowered.compile())
     seconds = []
-    for _ in range(decode.REPEATS + 1):
-        bench.prefill(decode.PROMPT, decode.PROMPT)
-        seconds.append(bench.decode())
-    bench.prefill(decode.PROMPT, decode.PROMPT)
-    dispatches = decode.NEW // subject.steps
+    for _ in range(REPEATS + 1):
+        bench.prefill(PROMPT, PROMPT)
+        seconds.append(bench.decode(NEW))
+    bench.prefill(PROMPT, PROMPT)
+    dispatches = NEW // subject.steps
     if dispatches > 2:  # the two in the middle see as long a context as all do on average
         bench.dispatch(dispatches // 2 - 1)
     profiled = min(2, dispatches)
     busy = divide(profile(lambda: bench.dispatch(profiled)), programs)
-    cost = decode_step(subject.model.config, batch, decode.PROMPT + decode.NEW // 2, subject.precision)
+    cost = decode_step(subject.model.config, batch, PROMPT + NEW // 2, subject.precision)
     return Case(
-        subject.case(f"B{batch}"), statistics.median(seconds[1:]) / decode.NEW,
+        subject.case(f"B{batch}"), statistics.median(seconds[1:]) / NEW,
         {key: total / (profiled * subject.steps) for key, total in busy.items()}, cost,
     )  # fmt: skip
 
 
-def run_prompt(subject: decode.Subject, tokens: int) -> Case:
-    bench = decode.Bench(subject, 1, tokens + 1)
+def run_prompt(subject: Subject, tokens: int) -> Case:
+    bench = Bench(subject, 1, tokens + 1)
     (step,) = bench.admit(tokens, tokens)
     lowered = bench.programs.lower_step(subject.params, bench.state, bench.cache, step)
     programs = read_programs(lowered.compile())
-    seconds = statistics.median([bench.prefill(tokens, tokens) for _ in range(decode.REPEATS + 1)][1:])
+    seconds = statistics.median([bench.prefill(tokens, tokens) for _ in range(REPEATS + 1)][1:])
     steps = bench.admit(tokens, tokens)
     jax.block_until_ready(bench.state)  # admitting is no part of the step
     busy = divide(profile(lambda: bench.run(steps)), programs)
@@ -159,7 +160,7 @@ def table(found: list[Record]) -> str:
     return markdown(replace(TABLES["step"], columns=columns), found)
 
 
-def measure(subject: decode.Subject, batches: list[int], prompts: list[int]) -> Iterator[Case]:
+def measure(subject: Subject, batches: list[int], prompts: list[int]) -> Iterator[Case]:
     for tokens in prompts:
         yield run_prompt(subject, tokens)
     for batch in batches:
@@ -175,7 +176,7 @@ def main() -> None:
     parser.add_argument("--kernels", type=int, default=12, help="how many of each case are printed")
     parser.add_argument("--output", type=Path, help="folder of the JSON file")
     arguments = parser.parse_args()
-    subject = decode.load(arguments.model, arguments.prompts, arguments.steps_per_dispatch)
+    subject = load(arguments.model, arguments.prompts, arguments.steps_per_dispatch)
     found, made_in = [], environment()
     for case in measure(subject, arguments.batches, arguments.prompts):
         found += records(case, subject.ceilings)

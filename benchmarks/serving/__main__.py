@@ -29,7 +29,7 @@ from pathlib import Path
 
 import jax
 
-from benchmarks.decode import MODELS
+from benchmarks.bench import MODELS
 from benchmarks.record import OURS, RESULTS, Failure, Record, device_folder, environment, update
 from benchmarks.serving import latency, offline, online, soak
 from benchmarks.serving.plot import plot_curve

@@ -3,17 +3,16 @@
 import pytest
 
 from benchmarks import decode
+from benchmarks.bench import Bench, Subject
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import find_hardware
 from tests.engine.tiny import CONFIG
 
 
-def subject(implementation: str, cache_dtype: str | None = None, chunk: int = 64) -> decode.Subject:
+def subject(implementation: str, cache_dtype: str | None = None, chunk: int = 64) -> Subject:
     model, machine = Model(read_config(CONFIG), make_mesh(1)), find_hardware("h200")
-    return decode.Subject(
-        "tiny", model, model.random_params(), 4, 2, implementation, cache_dtype, chunk, machine, machine
-    )
+    return Subject("tiny", model, model.random_params(), 4, 2, implementation, cache_dtype, chunk, machine, machine)
 
 
 def test_the_records_of_a_model(monkeypatch):
@@ -44,7 +43,7 @@ def test_chunks_bring_the_same_token_and_are_planned_one_by_one():
     tokens = 50
     chosen = []
     for chunk in (tokens, 16):  # the last of them is padded
-        bench = decode.Bench(subject("auto"), 2, tokens + 1)
+        bench = Bench(subject("auto"), 2, tokens + 1)
         bench.prefill(tokens, chunk)
         assert bench.state.length_B.tolist() == [tokens] * 2
         chosen.append(bench.state.token_B.tolist())

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.decode import MODELS
+from benchmarks.bench import MODELS
 from benchmarks.record import MACHINE, Record
 from benchmarks.serving import __main__ as command
 from benchmarks.serving import latency, offline, soak

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import decode, step
+from benchmarks import step
+from benchmarks.bench import GREEDY, MODELS, Bench
 from benchmarks.step_classes import (
     ATTENTION,
     CLASSES,
@@ -142,9 +143,9 @@ def test_time_counts_once_where_kernels_overlap():
 def test_a_compiled_model_has_all_classes():
     """The model's named scopes reach the instructions that XLA makes of them."""
     tiny = subject("auto")
-    bench = decode.Bench(tiny, 2, 16)
+    bench = Bench(tiny, 2, 16)
     lowered = bench.programs.lower_loop(
-        tiny.params, bench.state, bench.cache, np.arange(2, dtype=np.int32), steps=2, needs=needs([decode.GREEDY])
+        tiny.params, bench.state, bench.cache, np.arange(2, dtype=np.int32), steps=2, needs=needs([GREEDY])
     )
     (module, program), *none = step.read_programs(lowered.compile()).items()
     assert (module, none) == (LOOP, [])
@@ -153,7 +154,7 @@ def test_a_compiled_model_has_all_classes():
 
 @pytest.mark.parametrize("model", ["llama-3-8b", "mixtral-8x7b"])
 def test_every_part_of_the_cost_has_a_class(model):
-    cost = decode_step(read_config(decode.MODELS / model), 4, 100)
+    cost = decode_step(read_config(MODELS / model), 4, 100)
     classed = [part for parts in PARTS.values() for part in parts]
     assert set(cost.parts) <= set(classed)
     assert len(set(classed)) == len(classed)
@@ -161,7 +162,7 @@ def test_every_part_of_the_cost_has_a_class(model):
 
 def test_the_records_add_up_to_the_step():
     machine = find_hardware("h200-measured")
-    cost = decode_step(read_config(decode.MODELS / "llama-3-8b"), 16, 256)
+    cost = decode_step(read_config(MODELS / "llama-3-8b"), 16, 256)
     busy = {(PROJECTIONS, NVJET): 3e6, (PROJECTIONS, "streaming"): 0.5e6, (SAMPLING, "a"): 1e4, (OTHER, "b"): 2e3}
     records = step.records(step.Case("llama-3-8b B16", 4e-3, busy, cost), machine)
     time = {record.implementation: record for record in records if record.metric == step.METRIC}
@@ -180,7 +181,7 @@ def test_the_records_add_up_to_the_step():
 
 
 def test_gaps_may_be_below_zero():
-    cost = decode_step(read_config(decode.MODELS / "llama-3-8b"), 1, 256)
+    cost = decode_step(read_config(MODELS / "llama-3-8b"), 1, 256)
     records = step.records(step.Case("x", 1e-3, {(GLUE, "a"): 1.5e6}, cost), find_hardware("h200"))
     assert [record.value for record in records if record.implementation == GAPS] == [pytest.approx(-500)]
 
@@ -215,9 +216,9 @@ def test_a_profile_without_the_gpu_that_is_there_is_an_error(monkeypatch):
 
 def test_the_command(monkeypatch, tmp_path, capsys):
     """Without a GPU the step is timed and not divided."""
-    monkeypatch.setattr(decode, "PROMPT", 5)
-    monkeypatch.setattr(decode, "NEW", 8)
-    monkeypatch.setattr(decode, "load", lambda *_: subject("auto"))
+    monkeypatch.setattr(step, "PROMPT", 5)
+    monkeypatch.setattr(step, "NEW", 8)
+    monkeypatch.setattr(step, "load", lambda *_: subject("auto"))
     arguments = ["--batches", "2", "--prompts", "7", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["step", *arguments])
     step.main()

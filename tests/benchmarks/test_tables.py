@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.decode import MODELS
+from benchmarks.bench import MODELS
 from benchmarks.kernels.ops import OPS
 from benchmarks.record import RESULTS, Failure, Record, update
 from benchmarks.serving.__main__ import warm_up_records
