@@ -1,6 +1,8 @@
-"""What the XLA paths compile to: their memory, the arrays they build, their use inside a mesh and a model."""
+"""What the ops compile to: their memory, the arrays they build, their use inside a mesh and a model."""
 
+import math
 import re
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -14,14 +16,16 @@ from pallas_kernels.flash_attention import problems as attention
 from pallas_kernels.flash_decoding import flash_decoding
 from pallas_kernels.flash_decoding import problems as decoding
 from pallas_kernels.models import Heads
+from tests.pallas_kernels.gpu_program import lower
 
 HEADS = Heads(query_heads=15, kv_heads=3, head_size=24)
+KERNEL_HEADS, KERNEL_LENGTHS = Heads(query_heads=8, kv_heads=2, head_size=128), (16_384, 65_536)
 OPS = {"prefill": (flash_attention, attention.Problem), "decode": (flash_decoding, decoding.Problem)}
 SCALE = 0.2
 
 
-def shapes(problem, pool: int | None = None):
-    q, k, v, *rest = jax.eval_shape(lambda key: problem.inputs(key, jnp.dtype(jnp.float32)), jax.random.key(0))
+def shapes(problem, pool: int | None = None, dtype=jnp.float32):
+    q, k, v, *rest = jax.eval_shape(lambda key: problem.inputs(key, jnp.dtype(dtype)), jax.random.key(0))
     pages = [jax.ShapeDtypeStruct((pool or x.shape[0], *x.shape[1:]), x.dtype) for x in (k, v)]
     return q, *pages, *rest
 
@@ -49,6 +53,38 @@ def test_decode_memory_is_bounded_by_a_block():
         temporary_bytes(flash_decoding, *shapes(decoding.Problem(HEADS, 1, length))) for length in (8192, 65536)
     )
     assert long <= 1.1 * short
+
+
+def kernel(name: str) -> Callable:
+    return partial(OPS[name][0], implementation="mosaic_gpu", scale=SCALE)
+
+
+def kernel_arguments(name: str, length: int):
+    """Of one sequence: a prompt, or a slot with one query."""
+    return shapes(OPS[name][1](KERNEL_HEADS, 1, length), dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_no_array_of_the_kernels_program_grows_with_the_square_of_the_length(name):
+    """But for the comparison of tiles with tiles that sorts them, which XLA never writes to memory."""
+    shapes_of = (
+        [
+            tuple(map(int, dims[:-1].split("x")))
+            for dims in re.findall(r"tensor<((?:\d+x)+)\w+>", lower(kernel(name), *kernel_arguments(name, length)))
+        ]
+        for length in KERNEL_LENGTHS
+    )
+    growth = {(math.prod(after) / math.prod(before), after) for before, after in zip(*shapes_of, strict=True)}
+    linear, tiles = KERNEL_LENGTHS[1] / KERNEL_LENGTHS[0], 514
+    assert any(0.99 * linear < times <= linear for times, _ in growth)
+    assert {shape for times, shape in growth if times > linear} <= {(tiles, tiles)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "growth"), [("prefill", KERNEL_LENGTHS[1] / KERNEL_LENGTHS[0]), ("decode", 1)])
+def test_on_a_gpu_memory_of_the_kernels_program_is_linear_in_its_queries(name, growth):
+    short, long = (temporary_bytes(kernel(name), *kernel_arguments(name, length)) for length in KERNEL_LENGTHS)
+    assert 0 < long <= 1.02 * growth * short
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -98,3 +98,12 @@ def test_shares_are_complete_and_even(blocks, items, seed):
     assert sorted(itertools.chain(*taken)) == list(range(items))
     sums = [work[mine].sum() for mine in taken]
     assert max(sums) - min(sums) <= work[0]
+
+
+def test_sorting_tiles_takes_memory_for_tiles_and_not_for_pairs_of_them():
+    def temporary_bytes(tokens: int) -> int:
+        run = partial(schedule.schedule, tokens=tokens, rows=128, block_kv=128, window=None)
+        cu_q, lengths = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (2, 1))
+        return jax.jit(run).lower(cu_q, lengths).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(65_536) <= 4.1 * temporary_bytes(16_384)
