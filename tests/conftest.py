@@ -34,7 +34,7 @@ SERVER = (
     "tests/serve/test_metrics.py", "tests/serve/test_page.py", "tests/serve/test_sigterm.py",
 )  # fmt: skip
 # What runs longest comes first, so that no process is left alone with it at the end.
-FIRST = (*WARM_ENGINE, "tests/model/test_parity.py", *SERVER)
+FIRST = (*WARM_ENGINE, "tests/model/test_parity.py", "tests/pallas_kernels/test_sanitizer.py", *SERVER)
 
 
 def pytest_configure(config):

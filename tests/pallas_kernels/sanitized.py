@@ -19,35 +19,51 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_attention.problems import Problem as Prefill
-from pallas_kernels.flash_decoding import flash_decoding
+from pallas_kernels.flash_decoding import flash_decoding, pack_tree_mask
 from pallas_kernels.flash_decoding.problems import Problem as Decoding
-from pallas_kernels.models import Heads
+from pallas_kernels.models import Heads, random_cache, random_scales
 from pallas_kernels.streaming_matmul import streaming_matmul, streaming_mlp
 from pallas_kernels.streaming_matmul.problems import Problem as Product
 from pallas_kernels.streaming_matmul.problems import Row
 
+Run = Callable[[str], jax.Array]  # of the name of an implementation
 KEY, BF16 = jax.random.key(0), jnp.dtype(jnp.bfloat16)
 HEADS = Heads(8, 2, 128)
 TOLERANCE = 0.05  # of outputs of about unit size: bf16 rounds each to 0.004 of it
 
 
-def prefill(implementation: str) -> jax.Array:
-    problem = Prefill(HEADS, batch=2, length=200)
-    return flash_attention(**problem.arguments(KEY, BF16), **problem.heads.options, implementation=implementation)
-
-
-def decoding(cache: str | None = None) -> Callable[[str], jax.Array]:
-    """Lengths that cut units between CTAs, so that parts are signalled and joined."""
+def prefill(batch: int = 2, length: int = 200, queries: int = 200, cache: str | None = None) -> Run:
+    """The last `queries` positions of each sequence; `cache` is the dtype of quantized pages."""
 
     def run(implementation: str) -> jax.Array:
-        problem = Decoding(HEADS, batch=3, length=700, queries=2, shortest=5, cache=cache)
+        problem = Prefill(HEADS, batch, length)
         arguments = problem.arguments(KEY, BF16)
-        return flash_decoding(**arguments, **problem.heads.options, implementation=implementation)
+        q_TNH = arguments["q_TNH"]
+        arguments["q_TNH"] = q_TNH.reshape(batch, length, -1)[:, -queries:].reshape(-1, *q_TNH.shape[1:])
+        arguments["cu_q_R1"] = queries * jnp.arange(batch + 1, dtype=jnp.int32)
+        if cache is not None:
+            k, v, table = random_cache(KEY, HEADS, (length,) * batch, problem.page_size, jnp.dtype(cache))
+            arguments |= {"k_pages_PSKH": k, "v_pages_PSKH": v, "page_table_RJ": table}
+            arguments |= {"k_scales_PKS": random_scales(KEY, k), "v_scales_PKS": random_scales(KEY, v)}
+        return flash_attention(**arguments, **HEADS.options, implementation=implementation)
 
     return run
 
 
-def product(tokens: int, hidden: int) -> Callable[[str], jax.Array]:
+def decoding(queries: int = 2, cache: str | None = None, tree: bool = False) -> Run:
+    """Lengths that cut units between CTAs, so that parts are signalled and joined."""
+
+    def run(implementation: str) -> jax.Array:
+        problem = Decoding(HEADS, batch=3, length=700, queries=queries, shortest=5, cache=cache)
+        arguments = problem.arguments(KEY, BF16)
+        if tree:
+            arguments["tree_mask_BQW"] = pack_tree_mask(jax.random.bernoulli(KEY, 0.5, (3, queries, queries)))
+        return flash_decoding(**arguments, **HEADS.options, implementation=implementation)
+
+    return run
+
+
+def product(tokens: int, hidden: int) -> Run:
     def run(implementation: str) -> jax.Array:
         x_MD, w_DN = Product(tokens, hidden, 320).inputs(KEY, BF16)
         norm_scale_D = jnp.ones(hidden, BF16)
@@ -61,10 +77,17 @@ def row(implementation: str) -> jax.Array:
     return streaming_mlp(**arguments, implementation=implementation)
 
 
-KERNELS = {
-    "flash_attention": prefill,
+ATTENTION = {
+    "flash_attention": prefill(),
+    "flash_attention_int8": prefill(cache="int8"),
+    "flash_attention_fp8": prefill(cache="float8_e4m3fn"),
+    "flash_attention_split": prefill(batch=1, length=2100, queries=40),
     "flash_decoding": decoding(),
-    "flash_decoding_int8": decoding("int8"),
+    "flash_decoding_int8": decoding(cache="int8"),
+    "flash_decoding_fp8": decoding(cache="float8_e4m3fn"),
+    "flash_decoding_tree": decoding(queries=6, tree=True),
+}
+KERNELS = ATTENTION | {
     "streaming_matmul": product(5, 512),
     "streaming_matmul_deep": product(16, 4096),
     "streaming_mlp": row,
