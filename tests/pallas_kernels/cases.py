@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.blockwise import PagedKV
+
 # Float32 sums of at most 100 terms of order 1: about sqrt(100) roundings of 6e-8, with room for the exponentials.
 ATOL = 1e-5
 
@@ -36,6 +38,22 @@ class Case:
     def options(self) -> dict:
         return {"scale": self.head_size**-0.5, "window": self.window, "soft_cap": self.soft_cap}
 
+    @property
+    def columns(self) -> int:
+        """Of the page table; the last one is unused."""
+        return -(-max(*self.lengths, 1) // self.page_size) + 1
+
+    @property
+    def tokens(self) -> int:
+        """Rows of q, padding included."""
+        return sum(self.queries) + self.padding
+
+    @property
+    def pool_shape(self) -> tuple[int, ...]:
+        """Of the pages of keys, or of values: as many as the table has places, and page 0."""
+        pages = 1 + len(self.lengths) * self.columns
+        return pages, self.page_size, self.kv_heads, self.head_size
+
 
 class Inputs:
     """Arrays of a case: the pool, and the same keys as one contiguous array per sequence."""
@@ -43,10 +61,9 @@ class Inputs:
     def __init__(self, case: Case, seed: int = 0):
         rng = np.random.default_rng(seed)
         self.case, R, S, K, H = case, len(case.lengths), case.page_size, case.kv_heads, case.head_size
-        J = -(-max(*case.lengths, 1) // S) + 1
-        pages = iter(1 + rng.permutation(R * J))
-        self.pool = np.full((2, 1 + R * J, S, K, H), np.nan, np.float32)
-        self.table = np.zeros((R, J), np.int32)
+        pages = iter(1 + rng.permutation(R * case.columns))
+        self.pool = np.full((2, *case.pool_shape), np.nan, np.float32)
+        self.table = np.zeros((R, case.columns), np.int32)
         self.kv = [rng.normal(size=(2, length, K, H)).astype(np.float32) for length in case.lengths]
         self.seen_BQC = random_paths(rng, R, case.queries[0]) if case.tree else None
         for r, (length, n) in enumerate(zip(case.lengths, case.queries, strict=True)):
@@ -62,8 +79,8 @@ class Inputs:
                 page = self.kv[r][:, j * S : (j + 1) * S]
                 self.pool[:, self.table[r, j], : page.shape[1]] = page
         self.cu_q = np.cumsum([0, *case.queries]).astype(np.int32)
-        T, N = int(self.cu_q[-1]) + case.padding, K * case.g
-        self.q = rng.normal(size=(T, N, H)).astype(np.float32)
+        N = K * case.g
+        self.q = rng.normal(size=(case.tokens, N, H)).astype(np.float32)
         self.q[self.cu_q[-1] :] = np.nan
         self.lengths = np.array(case.lengths, np.int32)
         self.sinks = rng.normal(size=N).astype(np.float32) if case.sinks else None
@@ -94,8 +111,9 @@ class Inputs:
         return *floats, *map(jnp.asarray, (self.table, self.cu_q, self.lengths))
 
     def round_to(self, dtype) -> None:
-        """Makes the values what `arguments(dtype)` holds, so that the oracle sees the same numbers."""
+        """Makes the values what `arguments(dtype)` holds, so that the oracle sees the same numbers; sinks too."""
         self.q, *self.kv = (x.astype(dtype).astype(np.float32) for x in (self.q, *self.kv))
+        self.sinks = None if self.sinks is None else self.sinks.astype(dtype)
 
     def quantize(self, dtype, seed: int = 0) -> tuple[jax.Array, jax.Array]:
         """The pool [2, P, S, K, H] as `dtype` and its scales [2, P, K, S]; the oracle's keys become what they mean.
@@ -115,6 +133,13 @@ class Inputs:
     @property
     def options(self) -> dict:
         return self.case.options | {"sinks_N": None if self.sinks is None else jnp.asarray(self.sinks)}
+
+
+def quantized_pages(inputs: Inputs, dtype, kv_dtype) -> PagedKV:
+    """The case's pages in 8 bits; the oracle sees the queries as `dtype`, and the keys that those bits mean."""
+    inputs.q = inputs.q.astype(dtype).astype(np.float32)
+    (k, v), (k_scales, v_scales) = inputs.quantize(kv_dtype)
+    return PagedKV(k, v, k_scales, v_scales)
 
 
 def random_paths(rng: np.random.Generator, sequences: int, queries: int) -> np.ndarray:
@@ -148,15 +173,17 @@ def oracle(inputs: Inputs, rounded_to=None) -> tuple[np.ndarray, np.ndarray]:
         for i in range(n):
             if not (seen := inputs.visible(r, i)).size:
                 continue
+            row = inputs.cu_q[r] + i
             for head in range(N):
-                row = inputs.cu_q[r] + i
-                scores = k[seen, head // case.g] @ inputs.q[row, head].astype(np.float64) * H**-0.5
+                if head % case.g == 0:  # a copy that the heads of a group share
+                    k_seen, v_seen = k[seen, head // case.g], v[seen, head // case.g]
+                scores = k_seen @ inputs.q[row, head].astype(np.float64) * H**-0.5
                 if case.soft_cap:
                     scores = case.soft_cap * np.tanh(scores / case.soft_cap)
                 top = scores.max()
                 weights = np.exp(scores - top)
                 total = weights.sum() + (np.exp(float(inputs.sinks[head]) - top) if case.sinks else 0)
-                out[row, head] = round_(round_(weights) @ v[seen, head // case.g] / total)
+                out[row, head] = round_(round_(weights) @ v_seen / total)
                 lse[row, head] = top + np.log(total)
     return out, lse
 
@@ -164,3 +191,10 @@ def oracle(inputs: Inputs, rounded_to=None) -> tuple[np.ndarray, np.ndarray]:
 def assert_close(found, expected, atol=ATOL):
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=0, atol=atol)
+
+
+def two_roundings(inputs: Inputs, dtype) -> float:
+    """How far an output can be off: products of 16-bit numbers are exact in float32, and quantized keys and values in
+    16 bits; the weights and the output are rounded once each."""
+    largest_value = max(np.nanmax(np.abs(kv[1]), initial=0) for kv in inputs.kv)  # what is never seen may be NaN
+    return float(jnp.finfo(dtype).eps) * largest_value + ATOL

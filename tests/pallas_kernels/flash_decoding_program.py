@@ -10,13 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.blockwise import Options, PagedKV
-from pallas_kernels.flash_decoding import flash_decoding, mosaic_gpu
+from pallas_kernels.flash_decoding import cudnn, flash_decoding, mosaic_gpu, xla
 from pallas_kernels.flash_decoding.config import QUANTIZED_DTYPES, Config
-from tests.pallas_kernels.cases import ATOL, Case, Inputs, assert_close, oracle
+from tests.pallas_kernels.cases import Case, Inputs, assert_close, oracle, two_roundings
 from tests.pallas_kernels.gpu_program import lower
+from tests.pallas_kernels.on_a_gpu import Launch, assert_exact, untuned
+
+KERNEL = mosaic_gpu.flash_decoding
 
 
 def slots(lengths: tuple[int, ...], queries: int = 1, **sizes) -> Case:
@@ -52,24 +54,22 @@ def interpretable(stretches: int) -> Config:
     return Config(stretches // pipelines, stages=2, pipelines=pipelines, interpretable=True)
 
 
-def run(inputs: Inputs, dtype, kv: PagedKV | None = None, **config):
-    """The case's queries, as many in every slot, through the kernel; as flat rows again."""
+def run(implementation, inputs: Inputs, dtype, kv: PagedKV | None = None, **config):
+    """The case's queries, as many in every slot; as flat rows again."""
     q, k, v, table, _, lengths = inputs.arguments(dtype)
     B, (T, N, H) = len(lengths), q.shape
     q_BQNH, options = q.reshape(B, T // B, N, H), Options(**inputs.case.options)
     kv = PagedKV(k, v) if kv is None else kv
     tree_mask, sinks = config.pop("tree_mask", inputs.tree_mask), inputs.options["sinks_N"]
-    out, lse = mosaic_gpu.flash_decoding(q_BQNH, kv, table, lengths, sinks, options, tree_mask, **config)
+    out, lse = implementation(q_BQNH, kv, table, lengths, sinks, options, tree_mask, **config)
     return out.reshape(T, N, H), lse.reshape(T, N)
 
 
 def check(inputs: Inputs, dtype, **config):
-    """Products of 16-bit numbers are exact in float32; the weights and the output are rounded once each."""
     inputs.round_to(dtype)
-    (out, lse), (exact_out, exact_lse) = run(inputs, dtype, **config), oracle(inputs)
-    largest_value = max(np.nan_to_num(np.abs(kv[1])).max(initial=0) for kv in inputs.kv)
+    (out, lse), (exact_out, exact_lse) = run(KERNEL, inputs, dtype, **config), oracle(inputs)
     assert out.dtype == dtype
-    assert_close([out], [exact_out], atol=float(jnp.finfo(dtype).eps) * largest_value + ATOL)
+    assert_close([out], [exact_out], two_roundings(inputs, dtype))
     assert_close([lse], [exact_lse])
 
 
@@ -104,23 +104,9 @@ def assert_lowers(options: dict[str, Any]) -> None:
     assert text.count("custom_call @mosaic_gpu") == 1
 
 
-def rms(x, exact) -> float:
-    return float(np.sqrt(np.mean((np.asarray(x, np.float64) - exact) ** 2)))
-
-
-def assert_exact_on_a_gpu(inputs: Inputs, dtype, kv: PagedKV | None = None) -> None:
-    """As exact as 16 bits allow, and the same twice.
-
-    XLA is no measure for one query: it fuses the second product and leaves out the rounding of the weights.
-    """
-    out, lse = run(inputs, dtype, kv)
-    exact_out, exact_lse = oracle(inputs)
-    assert rms(out, exact_out) <= 1.1 * rms(oracle(inputs, dtype)[0], exact_out)
-    assert_close([lse], [exact_lse], atol=1e-3)  # tanh.approx and ex2.approx: 2^-11 and 2^-22 of scores up to soft_cap
-    assert_the_same((out, lse), run(inputs, dtype, kv))
-
-
-def assert_the_same(found, expected) -> None:
-    """Bit for bit."""
-    for x, y in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(x, y)
+def assert_exact_on_a_gpu(launch: Launch) -> None:
+    """As exact as XLA; where one row alone reads the keys, as cuDNN: XLA has no matmul then, and does not round the
+    weights."""
+    alone = launch.case.g * launch.case.queries[0] == 1
+    peer = cudnn.flash_decoding if alone else untuned(xla.flash_decoding)
+    assert_exact(launch, run, KERNEL, peer, beside_rounding=launch.kv_dtype is not None)

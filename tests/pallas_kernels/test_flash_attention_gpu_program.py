@@ -13,7 +13,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 
@@ -22,6 +21,7 @@ from pallas_kernels.flash_attention import flash_attention, mosaic_gpu, xla
 from pallas_kernels.flash_attention.config import (
     HEAD_SIZES,
     MAX_SHARED_BYTES,
+    QUANTIZED_DTYPES,
     Config,
     candidates,
     choose,
@@ -29,8 +29,9 @@ from pallas_kernels.flash_attention.config import (
     scratch,
     shared_bytes,
 )
-from tests.pallas_kernels.cases import ATOL, Case, Inputs, assert_close, oracle
+from tests.pallas_kernels.cases import ATOL, Case, Inputs, assert_close, oracle, two_roundings
 from tests.pallas_kernels.gpu_program import interpreted, lower
+from tests.pallas_kernels.on_a_gpu import LSE_ATOL, Launch, assert_exact, launches, untuned
 
 # Two blocks share the work, so that a block takes more than one item and its barriers go round more than once.
 INTERPRETED = Config(block_kv=64, blocks=2, interpretable=True)
@@ -47,19 +48,18 @@ CASES = {
 }
 
 
-def run(implementation, inputs: Inputs, dtype, **config):
+def run(implementation, inputs: Inputs, dtype, kv: PagedKV | None = None, **config):
     q, k, v, table, cu_q, lengths = inputs.arguments(dtype)
-    options = Options(**inputs.case.options)
-    return implementation(q, PagedKV(k, v), table, cu_q, lengths, inputs.options["sinks_N"], options, **config)
+    kv, options = PagedKV(k, v) if kv is None else kv, Options(**inputs.case.options)
+    return implementation(q, kv, table, cu_q, lengths, inputs.options["sinks_N"], options, **config)
 
 
-def check(inputs: Inputs, dtype, **config):
-    """Products of 16-bit numbers are exact in float32; the weights and the output are rounded once each."""
-    inputs.round_to(dtype)
-    (out, lse), (exact_out, exact_lse) = run(mosaic_gpu.flash_attention, inputs, dtype, **config), oracle(inputs)
-    largest_value = max(np.abs(kv[1]).max(initial=0) for kv in inputs.kv)
-    assert out.dtype == dtype
-    assert_close([out], [exact_out], atol=float(jnp.finfo(dtype).eps) * largest_value + ATOL)
+def check(launch: Launch, **config):
+    inputs, kv = launch.arrays()
+    out, lse = run(mosaic_gpu.flash_attention, inputs, launch.dtype, kv, **config)
+    exact_out, exact_lse = oracle(inputs)
+    assert out.dtype == launch.dtype
+    assert_close([out], [exact_out], two_roundings(inputs, launch.dtype))
     assert_close([lse], [exact_lse])
 
 
@@ -67,7 +67,7 @@ def check(inputs: Inputs, dtype, **config):
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernel_is_the_float64_loop(name):
     with interpreted():
-        check(Inputs(replace(CASES[name], head_size=64)), jnp.bfloat16, config=INTERPRETED)
+        check(Launch(replace(CASES[name], head_size=64), jnp.bfloat16), config=INTERPRETED)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -77,8 +77,8 @@ def test_interpreted_kernel_is_the_float64_loop(name):
 def test_keys_in_parts(name, splits):
     """Some parts are empty, and some rows see nothing in a part that others see."""
     with interpreted():
-        inputs = Inputs(replace(CASES[name], head_size=64))
-        check(inputs, jnp.bfloat16, config=replace(INTERPRETED, splits=splits))
+        launch = Launch(replace(CASES[name], head_size=64), jnp.bfloat16)
+        check(launch, config=replace(INTERPRETED, splits=splits))
 
 
 @pytest.mark.parametrize(
@@ -103,22 +103,7 @@ def test_few_queries_before_long_contexts_fill_the_multiprocessors(tokens, heads
 def test_interpreted_kernel_with_the_sizes_of_a_gpu():
     case = Case((270, 9), (67, 9), g=1, page_size=32, kv_heads=1, head_size=128)
     with interpreted():
-        check(Inputs(case), jnp.float16, config=Config(blocks=2, interpretable=True))
-
-
-def check_quantized(inputs: Inputs, dtype, kv_dtype, **config):
-    """A quantized key or value is exact in 16 bits, and its scale multiplies float32."""
-    (k, v), (k_scales, v_scales) = inputs.quantize(kv_dtype)
-    inputs.q = inputs.q.astype(dtype).astype(np.float32)
-    q, _, _, table, cu_q, lengths = inputs.arguments(dtype)
-    options, sinks = Options(**inputs.case.options), inputs.options["sinks_N"]
-    out, lse = mosaic_gpu.flash_attention(
-        q, PagedKV(k, v, k_scales, v_scales), table, cu_q, lengths, sinks, options, **config
-    )
-    exact_out, exact_lse = oracle(inputs)
-    largest_value = max(np.nanmax(np.abs(kv[1]), initial=0) for kv in inputs.kv)  # what is never seen is NaN
-    assert_close([out], [exact_out], atol=float(jnp.finfo(dtype).eps) * largest_value + ATOL)
-    assert_close([lse], [exact_lse])
+        check(Launch(case, jnp.float16), config=Config(blocks=2, interpretable=True))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -134,7 +119,7 @@ def check_quantized(inputs: Inputs, dtype, kv_dtype, **config):
 def test_interpreted_quantized_pages(kv_dtype, dtype, head_size):
     case = Case((150, 30), (70, 30), g=1, page_size=32, kv_heads=1, head_size=head_size, window=60, soft_cap=3.0)
     with interpreted():
-        check_quantized(Inputs(case), dtype, kv_dtype, config=INTERPRETED)
+        check(Launch(case, dtype, kv_dtype), config=INTERPRETED)
 
 
 PLAIN = {"scale": 0.1}
@@ -251,27 +236,41 @@ def test_a_config_that_cannot_be_names_what_is_wrong(size):
         Config(**size)
 
 
-# Every pair of head size, group, page size, dtype and option occurs; lengths around pages and primes.
+# test_gpu_cases.py says what is covered together. Each comes in bfloat16 and float16 by turns.
 ON_A_GPU = {
-    "edges of pages of 16": (Case((0, 1, 15, 16, 17, 257), (0, 1, 15, 16, 17, 257), g=1, page_size=16), 64),
-    "edges of pages of 64": (Case((63, 64, 65, 1009), (63, 64, 65, 499), g=2, page_size=64, sinks=True), 128),
-    "edges of pages of 128": (Case((127, 128, 129), (127, 1, 129), g=3, page_size=128, window=31, soft_cap=9.0), 256),
-    "primes": (Case((1009, 499, 2), (1009, 7, 2), g=4, page_size=32, soft_cap=30.0), 64),
-    "window of one key": (Case((300, 77), (300, 77), g=5, page_size=32, window=1, sinks=True), 128),
-    "window over blocks": (Case((1500, 333), (700, 20), g=7, page_size=16, window=301), 128),
-    "eight heads a group": (Case((700, 300), (300, 300), g=8, page_size=64, window=128, sinks=True), 64),
-    "twelve heads a group": (Case((611,), (611,), g=12, page_size=128, kv_heads=1, sinks=True, soft_cap=5.0), 256),
-    "many heads": (Case((401,), (150,), g=32, page_size=32, kv_heads=1, window=200), 256),
-    "71 heads": (Case((401,), (150,), g=71, page_size=16, kv_heads=1), 64),
-    "a long context": (Case((131_072,), (64,), g=4, page_size=64, kv_heads=1), 128),
-    "more queries than keys": (Case((3, 0, 12), (5, 2, 12), g=4, page_size=16, sinks=True), 128),
-    "heads of 96": (Case((1009, 65, 64, 7, 2), (499, 65, 64, 7, 1), g=3, page_size=16, sinks=True), 96),
-    "heads of 96, a window": (Case((1500, 333), (700, 20), g=1, page_size=64, window=301), 96),
+    "edges of pages of 16": Case((0, 1, 15, 16, 17, 257), (0, 1, 15, 16, 17, 257), g=1, page_size=16, head_size=64),
+    "edges of pages of 64": Case((63, 64, 65, 1009), (63, 64, 65, 499), g=2, page_size=64, sinks=True, head_size=128),
+    "edges of pages of 128": Case(
+        (127, 128, 129), (127, 1, 129), g=3, page_size=128, window=31, soft_cap=9.0, head_size=256
+    ),
+    "primes": Case((1009, 499, 2), (1009, 7, 2), g=4, page_size=32, soft_cap=30.0, head_size=64),
+    "window of one key": Case((300, 77), (300, 77), g=5, page_size=32, window=1, sinks=True, head_size=128),
+    "window over blocks": Case((1500, 333), (700, 20), g=7, page_size=16, window=301, head_size=128),
+    "eight heads a group": Case((700, 300), (300, 300), g=8, page_size=64, window=128, sinks=True, head_size=64),
+    "twelve heads a group": Case(
+        (611,), (611,), g=12, page_size=128, kv_heads=1, sinks=True, soft_cap=5.0, head_size=256
+    ),
+    "many heads": Case((401,), (150,), g=32, page_size=32, kv_heads=1, window=200, head_size=256),
+    "71 heads": Case((401,), (150,), g=71, page_size=16, kv_heads=1, head_size=64),
+    "a long context": Case((131_072,), (64,), g=4, page_size=64, kv_heads=1, head_size=128),
+    "more queries than keys": Case((3, 0, 12), (5, 2, 12), g=4, page_size=16, sinks=True, head_size=128),
+    "heads of 96": Case((1009, 65, 64, 7, 2), (499, 65, 64, 7, 1), g=3, page_size=16, sinks=True, head_size=96),
+    "heads of 96, a window": Case((1500, 333), (700, 20), g=1, page_size=64, window=301, head_size=96),
+    "split keys, soft cap": Case((9001, 300), (40, 30), g=4, page_size=128, soft_cap=30.0, window=5000, head_size=128),
+    "split keys, sinks": Case((9001, 33, 32, 31), (40, 32, 32, 31), g=2, page_size=32, sinks=True, head_size=96),
+    "heads of 96, soft cap": Case((600, 77), (300, 77), g=2, page_size=16, soft_cap=9.0, head_size=96),
+    "heads of 96, pages of 128": Case((600, 77), (300, 77), g=3, page_size=128, head_size=96),
+    "heads of 256, soft cap": Case((600, 77), (300, 77), g=2, page_size=64, soft_cap=30.0, head_size=256),
 }
-
-
-def rms(x, exact) -> float:
-    return float(np.sqrt(np.mean((np.asarray(x, np.float64) - exact) ** 2)))
+QUANTIZED_ON_A_GPU = {
+    "pages of 128, soft cap": Case((1009, 127, 3), (300, 127, 3), g=4, page_size=128, soft_cap=30.0, head_size=64),
+    "split keys in pages of 32": Case((5009, 64, 3), (99, 64, 3), g=4, page_size=32, sinks=True, head_size=96),
+    "pages of 64, a window": Case((1500, 64, 3), (499, 64, 3), g=4, page_size=64, window=700, head_size=128),
+    "split keys, a window": Case(
+        (5009, 64, 3), (199, 64, 3), g=4, page_size=16, window=1300, sinks=True, head_size=256
+    ),
+}
+LAUNCHES = launches(ON_A_GPU) | launches(QUANTIZED_ON_A_GPU, QUANTIZED_DTYPES)
 
 
 @pytest.mark.parametrize("slow", [1, 2])
@@ -286,29 +285,19 @@ def test_a_slow_consumer_misses_no_signal(monkeypatch, slow):
 
     monkeypatch.setattr(shared_memory.Barrier, "wait", wait)
     with interpreted():
-        check(Inputs(replace(CASES["window shorter than a page"], head_size=64)), jnp.bfloat16, config=INTERPRETED)
+        check(Launch(replace(CASES["window shorter than a page"], head_size=64), jnp.bfloat16), config=INTERPRETED)
+
+
+@pytest.mark.parametrize("name", [name for name in LAUNCHES if "split keys" in name])
+def test_keys_are_split_on_a_gpu(name):
+    case, dtype, _ = LAUNCHES[name]
+    q_TNH = jax.ShapeDtypeStruct((case.tokens, case.kv_heads * case.g, case.head_size), dtype)
+    assert for_few_queries(Config(), q_TNH, case.columns * case.page_size, multiprocessors=132).splits > 1
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ON_A_GPU)
+@pytest.mark.parametrize("name", LAUNCHES)
 def test_on_a_gpu_as_exact_as_xla_and_the_same_twice(name):
-    case, head_size = ON_A_GPU[name]
-    dtype = (jnp.bfloat16, jnp.float16)[list(ON_A_GPU).index(name) % 2]
-    inputs = Inputs(replace(case, head_size=head_size))
-    inputs.round_to(dtype)
-    out, lse = run(mosaic_gpu.flash_attention, inputs, dtype)
-    exact_out, exact_lse = oracle(inputs)
-    assert rms(out, exact_out) <= 1.1 * rms(run(xla.flash_attention, inputs, dtype)[0], exact_out)
-    assert_close([lse], [exact_lse], atol=1e-3)  # tanh.approx and ex2.approx: 2^-11 and 2^-22 of scores up to soft_cap
-    np.testing.assert_array_equal(out[inputs.cu_q[-1] :], 0)
-    again = run(mosaic_gpu.flash_attention, inputs, dtype)
-    np.testing.assert_array_equal(out, again[0])
-    np.testing.assert_array_equal(lse, again[1])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn"])
-@pytest.mark.parametrize("head_size", HEAD_SIZES)
-def test_quantized_pages_on_a_gpu(kv_dtype, head_size):
-    case = Case((5009, 64, 3), (499, 64, 3), g=4, page_size=16, window=1300, sinks=True, head_size=head_size)
-    check_quantized(Inputs(case), (jnp.bfloat16, jnp.float16)[HEAD_SIZES.index(head_size) % 2], kv_dtype)
+    launch = LAUNCHES[name]
+    lse_atol = LSE_ATOL if launch.kv_dtype is None or launch.case.soft_cap else ATOL
+    assert_exact(launch, run, mosaic_gpu.flash_attention, untuned(xla.flash_attention), lse_atol=lse_atol)

@@ -15,7 +15,6 @@ from tests.pallas_kernels.flash_decoding_program import (
     CAUSAL,
     assert_exact_on_a_gpu,
     assert_lowers,
-    assert_the_same,
     check,
     interpretable,
     program,
@@ -23,6 +22,7 @@ from tests.pallas_kernels.flash_decoding_program import (
     slots,
 )
 from tests.pallas_kernels.gpu_program import interpreted
+from tests.pallas_kernels.on_a_gpu import assert_the_same, launches
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NaN of unused slots in the interpreter's numpy
@@ -103,7 +103,7 @@ def test_a_config_that_cannot_be_names_what_is_wrong(sizes, message):
         Config(**{"ctas": 4, "stages": 4} | sizes)
 
 
-# Every page size, group, head size, dtype and option; lengths around pages, primes, and one of 131,072.
+# test_gpu_cases.py says what is covered together. Each comes in bfloat16 and float16 by turns.
 ON_A_GPU = {
     "edges of pages of 16": slots((0, 1, 15, 16, 17, 257), g=1, page_size=16),
     "edges of pages of 64": slots((63, 64, 65, 1009, 0, 2), 4, g=2, head_size=128, sinks=True),
@@ -121,21 +121,25 @@ ON_A_GPU = {
     "heads of 96, a window": slots((1500, 333, 8000), g=1, head_size=96, window=301),
     "mostly empty slots": slots((0,) * 20 + (700,) + (0,) * 11 + (65, 3) + (0,) * 300, g=4, head_size=128, sinks=True),
     "very different lengths": slots((1, 32_768, 128, 7000, 64, 0, 513, 2048), g=4, head_size=128, kv_heads=1),
+    "sinks and soft cap": slots((1009, 0, 333), 2, g=4, window=300, sinks=True, soft_cap=30.0),
+    "sinks, pages of 128": slots((1009, 127, 3), g=4, page_size=128, sinks=True),
+    "heads of 96, soft cap": slots((1009, 0, 333), g=4, head_size=96, page_size=16, soft_cap=30.0),
+    "heads of 256, sinks": slots((1009, 16, 333), 3, g=2, head_size=256, page_size=16, sinks=True),
 }  # fmt: skip
+LAUNCHES = launches(ON_A_GPU)
+SHARED = slots((1009, 499, 2, 8191), g=4, head_size=128)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ON_A_GPU)
-def test_on_a_gpu_as_exact_as_16_bits_allow_and_the_same_twice(name):
-    inputs, dtype = Inputs(ON_A_GPU[name]), (jnp.bfloat16, jnp.float16)[list(ON_A_GPU).index(name) % 2]
-    inputs.round_to(dtype)
-    assert_exact_on_a_gpu(inputs, dtype)
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_on_a_gpu_as_exact_as_others_and_the_same_twice(name):
+    assert_exact_on_a_gpu(LAUNCHES[name])
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_calls_share_a_schedule():
     """Units are cut between CTAs, whose tickets every call has to leave as it found them."""
-    inputs = Inputs(slots((1009, 499, 2, 8191), g=4, head_size=128))
+    inputs = Inputs(SHARED)
     q, k, v, table, _, lengths = inputs.arguments(jnp.bfloat16)
 
     @partial(jax.jit, static_argnames="shared")

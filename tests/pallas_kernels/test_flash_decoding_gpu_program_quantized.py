@@ -8,9 +8,10 @@ from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT, TiledLayo
 from pallas_kernels.blockwise import PagedKV
 from pallas_kernels.flash_decoding import quantized
 from pallas_kernels.flash_decoding.config import HEAD_SIZES, QUANTIZED_DTYPES, TILE_KEYS
-from tests.pallas_kernels.cases import ATOL, Inputs, assert_close, oracle
+from tests.pallas_kernels.cases import ATOL, Inputs, assert_close, oracle, quantized_pages
 from tests.pallas_kernels.flash_decoding_program import (
     CAUSAL,
+    KERNEL,
     TREES,
     assert_exact_on_a_gpu,
     assert_lowers,
@@ -19,19 +20,13 @@ from tests.pallas_kernels.flash_decoding_program import (
     slots,
 )
 from tests.pallas_kernels.gpu_program import interpreted
-
-
-def quantized_pages(inputs: Inputs, dtype, kv_dtype) -> PagedKV:
-    """The case's pages in 8 bits; the oracle sees the queries as `dtype`, and the keys that those bits mean."""
-    inputs.q = inputs.q.astype(dtype).astype(np.float32)
-    (k, v), (k_scales, v_scales) = inputs.quantize(kv_dtype)
-    return PagedKV(k, v, k_scales, v_scales)
+from tests.pallas_kernels.on_a_gpu import launches
 
 
 def check_quantized(inputs: Inputs, dtype, kv_dtype, **config):
     """8 bits and queries are exact in float16; a scale multiplies float32, the weights are rounded to float16."""
     kv = quantized_pages(inputs, dtype, kv_dtype)
-    (out, lse), (exact_out, exact_lse) = run(inputs, dtype, kv, **config), oracle(inputs)
+    (out, lse), (exact_out, exact_lse) = run(KERNEL, inputs, dtype, kv, **config), oracle(inputs)
     largest_value = max(np.nanmax(np.abs(x[1]), initial=0) for x in inputs.kv)  # what is never seen is NaN
     # Each of half an eps: of outputs, of weights.
     rounding = float(jnp.finfo(dtype).eps) + float(jnp.finfo(jnp.float16).eps)
@@ -78,7 +73,7 @@ def test_scales_of_any_size_are_no_danger_to_float16():
     with interpreted():
         config = interpretable(2)
         kv = PagedKV(kv.k_PSKH, kv.v_PSKH, kv.k_scales_PKS, v_scales)
-        out, lse = run(inputs, jnp.bfloat16, kv, config=config)
+        out, lse = run(KERNEL, inputs, jnp.bfloat16, kv, config=config)
     np.testing.assert_allclose(np.asarray(out, np.float64), exact_out, rtol=0, atol=0.01 * np.abs(exact_out).max())
     assert_close([lse], [exact_lse])
 
@@ -181,22 +176,22 @@ ON_A_GPU = {
     "edges of pages of 8": slots((0, 1, 7, 8, 9, 257), g=1, page_size=8),
     "edges of pages of 64": slots((63, 64, 65, 1009, 0, 2), 4, g=2, head_size=128, sinks=True),
     "edges of pages of 128": slots((127, 128, 129), 2, g=3, head_size=256, page_size=128, window=31, soft_cap=9.0),
-    "heads of 96": slots((1009, 499, 2, 8191), g=4, head_size=96, page_size=16),
+    "heads of 96": slots((1009, 499, 2, 8191), g=4, head_size=96, page_size=32),
     "a window over tiles": slots((1500, 333, 8000), 3, g=7, head_size=128, page_size=16, window=301),
     "lookahead": slots((401, 1500), 120, g=4, head_size=128, kv_heads=1, page_size=32),
     "trees": slots((1009, 7, 64, 130, 0, 700), 8, g=4, head_size=128, page_size=16, tree=True),
     "trees, a window and sinks": slots((333, 1500, 65), 33, g=8, window=128, sinks=True, kv_heads=1, tree=True),
     "many rows of wide heads": slots((401, 64), 16, g=4, head_size=256, kv_heads=1),
     "a long context": slots((131_072,), g=4, head_size=128, kv_heads=1),
-    "very different lengths": slots((1, 32_768, 128, 7000, 64, 0, 513, 2048), g=4, head_size=128, kv_heads=1),
+    "very different lengths": slots(
+        (1, 32_768, 128, 7000, 64, 0, 513, 2048), g=4, head_size=128, kv_heads=1, page_size=128
+    ),
 }  # fmt: skip
+LAUNCHES = launches(ON_A_GPU, QUANTIZED_DTYPES)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ON_A_GPU)
-@pytest.mark.parametrize("kv_dtype", QUANTIZED_DTYPES)
-def test_quantized_pages_on_a_gpu(name, kv_dtype):
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_quantized_pages_on_a_gpu(name):
     """The weights are rounded to float16, whatever the dtype of the queries."""
-    inputs, dtype = Inputs(ON_A_GPU[name]), (jnp.bfloat16, jnp.float16)[list(ON_A_GPU).index(name) % 2]
-    kv = quantized_pages(inputs, dtype, kv_dtype)
-    assert_exact_on_a_gpu(inputs, dtype, kv)
+    assert_exact_on_a_gpu(LAUNCHES[name])

@@ -8,16 +8,17 @@ import pytest
 from pallas_kernels.flash_decoding import pack_tree_mask
 from tests.pallas_kernels.cases import Inputs
 from tests.pallas_kernels.flash_decoding_program import (
+    KERNEL,
     TREES,
     assert_exact_on_a_gpu,
     assert_lowers,
-    assert_the_same,
     check,
     interpretable,
     run,
     slots,
 )
 from tests.pallas_kernels.gpu_program import interpreted
+from tests.pallas_kernels.on_a_gpu import assert_the_same, launches
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NaN of unused slots in the interpreter's numpy
@@ -39,7 +40,7 @@ def test_causal_bits_are_the_causal_mask():
     config = interpretable(2)
     with interpreted():
         with_bits, without = (
-            run(inputs, jnp.bfloat16, config=config, tree_mask=bits) for bits in (causal_bits(3, 5), None)
+            run(KERNEL, inputs, jnp.bfloat16, config=config, tree_mask=bits) for bits in (causal_bits(3, 5), None)
         )
     assert_the_same(with_bits, without)
 
@@ -68,24 +69,26 @@ ON_A_GPU = {
     "trees": slots((1009, 7, 64, 130, 0, 700), 8, g=4, head_size=128, page_size=16, tree=True),
     "trees, a window and sinks": slots((333, 1500, 65), 33, g=8, window=128, sinks=True, kv_heads=1, tree=True),
     "trees of 128 and a short window": slots((1009, 200), 128, g=2, head_size=256, kv_heads=1, window=9, tree=True),
+    "trees, heads of 96, pages of 128": slots((1009, 129, 7), 8, g=3, head_size=96, page_size=128, tree=True),
+    "trees, soft cap": slots((1009, 31, 32, 33), 8, g=2, head_size=256, page_size=32, soft_cap=30.0, tree=True),
 }  # fmt: skip
+LAUNCHES = launches(ON_A_GPU)
+CAUSAL_BITS = {window: slots((1009, 66, 3, 640), 33, g=4, head_size=128, window=window) for window in (None, 3, 100)}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ON_A_GPU)
-def test_on_a_gpu_as_exact_as_16_bits_allow_and_the_same_twice(name):
-    inputs, dtype = Inputs(ON_A_GPU[name]), (jnp.bfloat16, jnp.float16)[list(ON_A_GPU).index(name) % 2]
-    inputs.round_to(dtype)
-    assert_exact_on_a_gpu(inputs, dtype)
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_on_a_gpu_as_exact_as_others_and_the_same_twice(name):
+    assert_exact_on_a_gpu(LAUNCHES[name])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("window", [None, 3, 100])
+@pytest.mark.parametrize("window", CAUSAL_BITS)
 def test_on_a_gpu_causal_bits_are_the_causal_mask(window):
     """But for the last bit here and there: in two programs the compiler fuses other products with sums."""
-    inputs = Inputs(slots((1009, 66, 3, 640), 33, g=4, head_size=128, window=window))
+    inputs = Inputs(CAUSAL_BITS[window])
     (out, lse), (expected, expected_lse) = (
-        [np.asarray(x, np.float32) for x in run(inputs, jnp.bfloat16, tree_mask=bits)]
+        [np.asarray(x, np.float32) for x in run(KERNEL, inputs, jnp.bfloat16, tree_mask=bits)]
         for bits in (causal_bits(4, 33), None)
     )
     rounding = 1e-6  # of what is of size one in float32, before it is rounded to bfloat16
