@@ -25,6 +25,7 @@ class SlotState:
         active_B: whether the slot decodes: its prompt is in the cache and its output has not ended.
         tables: page table of every cache group, [B, J].
         sampling: what the sampler keeps.
+        text_BT: tokens of the prompt and the output, each at its position; of length 0 where nobody reads them.
     """
 
     token_B: jax.Array
@@ -34,6 +35,7 @@ class SlotState:
     active_B: jax.Array
     tables: tuple[jax.Array, ...]
     sampling: SamplingState
+    text_BT: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -48,6 +50,7 @@ class Admission:
         sampling: from `sampling.pack`.
         prompt_T, output_T: tokens of the prompt and of the output so far, padded with -1; the sampler's penalties
             read them.
+        text_T: the tokens of both together, padded with zeros; of length 0 where nobody reads them.
     """
 
     tables: tuple[np.ndarray, ...]
@@ -56,10 +59,15 @@ class Admission:
     sampling: dict[str, np.ndarray]
     prompt_T: np.ndarray
     output_T: np.ndarray
+    text_T: np.ndarray
 
 
-def empty_slots(slots: int, groups: int, pages_per_row: int, vocab: int) -> SlotState:
-    """No request anywhere. Filled on the host, so that nothing is compiled; no two arrays share memory."""
+def empty_slots(slots: int, groups: int, pages_per_row: int, vocab: int, text: int = 0) -> SlotState:
+    """No request anywhere. Filled on the host, so that nothing is compiled; no two arrays share memory.
+
+    Args:
+        text: tokens that are kept of each slot.
+    """
     zeros = lambda *shape: jnp.asarray(np.zeros(shape, np.int32))  # noqa: E731
     return SlotState(
         token_B=zeros(slots),
@@ -69,6 +77,7 @@ def empty_slots(slots: int, groups: int, pages_per_row: int, vocab: int) -> Slot
         active_B=jnp.asarray(np.zeros(slots, np.bool_)),
         tables=tuple(zeros(slots, pages_per_row) for _ in range(groups)),
         sampling=sampling.empty(slots, vocab),
+        text_BT=zeros(slots, text),
     )
 
 
@@ -84,6 +93,7 @@ def admit(state: SlotState, slot: jax.Array, row: Admission) -> SlotState:
         sampling=sampling.install(
             state.sampling, slot, row.sampling, jnp.asarray(row.prompt_T), jnp.asarray(row.output_T)
         ),
+        text_BT=state.text_BT.at[slot].set(row.text_T),
     )
 
 
@@ -138,6 +148,7 @@ def put_back(
         index_B=put(state.index_B, own.index_B),
         active_B=put(state.active_B, own.active_B),
         sampling=replace(state.sampling, counts_BV=counts_BV),
+        text_BT=put(state.text_BT, own.text_BT),
     )
 
 
@@ -153,6 +164,7 @@ def advance(state: SlotState, sampled: Sampled, emits_B: jax.Array, lengths_B: j
     stops_B = (state.sampling.stop_ids_BZ == sampled.tokens_W[:, None]).any(axis=1)
     ended_B = stops_B | (index_B >= state.max_tokens_B)
     token_B = jnp.where(emits_B, sampled.tokens_W, state.token_B)
+    slot_B, place_B = jnp.arange(len(token_B), dtype=jnp.int32), jnp.where(emits_B, lengths_B, state.text_BT.shape[1])
     return replace(
         state,
         token_B=token_B,
@@ -160,4 +172,5 @@ def advance(state: SlotState, sampled: Sampled, emits_B: jax.Array, lengths_B: j
         index_B=jnp.where(emits_B, index_B, state.index_B),
         active_B=jnp.where(emits_B, ~ended_B, state.active_B),
         sampling=sampling.count(state.sampling, token_B, emits_B),
+        text_BT=state.text_BT.at[slot_B, place_B].set(token_B, mode="drop"),
     )

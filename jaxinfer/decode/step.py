@@ -27,6 +27,7 @@ from jaxinfer.decode.prompt_logprobs import PromptLogprobs, prompt_logprobs
 from jaxinfer.decode.sampling import Needs, Sampled
 from jaxinfer.decode.sampling_params import MAX_LOGPROBS, SamplingParams
 from jaxinfer.decode.slots import Admission, SlotState
+from jaxinfer.decode.speculative import Speculation, verify
 from jaxinfer.model import Model, Params
 
 Cache = tuple[Pages, ...]
@@ -42,6 +43,7 @@ class StepOutput:
 
     Attributes:
         sampled: the choice for every step (leading axis n) and row: a slot, or in a loop of some slots one of these.
+            With speculation a step has k + 1 places on that axis, one for each token that it may bring.
         emits_nW: rows whose token counts.
         prompt: log-probabilities of each row's next token in tiles of `SCORED`; empty where nobody asked for them.
     """
@@ -63,6 +65,7 @@ class Layout:
         cache_dtype: of keys and values, one of `jaxinfer.cache.CACHE_DTYPES`.
         attention: the implementation of attention, by its name in `pallas_kernels`; by default chosen by hardware
             and input.
+        speculation: what loops of decode steps propose; None for plain decoding.
     """
 
     slots: int
@@ -71,10 +74,22 @@ class Layout:
     max_tokens: int
     cache_dtype: str
     attention: str = "auto"
+    speculation: Speculation | None = None
+
+    @property
+    def drafts(self) -> int:
+        """Tokens that a decode step proposes for each slot."""
+        return 0 if self.speculation is None else self.speculation.num_speculative_tokens
 
     @property
     def pages_per_row(self) -> int:
-        return -(-self.max_tokens // self.page_size)
+        """With room for what is proposed after the last token."""
+        return -(-(self.max_tokens + self.drafts) // self.page_size)
+
+    @property
+    def text(self) -> int:
+        """Tokens that are kept of each slot."""
+        return 0 if self.speculation is None else self.max_tokens
 
 
 class Programs:
@@ -99,7 +114,9 @@ class Programs:
     def new_state(self) -> tuple[SlotState, Cache]:
         """No request, and an empty cache; sharded as programs give them back, so that one compilation serves both."""
         model, layout = self.model, self.layout
-        empty = slots.empty_slots(layout.slots, len(layout.num_pages), layout.pages_per_row, model.config.vocab_size)
+        empty = slots.empty_slots(
+            layout.slots, len(layout.num_pages), layout.pages_per_row, model.config.vocab_size, layout.text
+        )
         whole = jax.tree.map(lambda array: NamedSharding(model.mesh, P(*[None] * array.ndim)), empty)
         state = jax.device_put(empty, whole)
         groups = tuple(model.config.group(layer) for layer in range(model.config.num_layers))
@@ -165,7 +182,7 @@ class Programs:
         Args:
             params: the request's parameters, valid for the model.
             pages: the request's pages in each cache group, in order, as far as they are known.
-            prompt_ids: the prompt, which only the repetition penalty reads.
+            prompt_ids: the prompt, which only the repetition penalty and speculation read.
             eos_ids, seed: see `sampling.pack`.
             output_ids: tokens of an output that goes on.
         """
@@ -179,6 +196,9 @@ class Programs:
             row[: len(ids)] = ids
             return row
 
+        text_T = np.zeros(self.layout.text, np.int32)
+        if self.layout.text:
+            text_T[: len(prompt_ids) + len(output_ids)] = [*prompt_ids, *output_ids]
         return Admission(
             tables=tuple(np.pad(np.asarray(group, np.int32), (0, width - len(group))) for group in pages),
             index=np.asarray(len(output_ids), np.int32),
@@ -186,6 +206,7 @@ class Programs:
             sampling=sampling.pack(params, eos_ids, seed),
             prompt_T=tokens(prompt_ids if reads_prompt else ()),
             output_T=tokens(output_ids if wide else ()),
+            text_T=text_T,
         )
 
     def admit(self, state: SlotState, slot: int, row: Admission) -> SlotState:
@@ -236,13 +257,16 @@ class Programs:
 
         def body(carry, _):
             state, cache = carry
-            batch, rows = make_rectangle(state, self.layout.page_size)
+            drafts_Bk = self._propose(state)
+            batch, rows = make_rectangle(state, self.layout.page_size, drafts_Bk)
             cache, logits_WV, _ = self._run(params, cache, batch, rows)
-            state, sampled = self._draw(state, logits_WV, rows, needs)
-            return (state, cache), (sampled, rows.emits_W)
+            state, *brought = self._verify(state, logits_WV, drafts_Bk, needs)
+            return (state, cache), tuple(brought)
 
         own = slots.taken(state, slots_B) if some else state
-        (own, cache), (sampled, emits_nW) = jax.lax.scan(body, (own, cache), length=steps)
+        (own, cache), brought = jax.lax.scan(body, (own, cache), length=steps)
+        places = steps * (1 + self.layout.drafts)
+        sampled, emits_nW = jax.tree.map(lambda x_nQW: x_nQW.reshape(places, *x_nQW.shape[2:]), brought)
         state = slots.put_back(state, slots_B, own, sampled.tokens_W, emits_nW) if some else own
         return state, cache, StepOutput(sampled, emits_nW, ())
 
@@ -264,6 +288,18 @@ class Programs:
             batch = batch.scheduled(*self._heads(), self.model.config.windows, self.layout.attention)
         hidden_TD, _, cache = self.model.forward(params, batch, cache)
         return cache, self.model.logits(params, hidden_TD[rows.tokens_W]), hidden_TD
+
+    @jax.named_scope("speculation")
+    def _propose(self, state: SlotState) -> jax.Array:
+        """What may follow the newest token of each slot, [B, k]."""
+        if self.layout.speculation is None:
+            return jnp.zeros((len(state.token_B), 0), jnp.int32)
+        return self.layout.speculation.propose(state)
+
+    @jax.named_scope("sampling")
+    def _verify(self, state: SlotState, logits_WV: jax.Array, drafts_Bk: jax.Array, needs: Needs):
+        """The sampler's part of a step without prompts; see `verify`."""
+        return verify(state, jax.sharding.reshard(logits_WV, P(None, None)), drafts_Bk, needs)
 
     @jax.named_scope("sampling")
     def _draw(self, state: SlotState, logits_WV: jax.Array, rows: Rows, needs: Needs) -> tuple[SlotState, Sampled]:

@@ -25,7 +25,7 @@ from jaxinfer.engine.commit import join_tiles, keep_prompt_logprobs, read_row
 from jaxinfer.engine.constraints import Constrain, Constraints
 from jaxinfer.engine.memory import make_layout
 from jaxinfer.engine.metrics import Counters, Metrics, WarmUp
-from jaxinfer.engine.options import Options
+from jaxinfer.engine.options import IN_FLIGHT, Options
 from jaxinfer.engine.request import Request, Update
 from jaxinfer.engine.runner import Masks, Runner
 from jaxinfer.engine.scheduler import Plan, Scheduler
@@ -35,7 +35,6 @@ from jaxinfer.engine.warm_up import WARM, Progress, make_ready, warm_programs
 from jaxinfer.model import Model, Params
 
 logger = logging.getLogger(__name__)
-IN_FLIGHT = 2  # steps dispatched before the oldest is read
 
 
 @dataclass(frozen=True)
@@ -255,6 +254,8 @@ class Engine:
         output = jax.tree.map(np.asarray, work.output)
         for sequence in (*work.plan.decoding, *(chunk.sequence for chunk in work.plan.chunks)):
             sequence.in_flight -= 1
+        for sequence in work.plan.decoding:
+            sequence.proposed -= work.plan.steps * work.plan.drafts
         if output.prompt:
             scored, first = join_tiles(output.prompt), len(work.plan.decoding)
             for chunk in work.plan.chunks:
@@ -263,7 +264,7 @@ class Engine:
                         keep_prompt_logprobs(chunk, first, scored)
                 first += chunk.tokens
         for row, sequence in work.drawing:
-            if not sequence.finished and (update := self._commit_row(output, row, sequence)) is not None:
+            if not sequence.finished and (update := self._commit_row(work.plan, output, row, sequence)) is not None:
                 self._updates.append(update)
 
     @contextmanager
@@ -280,10 +281,13 @@ class Engine:
                 self._failed_slots.append(slot)
             self._updates.append(Update(sequence.request, (), (), None, "error"))
 
-    def _commit_row(self, output: StepOutput, row: int, sequence: Sequence) -> Update | None:
+    def _commit_row(self, plan: Plan, output: StepOutput, row: int, sequence: Sequence) -> Update | None:
         first, scored, drawn = sequence.outputs == 0, sequence.scores_prompt, None
         with self._alone(sequence):
             drawn = read_row(output, row, sequence)
+            sequence.scheduled += max(len(drawn.tokens) - plan.steps, 0)
+            if plan.drafts:
+                self.counters.count_drafts(np.asarray(output.emits_nW)[:, row].reshape(plan.steps, -1))
         sequence.check()
         if drawn is None or sequence.finished or not drawn.tokens:
             return None

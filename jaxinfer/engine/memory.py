@@ -28,7 +28,7 @@ def make_layout(model: Model, options: Options) -> Layout:
         check_pages(model, options.page_size, dtype, options.num_pages)
         num_pages = (options.num_pages,) * len(windows)
     else:
-        ahead = max(options.max_num_batched_tokens, options.steps_per_dispatch)
+        ahead = max(options.max_num_batched_tokens, options.most_ahead)
         longest = [most_pages(model.context, options.page_size, window, ahead) for window in windows]
         wanted = tuple(options.max_num_seqs * pages + 1 for pages in longest)
         num_pages = fitting_pages(model, options.page_size, dtype, wanted)
@@ -38,6 +38,7 @@ def make_layout(model: Model, options: Options) -> Layout:
         num_pages=num_pages,
         max_tokens=model.context,
         cache_dtype=dtype,
+        speculation=options.speculation,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass
 class Counters:
@@ -16,6 +18,8 @@ class Counters:
         prefix_hits: of these, tokens that were found.
         prefilled_tokens: tokens computed in chunks, those of a preempted sequence again.
         output_tokens: tokens told.
+        drafts: how often tokens were proposed to a sequence.
+        accepted: how often the first of them was right, the first two, and so on.
     """
 
     preemptions: int = 0
@@ -24,6 +28,16 @@ class Counters:
     prefix_hits: int = 0
     prefilled_tokens: int = 0
     output_tokens: int = 0
+    drafts: int = 0
+    accepted: tuple[int, ...] = ()
+
+    def count_drafts(self, emits_nQ: np.ndarray) -> None:
+        """Counts what was proposed to a sequence in n steps, by which of the draws after none, one, and so on up to
+        all of the proposed tokens counted."""
+        right_Q = emits_nQ.sum(axis=0).tolist()
+        self.drafts += right_Q[0]
+        before = self.accepted or (0,) * (len(right_Q) - 1)
+        self.accepted = tuple(old + new for old, new in zip(before, right_Q[1:], strict=True))
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,12 @@ class Metrics:
     def prefix_hit_rate(self) -> float:
         """Tokens found, of those looked for; 0 where none were."""
         return self.counters.prefix_hits / max(self.counters.prefix_queries, 1)
+
+    @property
+    def tokens_per_draft(self) -> float:
+        """Tokens of a step in which some were proposed, the model's own included; 0 where there was none."""
+        counters = self.counters
+        return 1 + sum(counters.accepted) / counters.drafts if counters.drafts else 0.0
 
     @property
     def cache_use(self) -> float:

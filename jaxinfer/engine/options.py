@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 from jaxinfer.cache import CACHE_DTYPES
+from jaxinfer.decode.speculative import Speculation
 from jaxinfer.decode.step import SCORED
 
 SMALLEST_BUCKET = SCORED  # the larger ones are whole multiples: one program scores all prompts
@@ -17,6 +18,7 @@ POWERS = {
     "max_num_batched_tokens": (SMALLEST_BUCKET, 2**20),
 }
 MOST_STEPS = 1024
+IN_FLIGHT = 2  # programs dispatched before the oldest is read
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Options:
         cache_dtype: of keys and values, one of CACHE_DTYPES; None takes the model's. In int8 and float8_e4m3fn every
             key and value of a head has a float32 scale of its own.
         enable_prefix_caching: texts that begin alike share the pages of their common beginning.
+        speculation: a method of `jaxinfer.decode.speculative`, which decode steps without prompts beside them use for
+            requests without a constraint; None decodes plainly. Outputs are the same.
         max_waiting_time: seconds after its arrival at which a request that has not begun to run ends with the reason
             `timeout`; None lets it wait.
     """
@@ -48,6 +52,7 @@ class Options:
     steps_per_dispatch: int = 8
     cache_dtype: str | None = None
     enable_prefix_caching: bool = True
+    speculation: Speculation | None = None
     max_waiting_time: float | None = None
 
     def __post_init__(self):
@@ -72,6 +77,12 @@ class Options:
             raise ValueError(f"enable_prefix_caching = {self.enable_prefix_caching!r} must be True or False")
         if self.max_waiting_time is not None and not _is_duration(self.max_waiting_time):
             raise ValueError(f"max_waiting_time = {self.max_waiting_time!r} must be seconds above 0, or None")
+
+    @property
+    def most_ahead(self) -> int:
+        """Tokens of the next program, and those before it that a sequence may have in the cache or not."""
+        drafts = 0 if self.speculation is None else self.speculation.num_speculative_tokens
+        return self.steps_per_dispatch * (1 + drafts * IN_FLIGHT)
 
 
 def _is_integer(value: object) -> bool:

@@ -37,6 +37,7 @@ class Plan:
         chunks: of texts that are prefilled; empty for a loop of decode steps.
         decoding: sequences that get a token in each step.
         steps: decode steps; 1 beside chunks.
+        drafts: tokens that each of these proposes.
     """
 
     released: list[int]
@@ -45,6 +46,7 @@ class Plan:
     chunks: list[Chunk]
     decoding: list[Sequence]
     steps: int
+    drafts: int
 
 
 class Scheduler:
@@ -63,6 +65,7 @@ class Scheduler:
         budget: Budget | None = None, clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
         self.slots, self.options, self.clock = layout.slots, options, clock
+        self._drafts = layout.drafts
         self.budget = budget or Budget(layout, options, times=None)
         self.counters = counters or Counters()
         self.paging = Paging(layout, windows, options.enable_prefix_caching)
@@ -77,7 +80,7 @@ class Scheduler:
         """Why a request could never run, in words; empty if it can."""
         if not isinstance(request.priority, int) or isinstance(request.priority, bool):
             return [f"priority = {request.priority!r} must be an integer"]
-        size, ahead = self.paging.page_size, self.options.steps_per_dispatch
+        size, ahead = self.paging.page_size, self.options.most_ahead
         for group, pool in enumerate(self.paging.pools):
             if (needed := self.paging.most(group, request.capacity, ahead)) > pool.usable:
                 return [f"prompt and max_tokens need {needed} pages of {size} tokens; the cache has {pool.usable}"]
@@ -129,24 +132,25 @@ class Scheduler:
         """Chooses the next program, and takes it for dispatched. It is empty if nothing can run."""
         self._let_go()
         decoding = [sequence for sequence in self._by_rank() if sequence.decodes]
-        released = self._hold(decoding, 1)
+        released = self._hold(decoding, 1, 0)
         chunks, admitted = self._prefilled(_holding(decoding), released)
         # What a constrained sequence may draw next, the host knows only after its last token.
         single = chunks or any(sequence.constraint is not None for sequence in _holding(decoding))
-        steps = 1 if single else self.options.steps_per_dispatch
-        released += self._hold(decoding, steps)
+        steps, drafts = (1, 0) if single else (self.options.steps_per_dispatch, self._drafts)
+        released += self._hold(decoding, steps, drafts)
         decoding = _holding(decoding)
         continued = [chunk.sequence for chunk in chunks if chunk.sequence not in admitted]
         entries = [entry for sequence in (*decoding, *continued) for entry in self._entries(sequence)]
         for sequence in decoding:
             sequence.scheduled += steps
+            sequence.proposed += steps * drafts
             sequence.in_flight += 1
         for sequence in admitted:
             sequence.told = sequence.columns
         for chunk in chunks:
             chunk.sequence.scheduled += chunk.last
             chunk.sequence.in_flight += 1
-        return Plan(released, admitted, entries, chunks, decoding, steps)
+        return Plan(released, admitted, entries, chunks, decoding, steps, drafts)
 
     def _let_go(self) -> None:
         """Takes slots and pages from those who need no further program, before their last tokens are read."""
@@ -154,14 +158,17 @@ class Scheduler:
             if sequence.prompt_left == 0 and sequence.all_scheduled:
                 self._vacate(sequence)
 
-    def _hold(self, decoding: list[Sequence], steps: int) -> list[int]:
-        """Gives all that decode the pages of so many steps, first by rank; returns the slots that it took for that."""
+    def _hold(self, decoding: list[Sequence], steps: int, drafts: int) -> list[int]:
+        """Gives all that decode the pages of so many steps, each of which proposes so many tokens, first by rank;
+        returns the slots that it took for that."""
         released = []
         for sequence in decoding:
             if sequence.slot is None:  # preempted
                 continue
             self.paging.give_back_unseen(sequence)
-            while sequence.slot is not None and not self.paging.grow(sequence, sequence.length_after(steps)):
+            while sequence.slot is not None and not self.paging.grow(
+                sequence, sequence.length_after(steps * (1 + drafts))
+            ):
                 assert len(self.running) > 1, "a request was admitted that the cache cannot hold"
                 released.append(self._preempt(self._last()))
         return released

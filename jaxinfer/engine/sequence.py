@@ -27,7 +27,8 @@ class Sequence:
         tokens: the prompt, and of the output what was read.
         goal: tokens that prefill brings into the cache: the prompt, and after a preemption the output so far.
         prefilled: of them, those that were dispatched or found.
-        scheduled: output tokens that dispatched programs may bring, or have brought.
+        scheduled: output tokens that were read, and those that dispatched programs bring at the least if none ends it.
+        proposed: tokens that they may bring beyond that.
         in_flight: dispatched programs that have not been read.
         pages: of every cache group, in the order of the text. The null page stands for one that was given back, or
             was never needed, because no later query sees it.
@@ -48,6 +49,7 @@ class Sequence:
     goal: int = field(init=False)
     prefilled: int = 0
     scheduled: int = 0
+    proposed: int = 0
     in_flight: int = 0
     pages: tuple[list[int], ...] = ()
     first: list[int] = field(default_factory=list)
@@ -105,13 +107,17 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens in the cache when all dispatched programs have run; the position of the next one's first query."""
-        return self.length_after(0) if self.prompt_left == 0 else self.prefilled
+        """Tokens in the cache when all dispatched programs have run, at the least; without speculation the position of
+        the next one's first query."""
+        return self._cached(self.scheduled) if self.prompt_left == 0 else self.prefilled
 
-    def length_after(self, steps: int) -> int:
-        """Tokens in the cache after so many more decode steps. The newest token of an output is never in it."""
-        outputs = min(self.scheduled + steps, self.request.params.max_tokens)
-        return len(self.request.prompt_ids) + outputs - 1
+    def length_after(self, tokens: int) -> int:
+        """Tokens in the cache, at the most, after decode steps that bring at most so many more."""
+        return self._cached(self.scheduled + self.proposed + tokens)
+
+    def _cached(self, outputs: int) -> int:
+        """Tokens in the cache with so many of the output, the newest of which never is in it."""
+        return len(self.request.prompt_ids) + min(outputs, self.request.params.max_tokens) - 1
 
     @property
     def columns(self) -> int:
@@ -133,6 +139,7 @@ class Sequence:
     def check(self) -> None:
         assert 0 <= self.prefilled <= self.goal <= len(self.tokens), self
         assert 0 <= self.outputs <= self.scheduled, self
+        assert self.proposed >= 0, self
         assert len(self.tokens) <= self.request.capacity, self
 
 

@@ -1,0 +1,16 @@
+"""Speculative decoding: guess some tokens, compute them all in one step, keep those that are right.
+
+A step that decodes reads all weights for one token of each sequence; a step of k + 1 tokens costs about the same. A
+method proposes the k tokens that may follow, and `verify` lets the model draw after each of them. The draws are those
+of plain decoding: a token depends on the logits, the request's seed and the token's index alone. Where a draw is the
+proposed token the next draw counts, too, and where it is another one the rest is dropped. So speculation never changes
+an output, greedy or sampled, but for what rounding in steps of another size does.
+
+Each method is a file. It says how many tokens it proposes, and which.
+"""
+
+from jaxinfer.decode.speculative.lookup import PromptLookup
+from jaxinfer.decode.speculative.method import MOST_DRAFTS, Speculation
+from jaxinfer.decode.speculative.verify import verify
+
+__all__ = ["MOST_DRAFTS", "PromptLookup", "Speculation", "verify"]
