@@ -155,38 +155,55 @@ def _rows(step: StepInput, slots: int, active_B: Array, lengths_B: jax.Array) ->
     )
 
 
-def make_rectangle(state: SlotState, page_size: int, drafts_Bk: jax.Array | None = None) -> tuple[Batch, Rows]:
-    """Lays out a step in which each slot that is active decodes, without chunks.
-
-    Args:
-        drafts_Bk: tokens that may follow the newest one of each slot, to be computed with it; none by default.
-    """
-    drafts_Bk = jnp.zeros((len(state.active_B), 0), jnp.int32) if drafts_Bk is None else drafts_Bk
-    slots, queries = len(state.active_B), 1 + drafts_Bk.shape[1]
-    flat = lambda x_BQ: jnp.broadcast_to(x_BQ, (slots, queries)).reshape(-1)  # noqa: E731
-    active_B, active_T = state.active_B, flat(state.active_B[:, None])
-    lengths_B = jnp.where(active_B, state.length_B + queries, 0)
-    slots_T = flat(jnp.arange(slots, dtype=jnp.int32)[:, None])
-    position_T = flat(state.length_B[:, None] + jnp.arange(queries, dtype=jnp.int32)[None])
-    tokens_T = flat(jnp.concatenate([state.token_B[:, None], drafts_Bk], axis=1))
+def make_rectangle(state: SlotState, page_size: int) -> tuple[Batch, Rows]:
+    """Lays out a step in which each slot that is active decodes, without chunks."""
+    active_B, position_B = state.active_B, state.length_B
+    lengths_B, slots_B = jnp.where(active_B, position_B + 1, 0), jnp.arange(len(active_B), dtype=jnp.int32)
 
     def view(table_BJ: jax.Array) -> View:
-        return View(
-            write_T=_slot_index(table_BJ, slots_T, position_T, active_T, page_size),
-            decode_tables_BJ=table_BJ,
-            decode_lengths_B=lengths_B,
-            prefill_tables_RJ=table_BJ[:0],
-            prefill_starts_R1=jnp.zeros(1, jnp.int32),
-            prefill_lengths_R=jnp.zeros(0, jnp.int32),
-            queries=queries,
-        )
+        return _decode_view(table_BJ, _slot_index(table_BJ, slots_B, position_B, active_B, page_size), lengths_B)
 
     batch = Batch(
+        tokens_T=jnp.where(active_B, state.token_B, 0),
+        positions_T=jnp.where(active_B, position_B, 0),
+        views=tuple(view(table_BJ) for table_BJ in state.tables),
+    )
+    return batch, Rows(slots_B, active_B, lengths_B)
+
+
+def make_drafted(state: SlotState, drafts_Bk: jax.Array, page_size: int) -> Batch:
+    """Lays out a step of each slot that is active, without chunks: slot by slot its newest token, then those proposed
+    to follow."""
+    slots, queries = drafts_Bk.shape[0], drafts_Bk.shape[1] + 1
+    flat = lambda x_BQ: jnp.broadcast_to(x_BQ, (slots, queries)).reshape(-1)  # noqa: E731
+    slot_T = flat(jnp.arange(slots, dtype=jnp.int32)[:, None])
+    active_T = state.active_B[slot_T]
+    position_T = flat(state.length_B[:, None] + jnp.arange(queries, dtype=jnp.int32)[None])
+    tokens_T = flat(jnp.concatenate([state.token_B[:, None], drafts_Bk], axis=1))
+    lengths_B = jnp.where(state.active_B, state.length_B + queries, 0)
+
+    def view(table_BJ: jax.Array) -> View:
+        write_T = _slot_index(table_BJ, slot_T, position_T, active_T, page_size)
+        return _decode_view(table_BJ, write_T, lengths_B, queries)
+
+    return Batch(
         tokens_T=jnp.where(active_T, tokens_T, 0),
         positions_T=jnp.where(active_T, position_T, 0),
         views=tuple(view(table_BJ) for table_BJ in state.tables),
     )
-    return batch, Rows(jnp.arange(slots * queries, dtype=jnp.int32), active_B, lengths_B)
+
+
+def _decode_view(table_BJ: jax.Array, write_T: jax.Array, lengths_B: jax.Array, queries: int = 1) -> View:
+    """Of a step without chunks."""
+    return View(
+        write_T=write_T,
+        decode_tables_BJ=table_BJ,
+        decode_lengths_B=lengths_B,
+        prefill_tables_RJ=table_BJ[:0],
+        prefill_starts_R1=jnp.zeros(1, jnp.int32),
+        prefill_lengths_R=jnp.zeros(0, jnp.int32),
+        queries=queries,
+    )
 
 
 def _place(step: StepInput) -> tuple[jax.Array, jax.Array, jax.Array]:

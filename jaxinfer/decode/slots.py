@@ -25,7 +25,7 @@ class SlotState:
         active_B: whether the slot decodes: its prompt is in the cache and its output has not ended.
         tables: page table of every cache group, [B, J].
         sampling: what the sampler keeps.
-        text_BT: tokens of the prompt and the output, each at its position; of length 0 where nobody reads them.
+        text_BT: tokens of the prompt and the output, each at its position; None where nobody reads them.
     """
 
     token_B: jax.Array
@@ -35,7 +35,7 @@ class SlotState:
     active_B: jax.Array
     tables: tuple[jax.Array, ...]
     sampling: SamplingState
-    text_BT: jax.Array
+    text_BT: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +50,7 @@ class Admission:
         sampling: from `sampling.pack`.
         prompt_T, output_T: tokens of the prompt and of the output so far, padded with -1; the sampler's penalties
             read them.
-        text_T: the tokens of both together, padded with zeros; of length 0 where nobody reads them.
+        text_T: the tokens of both together, padded with zeros; None where nobody reads them.
     """
 
     tables: tuple[np.ndarray, ...]
@@ -59,14 +59,14 @@ class Admission:
     sampling: dict[str, np.ndarray]
     prompt_T: np.ndarray
     output_T: np.ndarray
-    text_T: np.ndarray
+    text_T: np.ndarray | None = None
 
 
-def empty_slots(slots: int, groups: int, pages_per_row: int, vocab: int, text: int = 0) -> SlotState:
+def empty_slots(slots: int, groups: int, pages_per_row: int, vocab: int, text: int | None = None) -> SlotState:
     """No request anywhere. Filled on the host, so that nothing is compiled; no two arrays share memory.
 
     Args:
-        text: tokens that are kept of each slot.
+        text: tokens that are kept of each slot; None keeps none.
     """
     zeros = lambda *shape: jnp.asarray(np.zeros(shape, np.int32))  # noqa: E731
     return SlotState(
@@ -77,7 +77,7 @@ def empty_slots(slots: int, groups: int, pages_per_row: int, vocab: int, text: i
         active_B=jnp.asarray(np.zeros(slots, np.bool_)),
         tables=tuple(zeros(slots, pages_per_row) for _ in range(groups)),
         sampling=sampling.empty(slots, vocab),
-        text_BT=zeros(slots, text),
+        text_BT=None if text is None else zeros(slots, text),
     )
 
 
@@ -93,7 +93,7 @@ def admit(state: SlotState, slot: jax.Array, row: Admission) -> SlotState:
         sampling=sampling.install(
             state.sampling, slot, row.sampling, jnp.asarray(row.prompt_T), jnp.asarray(row.output_T)
         ),
-        text_BT=state.text_BT.at[slot].set(row.text_T),
+        text_BT=None if state.text_BT is None else state.text_BT.at[slot].set(jnp.asarray(row.text_T)),
     )
 
 
@@ -148,7 +148,7 @@ def put_back(
         index_B=put(state.index_B, own.index_B),
         active_B=put(state.active_B, own.active_B),
         sampling=replace(state.sampling, counts_BV=counts_BV),
-        text_BT=put(state.text_BT, own.text_BT),
+        text_BT=None if state.text_BT is None else put(state.text_BT, own.text_BT),
     )
 
 
@@ -164,7 +164,6 @@ def advance(state: SlotState, sampled: Sampled, emits_B: jax.Array, lengths_B: j
     stops_B = (state.sampling.stop_ids_BZ == sampled.tokens_W[:, None]).any(axis=1)
     ended_B = stops_B | (index_B >= state.max_tokens_B)
     token_B = jnp.where(emits_B, sampled.tokens_W, state.token_B)
-    slot_B, place_B = jnp.arange(len(token_B), dtype=jnp.int32), jnp.where(emits_B, lengths_B, state.text_BT.shape[1])
     return replace(
         state,
         token_B=token_B,
@@ -172,5 +171,11 @@ def advance(state: SlotState, sampled: Sampled, emits_B: jax.Array, lengths_B: j
         index_B=jnp.where(emits_B, index_B, state.index_B),
         active_B=jnp.where(emits_B, ~ended_B, state.active_B),
         sampling=sampling.count(state.sampling, token_B, emits_B),
-        text_BT=state.text_BT.at[slot_B, place_B].set(token_B, mode="drop"),
+        text_BT=None if state.text_BT is None else _written(state.text_BT, token_B, lengths_B, emits_B),
     )
+
+
+def _written(text_BT: jax.Array, token_B: jax.Array, lengths_B: jax.Array, emits_B: jax.Array) -> jax.Array:
+    """The texts with the newest tokens of the slots that emit: behind those that are in the cache."""
+    slot_B, place_B = jnp.arange(len(token_B), dtype=jnp.int32), jnp.where(emits_B, lengths_B, text_BT.shape[1])
+    return text_BT.at[slot_B, place_B].set(token_B, mode="drop")

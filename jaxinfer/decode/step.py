@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jax.stages import Lowered
 
 from jaxinfer.cache import Pages, make_cache
 from jaxinfer.decode import sampling, slots
-from jaxinfer.decode.batch import Batch, Rows, StepInput, make_batch, make_rectangle
+from jaxinfer.decode.batch import Batch, Rows, StepInput, make_batch, make_drafted, make_rectangle
 from jaxinfer.decode.masks import WORD
 from jaxinfer.decode.packing import packed, unpacked
 from jaxinfer.decode.prompt_logprobs import PromptLogprobs, prompt_logprobs
@@ -87,9 +88,9 @@ class Layout:
         return -(-(self.max_tokens + self.drafts) // self.page_size)
 
     @property
-    def text(self) -> int:
-        """Tokens that are kept of each slot."""
-        return 0 if self.speculation is None else self.max_tokens
+    def text(self) -> int | None:
+        """Tokens that are kept of each slot; None if none are."""
+        return None if self.speculation is None else self.max_tokens
 
 
 class Programs:
@@ -196,8 +197,8 @@ class Programs:
             row[: len(ids)] = ids
             return row
 
-        text_T = np.zeros(self.layout.text, np.int32)
-        if self.layout.text:
+        text_T = None if self.layout.text is None else np.zeros(self.layout.text, np.int32)
+        if text_T is not None:
             text_T[: len(prompt_ids) + len(output_ids)] = [*prompt_ids, *output_ids]
         return Admission(
             tables=tuple(np.pad(np.asarray(group, np.int32), (0, width - len(group))) for group in pages),
@@ -232,7 +233,7 @@ class Programs:
         self.traces["step"] += 1
         given = StepInput.unpacked(packed, tokens, decode)
         batch, rows = make_batch(state, given, self.layout.page_size)
-        cache, logits_WV, hidden_TD = self._run(params, cache, batch, rows)
+        cache, logits_WV, hidden_TD = self._run(params, cache, batch, rows.tokens_W)
         return cache, logits_WV, rows, tuple(hidden_TD[at : at + SCORED] for at in range(0, tokens, SCORED))
 
     def _traced_mask(self, logits_WV, words_BU):
@@ -255,18 +256,12 @@ class Programs:
         self.traces["loop"] += 1
         some = len(slots_B) < self.layout.slots
 
-        def body(carry, _):
-            state, cache = carry
-            drafts_Bk = self._propose(state)
-            batch, rows = make_rectangle(state, self.layout.page_size, drafts_Bk)
-            cache, logits_WV, _ = self._run(params, cache, batch, rows)
-            state, *brought = self._verify(state, logits_WV, drafts_Bk, needs)
-            return (state, cache), tuple(brought)
-
         own = slots.taken(state, slots_B) if some else state
-        (own, cache), brought = jax.lax.scan(body, (own, cache), length=steps)
-        places = steps * (1 + self.layout.drafts)
-        sampled, emits_nW = jax.tree.map(lambda x_nQW: x_nQW.reshape(places, *x_nQW.shape[2:]), brought)
+        body = partial(self._plain if self.layout.speculation is None else self._speculative, params, needs)
+        (own, cache), (sampled, emits_nW) = jax.lax.scan(body, (own, cache), length=steps)
+        if self.layout.speculation is not None:
+            places = steps * (1 + self.layout.drafts)
+            sampled, emits_nW = jax.tree.map(lambda x: x.reshape(places, *x.shape[2:]), (sampled, emits_nW))
         state = slots.put_back(state, slots_B, own, sampled.tokens_W, emits_nW) if some else own
         return state, cache, StepOutput(sampled, emits_nW, ())
 
@@ -282,24 +277,33 @@ class Programs:
         self.traces["release"] += 1
         return slots.release(state, slot)
 
-    def _run(self, params, cache, batch: Batch, rows: Rows):
-        """The model's part of a step: logits of the slots, and hidden states of all tokens."""
+    def _run(self, params, cache, batch: Batch, tokens_W: jax.Array):
+        """The model's part of a step: logits of some of its tokens, and hidden states of all."""
         with jax.named_scope("attention"):
             batch = batch.scheduled(*self._heads(), self.model.config.windows, self.layout.attention)
         hidden_TD, _, cache = self.model.forward(params, batch, cache)
-        return cache, self.model.logits(params, hidden_TD[rows.tokens_W]), hidden_TD
+        return cache, self.model.logits(params, hidden_TD[tokens_W]), hidden_TD
 
-    @jax.named_scope("speculation")
-    def _propose(self, state: SlotState) -> jax.Array:
-        """What may follow the newest token of each slot, [B, k]."""
-        if self.layout.speculation is None:
-            return jnp.zeros((len(state.token_B), 0), jnp.int32)
-        return self.layout.speculation.propose(state)
+    def _plain(self, params, needs: Needs, carry, _):
+        """A step of a loop: a token for each slot that is active."""
+        state, cache = carry
+        batch, rows = make_rectangle(state, self.layout.page_size)
+        cache, logits_WV, _ = self._run(params, cache, batch, rows.tokens_W)
+        state, sampled = self._draw(state, logits_WV, rows, needs)
+        return (state, cache), (sampled, rows.emits_W)
 
-    @jax.named_scope("sampling")
-    def _verify(self, state: SlotState, logits_WV: jax.Array, drafts_Bk: jax.Array, needs: Needs):
-        """The sampler's part of a step without prompts; see `verify`."""
-        return verify(state, jax.sharding.reshard(logits_WV, P(None, None)), drafts_Bk, needs)
+    def _speculative(self, params, needs: Needs, carry, _):
+        """A step of a loop: up to k + 1 tokens for each slot that is active."""
+        state, cache = carry
+        assert self.layout.speculation is not None
+        with jax.named_scope("speculation"):
+            drafts_Bk = self.layout.speculation.propose(state)
+        batch = make_drafted(state, drafts_Bk, self.layout.page_size)
+        cache, logits_WV, _ = self._run(params, cache, batch, jnp.arange(len(batch.tokens_T), dtype=jnp.int32))
+        with jax.named_scope("sampling"):
+            logits_WV = jax.sharding.reshard(logits_WV, P(None, None))
+            state, sampled_QW, emits_QW = verify(state, logits_WV, drafts_Bk, needs)
+        return (state, cache), (sampled_QW, emits_QW)
 
     @jax.named_scope("sampling")
     def _draw(self, state: SlotState, logits_WV: jax.Array, rows: Rows, needs: Needs) -> tuple[SlotState, Sampled]:

@@ -41,6 +41,7 @@ class PromptLookup:
             raise ValueError(f"prompt_lookup_max = {longest!r} must be an integer in 1..{LONGEST}")
 
     def propose(self, state: SlotState) -> jax.Array:
+        assert state.text_BT is not None
         return propose(state.text_BT, state.length_B, self.num_speculative_tokens, self.prompt_lookup_max)
 
 
