@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from jaxinfer.cli.options import bad_argument, integer
+from jaxinfer.cli.options import PROPOSED, SPECULATE, bad_argument, integer
 
 
 def batch(
@@ -31,12 +31,15 @@ def batch(
     cache_dtype: Annotated[
         str | None, typer.Option(help="Of keys and values, also int8 or float8_e4m3fn; the model's by default.")
     ] = None,
+    speculate: Annotated[str | None, typer.Option(help=SPECULATE)] = None,
+    num_speculative_tokens: Annotated[int | None, integer(help=PROPOSED)] = None,
 ) -> None:
     """Answer every request of REQUESTS into ANSWERS, a line each; a second run does what is left."""
     try:
         from jaxinfer.serve.batch import answer_lines, append, done, read_lines
     except ModuleNotFoundError as error:
         raise typer.BadParameter(f"{error.name} is not installed: pip install 'jaxinfer[serve]'") from error
+    from jaxinfer.decode.speculative import by_name
     from jaxinfer.engine import Options
     from jaxinfer.llm import DEMO, LLM
     from jaxinfer.machine import keep_compiled
@@ -52,7 +55,11 @@ def batch(
             dtype=dtype,
             max_model_len=max_model_len,
             tensor_parallel_size=tensor_parallel,
-            options=Options(max_num_seqs=max_num_seqs, cache_dtype=cache_dtype),
+            options=Options(
+                max_num_seqs=max_num_seqs,
+                cache_dtype=cache_dtype,
+                speculation=by_name(speculate, num_speculative_tokens),
+            ),
         )
     except (ValueError, OSError) as error:
         raise bad_argument(error) from error

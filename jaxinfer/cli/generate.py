@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from jaxinfer.cli.options import bad_argument, integer, number
+from jaxinfer.cli.options import PROPOSED, SPECULATE, bad_argument, integer, number
 from jaxinfer.cli.units import si
 from jaxinfer.roofline import Precision, decode_step
 
 if TYPE_CHECKING:
+    from jaxinfer.decode.sampling_params import SamplingParams
+    from jaxinfer.decode.speculative import Speculation
     from jaxinfer.llm import LLM
 
 
@@ -36,34 +40,65 @@ def generate(
     cache_dtype: Annotated[
         str | None, typer.Option(help="Of keys and values, also int8 or float8_e4m3fn; the model's by default.")
     ] = None,
+    speculate: Annotated[str | None, typer.Option(help=SPECULATE)] = None,
+    num_speculative_tokens: Annotated[int | None, integer(help=PROPOSED)] = None,
 ) -> None:
     """Continue PROMPT and stream the text; then print tokens/s, the bandwidth that is, and the machine's limit."""
     from jaxinfer.decode.sampling_params import SamplingParams
+    from jaxinfer.decode.speculative import by_name
     from jaxinfer.engine import Options
     from jaxinfer.llm import DEMO, LLM
     from jaxinfer.machine import keep_compiled
 
     keep_compiled()
-    try:
-        llm = LLM(
+
+    def load(speculation: Speculation | None) -> LLM:
+        return LLM(
             DEMO if model is None else model,
             dtype=dtype,
             max_model_len=max_model_len,
             tensor_parallel_size=tensor_parallel,
-            options=Options(max_num_seqs=1, cache_dtype=cache_dtype),
+            options=Options(max_num_seqs=1, cache_dtype=cache_dtype, speculation=speculation),
         )
+
+    try:
+        llm = load(speculation := by_name(speculate, num_speculative_tokens))
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        stream = llm.stream(prompt, params)
-        llm.generate(prompt, replace(params, max_tokens=min(2, max_tokens)))  # compiles, so that the stream is timed
+        llm.stream(prompt, params)  # tells what is wrong
+        compiled(llm, prompt, params)
     except (ValueError, OSError) as error:
         raise bad_argument(error) from error
     typer.echo(prompt, nl=False)
-    clock = Clock()
-    for piece in stream:
-        typer.echo(piece.text, nl=False)
-        clock.tick(len(piece.token_ids))
+    clock = timed(llm, prompt, params, partial(typer.echo, nl=False))
     typer.echo()
-    Console(stderr=True).print(summary(llm, len(llm.tokenizer.encode(prompt)), clock))
+    console = Console(stderr=True)
+    console.print(summary(llm, len(llm.tokenizer.encode(prompt)), clock))
+    if speculation is not None and clock.per_token:
+        plain = load(None)
+        compiled(plain, prompt, params)
+        console.print(gain(llm, timed(plain, prompt, params, lambda text: None).per_token / clock.per_token))
+
+
+def compiled(llm: LLM, prompt: str, params: SamplingParams) -> None:
+    """Has all that a stream needs, so that it is timed."""
+    llm.generate(prompt, replace(params, max_tokens=min(2, params.max_tokens)))
+    llm.engine.counters.drafts, llm.engine.counters.accepted = 0, ()
+
+
+def timed(llm: LLM, prompt: str, params: SamplingParams, tell: Callable[[str], None]) -> Clock:
+    """Streams a continuation."""
+    clock = Clock()
+    for piece in llm.stream(prompt, params):
+        tell(piece.text)
+        clock.tick(len(piece.token_ids))
+    return clock
+
+
+def gain(llm: LLM, times: float) -> str:
+    """One line: what proposals brought."""
+    metrics = llm.engine.metrics
+    right = " ".join(f"{count / max(metrics.counters.drafts, 1):.0%}" for count in metrics.counters.accepted)
+    return f"{metrics.tokens_per_draft:.2f} tokens a step, {times:.2f} times plain decoding; right by place: {right}"
 
 
 @dataclass
@@ -98,10 +133,11 @@ def summary(llm: LLM, prompt_tokens: int, clock: Clock) -> str:
     context = prompt_tokens + clock.before + clock.tokens // 2
     precision = Precision.all_in(config.dtype, llm.engine.options.cache_dtype)
     step = decode_step(config, 1, context, precision, tensor_parallel=devices)
-    bandwidth = step.bytes * devices / clock.per_token
+    seconds = clock.per_token * (llm.engine.metrics.tokens_per_draft or 1.0)  # of a step
+    bandwidth = step.bytes * devices / seconds
     machine = measure_machine()
     return (
         f"{clock.before + clock.tokens} tokens, {1 / clock.per_token:.1f} tokens/s, {si(bandwidth, 'B/s')}, "
-        f"{step.fraction(machine, clock.per_token):.1%} of this machine's limit "
+        f"{step.fraction(machine, seconds):.1%} of this machine's limit "
         f"({1 / step.limit(machine):.0f} tokens/s, {step.bound(machine)}-bound)"
     )

@@ -9,6 +9,9 @@ from typing import Any
 
 import typer
 
+SPECULATE = "How to propose tokens, which are verified together: lookup (what followed the same tokens before)."
+PROPOSED = "Tokens of a proposal; the method's own number by default."
+
 
 def integer(least: int | None = None, most: int | None = None, **option: Any) -> Any:
     """A `typer.Option` of an integer in `least`..`most`; `option` goes to it."""

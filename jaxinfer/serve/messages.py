@@ -20,12 +20,14 @@ class Setup:
         llm: arguments of `LLM` by name.
         options: of `Options` by name.
         warm_up: compile everything before the first request, and tell each program.
+        speculation: arguments of `decode.speculative.by_name`.
     """
 
     model: str | None
     llm: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     warm_up: bool = False
+    speculation: tuple[str | None, int | None] = (None, None)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ _OF_THE_ENGINE = {
     "prefix_queried_tokens": "Tokens of texts that were looked for in the cache, since the start.",
     "prefix_found_tokens": "Of them, tokens that were found.",
     "preemptions": "Sequences that gave their pages back before they had ended, since the start.",
+    "drafts": "Proposals of tokens to a sequence, since the start.",
+    "accepted_tokens": "Proposed tokens that were right, since the start.",
     "compiled_programs": "Programs that were traced, since the start.",
 }
 
@@ -51,6 +53,8 @@ class Metrics:
             "prefix_queried_tokens": engine.counters.prefix_queries,
             "prefix_found_tokens": engine.counters.prefix_hits,
             "preemptions": engine.counters.preemptions,
+            "drafts": engine.counters.drafts,
+            "accepted_tokens": sum(engine.counters.accepted),
             "compiled_programs": engine.compilations,
         }
         for name, value in figures.items():

@@ -56,6 +56,7 @@ def load(setup: Setup, progress: Callable[[Warmed, int], None]) -> tuple[LLM, Wa
     """
     import jax
 
+    from jaxinfer.decode.speculative import by_name
     from jaxinfer.engine import Options
     from jaxinfer.engine.memory import NoRoomError
     from jaxinfer.llm import DEMO, LLM
@@ -64,7 +65,8 @@ def load(setup: Setup, progress: Callable[[Warmed, int], None]) -> tuple[LLM, Wa
     keep_compiled()
     try:
         model = DEMO if setup.model is None else setup.model
-        llm = LLM(model, options=Options(**setup.options), **setup.llm)
+        options = Options(**setup.options, speculation=by_name(*setup.speculation))
+        llm = LLM(model, options=options, **setup.llm)
         return llm, llm.engine.warm_up(progress) if setup.warm_up else None
     except NoRoomError as error:
         return Failed("memory", str(error), _device())

@@ -13,4 +13,24 @@ from jaxinfer.decode.speculative.lookup import PromptLookup
 from jaxinfer.decode.speculative.method import MOST_DRAFTS, Speculation
 from jaxinfer.decode.speculative.verify import verify
 
-__all__ = ["MOST_DRAFTS", "PromptLookup", "Speculation", "verify"]
+METHODS = {"lookup": PromptLookup}
+
+__all__ = ["METHODS", "MOST_DRAFTS", "PromptLookup", "Speculation", "by_name", "verify"]
+
+
+def by_name(name: str | None, num_speculative_tokens: int | None = None) -> Speculation | None:
+    """The method of that name in METHODS; None for none.
+
+    Args:
+        num_speculative_tokens: of each proposal; the method's own number by default.
+
+    Raises:
+        ValueError: there is no such method, or it proposes no such number.
+    """
+    if name is None:
+        if num_speculative_tokens is not None:
+            raise ValueError(f"num_speculative_tokens = {num_speculative_tokens!r} has no use without a method")
+        return None
+    if name not in METHODS:
+        raise ValueError(f"speculate = {name!r} must be one of {', '.join(METHODS)}")
+    return METHODS[name]() if num_speculative_tokens is None else METHODS[name](num_speculative_tokens)
