@@ -73,6 +73,8 @@ class Options:
             raise ValueError(f"cache_dtype = {self.cache_dtype!r} must be one of {', '.join(CACHE_DTYPES)}")
         if self.num_pages is not None and (not _is_integer(self.num_pages) or self.num_pages < 2):
             raise ValueError(f"num_pages = {self.num_pages!r} must be an integer, at least 2, the null page included")
+        if self.speculation is not None and not isinstance(self.speculation, Speculation):
+            raise ValueError(f"speculation = {self.speculation!r} must be a method of speculation, or None")
         if not isinstance(self.enable_prefix_caching, bool):
             raise ValueError(f"enable_prefix_caching = {self.enable_prefix_caching!r} must be True or False")
         if self.max_waiting_time is not None and not _is_duration(self.max_waiting_time):

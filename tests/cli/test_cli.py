@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from jaxinfer import checkpoint
 from jaxinfer.cli import app
+from jaxinfer.decode.speculative import PromptLookup, by_name
 from jaxinfer.engine import Options
 from jaxinfer.llm import DEMO
 from jaxinfer.model import Model, read_config
@@ -60,28 +61,44 @@ def test_generate_streams_code_and_states_its_speed():
     assert weights < per_token < 1.1 * weights  # a step reads every weight once, and the cache
 
 
+def test_generate_says_what_proposals_bring():
+    options = ["--max-tokens", "40", "--max-model-len", "64", "--temperature", "0", "--num-speculative-tokens", "2"]
+    plain = run("generate", "ab ab ab", *options[:-2])
+    said = run("generate", "ab ab ab", *options, "--speculate", "lookup")
+    assert said.exit_code == 0, said.output
+    assert said.stdout == plain.stdout
+    figures = r"([\d.]+) tokens a step, [\d.]+ times plain decoding; right by place: (\d+)% (\d+)%"
+    tokens, first, both = map(float, re.search(figures, flat(said.output)).groups())
+    assert tokens == pytest.approx(1 + (first + both) / 100, abs=0.02)
+    assert 1 < tokens <= 3
+    assert first >= both
+
+
 @pytest.mark.parametrize("command", ["generate", "batch"])
-def test_the_dtype_of_the_cache_reaches_the_engine(command, tmp_path, monkeypatch):
+def test_the_dtype_of_the_cache_and_the_method_reach_the_engine(command, tmp_path, monkeypatch):
     def refuse(model, *, options, **arguments):
-        raise ValueError(f"a cache of {options.cache_dtype}")
+        raise ValueError(f"a cache of {options.cache_dtype} and {options.speculation}")
 
     monkeypatch.setattr("jaxinfer.llm.LLM", refuse)
     (tmp_path / "in").touch()
     files = [str(tmp_path / name) for name in ("in", "out")]
-    result = run(command, *(["a"] if command == "generate" else files), "--cache-dtype", "int8")
-    assert "a cache of int8" in flat(result.output)
+    asked = ["--cache-dtype", "int8", "--speculate", "lookup", "--num-speculative-tokens", "5"]
+    result = run(command, *(["a"] if command == "generate" else files), *asked)
+    assert "a cache of int8 and PromptLookup(num_speculative_tokens=5" in flat(result.output)
 
 
 def test_a_server_bounds_how_long_a_prompt_holds_up_the_others(monkeypatch):
     asked = []
 
     def served(setup, *others):
-        asked.append(Options(**setup.options))
+        asked.append((Options(**setup.options), setup.speculation))
         return 0
 
     monkeypatch.setattr("jaxinfer.serve.server.run", served)
-    assert run("serve", "--port", "0").exit_code == 0
-    assert [options.max_slowdown for options in (*asked, Options())] == [2, math.inf]
+    assert run("serve", "--port", "0", "--speculate", "lookup", "--num-speculative-tokens", "5").exit_code == 0
+    ((options, speculation),) = asked
+    assert (options.max_slowdown, Options().max_slowdown) == (2, math.inf)
+    assert by_name(*speculation) == PromptLookup(5)
 
 
 def test_convert_keeps_every_bit(tmp_path):
@@ -106,6 +123,12 @@ def test_convert_keeps_every_bit(tmp_path):
         (["generate", "a", "--temperature", "nan"], "temperature = nan must be"),
         (["generate", "a", "--dtype", "int8"], "dtype = 'int8' must be bfloat16, float16 or float32"),
         (["generate", "a", "--cache-dtype", "fp8"], "cache_dtype = 'fp8' must be one of float32,"),
+        (["generate", "a", "--speculate", "magic"], "speculate = 'magic' must be one of lookup"),
+        (["generate", "a", "--num-speculative-tokens", "4"], "num_speculative_tokens = 4 has no use without a method"),
+        (
+            ["generate", "a", "--speculate", "lookup", "--num-speculative-tokens", "0"],
+            "num_speculative_tokens = 0 must be an integer in 1..127",
+        ),
         (["generate", "a", "--temperature", "x"], "Invalid value for '--temperature': 'x' must be a number"),
         (["generate", "a", "--max-tokens", "1.5"], "Invalid value for '--max-tokens': '1.5' must be an integer"),
         (["generate", "a", "--tensor-parallel", "4"], "tensor"),

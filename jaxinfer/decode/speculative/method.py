@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 
@@ -11,6 +11,7 @@ from jaxinfer.decode.slots import SlotState
 MOST_DRAFTS = 127  # the decode kernel takes 128 queries of a sequence
 
 
+@runtime_checkable
 class Speculation(Protocol):
     """A method with its settings: hashable, since programs are compiled for it.
 
