@@ -26,7 +26,7 @@ shape_checks.install()
 WARM_ENGINE = (
     "tests/engine/test_warm_up.py", "tests/engine/test_batch_invariance.py", "tests/engine/test_failure.py",
     "tests/engine/test_sharing.py", "tests/test_llm.py", "tests/test_bad_input.py", "tests/test_structured.py",
-    "tests/benchmarks/test_serving.py", "tests/serve/test_batch.py",
+    "tests/benchmarks/test_serving.py", "tests/serve/test_batch.py", "tests/engine/test_speculation.py",
 )  # fmt: skip
 # These ask one server, which the last of them ends.
 SERVER = (
