@@ -40,8 +40,11 @@ PROMPTS = [
 ]
 
 
-def record(folder: Path) -> Demo:
-    """Answer every prompt with the checkpoint in `folder`. Raises ValueError when its context is too short."""
+def record(folder: Path, expected: list[list[int]] | None = None) -> Demo:
+    """Answer every prompt with the checkpoint in `folder`; sequences that are expected are only retraced.
+
+    Raises ValueError when its context is too short.
+    """
     model = oracle.load_model(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     prompts = [tokenizer.encode(text).ids for text in PROMPTS]
@@ -50,7 +53,10 @@ def record(folder: Path) -> Demo:
         context = model.config.max_position_embeddings
         raise ValueError(f"max_position_embeddings must be at least {needed}, is {context}")
 
-    continuations = [continue_greedily(model, prompt) for prompt in prompts]
+    if expected is None:
+        continuations = [continue_greedily(model, prompt) for prompt in prompts]
+    else:
+        continuations = [retrace(model, *both) for both in zip(prompts, expected, strict=True)]
     logits = [oracle.full_logits(model, prompt) for prompt in prompts[:PROMPTS_WITH_LOGITS]]
     columns = np.linspace(0, logits[0].shape[1] - 1, COLUMNS).astype(np.int32)
     return Demo(
@@ -78,14 +84,23 @@ def continue_greedily(model: PreTrainedModel, prompt: list[int]) -> tuple[list[i
     return new, margins
 
 
+def retrace(model: PreTrainedModel, prompt: list[int], sequence: list[int]) -> tuple[list[int], list[float]]:
+    """The same of all positions at once, each after the tokens before it in `sequence`."""
+    first = len(prompt) - 1
+    rows = oracle.full_logits(model, sequence)[first : first + NEW_TOKENS]
+    return rows.argmax(axis=1).tolist(), oracle.margins(rows).tolist()
+
+
 def check(folder: Path) -> list[str]:
     """How the committed answers differ from what the oracle says of this folder now; empty when they do not."""
     try:
         committed = load_demo()
     except FileNotFoundError as error:
         return [f"demo: {error}"]
-    now = record(folder)
-    if (committed.texts, committed.prompts) != (now.texts, now.prompts):
+    if committed.texts != PROMPTS:
+        return ["demo: differs in texts"]
+    now = record(folder, committed.sequences)
+    if committed.prompts != now.prompts:
         return ["demo: differs in prompts"]
     differences = [
         f"demo: differs in the continuation of prompt {i}"
