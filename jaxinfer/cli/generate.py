@@ -82,7 +82,6 @@ def generate(
 def compiled(llm: LLM, prompt: str, params: SamplingParams) -> None:
     """Has all that a stream needs, so that it is timed."""
     llm.generate(prompt, replace(params, max_tokens=min(2, params.max_tokens)))
-    llm.engine.counters.drafts, llm.engine.counters.accepted = 0, ()
 
 
 def timed(llm: LLM, prompt: str, params: SamplingParams, tell: Callable[[str], None]) -> Clock:
@@ -96,9 +95,9 @@ def timed(llm: LLM, prompt: str, params: SamplingParams, tell: Callable[[str], N
 
 def gain(llm: LLM, times: float) -> str:
     """One line: what proposals brought."""
-    metrics = llm.engine.metrics
-    right = " ".join(f"{count / max(metrics.counters.drafts, 1):.0%}" for count in metrics.counters.accepted)
-    return f"{metrics.tokens_per_draft:.2f} tokens a step, {times:.2f} times plain decoding; right by place: {right}"
+    counters = llm.engine.counters
+    right = " ".join(f"{count / counters.drafts:.0%}" for count in counters.accepted)
+    return f"{counters.tokens_per_draft:.2f} tokens a step, {times:.2f} times plain decoding; right by place: {right}"
 
 
 @dataclass
@@ -133,7 +132,7 @@ def summary(llm: LLM, prompt_tokens: int, clock: Clock) -> str:
     context = prompt_tokens + clock.before + clock.tokens // 2
     precision = Precision.all_in(config.dtype, llm.engine.options.cache_dtype)
     step = decode_step(config, 1, context, precision, tensor_parallel=devices)
-    seconds = clock.per_token * (llm.engine.metrics.tokens_per_draft or 1.0)  # of a step
+    seconds = clock.per_token * (llm.engine.counters.tokens_per_draft or 1.0)  # of a step
     bandwidth = step.bytes * devices / seconds
     machine = measure_machine()
     return (

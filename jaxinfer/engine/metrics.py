@@ -39,6 +39,11 @@ class Counters:
         before = self.accepted or (0,) * (len(right_Q) - 1)
         self.accepted = tuple(old + new for old, new in zip(before, right_Q[1:], strict=True))
 
+    @property
+    def tokens_per_draft(self) -> float:
+        """Tokens of a step in which some were proposed, the model's own included; 0 where there was none."""
+        return 1 + sum(self.accepted) / self.drafts if self.drafts else 0.0
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -70,12 +75,6 @@ class Metrics:
     def prefix_hit_rate(self) -> float:
         """Tokens found, of those looked for; 0 where none were."""
         return self.counters.prefix_hits / max(self.counters.prefix_queries, 1)
-
-    @property
-    def tokens_per_draft(self) -> float:
-        """Tokens of a step in which some were proposed, the model's own included; 0 where there was none."""
-        counters = self.counters
-        return 1 + sum(counters.accepted) / counters.drafts if counters.drafts else 0.0
 
     @property
     def cache_use(self) -> float:

@@ -11,6 +11,8 @@ from jaxinfer.decode import sampling
 from jaxinfer.decode.sampling import Needs, Sampled, SamplingState
 from jaxinfer.decode.slots import SlotState, advance
 
+UNROLLED = 16  # draws whose bookkeeping is written out: a few small kernels each, and no turns of a loop
+
 
 def verify(
     state: SlotState, logits_WV: jax.Array, drafts_Bk: jax.Array, needs: Needs
@@ -33,12 +35,15 @@ def verify(
     rows = sampling.sample(logits_WV, expected(state.sampling, drafts_Bk), index_BQ.reshape(-1), needs)
     sampled = jax.tree.map(lambda x_W: jnp.moveaxis(x_W.reshape(slots, queries, *x_W.shape[1:]), 1, 0), rows)
     agreed_Bk = jnp.cumprod((drafts_Bk == sampled.tokens_W[:-1].T).astype(jnp.int32), axis=1)
-    accepted_B, emits = agreed_Bk.sum(axis=1), []
-    for query in range(queries):
-        emits.append(state.active_B & (query <= accepted_B))
-        one = jax.tree.map(lambda x_QW, query=query: x_QW[query], sampled)
-        state = advance(state, one, emits[-1], state.length_B + 1)
-    return state, sampled, jnp.stack(emits)
+    accepted_B = agreed_Bk.sum(axis=1)
+
+    def take(state: SlotState, draw: tuple[jax.Array, Sampled]) -> tuple[SlotState, jax.Array]:
+        emits_B = state.active_B & (draw[0] <= accepted_B)
+        return advance(state, draw[1], emits_B, state.length_B + 1), emits_B
+
+    draws = jnp.arange(queries, dtype=jnp.int32), sampled
+    state, emits_QB = jax.lax.scan(take, state, draws, unroll=min(queries, UNROLLED))
+    return state, sampled, emits_QB
 
 
 def expected(state: SamplingState, drafts_Bk: jax.Array) -> SamplingState:
