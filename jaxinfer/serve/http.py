@@ -18,7 +18,7 @@ from jaxinfer.serve.errors import ApiError, malformed
 from jaxinfer.serve.protocol import BODY_FIELDS
 
 MAX_BODY = 8 << 20  # bytes: a prompt of a million tokens, as numbers
-# A parser holds Python's lock, and with it every other caller: for a tenth of a second at most with these.
+# A parser holds Python's lock, and with it every other caller: for about a tenth of a second at worst with these.
 MAX_PARTS = 20_000  # strings, lists and objects: a chat of some 4,000 messages
 MAX_VALUES = 1_000_000  # in them
 _READ_ON = 8  # bodies of that size that are read to their end all the same, so that the caller reads the answer
