@@ -4,7 +4,9 @@ A step that decodes reads all weights for one token of each sequence; a step of 
 method proposes the k tokens that may follow, and `verify` lets the model draw after each of them. The draws are those
 of plain decoding: a token depends on the logits, the request's seed and the token's index alone. Where a draw is the
 proposed token the next draw counts, too, and where it is another one the rest is dropped. So speculation never changes
-an output, greedy or sampled, but for what rounding in steps of another size does.
+an output, greedy or sampled, but for what rounding in steps of another size does (Daliri et al. 2024, "Coupling
+without Communication and Drafter-Invariant Speculative Decoding", arXiv 2408.07978). A token that is proposed
+for certain is accepted with the probability that the model gives it, and no exact rule accepts it more often.
 
 Each method is a file. It says how many tokens it proposes, and which.
 """

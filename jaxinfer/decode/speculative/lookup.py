@@ -21,7 +21,7 @@ LONGEST = 64
 @dataclass(frozen=True)
 class PromptLookup:
     """Proposes what followed the latest earlier occurrence of the text's last tokens: of as many of them as occur
-    together, up to `prompt_lookup_max`. Where not even the last token occurs, it is proposed to go on forever.
+    together, up to `prompt_lookup_max`. Where not even the last one occurred before, that token is proposed again.
 
     Attributes:
         num_speculative_tokens: k, 1..MOST_DRAFTS.
@@ -66,7 +66,7 @@ def propose(text_BT: jax.Array, last_B: jax.Array, count: int, longest: int) -> 
         earlier_BT = jnp.pad(text_BT, ((0, 0), (back, 0)))[:, : text_BT.shape[1]]
         alike_BT &= (earlier_BT == wanted_B1) & (place_T[None] >= back) & (at_B1 >= back)
         matched_BT += alike_BT.astype(jnp.int32)
-    # The latest of the best: the place decides between equals. Of no occurrence, the newest token is its own.
+    # The latest of the best. Where nothing matches, the place before the newest token: what follows is that token.
     best_B = jnp.max(matched_BT, axis=1)
     candidates_BT = jnp.where((matched_BT == best_B[:, None]) & (place_T[None] < at_B1), place_T[None], -1)
     found_B = jnp.where(best_B > 0, jnp.max(candidates_BT, axis=1), last_B - 1)

@@ -50,8 +50,6 @@ def expected(state: SamplingState, drafts_Bk: jax.Array) -> SamplingState:
     """What the sampler would keep for each slot after none, one, and so on up to all of the proposed tokens: a row for
     each, slot by slot."""
     slots, drafts = drafts_Bk.shape
-    if drafts == 0:
-        return state
     rows = jax.tree.map(lambda x_B: jnp.repeat(x_B, drafts + 1, axis=0), state)
     row_BQ = jnp.arange(slots * (drafts + 1), dtype=jnp.int32).reshape(slots, drafts + 1)
     before_Qk = jnp.tri(drafts + 1, drafts, -1, dtype=jnp.int32)  # 1 where the token comes before the draw
