@@ -18,6 +18,7 @@ from jaxinfer.roofline import Precision, decode_step
 if TYPE_CHECKING:
     from jaxinfer.decode.sampling_params import SamplingParams
     from jaxinfer.decode.speculative import Speculation
+    from jaxinfer.engine.metrics import Counters
     from jaxinfer.llm import LLM
 
 
@@ -65,7 +66,7 @@ def generate(
         llm = load(speculation := by_name(speculate, num_speculative_tokens))
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
         llm.stream(prompt, params)  # tells what is wrong
-        compiled(llm, prompt, params)
+        compile_for(llm, prompt, params)
     except (ValueError, OSError) as error:
         raise bad_argument(error) from error
     typer.echo(prompt, nl=False)
@@ -74,13 +75,15 @@ def generate(
     console = Console(stderr=True)
     console.print(summary(llm, len(llm.tokenizer.encode(prompt)), clock))
     if speculation is not None and clock.per_token:
+        counters = llm.engine.counters
+        del llm  # the plain one takes its place in memory
         plain = load(None)
-        compiled(plain, prompt, params)
-        console.print(gain(llm, timed(plain, prompt, params, lambda text: None).per_token / clock.per_token))
+        compile_for(plain, prompt, params)
+        console.print(gain(counters, timed(plain, prompt, params, lambda text: None).per_token / clock.per_token))
 
 
-def compiled(llm: LLM, prompt: str, params: SamplingParams) -> None:
-    """Has all that a stream needs, so that it is timed."""
+def compile_for(llm: LLM, prompt: str, params: SamplingParams) -> None:
+    """Compiles what a stream runs, so that its tokens alone are timed."""
     llm.generate(prompt, replace(params, max_tokens=min(2, params.max_tokens)))
 
 
@@ -93,9 +96,8 @@ def timed(llm: LLM, prompt: str, params: SamplingParams, tell: Callable[[str], N
     return clock
 
 
-def gain(llm: LLM, times: float) -> str:
+def gain(counters: Counters, times: float) -> str:
     """One line: what proposals brought."""
-    counters = llm.engine.counters
     right = " ".join(f"{count / counters.drafts:.0%}" for count in counters.accepted)
     return f"{counters.tokens_per_draft:.2f} tokens a step, {times:.2f} times plain decoding; right by place: {right}"
 

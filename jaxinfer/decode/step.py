@@ -28,7 +28,7 @@ from jaxinfer.decode.prompt_logprobs import PromptLogprobs, prompt_logprobs
 from jaxinfer.decode.sampling import Needs, Sampled
 from jaxinfer.decode.sampling_params import MAX_LOGPROBS, SamplingParams
 from jaxinfer.decode.slots import Admission, SlotState
-from jaxinfer.decode.speculative import Speculation, verify
+from jaxinfer.decode.speculative import Speculation, drafts_of, verify
 from jaxinfer.model import Model, Params
 
 Cache = tuple[Pages, ...]
@@ -80,7 +80,7 @@ class Layout:
     @property
     def drafts(self) -> int:
         """Tokens that a decode step proposes for each slot."""
-        return 0 if self.speculation is None else self.speculation.num_speculative_tokens
+        return drafts_of(self.speculation)
 
     @property
     def pages_per_row(self) -> int:
@@ -197,8 +197,9 @@ class Programs:
             row[: len(ids)] = ids
             return row
 
-        text_T = None if self.layout.text is None else np.zeros(self.layout.text, np.int32)
-        if text_T is not None:
+        text_T = None
+        if self.layout.text is not None:
+            text_T = np.zeros(self.layout.text, np.int32)
             text_T[: len(prompt_ids) + len(output_ids)] = [*prompt_ids, *output_ids]
         return Admission(
             tables=tuple(np.pad(np.asarray(group, np.int32), (0, width - len(group))) for group in pages),

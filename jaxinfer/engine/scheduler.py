@@ -132,12 +132,12 @@ class Scheduler:
         """Chooses the next program, and takes it for dispatched. It is empty if nothing can run."""
         self._let_go()
         decoding = [sequence for sequence in self._by_rank() if sequence.decodes]
-        released = self._hold(decoding, 1, 0)
+        released = self._hold(decoding, 1)
         chunks, admitted = self._prefilled(_holding(decoding), released)
         # What a constrained sequence may draw next, the host knows only after its last token.
         single = chunks or any(sequence.constraint is not None for sequence in _holding(decoding))
         steps, drafts = (1, 0) if single else (self.options.steps_per_dispatch, self._drafts)
-        released += self._hold(decoding, steps, drafts)
+        released += self._hold(decoding, steps * (1 + drafts))
         decoding = _holding(decoding)
         continued = [chunk.sequence for chunk in chunks if chunk.sequence not in admitted]
         entries = [entry for sequence in (*decoding, *continued) for entry in self._entries(sequence)]
@@ -158,17 +158,15 @@ class Scheduler:
             if sequence.prompt_left == 0 and sequence.all_scheduled:
                 self._vacate(sequence)
 
-    def _hold(self, decoding: list[Sequence], steps: int, drafts: int) -> list[int]:
-        """Gives all that decode the pages of so many steps, each of which proposes so many tokens, first by rank;
-        returns the slots that it took for that."""
+    def _hold(self, decoding: list[Sequence], tokens: int) -> list[int]:
+        """Gives all that decode the pages of so many more tokens, first by rank; returns the slots that it took for
+        that."""
         released = []
         for sequence in decoding:
             if sequence.slot is None:  # preempted
                 continue
             self.paging.give_back_unseen(sequence)
-            while sequence.slot is not None and not self.paging.grow(
-                sequence, sequence.length_after(steps * (1 + drafts))
-            ):
+            while sequence.slot is not None and not self.paging.grow(sequence, sequence.length_after(tokens)):
                 assert len(self.running) > 1, "a request was admitted that the cache cannot hold"
                 released.append(self._preempt(self._last()))
         return released

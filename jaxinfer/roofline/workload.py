@@ -55,7 +55,7 @@ def workload_limit(
     own = [prompt - shared for prompt, _ in sizes]
     prompts = attention.sequence(shared, 0) if shared else Attended()
     for tokens in own:
-        alone = attention.sequence(tokens, 0)
+        alone = attention.sequence(tokens, 0)  # its own keys; those that are shared are read with the first prompt
         prompts = prompts.plus(attention.sequence(tokens, shared)._replace(cache=alone.cache))
     seconds = step(shared + sum(own), len(sizes), prompts)
     active = list(sizes)

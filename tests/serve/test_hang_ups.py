@@ -1,6 +1,8 @@
 """Whoever hangs up makes room for the others."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import openai
 import pytest
@@ -10,25 +12,29 @@ from tests.serve.running import COMPLETION, LONG
 ABORTED = 'jaxinfer_requests_total{reason="abort"}'
 
 
+@contextmanager
+def aborted(server, running: int) -> Iterator[None]:
+    """So many requests run, and what happens inside ends all of them."""
+    server.wait_for(running_requests=running)
+    before = server.figures().get(ABORTED, 0)
+    yield
+    server.wait_for(running_requests=0, cache_pages_used=0)
+    assert server.figures()[ABORTED] == before + running
+
+
 def test_a_stream_that_nobody_reads_is_aborted(server, client):
     stream = client.completions.create(model="demo", prompt="def f():", stream=True, **LONG)
     next(iter(stream))
-    server.wait_for(running_requests=1)
-    before = server.figures().get(ABORTED, 0)
-    stream.close()
-    server.wait_for(running_requests=0, cache_pages_used=0)
-    assert server.figures()[ABORTED] == before + 1
+    with aborted(server, 1):
+        stream.close()
 
 
 def test_a_request_whose_caller_hangs_up_is_aborted(server):
     body = json.dumps({"prompt": "a", "max_tokens": 900, "temperature": 0, "ignore_eos": True, "n": 2})
     connection = server.connect()
     connection.request("POST", COMPLETION, body, {"Content-Type": "application/json"})
-    server.wait_for(running_requests=2)
-    before = server.figures().get(ABORTED, 0)
-    connection.close()
-    server.wait_for(running_requests=0, cache_pages_used=0)
-    assert server.figures()[ABORTED] == before + 2
+    with aborted(server, 2):
+        connection.close()
 
 
 def test_a_caller_who_hangs_up_within_the_body_is_no_error(server):

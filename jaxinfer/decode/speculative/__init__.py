@@ -12,12 +12,12 @@ Each method is a file. It says how many tokens it proposes, and which.
 """
 
 from jaxinfer.decode.speculative.lookup import PromptLookup
-from jaxinfer.decode.speculative.method import MOST_DRAFTS, Speculation
+from jaxinfer.decode.speculative.method import MOST_DRAFTS, Speculation, drafts_of
 from jaxinfer.decode.speculative.verify import verify
 
 METHODS = {"lookup": PromptLookup}
 
-__all__ = ["METHODS", "MOST_DRAFTS", "PromptLookup", "Speculation", "by_name", "verify"]
+__all__ = ["METHODS", "MOST_DRAFTS", "PromptLookup", "Speculation", "by_name", "drafts_of", "verify"]
 
 
 def by_name(name: str | None, num_speculative_tokens: int | None = None) -> Speculation | None:

@@ -64,12 +64,12 @@ def propose(text_BT: jax.Array, last_B: jax.Array, count: int, longest: int) -> 
     for back in range(longest):
         wanted_B1 = jnp.take_along_axis(text_BT, jnp.maximum(at_B1 - back, 0), axis=1)
         earlier_BT = jnp.pad(text_BT, ((0, 0), (back, 0)))[:, : text_BT.shape[1]]
-        alike_BT &= (earlier_BT == wanted_B1) & (place_T[None] >= back) & (at_B1 >= back)
+        alike_BT &= (earlier_BT == wanted_B1) & (place_T[None] >= back)
         matched_BT += alike_BT.astype(jnp.int32)
     # The latest of the best. Where nothing matches, the place before the newest token: what follows is that token.
     best_B = jnp.max(matched_BT, axis=1)
-    candidates_BT = jnp.where((matched_BT == best_B[:, None]) & (place_T[None] < at_B1), place_T[None], -1)
-    found_B = jnp.where(best_B > 0, jnp.max(candidates_BT, axis=1), last_B - 1)
+    latest_B = jnp.max(jnp.where(matched_BT == best_B[:, None], place_T[None], -1), axis=1)
+    found_B = jnp.where(best_B > 0, latest_B, last_B - 1)
     step_k = jnp.arange(count, dtype=jnp.int32)
-    follows_Bk = (found_B + 1)[:, None] + step_k[None] % jnp.maximum(last_B - found_B, 1)[:, None]
-    return jnp.take_along_axis(text_BT, jnp.maximum(follows_Bk, 0), axis=1)
+    follows_Bk = (found_B + 1)[:, None] + step_k[None] % (last_B - found_B)[:, None]
+    return jnp.take_along_axis(text_BT, follows_Bk, axis=1)

@@ -27,6 +27,11 @@ class Speculation(Protocol):
         ...
 
 
+def drafts_of(speculation: Speculation | None) -> int:
+    """Tokens that a decode step proposes for each slot: none without a method."""
+    return 0 if speculation is None else speculation.num_speculative_tokens
+
+
 def check_drafts(count: object) -> None:
     """
     Raises:
