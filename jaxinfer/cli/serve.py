@@ -66,7 +66,7 @@ def serve(
         number(
             least=1, help="Of a decode step by prompts beside it, as predicted; inf for none.", rich_help_panel=_ENGINE
         ),
-    ] = 2.0,
+    ] = 1.75,
     page_size: Annotated[int, integer(help="Tokens of a page of the cache.", rich_help_panel=_ENGINE)] = 16,
     num_pages: Annotated[
         int | None, integer(help="Pages of the cache; as many as fit by default.", rich_help_panel=_ENGINE)

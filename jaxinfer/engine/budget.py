@@ -9,7 +9,7 @@ program of decode steps stays what it is. The smallest bucket is always allowed,
 takes longer than the bound, its time is the bound.
 
 The bound has its price, since large programs make more of the machine. Where nobody waits for single tokens,
-`math.inf` is the choice, and the default of `Options`; a server's is 2.
+`math.inf` is the choice, and the default of `Options`; a server's is 1.75.
 
 Predicted is what the programs do, with their padding: the buckets of tokens and slots that are compiled. The sampler
 and the host are not. Of a sequence that decodes the tokens count that were read: those on their way would only

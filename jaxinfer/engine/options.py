@@ -33,7 +33,7 @@ class Options:
             far as memory goes.
         max_slowdown: how many times as long as a decode step alone a program may take, by prediction, that prefills
             beside sequences that decode: at least 1. No limit, the default, is best for throughput; where somebody
-            waits for single tokens, as `jaxinfer serve` takes it to be, 2 is a choice. See `jaxinfer.engine.budget`.
+            waits for single tokens, `jaxinfer serve` has 1.75. See `jaxinfer.engine.budget`.
         steps_per_dispatch: decode steps in one program, at most MOST_STEPS.
         cache_dtype: of keys and values, one of CACHE_DTYPES; None takes the model's. In int8 and float8_e4m3fn every
             key and value of a head has a float32 scale of its own.

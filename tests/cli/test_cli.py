@@ -95,7 +95,7 @@ def test_a_server_bounds_how_long_a_prompt_holds_up_the_others(monkeypatch):
     monkeypatch.setattr("jaxinfer.serve.server.run", served)
     assert run("serve", "--port", "0", "--speculate", "lookup", "--num-speculative-tokens", "5").exit_code == 0
     ((options, speculation),) = asked
-    assert (options.max_slowdown, Options().max_slowdown) == (2, math.inf)
+    assert (options.max_slowdown, Options().max_slowdown) == (1.75, math.inf)
     assert by_name(*speculation) == PromptLookup(5)
 
 
