@@ -7,6 +7,7 @@ import reprlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any, cast
@@ -31,7 +32,7 @@ from jaxinfer.intake import (
     priorities,
     stream_problems,
 )
-from jaxinfer.model import Model, ModelConfig, read_config
+from jaxinfer.model import Model, ModelConfig, Params, read_config
 from jaxinfer.model.rope import Dynamic, LongRope, Yarn
 from jaxinfer.outputs import CompletionOutput, RequestOutput
 from jaxinfer.parallel import make_mesh
@@ -93,12 +94,31 @@ class LLM:
         self.model = Model(config, make_mesh(tensor_parallel_size), max_model_len, dtype)
         self.intake = Intake(self.tokenizer, Limits(config.vocab_size, self.model.context, eos_ids))
         params = self.model.params(checkpoint.load(self.folder, self.model))
+        if options is not None and options.speculation is not None:
+            options = replace(options, speculation=options.speculation.loaded(self._load_beside))
         constrain = self.intake.grammars.constraint if self.intake.grammars.possible else None
         self.engine = Engine(self.model, params, options, constrain)
         if warm_up:
             self.engine.warm_up()
         self._seeds, self._ids = np.random.default_rng(seed), count()
         self._running: dict[int, tuple[Continuation, deque[Continuation]]] = {}
+
+    def _load_beside(self, name: str) -> tuple[Model, Params]:
+        """Another checkpoint that reads the same tokens, for the same devices and context.
+
+        Raises:
+            FileNotFoundError, ValueError: as `LLM`, or the tokenizers differ.
+        """
+        folder = checkpoint.resolve(name)
+        config, tokenizer = read_config(folder), Tokenizer.from_folder(folder)
+        ours, theirs = (one.backend.get_vocab() for one in (self.tokenizer, tokenizer))
+        if differ := {token for token, _ in ours.items() ^ theirs.items()}:
+            raise ValueError(
+                f"the tokenizer of {folder} differs from that of {self.folder} in {len(differ)} tokens, such as "
+                f"{min(differ)!r}; it must be the same"
+            )
+        model = Model(config, self.model.mesh, self.model.context, self.model.config.dtype)
+        return model, model.params(checkpoint.load(folder, model))
 
     def generate(
         self,

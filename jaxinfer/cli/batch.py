@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from jaxinfer.cli.options import PROPOSED, SPECULATE, bad_argument, integer
+from jaxinfer.cli.options import DRAFT, PROPOSED, SPECULATE, bad_argument, integer
 
 
 def batch(
@@ -33,6 +33,7 @@ def batch(
     ] = None,
     speculate: Annotated[str | None, typer.Option(help=SPECULATE)] = None,
     num_speculative_tokens: Annotated[int | None, integer(help=PROPOSED)] = None,
+    draft_model: Annotated[str | None, typer.Option(help=DRAFT)] = None,
 ) -> None:
     """Answer every request of REQUESTS into ANSWERS, a line each; a second run does what is left."""
     try:
@@ -58,7 +59,7 @@ def batch(
             options=Options(
                 max_num_seqs=max_num_seqs,
                 cache_dtype=cache_dtype,
-                speculation=by_name(speculate, num_speculative_tokens),
+                speculation=by_name(speculate, num_speculative_tokens, draft_model),
             ),
         )
     except (ValueError, OSError) as error:

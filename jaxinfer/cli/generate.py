@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from jaxinfer.cli.options import PROPOSED, SPECULATE, bad_argument, integer, number
+from jaxinfer.cli.options import DRAFT, PROPOSED, SPECULATE, bad_argument, integer, number
 from jaxinfer.cli.units import si
 from jaxinfer.roofline import Precision, decode_step
 
@@ -43,6 +43,7 @@ def generate(
     ] = None,
     speculate: Annotated[str | None, typer.Option(help=SPECULATE)] = None,
     num_speculative_tokens: Annotated[int | None, integer(help=PROPOSED)] = None,
+    draft_model: Annotated[str | None, typer.Option(help=DRAFT)] = None,
 ) -> None:
     """Continue PROMPT and stream the text; then print tokens/s, the bandwidth that is, and the machine's limit."""
     from jaxinfer.decode.sampling_params import SamplingParams
@@ -63,7 +64,7 @@ def generate(
         )
 
     try:
-        llm = load(speculation := by_name(speculate, num_speculative_tokens))
+        llm = load(speculation := by_name(speculate, num_speculative_tokens, draft_model))
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
         llm.stream(prompt, params)  # tells what is wrong
         compile_for(llm, prompt, params)

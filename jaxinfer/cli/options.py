@@ -9,7 +9,11 @@ from typing import Any
 
 import typer
 
-SPECULATE = "How to propose tokens, which are verified together: lookup (what followed the same tokens before)."
+SPECULATE = (
+    "How to propose tokens, which are verified together: lookup (what followed the same tokens before), draft (what a "
+    "smaller model draws) or early-exit (what the first layers of the model draw)."
+)
+DRAFT = "The smaller model of draft: a folder or a Hugging Face id, with the same tokenizer."
 PROPOSED = "Tokens of a proposal; the method's own number by default."
 
 

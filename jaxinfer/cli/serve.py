@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from jaxinfer.cli.options import PROPOSED, SPECULATE, bad_argument, integer, number
+from jaxinfer.cli.options import DRAFT, PROPOSED, SPECULATE, bad_argument, integer, number
 
 if TYPE_CHECKING:
     from jaxinfer.serve.messages import Failed, Setup, Warming
@@ -82,6 +82,7 @@ def serve(
     ] = None,
     speculate: Annotated[str | None, typer.Option(help=SPECULATE, rich_help_panel=_ENGINE)] = None,
     num_speculative_tokens: Annotated[int | None, integer(help=PROPOSED, rich_help_panel=_ENGINE)] = None,
+    draft_model: Annotated[str | None, typer.Option(help=DRAFT, rich_help_panel=_ENGINE)] = None,
     prefix_caching: Annotated[
         bool, typer.Option(help="Prompts that begin alike share the pages of it.", rich_help_panel=_ENGINE)
     ] = True,
@@ -120,7 +121,7 @@ def serve(
             "max_waiting_time": max_waiting_time,
         },
         warm_up,
-        (speculate, num_speculative_tokens),
+        (speculate, num_speculative_tokens, draft_model),
     )
     name = served_model_name or ("demo" if model is None else model)
     settings = Settings(name, max_waiting, shutdown_timeout, api_key, ssl_certfile, ssl_keyfile)

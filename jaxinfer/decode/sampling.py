@@ -221,16 +221,38 @@ def sample(
       token_index_W: how many tokens the row's output has already.
       needs: what the requests in the batch ask for; `needs(params)` of this module.
     """
-    adjusted_WV = adjust(logits_WV, state, token_index_W) if needs.level != "greedy" else logits_WV
-    tokens_W = jax.lax.argmax(adjusted_WV, 1, jnp.int32)
-    if needs.level != "greedy":
-        scaled_WV = _scale(adjusted_WV, state.temperature_B)
-        kept_WV = truncate(scaled_WV, state) if needs.level == "full" else scaled_WV
-        # Gumbel-max: argmax(log p + Gumbel noise) is a draw from p (Maddison et al. 2014, section 2).
-        noise_WV = _gumbel(state.seed_B, token_index_W, logits_WV.shape[1])
-        drawn_W = jax.lax.argmax(kept_WV + noise_WV, 1, jnp.int32)
-        tokens_W = jnp.where(state.temperature_B < GREEDY_BELOW, tokens_W, drawn_W)
-    return _report(logits_WV, tokens_W, needs.logprobs)
+    if needs.level == "greedy":
+        return report(logits_WV, jax.lax.argmax(logits_WV, 1, jnp.int32), needs)
+    kept_WV = kept(logits_WV, state, token_index_W, needs)
+    return report(logits_WV, draw(kept_WV, state, token_index_W), needs)
+
+
+def kept(
+    logits_WV: Float32[Array, "W V"], state: SamplingState, token_index_W: Int32[Array, "W"], needs: Needs
+) -> Float32[Array, "W V"]:
+    """Unnormalized logarithms of the probabilities that a row's token is drawn with, -inf for what is filtered; of a
+    greedy row its likeliest token is the choice. Arguments are those of `sample`, `needs` not greedy."""
+    scaled_WV = _scale(adjust(logits_WV, state, token_index_W), state.temperature_B)
+    return truncate(scaled_WV, state) if needs.level == "full" else scaled_WV
+
+
+def draw(
+    kept_WV: Float32[Array, "W V"], state: SamplingState, token_index_W: Int32[Array, "W"], stream: int = 0
+) -> Int32[Array, "W"]:
+    """A token of every row, with the probabilities that `kept` tells; the likeliest of a greedy row.
+
+    Args:
+      stream: draws of different streams are independent.
+    """
+    # Gumbel-max: argmax(log p + Gumbel noise) is a draw from p (Maddison et al. 2014, section 2).
+    noise_WV = _gumbel(state.seed_B, token_index_W, kept_WV.shape[1], stream)
+    greedy_W1 = (state.temperature_B < GREEDY_BELOW)[:, None]
+    return jax.lax.argmax(kept_WV + jnp.where(greedy_W1, 0.0, noise_WV), 1, jnp.int32)
+
+
+def uniform(state: SamplingState, token_index_W: Int32[Array, "W"], stream: int) -> Float32[Array, "W"]:
+    """A number of [0, 1) for every row; see `draw`."""
+    return jax.vmap(lambda *row: jax.random.uniform(_key(*row, stream)))(state.seed_B, token_index_W)
 
 
 def adjust(
@@ -295,18 +317,29 @@ def _at_rank(sorted_WV: Float32[Array, "W V"], rank_W: Int32[Array, "W"]) -> Flo
     return jnp.take_along_axis(sorted_WV, rank_W[:, None] - 1, axis=1)[:, 0]
 
 
-def _gumbel(seed_W: UInt32[Array, "W"], token_index_W: Int32[Array, "W"], vocab: int) -> Float32[Array, "W V"]:
+def _gumbel(
+    seed_W: UInt32[Array, "W"], token_index_W: Int32[Array, "W"], vocab: int, stream: int
+) -> Float32[Array, "W V"]:
     def one(seed: jax.Array, token_index: jax.Array) -> jax.Array:
-        # Threefry whatever the process's default: under vmap the rbg generators depend on the batch.
-        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), token_index)
         # The default's 23 bits would tie the best of 100,000 tokens and never draw one rarer than 1e-7.
-        return jax.random.gumbel(key, (vocab,), jnp.float32, mode="high")
+        return jax.random.gumbel(_key(seed, token_index, stream), (vocab,), jnp.float32, mode="high")
 
     return jax.vmap(one)(seed_W, token_index_W)
 
 
-def _report(logits_WV: Float32[Array, "W V"], tokens_W: Int32[Array, "W"], top: int) -> Sampled:
-    if top == 0:
+def _key(seed: jax.Array, token_index: jax.Array, stream: int) -> jax.Array:
+    # Threefry whatever the process's default: under vmap the rbg generators depend on the batch.
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), token_index)
+    return key if stream == 0 else jax.random.fold_in(key, stream)
+
+
+def report(logits_WV: Float32[Array, "W V"], tokens_W: Int32[Array, "W"], needs: Needs) -> Sampled:
+    """The chosen tokens with the log-probabilities that are asked for.
+
+    Args:
+      logits_WV: the model's own.
+    """
+    if (top := needs.logprobs) == 0:
         rows = tokens_W.shape[0]
         no_ids_WL, no_logprobs_WL = jnp.zeros((rows, 0), jnp.int32), jnp.zeros((rows, 0), jnp.float32)
         return Sampled(tokens_W, jnp.full(rows, jnp.nan, jnp.float32), no_ids_WL, no_logprobs_WL)

@@ -19,19 +19,19 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.stages import Lowered
 
-from jaxinfer.cache import Pages, make_cache
+from jaxinfer.cache import make_cache
 from jaxinfer.decode import sampling, slots
-from jaxinfer.decode.batch import Batch, Rows, StepInput, make_batch, make_drafted, make_rectangle
+from jaxinfer.decode.batch import Rows, StepInput, make_batch, make_drafted, make_rectangle
+from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.masks import WORD
 from jaxinfer.decode.packing import packed, unpacked
 from jaxinfer.decode.prompt_logprobs import PromptLogprobs, prompt_logprobs
 from jaxinfer.decode.sampling import Needs, Sampled
 from jaxinfer.decode.sampling_params import MAX_LOGPROBS, SamplingParams
 from jaxinfer.decode.slots import Admission, SlotState
-from jaxinfer.decode.speculative import Speculation, drafts_of, verify
+from jaxinfer.decode.speculative import Pool, Speculation, drafts_of, verify
 from jaxinfer.model import Model, Params
 
-Cache = tuple[Pages, ...]
 VOCABULARY_CHUNK = 8192
 SCORED = 64  # rows that one program gives log-probabilities, where the step has as many
 ENTRIES = 256  # of page tables that one program writes
@@ -90,7 +90,7 @@ class Layout:
     @property
     def text(self) -> int | None:
         """Tokens that are kept of each slot; None if none are."""
-        return None if self.speculation is None else self.max_tokens
+        return self.max_tokens if self.speculation is not None and self.speculation.reads_text else None
 
 
 class Programs:
@@ -102,6 +102,7 @@ class Programs:
 
     def __init__(self, model: Model, layout: Layout):
         self.model, self.layout, self.traces = model, layout, Counter[str]()
+        self.forward = Forward(model, layout.page_size, layout.cache_dtype, layout.attention)
         donated = ("state", "cache")
         self._step = jax.jit(self._traced_step, static_argnames=("tokens", "decode"), donate_argnames=("cache",))
         self._sample = jax.jit(self._traced_sample, static_argnames=("needs",), donate_argnames=("state",))
@@ -120,12 +121,10 @@ class Programs:
         )
         whole = jax.tree.map(lambda array: NamedSharding(model.mesh, P(*[None] * array.ndim)), empty)
         state = jax.device_put(empty, whole)
-        groups = tuple(model.config.group(layer) for layer in range(model.config.num_layers))
-        cache = make_cache(
-            model.mesh, groups, layout.num_pages, layout.page_size, model.kv_slots, model.config.head_size,
-            layout.cache_dtype,
-        )  # fmt: skip
-        return state, cache
+        pools = pools_of(model, layout.speculation)
+        dtype, sizes = layout.cache_dtype, (layout.num_pages, layout.page_size)
+        made = [make_cache(model.mesh, (pool.group,), *sizes, pool.kv_slots, pool.head_size, dtype) for pool in pools]
+        return state, tuple(pages for (pages,) in made)
 
     def step(
         self, params: Params, state: SlotState, cache: Cache, given: StepInput, targets_T: np.ndarray | None,
@@ -234,7 +233,9 @@ class Programs:
         self.traces["step"] += 1
         given = StepInput.unpacked(packed, tokens, decode)
         batch, rows = make_batch(state, given, self.layout.page_size)
-        cache, logits_WV, hidden_TD = self._run(params, cache, batch, rows.tokens_W)
+        cache, logits_WV, hidden_TD = self.forward(params, cache, batch, rows.tokens_W)
+        if self.layout.speculation is not None:
+            cache = self.layout.speculation.observe(self.forward, params, batch, cache)
         return cache, logits_WV, rows, tuple(hidden_TD[at : at + SCORED] for at in range(0, tokens, SCORED))
 
     def _traced_mask(self, logits_WV, words_BU):
@@ -249,7 +250,7 @@ class Programs:
 
     def _traced_score(self, params, hidden_TD, targets_T):
         self.traces["score"] += 1
-        normed_TD, head_VD, cap = self.model.head(params, hidden_TD)
+        normed_TD, head_VD, cap = self.model.head(self.forward.own(params), hidden_TD)
         top = min(MAX_LOGPROBS, self.model.config.vocab_size)
         return prompt_logprobs(normed_TD, head_VD, targets_T, top, chunk=VOCABULARY_CHUNK, transform=cap)
 
@@ -278,18 +279,11 @@ class Programs:
         self.traces["release"] += 1
         return slots.release(state, slot)
 
-    def _run(self, params, cache, batch: Batch, tokens_W: jax.Array):
-        """The model's part of a step: logits of some of its tokens, and hidden states of all."""
-        with jax.named_scope("attention"):
-            batch = batch.scheduled(*self._heads(), self.model.config.windows, self.layout.attention)
-        hidden_TD, _, cache = self.model.forward(params, batch, cache)
-        return cache, self.model.logits(params, hidden_TD[tokens_W]), hidden_TD
-
     def _plain(self, params, needs: Needs, carry, _):
         """A step of a loop: a token for each slot that is active."""
         state, cache = carry
         batch, rows = make_rectangle(state, self.layout.page_size)
-        cache, logits_WV, _ = self._run(params, cache, batch, rows.tokens_W)
+        cache, logits_WV, _ = self.forward(params, cache, batch, rows.tokens_W)
         state, sampled = self._draw(state, logits_WV, rows, needs)
         return (state, cache), (sampled, rows.emits_W)
 
@@ -298,12 +292,12 @@ class Programs:
         state, cache = carry
         assert self.layout.speculation is not None
         with jax.named_scope("speculation"):
-            drafts_Bk = self.layout.speculation.propose(state)
-        batch = make_drafted(state, drafts_Bk, self.layout.page_size)
-        cache, logits_WV, _ = self._run(params, cache, batch, jnp.arange(len(batch.tokens_T), dtype=jnp.int32))
+            proposal, cache = self.layout.speculation.propose(self.forward, params, needs, state, cache)
+        batch = make_drafted(state, proposal.drafts_Bk, self.layout.page_size)
+        cache, logits_WV, _ = self.forward(params, cache, batch, jnp.arange(len(batch.tokens_T), dtype=jnp.int32))
         with jax.named_scope("sampling"):
             logits_WV = jax.sharding.reshard(logits_WV, P(None, None))
-            state, sampled_QW, emits_QW = verify(state, logits_WV, drafts_Bk, needs)
+            state, sampled_QW, emits_QW = verify(state, logits_WV, proposal, needs)
         return (state, cache), (sampled_QW, emits_QW)
 
     @jax.named_scope("sampling")
@@ -313,15 +307,14 @@ class Programs:
         sampled = sampling.sample(whole_WV, state.sampling, state.index_B, needs)
         return slots.advance(state, sampled, rows.emits_W, rows.lengths_W), sampled
 
-    def _heads(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """The queries of a token, [N, H], and a page of keys, [S, K, H], as one device holds them."""
-        model, layout, config = self.model, self.layout, self.model.config
-        devices = model.kv_slots // model.kv_slots_per_device
-        queries, keys = config.num_heads // devices, model.kv_slots_per_device
-        return (
-            jax.ShapeDtypeStruct((queries, config.head_size), jnp.dtype(config.dtype)),
-            jax.ShapeDtypeStruct((layout.page_size, keys, config.head_size), jnp.dtype(layout.cache_dtype)),
-        )
+
+def pools_of(model: Model, speculation: Speculation | None) -> list[Pool]:
+    """The layers of a cache: the model's, then those of a method."""
+    own = [
+        Pool(model.config.group(layer), model.kv_slots, model.kv_slots_per_device, model.config.head_size)
+        for layer in range(model.config.num_layers)
+    ]
+    return own if speculation is None else own + speculation.pools(model)
 
 
 def allowed(words_WU: jax.Array, vocab: int) -> jax.Array:

@@ -57,6 +57,9 @@ class Engine:
         """
         self.model = model
         self.options = options or Options()
+        if (method := self.options.speculation) is not None:
+            method.check(model)
+            params = [*params, *method.weights]
         self.layout = make_layout(model, self.options)
         self.counters = Counters()
         self.budget = predicted_budget(model, self.layout, self.options)

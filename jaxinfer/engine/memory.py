@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from jaxinfer.cache import page_bytes
-from jaxinfer.decode.step import Layout
+from jaxinfer.decode.speculative import Speculation
+from jaxinfer.decode.step import Layout, pools_of
 from jaxinfer.engine.options import Options
 from jaxinfer.machine import host_memory
 from jaxinfer.model import Model
@@ -25,13 +26,13 @@ def make_layout(model: Model, options: Options) -> Layout:
     """
     dtype, windows = options.cache_dtype or model.config.dtype, model.config.windows
     if options.num_pages is not None:
-        check_pages(model, options.page_size, dtype, options.num_pages)
+        check_pages(model, options.page_size, dtype, options.num_pages, options.speculation)
         num_pages = (options.num_pages,) * len(windows)
     else:
         ahead = max(options.max_num_batched_tokens, options.most_ahead)
         longest = [most_pages(model.context, options.page_size, window, ahead) for window in windows]
         wanted = tuple(options.max_num_seqs * pages + 1 for pages in longest)
-        num_pages = fitting_pages(model, options.page_size, dtype, wanted)
+        num_pages = fitting_pages(model, options.page_size, dtype, wanted, options.speculation)
     return Layout(
         slots=options.max_num_seqs,
         page_size=options.page_size,
@@ -42,20 +43,23 @@ def make_layout(model: Model, options: Options) -> Layout:
     )
 
 
-def fitting_pages(model: Model, page_size: int, dtype: str, wanted: tuple[int, ...]) -> tuple[int, ...]:
+def fitting_pages(
+    model: Model, page_size: int, dtype: str, wanted: tuple[int, ...], speculation: Speculation | None = None
+) -> tuple[int, ...]:
     """Pages of every cache group, the null pages included, that fit beside what is on the devices already.
 
     Groups have equally many, but none has more than is wanted: the others can use what it leaves.
 
     Args:
         wanted: pages of every group that would be enough.
+        speculation: may keep keys and values of its own.
 
     Raises:
         NoRoomError: not even two pages of each fit.
     """
-    per_layer = page_bytes(page_size, model.kv_slots_per_device, model.config.head_size, dtype)
-    groups = [model.config.group(layer) for layer in range(model.config.num_layers)]
-    sizes = [groups.count(group) * per_layer for group in range(len(wanted))]
+    sizes = [0] * len(wanted)
+    for pool in pools_of(model, speculation):
+        sizes[pool.group] += page_bytes(page_size, pool.kv_slots_per_device, pool.head_size, dtype)
     room = min(_room(device) for device in model.mesh.local_devices)
     pages = share_room(room, sizes, wanted)
     if min(pages) < 2:
@@ -66,14 +70,16 @@ def fitting_pages(model: Model, page_size: int, dtype: str, wanted: tuple[int, .
     return pages
 
 
-def check_pages(model: Model, page_size: int, dtype: str, num_pages: int) -> None:
+def check_pages(
+    model: Model, page_size: int, dtype: str, num_pages: int, speculation: Speculation | None = None
+) -> None:
     """Holds pages that were asked for to what fits.
 
     Raises:
         NoRoomError: they do not fit.
     """
     groups = len(model.config.windows)
-    most = min(fitting_pages(model, page_size, dtype, (num_pages,) * groups))
+    most = min(fitting_pages(model, page_size, dtype, (num_pages,) * groups, speculation))
     if num_pages > most:
         raise NoRoomError(
             f"num_pages = {num_pages} must be in 2..{most}, which fit beside the weights, {page_size} tokens each"

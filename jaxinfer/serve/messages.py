@@ -27,7 +27,7 @@ class Setup:
     llm: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     warm_up: bool = False
-    speculation: tuple[str | None, int | None] = (None, None)
+    speculation: tuple[str | None, int | None, str | None] = (None, None, None)
 
 
 @dataclass(frozen=True)

@@ -121,8 +121,14 @@ def test_convert_keeps_every_bit(tmp_path):
         (["generate", "a", "--temperature", "nan"], "temperature = nan must be"),
         (["generate", "a", "--dtype", "int8"], "dtype = 'int8' must be bfloat16, float16 or float32"),
         (["generate", "a", "--cache-dtype", "fp8"], "cache_dtype = 'fp8' must be one of float32,"),
-        (["generate", "a", "--speculate", "magic"], "speculate = 'magic' must be one of lookup"),
+        (["generate", "a", "--speculate", "magic"], "speculate = 'magic' must be one of draft, early-exit, lookup"),
         (["generate", "a", "--num-speculative-tokens", "4"], "num_speculative_tokens = 4 has no use without a method"),
+        (["generate", "a", "--draft-model", "b"], "draft_model = 'b' has no use without a method"),
+        (["generate", "a", "--speculate", "draft"], "speculate = 'draft' and draft_model = None do not go together"),
+        (
+            ["generate", "a", "--speculate", "lookup", "--draft-model", "b"],
+            "speculate = 'lookup' and draft_model = 'b' do not go together",
+        ),
         (
             ["generate", "a", "--speculate", "lookup", "--num-speculative-tokens", "0"],
             "num_speculative_tokens = 0 must be an integer in 1..127",

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.decode import sampling
+from jaxinfer.decode.forward import Forward
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.slots import Admission, SlotState, admit, advance, empty_slots
-from jaxinfer.decode.speculative import PromptLookup, verify
+from jaxinfer.decode.speculative import PromptLookup, Proposal, verify
 from jaxinfer.decode.speculative.lookup import propose
 
 VOCAB, DRAFTS, TEXT, START = 11, 4, 64, 3
@@ -28,6 +29,7 @@ SLOTS = [
     SamplingParams(temperature=2.0, min_tokens=4, stop_token_ids=[1, 2, 3], max_tokens=40),
     SamplingParams(temperature=1.0, stop_token_ids=[4, 5, 6, 7], max_tokens=40),
 ]
+FORWARD = Forward(None, page_size=1, cache_dtype="", attention="")  # a lookup runs no model
 IDLE = len(SLOTS)  # one more slot, of nobody
 NEEDS = sampling.needs([*SLOTS, SamplingParams(logprobs=2)])
 
@@ -62,7 +64,7 @@ def plain_step(state: SlotState, logits_VV: jax.Array) -> tuple[SlotState, sampl
 @jax.jit
 def verified_step(state: SlotState, logits_VV: jax.Array, drafts_Bk: jax.Array):
     tokens_BQ = jnp.concatenate([state.token_B[:, None], drafts_Bk], axis=1)
-    return verify(state, logits_VV[tokens_BQ.reshape(-1)], drafts_Bk, NEEDS)
+    return verify(state, logits_VV[tokens_BQ.reshape(-1)], Proposal(drafts_Bk), NEEDS)
 
 
 def assert_slot_equal(found: SlotState, expected: SlotState, slot: int) -> None:
@@ -156,7 +158,8 @@ def test_a_continuation_goes_round():
 
 def test_the_method_reads_the_text_of_the_slots():
     state = replace(new_state(0), text_BT=jnp.asarray(np.tile([7, 8, 5, 7, 0, 0], (len(SLOTS) + 1, 1)), jnp.int32))
-    assert PromptLookup(2, 3).propose(state)[:IDLE].tolist() == [[8, 5]] * IDLE
+    proposal, _ = PromptLookup(2, 3).propose(FORWARD, [], NEEDS, state, ())
+    assert proposal.drafts_Bk[:IDLE].tolist() == [[8, 5]] * IDLE
 
 
 @pytest.mark.parametrize("count", [0, -1, 128, 2.0, True, None])

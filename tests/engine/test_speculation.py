@@ -1,15 +1,16 @@
 """An engine that speculates gives what a plain one gives, for every request and in any company."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from jaxinfer import SamplingParams
-from jaxinfer.decode.speculative import PromptLookup
+from jaxinfer.decode.speculative import DraftModel, EarlyExit, PromptLookup, Speculation
 from jaxinfer.engine.options import IN_FLIGHT
 from jaxinfer.engine.request import TokenLogprobs
 from jaxinfer.llm import LLM
-from tests.engine.tiny import OPTIONS, assert_warm, tiny_folder, warm_llm
+from tests.engine.tiny import CONFIG, OPTIONS, assert_clean, assert_warm, tiny_folder, warm_llm, write_checkpoint
 
 PARAMS = [
     SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
@@ -94,3 +95,68 @@ def test_devices_that_share_the_model_speculate_alike(tmp_path_factory):
     asked = PROMPTS[:1], [replace(PARAMS[2], max_tokens=30)]
     assert answers(shared, *asked) == answers(warm_llm(root), *asked)
     assert shared.engine.counters.drafts > 0
+
+
+# --- drafts
+
+
+def drafted(root: Path, method: Speculation, **options) -> LLM:
+    return LLM(tiny_folder(root), options=replace(OPTIONS, speculation=method, **options))
+
+
+@pytest.fixture(scope="module")
+def small_draft(tmp_path_factory) -> Path:
+    """A model of one layer and other heads, all of whose attention is in the window."""
+    config = {**CONFIG, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "num_key_value_heads": 1}
+    return write_checkpoint(
+        tmp_path_factory.mktemp("draft") / "small", {**config, "layer_types": ["sliding_attention"]}
+    )
+
+
+@pytest.mark.parametrize("method", ["draft", "early-exit"])
+def test_coupled_drafts_never_change_an_output(tmp_path_factory, small_draft, method):
+    """Greedy and sampled, preempted and shared, beside prompts that come in chunks."""
+    root = tmp_path_factory.getbasetemp()
+    methods = {"draft": DraftModel(small_draft, 2, coupled=True), "early-exit": EarlyExit(2, 1, coupled=True)}
+    llm = drafted(root, methods[method], num_pages=29)
+    asked = PROMPTS * 2, PARAMS * 2
+    assert answers(llm, *asked) == answers(warm_llm(root), *asked)
+    assert llm.engine.counters.preemptions > 0
+    assert llm.engine.counters.accepted[0] > 0
+    assert_clean(llm)
+
+
+def test_a_draft_that_is_the_model_is_always_right(tmp_path_factory):
+    """Its keys and values are there whenever it drafts: of prompts in chunks, of shared pages, of accepted tokens."""
+    root = tmp_path_factory.getbasetemp()
+    llm = drafted(root, DraftModel(tiny_folder(root), 3))
+    params = SamplingParams(temperature=0.7, max_tokens=13, seed=1, ignore_eos=True)
+    for prompt in ("ab" * 9, "abcabd" * 12, "abcabd" * 11 + "xyz"):
+        counters = llm.engine.counters
+        before = counters.drafts, counters.accepted
+        llm.generate([prompt], params)
+        accepted = [new - old for new, old in zip(counters.accepted, before[1] or (0, 0, 0), strict=True)]
+        # The first token is of the prompt; then four come at once, three times.
+        assert [counters.drafts - before[0], *accepted] == [3, 3, 3, 3]
+    assert llm.engine.metrics.prefix_hit_rate > 0
+
+
+def test_what_does_not_go_with_the_model_is_refused(tmp_path_factory, small_draft):
+    root = tmp_path_factory.getbasetemp()
+    other = write_checkpoint(tmp_path_factory.mktemp("wide") / "wide", {**CONFIG, "vocab_size": 105})
+    with pytest.raises(ValueError, match="has a vocabulary of 105 tokens; it must have the model's, 104"):
+        drafted(root, DraftModel(other))
+    with pytest.raises(ValueError, match="exit_layers = 2 must be fewer than the model's 2 layers"):
+        drafted(root, EarlyExit(exit_layers=2))
+    with pytest.raises(ValueError, match="nowhere' is no folder"):
+        drafted(root, DraftModel("./nowhere"))
+    with pytest.raises(ValueError, match="num_speculative_tokens = 0 must be"):
+        DraftModel(small_draft, 0)
+    with pytest.raises(ValueError, match=r"exit_layers = 0 must be an integer, at least 1"):
+        EarlyExit(exit_layers=0)
+    tokenizer = small_draft / "tokenizer.json"
+    whole = tokenizer.read_text()
+    tokenizer.write_text(whole.replace('"~"', '"ÿ"'))
+    with pytest.raises(ValueError, match=r"differs from that of .* in 2 tokens, such as '~'; it must be the same"):
+        drafted(root, DraftModel(small_draft))
+    tokenizer.write_text(whole)

@@ -1,38 +1,59 @@
 """Speculative decoding: guess some tokens, compute them all in one step, keep those that are right.
 
 A step that decodes reads all weights for one token of each sequence; a step of k + 1 tokens costs about the same. A
-method proposes the k tokens that may follow, and `verify` lets the model draw after each of them. The draws are those
-of plain decoding: a token depends on the logits, the request's seed and the token's index alone. Where a draw is the
-proposed token the next draw counts, too, and where it is another one the rest is dropped. So speculation never changes
-an output, greedy or sampled, but for what rounding in steps of another size does (Daliri et al. 2024, "Coupling
-without Communication and Drafter-Invariant Speculative Decoding", arXiv 2408.07978). A token that is proposed
-for certain is accepted with the probability that the model gives it, and no exact rule accepts it more often.
+method proposes the k tokens that may follow, and `verify` lets the model draw after each of them. Where a draw is the
+proposed token the next draw counts, too, and where it is another one the rest is dropped.
+
+The draws are those of plain decoding: a token depends on the logits, the request's seed and the token's index alone.
+So what is proposed never changes an output, greedy or sampled, but for what rounding in steps of another size does
+(Daliri et al. 2024, "Coupling without Communication and Drafter-Invariant Speculative Decoding", arXiv 2408.07978). A
+token that is proposed for certain is accepted with the probability that the model gives it, and no exact rule accepts
+it more often. One that a draft drew at random is accepted more often by the rule of Leviathan et al. and Chen et al.;
+its method says which of the two it takes. By that rule sampled outputs are other draws of the same distribution.
 
 Each method is a file. It says how many tokens it proposes, and which.
 """
 
+from jaxinfer.decode.speculative.draft import DraftModel
+from jaxinfer.decode.speculative.early_exit import EarlyExit
 from jaxinfer.decode.speculative.lookup import PromptLookup
-from jaxinfer.decode.speculative.method import MOST_DRAFTS, Speculation, drafts_of
+from jaxinfer.decode.speculative.method import MOST_DRAFTS, Pool, Proposal, Speculation, drafts_of
 from jaxinfer.decode.speculative.verify import verify
 
-METHODS = {"lookup": PromptLookup}
+METHODS: dict[str, type[Speculation]] = {"draft": DraftModel, "early-exit": EarlyExit, "lookup": PromptLookup}
 
-__all__ = ["METHODS", "MOST_DRAFTS", "PromptLookup", "Speculation", "by_name", "drafts_of", "verify"]
+__all__ = [
+    "METHODS", "MOST_DRAFTS", "DraftModel", "EarlyExit", "Pool", "PromptLookup", "Proposal", "Speculation", "by_name",
+    "drafts_of", "verify",
+]  # fmt: skip
 
 
-def by_name(name: str | None, num_speculative_tokens: int | None = None) -> Speculation | None:
+def by_name(
+    name: str | None, num_speculative_tokens: int | None = None, draft_model: str | None = None
+) -> Speculation | None:
     """The method of that name in METHODS; None for none.
 
     Args:
         num_speculative_tokens: of each proposal; the method's own number by default.
+        draft_model: the checkpoint of "draft", which must be given, and only there.
 
     Raises:
-        ValueError: there is no such method, or it proposes no such number.
+        ValueError: there is no such method, or it has no use for one of the settings, or not for this value.
     """
+    settings = {"num_speculative_tokens": num_speculative_tokens, "checkpoint": draft_model}
+    given = {setting: value for setting, value in settings.items() if value is not None}
     if name is None:
-        if num_speculative_tokens is not None:
-            raise ValueError(f"num_speculative_tokens = {num_speculative_tokens!r} has no use without a method")
+        if given:
+            raise ValueError(f"{_told(num_speculative_tokens, draft_model)} has no use without a method")
         return None
     if name not in METHODS:
         raise ValueError(f"speculate = {name!r} must be one of {', '.join(METHODS)}")
-    return METHODS[name]() if num_speculative_tokens is None else METHODS[name](num_speculative_tokens)
+    if (name == "draft") != (draft_model is not None):
+        raise ValueError(f"speculate = {name!r} and draft_model = {draft_model!r} do not go together")
+    return METHODS[name](**given)
+
+
+def _told(num_speculative_tokens: int | None, draft_model: str | None) -> str:
+    if num_speculative_tokens is not None:
+        return f"num_speculative_tokens = {num_speculative_tokens!r}"
+    return f"draft_model = {draft_model!r}"

@@ -12,14 +12,17 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from jaxinfer.decode.forward import Cache, Forward
+from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.slots import SlotState
-from jaxinfer.decode.speculative.method import check_drafts
+from jaxinfer.decode.speculative.method import Proposal, Speculation, check_drafts
+from jaxinfer.model import Params
 
 LONGEST = 64
 
 
 @dataclass(frozen=True)
-class PromptLookup:
+class PromptLookup(Speculation):
     """Proposes what followed the latest earlier occurrence of the text's last tokens: of as many of them as occur
     together, up to `prompt_lookup_max`. Where not even the last one occurred before, that token is proposed again.
 
@@ -33,6 +36,7 @@ class PromptLookup:
 
     num_speculative_tokens: int = 8
     prompt_lookup_max: int = 4
+    reads_text = True
 
     def __post_init__(self):
         check_drafts(self.num_speculative_tokens)
@@ -40,9 +44,12 @@ class PromptLookup:
         if not isinstance(longest, int) or isinstance(longest, bool) or not 1 <= longest <= LONGEST:
             raise ValueError(f"prompt_lookup_max = {longest!r} must be an integer in 1..{LONGEST}")
 
-    def propose(self, state: SlotState) -> jax.Array:
+    def propose(
+        self, target: Forward, params: Params, needs: Needs, state: SlotState, cache: Cache
+    ) -> tuple[Proposal, Cache]:
         assert state.text_BT is not None
-        return propose(state.text_BT, state.length_B, self.num_speculative_tokens, self.prompt_lookup_max)
+        drafts_Bk = propose(state.text_BT, state.length_B, self.num_speculative_tokens, self.prompt_lookup_max)
+        return Proposal(drafts_Bk), cache
 
 
 def propose(text_BT: jax.Array, last_B: jax.Array, count: int, longest: int) -> jax.Array:

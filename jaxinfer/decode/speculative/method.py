@@ -2,29 +2,96 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import NamedTuple, Self
 
 import jax
 
+from jaxinfer.decode.batch import Batch
+from jaxinfer.decode.forward import Cache, Forward
+from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.slots import SlotState
+from jaxinfer.model import Model, Params
 
 MOST_DRAFTS = 127  # the decode kernel takes 128 queries of a sequence
 
 
-@runtime_checkable
-class Speculation(Protocol):
-    """A method with its settings: hashable, since programs are compiled for it.
+class Proposal(NamedTuple):
+    """Tokens that may follow the newest one of each slot; any for a slot that is not active.
+
+    Attributes:
+        drafts_Bk: int32.
+        kept_BkV: where the tokens were drawn and not chosen for certain, what with: see `sampling.kept`.
+    """
+
+    drafts_Bk: jax.Array
+    kept_BkV: jax.Array | None = None
+
+
+class Pool(NamedTuple):
+    """The keys and values of one layer that a method has beside the model's: in pages of the same numbers.
+
+    Attributes:
+        group: the cache group of the model whose pages they are.
+        kv_slots, kv_slots_per_device, head_size: see `Model`.
+    """
+
+    group: int
+    kv_slots: int
+    kv_slots_per_device: int
+    head_size: int
+
+
+class Speculation:
+    """A method with its settings. Here are the answers of one that needs nothing but the slots.
 
     Attributes:
         num_speculative_tokens: k, proposed for each sequence in each step, 1..MOST_DRAFTS.
+        reads_text: whether the slots keep their text.
     """
 
-    @property
-    def num_speculative_tokens(self) -> int: ...
+    num_speculative_tokens: int
+    reads_text = False
 
-    def propose(self, state: SlotState) -> jax.Array:
-        """The tokens that may follow the newest one of each slot, int32 [B, k]; any for a slot that is not active."""
-        ...
+    def loaded(self, load: Callable[[str], tuple[Model, Params]]) -> Self:
+        """With the weights that it names.
+
+        Args:
+            load: a checkpoint, by its name, for the mesh, context and tokenizer of the model that is to be served.
+        """
+        return self
+
+    def check(self, model: Model) -> None:
+        """
+        Raises:
+            ValueError: the method cannot propose for this model.
+        """
+
+    @property
+    def weights(self) -> Params:
+        """Arrays that programs get behind the parameters of the model."""
+        return []
+
+    def pools(self, model: Model) -> list[Pool]:
+        """Layers that the cache has behind those of the model."""
+        return []
+
+    def propose(
+        self, target: Forward, params: Params, needs: Needs, state: SlotState, cache: Cache
+    ) -> tuple[Proposal, Cache]:
+        """What a step of a loop proposes.
+
+        Args:
+            target: the model.
+            params: its parameters, and the method's `weights`.
+            needs: of the slots that decode.
+            cache: the layers of the model, and the method's `pools`.
+        """
+        raise NotImplementedError
+
+    def observe(self, target: Forward, params: Params, batch: Batch, cache: Cache) -> Cache:
+        """The cache after a step with prompts in it, of which the method may want to keep keys and values too."""
+        return cache
 
 
 def drafts_of(speculation: Speculation | None) -> int:

@@ -10,29 +10,36 @@ import jax.numpy as jnp
 from jaxinfer.decode import sampling
 from jaxinfer.decode.sampling import Needs, Sampled, SamplingState
 from jaxinfer.decode.slots import SlotState, advance
+from jaxinfer.decode.speculative.method import Proposal
 
+ACCEPTED, LEFT = 2, 3  # streams of draws, beside that of proposals
 UNROLLED = 16  # draws whose bookkeeping is written out: a few small kernels each, and no turns of a loop
 
 
 def verify(
-    state: SlotState, logits_WV: jax.Array, drafts_Bk: jax.Array, needs: Needs
+    state: SlotState, logits_WV: jax.Array, proposal: Proposal, needs: Needs
 ) -> tuple[SlotState, Sampled, jax.Array]:
     """Draws k + 1 tokens for every slot, and takes those before and at the first that is not as proposed.
 
-    Every draw is plain decoding's own, with the penalties that the proposed tokens before it bring. A token that ends
-    the output is the last one.
+    Every draw is plain decoding's own, with the penalties that the proposed tokens before it bring; or for proposals
+    that were drawn, what `accepted_or_left` says. A token that ends the output is the last one.
 
     Args:
         logits_WV: after the newest token and each proposed one, slot by slot, [B x (k + 1), V], not sharded.
-        drafts_Bk: the proposed tokens.
 
     Returns:
         the state after them; the draws, each field with leading axes k + 1 and B; and which of them count, bool
         [k + 1, B].
     """
+    drafts_Bk = proposal.drafts_Bk
     slots, queries = drafts_Bk.shape[0], drafts_Bk.shape[1] + 1
     index_BQ = state.index_B[:, None] + jnp.arange(queries, dtype=jnp.int32)[None]
-    rows = sampling.sample(logits_WV, expected(state.sampling, drafts_Bk), index_BQ.reshape(-1), needs)
+    after, index_W = expected(state.sampling, drafts_Bk), index_BQ.reshape(-1)
+    if proposal.kept_BkV is None:
+        rows = sampling.sample(logits_WV, after, index_W, needs)
+    else:
+        kept_WV = sampling.kept(logits_WV, after, index_W, needs)
+        rows = sampling.report(logits_WV, accepted_or_left(kept_WV, after, index_W, proposal), needs)
     sampled = jax.tree.map(lambda x_W: jnp.moveaxis(x_W.reshape(slots, queries, *x_W.shape[1:]), 1, 0), rows)
     agreed_Bk = jnp.cumprod((drafts_Bk == sampled.tokens_W[:-1].T).astype(jnp.int32), axis=1)
     accepted_B = agreed_Bk.sum(axis=1)
@@ -58,3 +65,39 @@ def expected(state: SamplingState, drafts_Bk: jax.Array) -> SamplingState:
         jnp.broadcast_to(row_BQ[:, :, None], shape), jnp.broadcast_to(drafts_Bk[:, None], shape)
     ].add(jnp.broadcast_to(before_Qk[None], shape))
     return replace(rows, counts_BV=counts_WV)
+
+
+def accepted_or_left(kept_WV: jax.Array, state: SamplingState, index_W: jax.Array, proposal: Proposal) -> jax.Array:
+    """The token of each row by the rule of speculative sampling (Leviathan et al. 2022, appendix A.1).
+
+    With p the model's distribution of a token and q the one that it was proposed with, the proposal counts with the
+    probability min(1, p / q) of that token. Otherwise a token is drawn from max(p - q, 0), which the proposed one is
+    never: so the token is as drawn from p. After all proposals, and in greedy rows, it is plain decoding's.
+
+    Args:
+        kept_WV: what p is, for k + 1 rows of each slot; see `sampling.kept`.
+        state, index_W: of the rows.
+
+    Returns:
+        int32 [W].
+    """
+    assert proposal.kept_BkV is not None
+    slots, drafts, vocab = proposal.kept_BkV.shape
+
+    def before(x_W: jax.Array) -> jax.Array:
+        """Of the rows that have a proposal, slot by slot."""
+        return x_W.reshape(slots, drafts + 1, *x_W.shape[1:])[:, :drafts].reshape(slots * drafts, *x_W.shape[1:])
+
+    plain_W, proposed_R = sampling.draw(kept_WV, state, index_W), proposal.drafts_Bk.reshape(-1)
+    p_RV, q_RV = jax.nn.softmax(before(kept_WV)), jax.nn.softmax(proposal.kept_BkV.reshape(-1, vocab))
+    p_R, q_R = (jnp.take_along_axis(x_RV, proposed_R[:, None], axis=1)[:, 0] for x_RV in (p_RV, q_RV))
+    rows, index_R = jax.tree.map(before, state), before(index_W)
+    counts_R = sampling.uniform(rows, index_R, ACCEPTED) * q_R < p_R
+    left_RV = jnp.maximum(p_RV - q_RV, 0)
+    # Nothing is left of equal distributions: by rounding alone does a proposal not count then.
+    left_RV = jnp.where(left_RV.any(axis=1, keepdims=True), left_RV, p_RV)
+    left_R = sampling.draw(jnp.log(left_RV), rows, index_R, LEFT)
+    tokens_R = jnp.where(counts_R, proposed_R, left_R)
+    tokens_R = jnp.where(rows.temperature_B < sampling.GREEDY_BELOW, before(plain_W), tokens_R)
+    last_B1 = plain_W.reshape(slots, drafts + 1)[:, drafts:]
+    return jnp.concatenate([tokens_R.reshape(slots, drafts), last_B1], axis=1).reshape(-1)

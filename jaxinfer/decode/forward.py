@@ -1,0 +1,58 @@
+"""A model over the slots' pages: what a step runs of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.cache import Pages
+from jaxinfer.decode.batch import Batch
+from jaxinfer.model import Model, Params
+
+Cache = tuple[Pages, ...]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Calls one model with batches over one kind of pages.
+
+    Attributes:
+        page_size, cache_dtype, attention: see `jaxinfer.decode.step.Layout`.
+        layers: how many of the first layers run; all by default.
+        views: which of a batch's views each cache group of the model has; its own by default.
+    """
+
+    model: Model
+    page_size: int
+    cache_dtype: str
+    attention: str
+    layers: int | None = None
+    views: tuple[int, ...] | None = None
+
+    def __call__(
+        self, params: Params, cache: Cache, batch: Batch, rows_W: jax.Array
+    ) -> tuple[Cache, jax.Array, jax.Array]:
+        """The cache with the batch's keys and values, logits of some of its rows [W, V], hidden states of all."""
+        if self.views is not None:
+            batch = replace(batch, views=tuple(batch.views[view] for view in self.views))
+        with jax.named_scope("attention"):
+            batch = batch.scheduled(*self._heads(), self.model.config.windows, self.attention)
+        own = self.own(params)
+        hidden_TD, _, cache = self.model.forward(own, batch, cache, self.layers)
+        return cache, self.model.logits(own, hidden_TD[rows_W]), hidden_TD
+
+    def own(self, params: Params) -> Params:
+        """The model's parameters, which come before those of others."""
+        return params[: len(self.model.parameters)]
+
+    def _heads(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """The queries of a token, [N, H], and a page of keys, [S, K, H], as one device holds them."""
+        model, config = self.model, self.model.config
+        devices = model.kv_slots // model.kv_slots_per_device
+        queries, keys = config.num_heads // devices, model.kv_slots_per_device
+        return (
+            jax.ShapeDtypeStruct((queries, config.head_size), jnp.dtype(config.dtype)),
+            jax.ShapeDtypeStruct((self.page_size, keys, config.head_size), jnp.dtype(self.cache_dtype)),
+        )

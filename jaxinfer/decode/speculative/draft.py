@@ -1,0 +1,120 @@
+"""A smaller model drafts (Leviathan et al. 2022, "Fast Inference from Transformers via Speculative Decoding", arXiv
+2211.17192; Chen et al. 2023, "Accelerating Large Language Model Decoding with Speculative Sampling", arXiv
+2302.01318).
+
+Its layers have pages of the same numbers as the model's, so that one allocator, its shared prefixes and its page
+tables serve both; it computes the prompts in the steps in which the model does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import jax.numpy as jnp
+
+from jaxinfer.decode.batch import Batch
+from jaxinfer.decode.forward import Cache, Forward
+from jaxinfer.decode.sampling import Needs
+from jaxinfer.decode.slots import SlotState
+from jaxinfer.decode.speculative.autoregressive import draft
+from jaxinfer.decode.speculative.method import Pool, Proposal, Speculation, check_drafts
+from jaxinfer.model import Model, Params
+
+
+@dataclass(frozen=True)
+class DraftModel(Speculation):
+    """Proposes what a smaller model of the same vocabulary draws.
+
+    Attributes:
+        checkpoint: a folder or a Hugging Face id.
+        num_speculative_tokens: k, 1..MOST_DRAFTS.
+        coupled: a sampled token is drawn with the noise of plain decoding, and accepted where the model draws the same
+            one: outputs are those of plain decoding, token for token. By default it is accepted with the probability
+            that makes most of it, and what replaces a refused one is drawn from what is left of the model's
+            distribution: outputs have the model's distribution, and more tokens are accepted. Greedy decoding is the
+            same in both.
+        model, params: the model and its parameters, once they are loaded.
+
+    Raises:
+        ValueError: one of them is out of range.
+    """
+
+    checkpoint: str | Path
+    num_speculative_tokens: int = 4
+    coupled: bool = False
+    model: Model | None = None
+    params: Params | None = None
+    reads_text = True
+
+    def __post_init__(self):
+        check_drafts(self.num_speculative_tokens)
+
+    def loaded(self, load: Callable[[str], tuple[Model, Params]]) -> Self:
+        model, params = load(str(self.checkpoint))
+        return replace(self, model=model, params=params)
+
+    def check(self, model: Model) -> None:
+        if self.model is None:
+            raise ValueError(f"the draft model {self.checkpoint} is not loaded; `LLM` loads it")
+        ours, theirs = self.model.config, model.config
+        if ours.vocab_size != theirs.vocab_size:
+            raise ValueError(
+                f"the draft model {self.checkpoint} has a vocabulary of {ours.vocab_size} tokens; it must have the "
+                f"model's, {theirs.vocab_size}"
+            )
+        if any(_group(window, theirs.windows) is None for window in ours.windows):
+            raise ValueError(
+                f"the draft model {self.checkpoint} has the attention windows {ours.windows}; the model keeps no more "
+                f"keys than {theirs.windows}"
+            )
+
+    @property
+    def weights(self) -> Params:
+        assert self.params is not None
+        return self.params
+
+    def pools(self, model: Model) -> list[Pool]:
+        assert self.model is not None
+        own, config, groups = self.model, self.model.config, self._groups(model)
+        return [
+            Pool(groups[config.group(layer)], own.kv_slots, own.kv_slots_per_device, config.head_size)
+            for layer in range(config.num_layers)
+        ]
+
+    def propose(
+        self, target: Forward, params: Params, needs: Needs, state: SlotState, cache: Cache
+    ) -> tuple[Proposal, Cache]:
+        forward, weights, theirs, ours = self._own(target, params, cache)
+        proposal, ours = draft(
+            forward, weights, ours, state, needs, self.num_speculative_tokens, catch_up=True, coupled=self.coupled
+        )
+        return proposal, (*theirs, *ours)
+
+    def observe(self, target: Forward, params: Params, batch: Batch, cache: Cache) -> Cache:
+        forward, weights, theirs, ours = self._own(target, params, cache)
+        no_rows_W = jnp.zeros(0, jnp.int32)
+        return (*theirs, *forward(weights, ours, batch, no_rows_W)[0])
+
+    def _own(self, target: Forward, params: Params, cache: Cache) -> tuple[Forward, Params, Cache, Cache]:
+        """The model's forward pass and parameters; the cache's layers of the target, and its own."""
+        assert self.model is not None
+        forward = replace(target, model=self.model, views=self._groups(target.model))
+        layers = target.model.config.num_layers
+        return forward, params[len(target.model.parameters) :], cache[:layers], cache[layers:]
+
+    def _groups(self, model: Model) -> tuple[int, ...]:
+        """The cache group of the target for each of its own."""
+        assert self.model is not None
+        found = [_group(window, model.config.windows) for window in self.model.config.windows]
+        return tuple(group for group in found if group is not None)
+
+
+def _group(window: int | None, windows: tuple[int | None, ...]) -> int | None:
+    """The smallest of the windows that holds what is seen through `window`."""
+    wide = {group: math.inf if held is None else held for group, held in enumerate(windows)}
+    enough = [group for group, held in wide.items() if held >= (math.inf if window is None else window)]
+    return min(enough, key=wide.__getitem__, default=None)

@@ -1,0 +1,54 @@
+"""The first layers of the model draft for the whole of it (Zhang et al. 2023, "Draft & Verify", arXiv 2309.08168;
+Elhoushi et al. 2024, "LayerSkip", arXiv 2404.16710).
+
+No other weights, and one cache: the keys and values that the first layers write for their proposals are those that the
+whole model writes there again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from jaxinfer.decode.forward import Cache, Forward
+from jaxinfer.decode.sampling import Needs
+from jaxinfer.decode.slots import SlotState
+from jaxinfer.decode.speculative.autoregressive import draft
+from jaxinfer.decode.speculative.method import Proposal, Speculation, check_drafts
+from jaxinfer.model import Model, Params
+
+
+@dataclass(frozen=True)
+class EarlyExit(Speculation):
+    """Proposes what the model's head draws of the hidden states that leave its first layers.
+
+    Attributes:
+        num_speculative_tokens: k, 1..MOST_DRAFTS.
+        exit_layers: how many layers draft; None is a quarter of them, at least one.
+        coupled: see `DraftModel`.
+
+    Raises:
+        ValueError: one of them is out of range.
+    """
+
+    num_speculative_tokens: int = 3
+    exit_layers: int | None = None
+    coupled: bool = False
+
+    def __post_init__(self):
+        check_drafts(self.num_speculative_tokens)
+        layers = self.exit_layers
+        if layers is not None and (not isinstance(layers, int) or isinstance(layers, bool) or layers < 1):
+            raise ValueError(f"exit_layers = {layers!r} must be an integer, at least 1")
+
+    def check(self, model: Model) -> None:
+        if (layers := self.exit_layers or 1) >= model.config.num_layers:
+            raise ValueError(f"exit_layers = {layers} must be fewer than the model's {model.config.num_layers} layers")
+
+    def propose(
+        self, target: Forward, params: Params, needs: Needs, state: SlotState, cache: Cache
+    ) -> tuple[Proposal, Cache]:
+        layers = self.exit_layers or max(1, target.model.config.num_layers // 4)
+        first = replace(target, layers=layers)
+        return draft(
+            first, params, cache, state, needs, self.num_speculative_tokens, catch_up=False, coupled=self.coupled
+        )

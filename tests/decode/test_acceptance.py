@@ -1,0 +1,200 @@
+"""Whatever a draft proposes, what is verified has the model's own distribution: of three tokens together."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from jaxinfer.decode import sampling
+from jaxinfer.decode.forward import Forward
+from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.decode.slots import SlotState, empty_slots
+from jaxinfer.decode.speculative import Proposal, verify
+from jaxinfer.decode.speculative.autoregressive import draft
+from jaxinfer.parallel import make_mesh
+
+VOCAB, TOKENS, SLOTS, DRAFTS = 4, 3, 2048, 2
+NOTHING = -1e9  # a logit that no draw takes
+REQUESTS = {
+    "temperature": SamplingParams(temperature=0.8, max_tokens=40),
+    "filters and penalties": SamplingParams(
+        temperature=1.3, top_k=3, top_p=0.9, presence_penalty=0.8, frequency_penalty=-0.5, max_tokens=40
+    ),
+}
+MODEL_VV = np.random.default_rng(0).normal(scale=1.5, size=(VOCAB, VOCAB)).astype(np.float32)
+MODEL_VV[0, 2] = NOTHING
+HALVES_VV = np.where(np.arange(VOCAB) < VOCAB // 2, MODEL_VV, NOTHING)
+# Logits after each token: of the model, and of the draft.
+DRAFT_MODELS = {
+    "random": (MODEL_VV, np.random.default_rng(1).normal(scale=2, size=(VOCAB, VOCAB))),
+    "uniform": (MODEL_VV, np.zeros((VOCAB, VOCAB))),
+    "identical": (MODEL_VV, MODEL_VV),
+    "disjoint": (HALVES_VV, HALVES_VV[:, ::-1]),
+    "deterministic": (MODEL_VV, np.where(np.eye(VOCAB), 0, NOTHING)),
+}
+
+
+@dataclass(frozen=True)
+class Table(Forward):
+    """A model whose logits depend on the token before alone."""
+
+    def __call__(self, params, cache, batch, rows_W):
+        return cache, params[0][batch.tokens_T[rows_W]], None
+
+
+TABLE = Table(None, page_size=64, cache_dtype="", attention="")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture(autouse=True)
+def one_device():
+    with jax.set_mesh(make_mesh(1)):
+        yield
+
+
+def needs(params: SamplingParams) -> sampling.Needs:
+    return sampling.needs([params])
+
+
+def start(params: SamplingParams, seed: int) -> SlotState:
+    """Every slot has the same request, with a seed of its own, and token 0 before its output."""
+    state = empty_slots(SLOTS, 1, 1, VOCAB)
+    rows = packed(params, SLOTS)
+    rows["seed_B"] = seed * SLOTS + jnp.arange(SLOTS, dtype=jnp.uint32)
+    return replace(
+        state,
+        active_B=jnp.ones(SLOTS, bool),
+        max_tokens_B=jnp.full(SLOTS, params.max_tokens, jnp.int32),
+        sampling=replace(state.sampling, **rows),
+    )
+
+
+def packed(params: SamplingParams, rows: int) -> dict[str, jax.Array]:
+    """What the sampler is told of a request, for so many rows."""
+    row = sampling.pack(params, (), 0)
+    return {name: jnp.asarray(np.tile(value, (rows,) + (1,) * value.ndim)) for name, value in row.items()}
+
+
+@partial(jax.jit, static_argnames=("needs", "coupled"))
+def speculative_step(state: SlotState, model_VV, draft_VV, needs: sampling.Needs, coupled: bool = False):
+    proposal, _ = draft(TABLE, [draft_VV], (), state, needs, DRAFTS, catch_up=False, coupled=coupled)
+    return verified(state, model_VV, proposal, needs)
+
+
+def verified(state: SlotState, model_VV, proposal: Proposal, needs: sampling.Needs):
+    tokens_BQ = jnp.concatenate([state.token_B[:, None], proposal.drafts_Bk], axis=1)
+    return verify(state, model_VV[tokens_BQ.reshape(-1)], proposal, needs)
+
+
+def outputs(state: SlotState, step) -> tuple[np.ndarray, float]:
+    """The first tokens of every slot [B, TOKENS], and how many of the proposals counted."""
+    found_BT, count_B, accepted, proposed = np.zeros((SLOTS, TOKENS), int), np.zeros(SLOTS, int), 0, 0
+    while count_B.min() < TOKENS:
+        state, sampled, emits_QB = step(state)
+        accepted, proposed = accepted + int(emits_QB[1:].sum()), proposed + DRAFTS * SLOTS
+        for tokens_B, emits_B in zip(np.asarray(sampled.tokens_W), np.asarray(emits_QB), strict=True):
+            slots = np.flatnonzero(emits_B & (count_B < TOKENS))
+            found_BT[slots, count_B[slots]] = tokens_B[slots]
+            count_B[slots] += 1
+    return found_BT, accepted / proposed
+
+
+def joint(model_VV: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """The probability of every three tokens, [V, V, V], from the sampler's of one after the other."""
+    paths = np.array(list(product(range(VOCAB), repeat=TOKENS)))
+    whole = np.ones(len(paths))
+    for index in range(TOKENS):
+        before = np.concatenate([np.zeros((len(paths), 1), int), paths], axis=1)[:, index]
+        counts_PV = (paths[:, :index, None] == np.arange(VOCAB)).sum(axis=1).astype(np.int32)
+        state = replace(
+            sampling.empty(len(paths), VOCAB), **packed(params, len(paths)), counts_BV=jnp.asarray(counts_PV)
+        )
+        kept_PV = sampling.kept(
+            jnp.asarray(model_VV[before]), state, jnp.full(len(paths), index, jnp.int32), needs(params)
+        )
+        whole *= np.asarray(jax.nn.softmax(kept_PV))[np.arange(len(paths)), paths[:, index]]
+    return whole.reshape((VOCAB,) * TOKENS)
+
+
+def probability(found_BT: np.ndarray, expected_VVV: np.ndarray) -> float:
+    """Of a larger chi-square, where tokens are drawn as expected."""
+    observed_VVV = np.zeros_like(expected_VVV)
+    np.add.at(observed_VVV, tuple(found_BT.T), 1)
+    possible = expected_VVV > 1e-12
+    assert not observed_VVV[~possible].any()
+    expected = expected_VVV[possible] * len(found_BT)
+    chi_square = ((observed_VVV[possible] - expected) ** 2 / expected).sum()
+    return float(scipy.stats.chi2.sf(chi_square, possible.sum() - 1))
+
+
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_outputs_have_the_distribution_of_the_model(request_):
+    """The probabilities of a chi-square are uniform over drafts and seeds."""
+    params, found = REQUESTS[request_], []
+    for model_VV, draft_VV in DRAFT_MODELS.values():
+        tables = jnp.asarray(model_VV, jnp.float32), jnp.asarray(draft_VV, jnp.float32)
+        step = lambda state, tables=tables: speculative_step(state, *tables, needs(params))  # noqa: E731
+        expected_VVV = joint(np.asarray(model_VV, np.float32), params)
+        found += [probability(outputs(start(params, seed), step)[0], expected_VVV) for seed in range(4)]
+    assert min(found) > 1e-4
+    assert scipy.stats.kstest(found, "uniform").pvalue > 1e-3
+
+
+def test_as_many_proposals_count_as_any_exact_rule_allows():
+    """The overlap of both distributions, which is the chance of a proposal that follows a token."""
+    params = REQUESTS["temperature"]
+    model_VV, draft_VV = (jnp.asarray(table_VV, jnp.float32) for table_VV in DRAFT_MODELS["random"])
+    p_VV, q_VV = (np.asarray(jax.nn.softmax(table_VV / params.temperature)) for table_VV in (model_VV, draft_VV))
+    overlap = np.minimum(p_VV, q_VV)
+    first = overlap[0].sum()
+    both = (overlap[0] * overlap.sum(axis=1)).sum()
+    rates = {}
+    for coupled in (False, True):
+        _, _, emits_QB = speculative_step(start(params, 9), model_VV, draft_VV, needs(params), coupled)
+        rates[coupled] = np.asarray(emits_QB[1:]).mean(axis=1)
+    margin = 4 * np.sqrt(0.25 / SLOTS)
+    np.testing.assert_allclose(rates[False], [first, both], atol=margin)
+    # Coupled draws agree less often, at the least (1 - TV) / (1 + TV): Daliri et al. 2024, theorem 2.
+    assert first / (2 - first) - margin < rates[True][0] < first
+
+
+def test_a_draft_like_the_model_is_always_right():
+    params = REQUESTS["filters and penalties"]
+    tables = (jnp.asarray(MODEL_VV),) * 2
+    step = lambda state: speculative_step(state, *tables, needs(params))  # noqa: E731
+    assert outputs(start(params, 5), step)[1] == 1.0
+
+
+def test_a_draft_that_lies_about_its_draws_is_found():
+    """The tests above can fail: with probabilities that are not those of the draws, outputs are others."""
+    params = REQUESTS["temperature"]
+    model_VV, draft_VV = (jnp.asarray(table_VV, jnp.float32) for table_VV in DRAFT_MODELS["random"])
+
+    @jax.jit
+    def step(state):
+        proposal, _ = draft(TABLE, [draft_VV], (), state, needs(params), DRAFTS, catch_up=False, coupled=False)
+        return verified(
+            state, model_VV, Proposal(proposal.drafts_Bk, jnp.zeros_like(proposal.kept_BkV)), needs(params)
+        )
+
+    assert probability(outputs(start(params, 0), step)[0], joint(np.asarray(model_VV), params)) < 1e-6
+
+
+def test_greedy_rows_take_what_is_likeliest():
+    """Also beside others that draw."""
+    params = REQUESTS["temperature"]
+    state = start(params, 3)
+    greedy_B = np.arange(SLOTS) % 2 == 0
+    state = replace(state, sampling=replace(state.sampling, temperature_B=jnp.where(greedy_B, 0.0, 1.0)))
+    model_VV, draft_VV = (jnp.asarray(table_VV, jnp.float32) for table_VV in DRAFT_MODELS["random"])
+    found_BT, _ = outputs(state, lambda state: speculative_step(state, model_VV, draft_VV, needs(params)))
+    expected, token = [], 0
+    for _ in range(TOKENS):
+        token = int(np.argmax(MODEL_VV[token]))
+        expected.append(token)
+    assert (found_BT[greedy_B] == expected).all()
+    assert not (found_BT[~greedy_B] == expected).all()
