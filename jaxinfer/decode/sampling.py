@@ -252,7 +252,8 @@ def draw(
 
 def uniform(state: SamplingState, token_index_W: Int32[Array, "W"], stream: int) -> Float32[Array, "W"]:
     """A number of [0, 1) for every row; see `draw`."""
-    return jax.vmap(lambda *row: jax.random.uniform(_key(*row, stream)))(state.seed_B, token_index_W)
+    one = lambda seed, token_index: jax.random.uniform(_key(seed, token_index, stream))  # noqa: E731
+    return jax.vmap(one)(state.seed_B, token_index_W)
 
 
 def adjust(
