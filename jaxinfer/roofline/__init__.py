@@ -24,6 +24,7 @@ from jaxinfer.roofline.memory import (
 from jaxinfer.roofline.mixed import StepTimes
 from jaxinfer.roofline.precision import Precision
 from jaxinfer.roofline.shapes import parameters
+from jaxinfer.roofline.speculation import Verification, independent, tokens_per_step, verification
 from jaxinfer.roofline.step import compute_bound_batch, decode_step, experts_touched, prefill
 from jaxinfer.roofline.workload import workload_limit
 
@@ -37,6 +38,7 @@ __all__ = [
     "MemoryPlan",
     "Precision",
     "StepTimes",
+    "Verification",
     "Work",
     "activation_memory",
     "compute_bound_batch",
@@ -44,12 +46,15 @@ __all__ = [
     "experts_touched",
     "find_by_device",
     "find_hardware",
+    "independent",
     "most_pages",
     "page_bytes",
     "parameters",
     "plan_memory",
     "prefill",
     "sequence_bytes",
+    "tokens_per_step",
+    "verification",
     "weight_memory",
     "workload_limit",
 ]

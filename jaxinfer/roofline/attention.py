@@ -80,8 +80,12 @@ class AttentionModel:
             for window, count in Counter(layer.window for layer in config.layers).items()
         ]
 
-    def sequence(self, tokens: int, cached: int, counting: Counting = "causal") -> Attended:
-        """Of the next `tokens` queries of one sequence, after `cached` tokens."""
+    def sequence(self, tokens: int, cached: int, counting: Counting = "causal", decodes: bool = False) -> Attended:
+        """Of the next `tokens` queries of one sequence, after `cached` tokens.
+
+        Args:
+            decodes: by flash decoding, which the memory bounds, instead of tiles of flash attention.
+        """
         flops = cache = scores = 0.0
         seen, tiles = cached + tokens, -(-tokens // _TILE)
         for layers in self._layers:
@@ -94,13 +98,12 @@ class AttentionModel:
                 pairs = tokens * seen if counting == "full" else query_key_pairs(tokens, cached, layers.window)
             flops += pairs * layers.flops_per_pair
             cache += (read + tokens) * layers.bytes_per_key
-        # One query is for flash decoding, which the memory bounds.
-        busy = 1.0 if self.materialized or tokens == 1 else tiles * _TILE / tokens / _TILE_RATE
+        busy = 1.0 if self.materialized or decodes else tiles * _TILE / tokens / _TILE_RATE
         return Attended(flops, cache, scores, wasted=(busy - 1) * flops)
 
-    def decoding(self, contexts: list[int], shared: int = 0) -> Attended:
-        """Of one more query of each sequence, the last of its `context` tokens. As the sum of `sequence` over them,
-        but soon done for many.
+    def decoding(self, contexts: list[int], shared: int = 0, queries: int = 1) -> Attended:
+        """Of the last `queries` of each sequence's `context` tokens. As the sum of `sequence` over them, but soon done
+        for many.
 
         Args:
             shared: tokens that all sequences begin with, in the same pages. Flash attention can do with reading them
@@ -109,14 +112,15 @@ class AttentionModel:
         if self.materialized:
             total = Attended()
             for context, count in Counter(contexts).items():
-                total = total.plus(self.sequence(1, context - 1).times(count))
+                total = total.plus(self.sequence(queries, context - queries).times(count))
             return total
         flops = cache = 0.0
         for layers in self._layers:
-            window = layers.window or max(contexts)
-            own = [min(context - shared, window) for context in contexts]
-            flops += sum([min(context, window) for context in contexts]) * layers.flops_per_pair
-            cache += (sum(own) + min(shared, window - min(own)) + len(contexts)) * layers.bytes_per_key
+            read = layers.window + queries - 1 if layers.window else max(contexts)
+            own = [min(context - shared, read) for context in contexts]
+            pairs = [query_key_pairs(queries, context - queries, layers.window) for context in contexts]
+            flops += sum(pairs) * layers.flops_per_pair
+            cache += (sum(own) + min(shared, read - min(own)) + queries * len(contexts)) * layers.bytes_per_key
         return Attended(flops, cache)
 
     def work(self, attended: Attended, sequences: int = 1) -> Work:

@@ -62,9 +62,11 @@ class StepTimes:
         """Of the logits of so many rows."""
         return self._head(rows)
 
-    def decoding(self, contexts: list[int]) -> float:
-        """Of the attention of sequences that decode, each so many tokens long with the step's own."""
-        return self._decode.work(self._decode.decoding(contexts)).expected(self._hardware) if contexts else 0.0
+    def decoding(self, contexts: list[int], queries: int = 1) -> float:
+        """Of the attention of sequences that decode, each so many tokens long with the step's own `queries`."""
+        if not contexts:
+            return 0.0
+        return self._decode.work(self._decode.decoding(contexts, queries=queries)).expected(self._hardware)
 
     def chunk(self, tokens: int, cached: int) -> Attended:
         """The attention of the next `tokens` of a prompt; that of several chunks adds up."""

@@ -43,6 +43,7 @@ class _Step:
     rows: int
     counting: Counting
     attention: Attention
+    decodes: bool
 
     @property
     def all_tokens(self) -> int:
@@ -83,6 +84,7 @@ def decode_step(
             rows=batch * queries,
             counting="causal",
             attention=attention,
+            decodes=True,
         )
     )
 
@@ -124,6 +126,7 @@ def prefill(
             rows=sequences,
             counting=counting,
             attention=attention,
+            decodes=False,
         )
     )
 
@@ -204,7 +207,7 @@ def _projections(step: _Step) -> Work:
 
 def _attention(step: _Step) -> Work:
     model = AttentionModel(step.config, step.precision, step.devices, step.attention)
-    return model.work(model.sequence(step.tokens, step.cached, step.counting), step.sequences)
+    return model.work(model.sequence(step.tokens, step.cached, step.counting, step.decodes), step.sequences)
 
 
 def _mlp_parts(step: _Step) -> dict[str, Work]:

@@ -16,6 +16,7 @@ from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.slots import Admission, SlotState, admit, advance, empty_slots
 from jaxinfer.decode.speculative import PromptLookup, Proposal, verify
 from jaxinfer.decode.speculative.lookup import propose
+from jaxinfer.roofline import independent, tokens_per_step
 
 VOCAB, DRAFTS, TEXT, START = 11, 4, 64, 3
 EOS = 10
@@ -114,6 +115,49 @@ def test_proposals_enter_no_count_of_the_slots_themselves():
     after, _, emits_QB = verified_step(state, table(0), jnp.full((len(SLOTS) + 1, DRAFTS), 9, jnp.int32))
     counted = np.asarray(after.sampling.counts_BV.sum(axis=1) - state.sampling.counts_BV.sum(axis=1))
     np.testing.assert_array_equal(counted, np.asarray(emits_QB).sum(axis=0))
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.6, 0.9, 1.0])
+def test_acceptance_agrees_with_theory(acceptance):
+    """Proposals each of which is right with the same probability: tokens of a step, and by position how often all so
+    far were right, within 5 %."""
+    slots, steps, rng, logits_VV = 64, 40, np.random.default_rng(0), table(0)
+    state, drawn_nB = drawing(slots), plain_draws(drawing(slots), logits_VV, steps * (DRAFTS + 1))
+    taken_B, right_Q = np.zeros(slots, int), np.zeros(DRAFTS + 1)
+    for _ in range(steps):
+        right_Bk = drawn_nB[taken_B[:, None] + np.arange(DRAFTS), np.arange(slots)[:, None]]
+        wrong_Bk = (right_Bk + rng.integers(1, VOCAB, right_Bk.shape)) % VOCAB
+        drafts_Bk = np.where(rng.random(right_Bk.shape) < acceptance, right_Bk, wrong_Bk).astype(np.int32)
+        state, _, emits_QB = verified_step(state, logits_VV, jnp.asarray(drafts_Bk))
+        taken_B += np.asarray(emits_QB).sum(axis=0)
+        right_Q += np.asarray(emits_QB).sum(axis=1)
+    expected = independent(acceptance, DRAFTS)
+    assert taken_B.sum() / (slots * steps) == pytest.approx(tokens_per_step(expected), rel=0.05)
+    assert right_Q / (slots * steps) == pytest.approx(np.array([1, *expected]), rel=0.05, abs=0.02)
+
+
+def drawing(slots: int) -> SlotState:
+    """Slots that draw without an end, each with a seed of its own."""
+    state, forever = empty_slots(slots, 1, 2, VOCAB), SamplingParams(temperature=1.0, max_tokens=2**20)
+    for slot in range(slots):
+        sampler, none_T = sampling.pack(forever, [], slot), np.full(1, -1, np.int32)
+        row = Admission((np.zeros(2, np.int32),), np.int32(0), np.int32(2**20), sampler, none_T, none_T)
+        state = admitted(state, np.int32(slot), row)
+    return replace(state, active_B=jnp.ones(slots, bool))
+
+
+admitted = jax.jit(admit)
+
+
+@partial(jax.jit, static_argnums=2)
+def plain_draws(state: SlotState, logits_VV: jax.Array, count: int) -> jax.Array:
+    """The tokens of so many plain steps, [n, B]."""
+
+    def step(state: SlotState, _) -> tuple[SlotState, jax.Array]:
+        state, sampled = plain_step(state, logits_VV)
+        return state, sampled.tokens_W
+
+    return jax.lax.scan(step, state, length=count)[1]
 
 
 # --- prompt lookup

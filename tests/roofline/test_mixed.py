@@ -28,12 +28,13 @@ def times(config, precision, devices, attention) -> StepTimes:
     return StepTimes(config, H200, precision, devices, attention, attention)
 
 
-@given(case=CASES, batch=counts, context=counts)
-def test_a_step_that_decodes_alone(case, batch, context):
+@given(case=CASES, batch=counts, cached=counts, queries=st.sampled_from([1, 2, 9]))
+def test_a_step_that_decodes_alone(case, batch, cached, queries):
     config, precision, devices, attention = case
-    expected = decode_step(config, batch, context, precision, devices, attention=attention).predict(H200)
+    context, rows = cached + queries, batch * queries
+    expected = decode_step(config, batch, context, precision, devices, queries, attention).predict(H200)
     quick = times(*case)
-    assert quick.rest(batch, batch) + quick.decoding([context] * batch) == pytest.approx(expected, rel=1e-12)
+    assert quick.rest(rows, rows) + quick.decoding([context] * batch, queries) == pytest.approx(expected, rel=1e-12)
 
 
 @given(case=CASES, sequences=counts, tokens=counts, cached=st.integers(0, 300))
@@ -48,12 +49,13 @@ def test_a_step_that_prefills_alone(case, sequences, tokens, cached):
     assert total == pytest.approx(expected, rel=1e-12)
 
 
-@given(case=CASES, contexts=st.lists(counts, min_size=1))
-def test_the_attention_of_many_is_the_sum_of_each(case, contexts):
+@given(case=CASES, cached=st.lists(counts, min_size=1), queries=st.sampled_from([1, 2, 9]))
+def test_the_attention_of_many_is_the_sum_of_each(case, cached, queries):
     model, total = AttentionModel(*case), Attended()
-    for context in contexts:
-        total = total.plus(model.sequence(1, context - 1))
-    assert model.decoding(contexts) == pytest.approx(total, rel=1e-12)
+    for tokens in cached:
+        total = total.plus(model.sequence(queries, tokens, decodes=True))
+    found = model.decoding([tokens + queries for tokens in cached], queries=queries)
+    assert found == pytest.approx(total, rel=1e-12)
     assert times(*case).decoding([]) == 0
 
 

@@ -86,6 +86,7 @@ def test_verifying_drafted_tokens_reads_the_weights_once_and_the_cache_about_onc
     assert five.parts["mlp"].weights == one.parts["mlp"].weights
     assert five.parts["mlp"].flops == 5 * one.parts["mlp"].flops
     assert five.parts["attention"].cache < 1.01 * one.parts["attention"].cache
+    assert five.parts["attention"].wasted == 0  # tiles of 128 queries are flash attention's
 
 
 @pytest.mark.parametrize("devices", [2, 4])
