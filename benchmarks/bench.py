@@ -12,6 +12,7 @@ import numpy as np
 from jaxinfer.decode.batch import StepInput
 from jaxinfer.decode.sampling import needs
 from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.decode.speculative import Speculation, drafts_of
 from jaxinfer.decode.step import Layout, Programs
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.sequence import Chunk, Sequence
@@ -87,14 +88,14 @@ def load(
 
 
 class Bench:
-    """One model in one layout: `slots` sequences of up to `length` tokens."""
+    """One model in one layout: `slots` sequences of up to `length` tokens, whose decode steps may speculate."""
 
-    def __init__(self, subject: Subject, slots: int, length: int):
-        config, row = subject.model.config, -(-length // subject.page_size)
+    def __init__(self, subject: Subject, slots: int, length: int, speculation: Speculation | None = None):
+        config, row = subject.model.config, -(-(length + drafts_of(speculation)) // subject.page_size)
         pages = (slots * row + 1,) * len(config.windows)
         self.subject, self.peak_before = subject, memory_statistics().get("peak_bytes_in_use", 0)
         cache_dtype = subject.cache_dtype or config.dtype
-        self.layout = Layout(slots, subject.page_size, pages, length, cache_dtype, subject.implementation)
+        self.layout = Layout(slots, subject.page_size, pages, length, cache_dtype, subject.implementation, speculation)
         self.programs = Programs(subject.model, self.layout)
         self.state, self.cache = self.programs.new_state()
         self.random = np.random.default_rng(0)
@@ -109,9 +110,9 @@ class Bench:
         row, sequences = self.layout.pages_per_row, []
         for slot in range(self.layout.slots):
             pages = range(1 + slot * row, 1 + (slot + 1) * row)
-            admission = self.programs.admission(GREEDY, [pages] * len(self.layout.num_pages))
-            self.state = self.programs.admit(self.state, slot, admission)
             prompt = tuple(self.random.integers(0, self.subject.model.config.vocab_size, tokens).tolist())
+            admission = self.programs.admission(GREEDY, [pages] * len(self.layout.num_pages), prompt)
+            self.state = self.programs.admit(self.state, slot, admission)
             sequences.append(Sequence(Request(slot, prompt, GREEDY, (), 0), slot=slot))
         steps = []
         for first in range(0, tokens, chunk):
@@ -146,7 +147,7 @@ class Bench:
                 steps=self.subject.steps, needs=needs([GREEDY]),
             )  # fmt: skip
         assert output is not None
-        assert np.asarray(output.emits_nW).all()
+        assert np.asarray(output.emits_nW)[:: 1 + self.layout.drafts].all()
 
 
 def memory_statistics() -> dict[str, int]:

@@ -28,6 +28,7 @@ FILES = (  # our own, then those of other systems; rows come in this order
     (("serving.json",), ("serving_anchors.json",)),
     (("step.json",), ()),
     (("kernels.json",), ("kernel_anchors.json",)),
+    (("speculative.json",), ()),
 )
 NAMES = {
     "mosaic_gpu": "**jaxinfer**",
@@ -127,6 +128,11 @@ ROW = {
     for tokens in (1, 16, 32)
 }
 MATMUL = {f"streaming_matmul llama-3-8b {x}": x for x in ("qkv", "o", "up", "down", "head")}
+VERIFYING = {
+    f"llama-3-8b B{batch} {drafts} drafts": f"{drafts} tokens, batch {batch}"
+    for drafts in (8, 4)
+    for batch in (1, 4, 16, 64)
+}
 SHUFFLED, PAGES_OF_16 = {"": "", " shuffled": "shuffled pages of 64"}, {"": "", " pages of 16": "pages of 16"}
 TOKENS = {f" M={M}": f"{M} token{'s' * (M > 1)}" for M in (1, 16, 64)}
 SOURCES = "sources"
@@ -142,6 +148,7 @@ TABLES = {
     "decoding-kernel": Table("time", "decoding, us", DECODING, variants=PAGES_OF_16, names=KERNEL_NAMES),
     "decoding-options": Table("time", "decoding, us", OPTIONS, names=KERNEL_NAMES),
     "row-kernel": Table("time", "layer after attention, us", ROW, names=KERNEL_NAMES),
+    "verification": Table("over a plain step", "a step that verifies, over a plain one", VERIFYING),
     "matmul-kernel": Table("traffic", "matmul, TB/s", MATMUL, variants=TOKENS, names=KERNEL_NAMES),
 }
 

@@ -65,7 +65,7 @@ def test_the_speedup_is_tokens_over_cost():
 
 
 def test_speculation_loses_in_large_batches(published):
-    """Proposals are nearly free at a batch of 1; where arithmetic bounds the matmuls, each costs its part of a step."""
+    """Proposals are nearly free at batch 1; where arithmetic bounds the matmuls, each costs its part of a step."""
     config, tokens = published("llama-3-8b"), tokens_per_step(independent(0.6, 8))
     costs = {batch: verification(config, H100, batch, 256, 8).cost for batch in (1, 4, 16, 64, 256)}
     assert list(costs.values()) == sorted(costs.values())

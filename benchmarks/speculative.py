@@ -1,0 +1,160 @@
+"""What speculation costs, and what it brings.
+
+    python -m benchmarks.speculative verification [--model llama-3-8b] [--batches 1 4 16 64] [--drafts 8 4]
+
+Writes `speculative.json` to the results of the device; what the file holds of other cases stays in it.
+Verification: a model with random normal weights, prompts of 128 tokens, greedy. A decode step that proposes tokens by
+prompt lookup and verifies them, against a plain one, in loops on the device. What is proposed is put off by one, so
+that it is never right, and both kinds of steps bring one token and see the same contexts: acceptance is no part of
+this. Medians of some rounds, in which each kind has its turn, after a warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from benchmarks.bench import Bench, Subject, load
+from benchmarks.decode import PROMPT
+from benchmarks.record import MACHINE, Failure, Record, environment, update
+from jaxinfer.cache.gathers import gathers
+from jaxinfer.decode.sampling import GREEDY
+from jaxinfer.decode.slots import SlotState
+from jaxinfer.decode.speculative import PromptLookup, Speculation
+from jaxinfer.machine import keep_compiled
+from jaxinfer.roofline import decode_step
+from pallas_kernels.flash_decoding import IMPLEMENTATIONS
+
+OVER = "over a plain step"
+SLACK = 64  # tokens that a sequence may have beside those of its steps, should a proposal be right after all
+
+
+@dataclass(frozen=True)
+class Missed:
+    """What a method proposes, each token put off by one: it costs what it costs, and is never right."""
+
+    method: Speculation
+    vocabulary: int
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        return self.method.num_speculative_tokens
+
+    def propose(self, state: SlotState) -> jax.Array:
+        return (self.method.propose(state) + 1) % self.vocabulary
+
+
+def measure_verification(options: argparse.Namespace) -> Iterator[list[Record]]:
+    """The records of the machine, then of each batch."""
+    subject = load(options.model, [], options.steps_per_dispatch, options.page_size, options.attention)
+    yield [
+        Record(MACHINE, "measured", "bandwidth", subject.machine.bandwidth / 1e12, "TB/s"),
+        Record(MACHINE, "measured", "bf16 matmul", subject.machine.rate("bf16") / 1e12, "TFLOP/s"),
+        Record(MACHINE, "measured", "kernel overhead", subject.machine.overhead * 1e6, "us"),
+    ]
+    for batch in options.batches:
+        yield verifying(subject, batch, options.drafts, options.new, options.rounds)
+
+
+def verifying(subject: Subject, batch: int, drafts: Sequence[int], new: int, rounds: int) -> list[Record]:
+    """A plain step, and for each number of proposed tokens one that verifies them: measured, predicted, and over the
+    plain one."""
+    vocabulary = subject.model.config.vocab_size
+    benches = {
+        count: Bench(subject, batch, PROMPT + new + SLACK, Missed(PromptLookup(count), vocabulary) if count else None)
+        for count in (0, *drafts)
+    }
+    compile_all(list(benches.values()))
+    seconds: dict[int, list[float]] = {count: [] for count in benches}
+    for _ in range(rounds + 1):
+        for count, bench in benches.items():
+            bench.prefill(PROMPT, PROMPT)
+            seconds[count].append(bench.decode(new) / new)
+            assert int(bench.state.length_B.max()) <= bench.layout.max_tokens
+    plain = statistics.median(seconds[0][1:]), predicted(subject, benches[0], new)
+    records = []
+    for count, bench in benches.items():
+        case = subject.case(f"B{batch} {count} drafts" if count else f"B{batch} plain")
+        took = [1e3 * one for one in seconds[count][1:]]
+        step, expected = statistics.median(took) / 1e3, predicted(subject, bench, new)
+        context = PROMPT + new // 2 + count
+        limit = decode_step(subject.model.config, batch, context, subject.precision, queries=1 + count)
+        fraction = limit.fraction(subject.ceilings, step)
+        records += [
+            Record(case, subject.attention, "step", step * 1e3, "ms", fraction, min(took), max(took), rounds),
+            Record(case, subject.plan, "step", expected * 1e3, "ms"),
+        ]
+        if count:
+            records += [
+                Record(case, subject.attention, OVER, step / plain[0], "x"),
+                Record(case, subject.plan, OVER, expected / plain[1], "x"),
+            ]
+    return records
+
+
+def predicted(subject: Subject, bench: Bench, new: int) -> float:
+    """Seconds of the step halfway through the new tokens."""
+    gathered, layout = gathers(subject.attention)[0], bench.layout
+    context = layout.pages_per_row * layout.page_size if gathered else PROMPT + new // 2 + layout.drafts
+    cost = decode_step(
+        subject.model.config, layout.slots, context, subject.precision, queries=1 + layout.drafts,
+        attention="materialized" if gathered else "flash",
+    )  # fmt: skip
+    return cost.predict(subject.machine)
+
+
+def compile_all(benches: Sequence[Bench]) -> None:
+    """The large programs of each, in as many threads as there are processors."""
+    lowered = []
+    for bench in benches:
+        (step,) = bench.admit(PROMPT, PROMPT)
+        state = bench.subject.params, bench.state, bench.cache
+        slots_B = np.arange(bench.layout.slots, dtype=np.int32)
+        lowered.append(bench.programs.lower_step(*state, step))
+        lowered.append(bench.programs.lower_loop(*state, slots_B, steps=bench.subject.steps, needs=GREEDY))
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(lambda one: one.compile(), lowered))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    records, made_in = [], environment()
+    for group in PARTS[options.part](options):
+        records += group
+        path = update("speculative", made_in, records, list[Failure](), options.output)
+        print(*group, f"written to {path}", sep="\n", flush=True)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speculative",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, help="folder of the JSON file")
+    parts = parser.add_subparsers(dest="part", required=True)
+    cost = parts.add_parser("verification")
+    cost.add_argument("--model", default="llama-3-8b", help="a folder of configs/models")
+    cost.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
+    cost.add_argument("--drafts", type=int, nargs="+", default=[8, 4], help="tokens of a proposal")
+    cost.add_argument("--new", type=int, default=128, help="steps that are timed")
+    cost.add_argument("--rounds", type=int, default=3)
+    cost.add_argument("--attention", choices=["auto", *IMPLEMENTATIONS], default="auto")
+    cost.add_argument("--page-size", type=int, default=64)
+    cost.add_argument("--steps-per-dispatch", type=int, default=16)
+    return parser.parse_args(arguments)
+
+
+PARTS = {"verification": measure_verification}
+
+if __name__ == "__main__":
+    keep_compiled()
+    main()
