@@ -93,6 +93,7 @@ class Bench:
     def __init__(self, subject: Subject, slots: int, length: int, speculation: Speculation | None = None):
         config, row = subject.model.config, -(-(length + drafts_of(speculation)) // subject.page_size)
         pages = (slots * row + 1,) * len(config.windows)
+        self.params = [*subject.params, *(speculation.weights if speculation is not None else ())]
         self.subject, self.peak_before = subject, memory_statistics().get("peak_bytes_in_use", 0)
         cache_dtype = subject.cache_dtype or config.dtype
         self.layout = Layout(slots, subject.page_size, pages, length, cache_dtype, subject.implementation, speculation)
@@ -126,7 +127,7 @@ class Bench:
         output, start = None, time.perf_counter()
         for step in steps:
             self.state, self.cache, output = self.programs.step(
-                self.subject.params, self.state, self.cache, step, None, needs([GREEDY])
+                self.params, self.state, self.cache, step, None, needs([GREEDY])
             )
         assert output is not None
         np.asarray(output.sampled.tokens_W)
@@ -143,7 +144,7 @@ class Bench:
         output = None
         for _ in range(count):
             self.state, self.cache, output = self.programs.loop(
-                self.subject.params, self.state, self.cache, np.arange(self.layout.slots, dtype=np.int32),
+                self.params, self.state, self.cache, np.arange(self.layout.slots, dtype=np.int32),
                 steps=self.subject.steps, needs=needs([GREEDY]),
             )  # fmt: skip
         assert output is not None

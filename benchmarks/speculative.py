@@ -1,12 +1,14 @@
 """What speculation costs, and what it brings.
 
     python -m benchmarks.speculative verification [--model llama-3-8b] [--batches 1 4 16 64] [--drafts 8 4]
+        [--method draft] [--draft-model llama-3.2-1b]
 
 Writes `speculative.json` to the results of the device; what the file holds of other cases stays in it.
-Verification: a model with random normal weights, prompts of 128 tokens, greedy. A decode step that proposes tokens by
-prompt lookup and verifies them, against a plain one, in loops on the device. What is proposed is put off by one, so
-that it is never right, and both kinds of steps bring one token and see the same contexts: acceptance is no part of
-this. Medians of some rounds, in which each kind has its turn, after a warm-up.
+Verification: a model with random normal weights, prompts of 128 tokens, greedy. A decode step that proposes tokens,
+by prompt lookup or another method, and verifies them, against a plain one, in loops on the device. What is proposed is
+put off by one, so that it is never right, and both kinds of steps bring one token and see the same contexts:
+acceptance is no part of this. Medians of some rounds, in which each kind has its turn, after a warm-up. Predictions
+leave out what it takes a model to propose.
 """
 
 from __future__ import annotations
@@ -16,40 +18,68 @@ import os
 import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import jax
 import numpy as np
 
-from benchmarks.bench import Bench, Subject, load
+from benchmarks.bench import MODELS, Bench, Subject, load
 from benchmarks.decode import PROMPT
 from benchmarks.record import MACHINE, Failure, Record, environment, update
 from jaxinfer.cache.gathers import gathers
-from jaxinfer.decode.sampling import GREEDY
+from jaxinfer.decode.batch import Batch
+from jaxinfer.decode.forward import Cache, Forward
+from jaxinfer.decode.sampling import GREEDY, Needs
 from jaxinfer.decode.slots import SlotState
-from jaxinfer.decode.speculative import PromptLookup, Speculation
+from jaxinfer.decode.speculative import (
+    METHODS,
+    DraftModel,
+    EarlyExit,
+    Pool,
+    PromptLookup,
+    Proposal,
+    Speculation,
+    by_name,
+)
 from jaxinfer.machine import keep_compiled
+from jaxinfer.model import Model, Params, read_config
 from jaxinfer.roofline import decode_step
 from pallas_kernels.flash_decoding import IMPLEMENTATIONS
 
 OVER = "over a plain step"
+Method = PromptLookup | DraftModel | EarlyExit
 SLACK = 64  # tokens that a sequence may have beside those of its steps, should a proposal be right after all
 
 
 @dataclass(frozen=True)
-class Missed:
+class Missed(Speculation):
     """What a method proposes, each token put off by one: it costs what it costs, and is never right."""
 
     method: Speculation
     vocabulary: int
+    num_speculative_tokens: int
+    reads_text: bool
+
+    @staticmethod
+    def of(method: Method, count: int, vocabulary: int) -> Missed:
+        """That proposes so many tokens."""
+        return Missed(replace(method, num_speculative_tokens=count), vocabulary, count, method.reads_text)
 
     @property
-    def num_speculative_tokens(self) -> int:
-        return self.method.num_speculative_tokens
+    def weights(self) -> Params:
+        return self.method.weights
 
-    def propose(self, state: SlotState) -> jax.Array:
-        return (self.method.propose(state) + 1) % self.vocabulary
+    def pools(self, model: Model) -> list[Pool]:
+        return self.method.pools(model)
+
+    def observe(self, target: Forward, params: Params, batch: Batch, cache: Cache) -> Cache:
+        return self.method.observe(target, params, batch, cache)
+
+    def propose(
+        self, target: Forward, params: Params, needs: Needs, state: SlotState, cache: Cache
+    ) -> tuple[Proposal, Cache]:
+        proposal, cache = self.method.propose(target, params, needs, state, cache)
+        return proposal._replace(drafts_Bk=(proposal.drafts_Bk + 1) % self.vocabulary), cache
 
 
 def measure_verification(options: argparse.Namespace) -> Iterator[list[Record]]:
@@ -60,16 +90,31 @@ def measure_verification(options: argparse.Namespace) -> Iterator[list[Record]]:
         Record(MACHINE, "measured", "bf16 matmul", subject.machine.rate("bf16") / 1e12, "TFLOP/s"),
         Record(MACHINE, "measured", "kernel overhead", subject.machine.overhead * 1e6, "us"),
     ]
+    method = proposing(options, subject)
     for batch in options.batches:
-        yield verifying(subject, batch, options.drafts, options.new, options.rounds)
+        yield verifying(subject, batch, method, options.drafts, options.new, options.rounds)
 
 
-def verifying(subject: Subject, batch: int, drafts: Sequence[int], new: int, rounds: int) -> list[Record]:
+def proposing(options: argparse.Namespace, subject: Subject) -> Method:
+    """The method, with random weights where it has some."""
+    if options.method == "draft":
+        model = Model(read_config(MODELS / options.draft_model), subject.model.mesh, subject.model.context)
+        method = DraftModel(options.draft_model, model=model, params=model.random_params(1))
+    else:
+        method = by_name(options.method)
+        assert isinstance(method, Method)
+    method.check(subject.model)
+    return method
+
+
+def verifying(
+    subject: Subject, batch: int, method: Method, drafts: Sequence[int], new: int, rounds: int
+) -> list[Record]:
     """A plain step, and for each number of proposed tokens one that verifies them: measured, predicted, and over the
     plain one."""
     vocabulary = subject.model.config.vocab_size
     benches = {
-        count: Bench(subject, batch, PROMPT + new + SLACK, Missed(PromptLookup(count), vocabulary) if count else None)
+        count: Bench(subject, batch, PROMPT + new + SLACK, Missed.of(method, count, vocabulary) if count else None)
         for count in (0, *drafts)
     }
     compile_all(list(benches.values()))
@@ -80,9 +125,10 @@ def verifying(subject: Subject, batch: int, drafts: Sequence[int], new: int, rou
             seconds[count].append(bench.decode(new) / new)
             assert int(bench.state.length_B.max()) <= bench.layout.max_tokens
     plain = statistics.median(seconds[0][1:]), predicted(subject, benches[0], new)
-    records = []
+    records, names = [], {kind: name for name, kind in METHODS.items()}
     for count, bench in benches.items():
-        case = subject.case(f"B{batch} {count} drafts" if count else f"B{batch} plain")
+        by = "" if isinstance(method, PromptLookup) else f" by {names[type(method)]}"
+        case = subject.case(f"B{batch} {count} drafts{by}" if count else f"B{batch} plain")
         took = [1e3 * one for one in seconds[count][1:]]
         step, expected = statistics.median(took) / 1e3, predicted(subject, bench, new)
         context = PROMPT + new // 2 + count
@@ -116,7 +162,7 @@ def compile_all(benches: Sequence[Bench]) -> None:
     lowered = []
     for bench in benches:
         (step,) = bench.admit(PROMPT, PROMPT)
-        state = bench.subject.params, bench.state, bench.cache
+        state = bench.params, bench.state, bench.cache
         slots_B = np.arange(bench.layout.slots, dtype=np.int32)
         lowered.append(bench.programs.lower_step(*state, step))
         lowered.append(bench.programs.lower_loop(*state, slots_B, steps=bench.subject.steps, needs=GREEDY))
@@ -147,6 +193,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     cost.add_argument("--drafts", type=int, nargs="+", default=[8, 4], help="tokens of a proposal")
     cost.add_argument("--new", type=int, default=128, help="steps that are timed")
     cost.add_argument("--rounds", type=int, default=3)
+    cost.add_argument("--method", choices=METHODS, default="lookup")
+    cost.add_argument("--draft-model", default="llama-3.2-1b", help="of --method draft, a folder of configs/models")
     cost.add_argument("--attention", choices=["auto", *IMPLEMENTATIONS], default="auto")
     cost.add_argument("--page-size", type=int, default=64)
     cost.add_argument("--steps-per-dispatch", type=int, default=16)

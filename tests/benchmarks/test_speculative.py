@@ -4,25 +4,27 @@ import pytest
 
 from benchmarks import speculative
 from benchmarks.tables import TABLES
+from jaxinfer.decode.speculative import EarlyExit, PromptLookup
 from tests.benchmarks.test_decode import subject
 
 
-def test_the_cost_of_verifying_stands_beside_the_plan(monkeypatch):
+@pytest.mark.parametrize(("method", "by"), [(PromptLookup(), ""), (EarlyExit(), " by early-exit")])
+def test_the_cost_of_verifying_stands_beside_the_plan(monkeypatch, method, by):
     monkeypatch.setattr(speculative, "PROMPT", 5)
-    records = speculative.verifying(subject("auto"), batch=2, drafts=[3], new=4, rounds=1)
+    records = speculative.verifying(subject("auto"), 2, method, drafts=[3], new=4, rounds=1)
     value = {(record.case, record.implementation, record.metric): record.value for record in records}
     assert value.keys() == {
         ("tiny B2 plain", "xla", "step"),
         ("tiny B2 plain", "plan with XLA attention", "step"),
         *(
-            ("tiny B2 3 drafts", implementation, metric)
+            (f"tiny B2 3 drafts{by}", implementation, metric)
             for implementation in ("xla", "plan with XLA attention")
             for metric in ("step", "over a plain step")
         ),
     }
     for implementation in ("xla", "plan with XLA attention"):
-        step, plain = (value[f"tiny B2 {kind}", implementation, "step"] for kind in ("3 drafts", "plain"))
-        assert value["tiny B2 3 drafts", implementation, "over a plain step"] == pytest.approx(step / plain)
+        step, plain = (value[f"tiny B2 {kind}", implementation, "step"] for kind in (f"3 drafts{by}", "plain"))
+        assert value[f"tiny B2 3 drafts{by}", implementation, "over a plain step"] == pytest.approx(step / plain)
 
 
 def test_the_table_of_costs_has_the_cases_that_are_measured():
