@@ -12,6 +12,7 @@ import pytest
 from jaxinfer.decode import sampling
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.decode.speculative import DraftModel, EarlyExit, PromptLookup, Speculation
 from jaxinfer.decode.step import Layout, Programs
 from jaxinfer.engine.step_input import lay_out
 from jaxinfer.engine.warm_up import WARM
@@ -43,13 +44,15 @@ class Compiled:
 
 def compiled(
     which: str, config: dict, tensor: int = 1, num_pages: int = 29, cache_dtype: str = "float32",
-    context: int = CONTEXT, needs: Needs = sampling.GREEDY,
+    context: int = CONTEXT, needs: Needs = sampling.GREEDY, speculation: Speculation | None = None,
 ) -> Compiled:  # fmt: skip
     """A program of decode and, as `step` and `sample`, of prefill. Nothing is run."""
     model = Model(read_config(config | {"max_position_embeddings": context}), make_mesh(tensor))
-    layout = Layout(SLOTS, PAGE, (num_pages,) * len(model.config.windows), context, cache_dtype)
+    pools = (num_pages,) * len(model.config.windows)
+    layout = Layout(SLOTS, PAGE, pools, context, cache_dtype, speculation=speculation)
     programs = Programs(model, layout)
-    given = (list(model.parameters.values()), *programs.new_state())
+    weights = [] if speculation is None else speculation.weights
+    given = ([*model.parameters.values(), *weights], *programs.new_state())
     with jax.set_mesh(model.mesh):
         if which == "loop":
             lowered = programs._loop.lower(*given, np.arange(SLOTS, dtype=np.int32), steps=3, needs=needs)
@@ -100,6 +103,28 @@ def test_every_cache_leaf_is_updated_in_place(alone):
     assert len(set(inputs)) == len(leaves) == kinds * LAYERS
     for index, leaf in zip(inputs, leaves, strict=True):
         assert parameters[index] == ",".join(map(str, leaf.shape))
+
+
+def a_draft() -> DraftModel:
+    """Of one layer, with heads that the model has not."""
+    config = ODD | {"num_hidden_layers": 1, "layer_types": ["full_attention"], "num_attention_heads": 11}
+    model = Model(read_config(config | {"num_key_value_heads": 1}), make_mesh(1))
+    return DraftModel("small", 3, model=model, params=list(model.parameters.values()))
+
+
+@pytest.mark.parametrize("needs", [sampling.GREEDY, sampling.UNFILTERED], ids=lambda needs: needs.level)
+@pytest.mark.parametrize(
+    "method", [PromptLookup(3), EarlyExit(3, 1), a_draft()], ids=lambda method: type(method).__name__
+)
+def test_a_loop_that_speculates_moves_no_cache_and_asks_no_host(method, needs):
+    loop = compiled("loop", ODD, speculation=method, needs=needs)
+    pools = {array.size for array in jax.tree.leaves(loop.cache)}
+    weights = [*loop.model.parameters.values(), *method.weights]
+    assert moved(loop.text, pools | {math.prod(leaf.shape) for leaf in weights if len(leaf.shape) > 1}) == []
+    header = loop.text.splitlines()[0]
+    aliased = re.findall(r"\{(\d+)\}: \((\d+), \{\}", header)
+    assert len(aliased) == len(jax.tree.leaves((loop.state, loop.cache)))
+    assert not re.search(r"infeed|outfeed|send\(|recv\(|callback", loop.text)
 
 
 def test_grouped_heads_share_keys_and_values(alone):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -46,8 +46,8 @@ class DraftModel(Speculation):
     checkpoint: str | Path
     num_speculative_tokens: int = 4
     coupled: bool = False
-    model: Model | None = None
-    params: Params | None = None
+    model: Model | None = field(default=None, repr=False, compare=False)
+    params: Params | None = field(default=None, repr=False, compare=False)
     reads_text = True
 
     def __post_init__(self):
