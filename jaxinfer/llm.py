@@ -20,7 +20,7 @@ from jaxinfer import checkpoint
 from jaxinfer.continuation import Continuation, request_output
 from jaxinfer.decode.sampling import MAX_EOS_IDS
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.engine import Engine, Options, Request
+from jaxinfer.engine import Engine, Options, Request, Update
 from jaxinfer.intake import (
     Intake,
     Limits,
@@ -53,6 +53,7 @@ class LLM:
     Attributes:
         folder: where the checkpoint lies on this machine.
         model, engine, tokenizer, intake: the pieces, for those who want to look inside.
+        watch: is told what each step of the engine brought, such as `OnlineDraft.see`; None tells nobody.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class LLM:
             self.engine.warm_up()
         self._seeds, self._ids = np.random.default_rng(seed), count()
         self._running: dict[int, tuple[Continuation, deque[Continuation]]] = {}
+        self.watch: Callable[[list[Update]], None] | None = None
 
     def _load_beside(self, name: str) -> tuple[Model, Params]:
         """Another checkpoint that reads the same tokens, for the same devices and context.
@@ -297,7 +299,10 @@ class LLM:
 
     def _step(self) -> None:
         """Runs the engine once; gives every update to its continuation, whoever asked for it."""
-        for update in self.engine.step():
+        updates = self.engine.step()
+        if self.watch is not None:
+            self.watch(updates)
+        for update in updates:
             if update.request.id in self._running:
                 continuation, ended = self._running[update.request.id]
                 try:

@@ -46,6 +46,7 @@ DEVIATIONS = {
     ("llm", "parallel"): "and the mesh that the model lies on",
     ("llm", "decode"): "a request's SamplingParams, which are checked before there is a request",
     ("training", "parallel"): "training runs on the same mesh, with attention over whole sequences in place of pages",
+    ("training", "engine"): "a draft that learns while it serves is told what the engine brings",
     ("training", "checkpoint"): "the demo model is written as a checkpoint",
     (
         "serve",

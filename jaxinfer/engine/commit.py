@@ -48,6 +48,18 @@ def read_row(output: StepOutput, row: int, sequence: Sequence) -> Row:
     return Row(tuple(tokens), tuple(logprobs), reason)
 
 
+def corrections(emits_nQ: np.ndarray, tokens: int) -> tuple[int, ...]:
+    """Which of a sequence's first `tokens` tokens stand where another was proposed: the last of each step that took
+    less than all proposals and one more.
+
+    Args:
+        emits_nQ: which places of each step brought a token.
+    """
+    taken_n = emits_nQ.sum(axis=1)
+    last_n = np.cumsum(taken_n) - 1
+    return tuple(last_n[(taken_n > 0) & (taken_n < emits_nQ.shape[1]) & (last_n < tokens)].tolist())
+
+
 def join_tiles(tiles: tuple[PromptLogprobs, ...]) -> PromptLogprobs:
     """The log-probabilities of all rows of a step."""
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *tiles)

@@ -21,7 +21,7 @@ from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.step import StepOutput
 from jaxinfer.engine.buckets import rectangle, step_size
 from jaxinfer.engine.budget import predicted_budget
-from jaxinfer.engine.commit import join_tiles, keep_prompt_logprobs, read_row
+from jaxinfer.engine.commit import corrections, join_tiles, keep_prompt_logprobs, read_row
 from jaxinfer.engine.constraints import Constrain, Constraints
 from jaxinfer.engine.memory import make_layout
 from jaxinfer.engine.metrics import Counters, Metrics, WarmUp
@@ -285,12 +285,14 @@ class Engine:
             self._updates.append(Update(sequence.request, (), (), None, "error"))
 
     def _commit_row(self, plan: Plan, output: StepOutput, row: int, sequence: Sequence) -> Update | None:
-        first, scored, drawn = sequence.outputs == 0, sequence.scores_prompt, None
+        first, scored, drawn, corrected = sequence.outputs == 0, sequence.scores_prompt, None, ()
         with self._alone(sequence):
             drawn = read_row(output, row, sequence)
             sequence.scheduled += max(len(drawn.tokens) - plan.steps, 0)
             if plan.drafts:
-                self.counters.count_drafts(np.asarray(output.emits_nW)[:, row].reshape(plan.steps, -1))
+                emits_nQ = np.asarray(output.emits_nW)[:, row].reshape(plan.steps, -1)
+                self.counters.count_drafts(emits_nQ)
+                corrected = corrections(emits_nQ, len(drawn.tokens) - bool(drawn.reason))  # the end may be as proposed
         sequence.check()
         if drawn is None or sequence.finished or not drawn.tokens:
             return None
@@ -300,4 +302,4 @@ class Engine:
             self.scheduler.finish(sequence)
         prompt = tuple(sequence.prompt_logprobs) if scored else None
         queued = sequence.queued if first else None
-        return Update(sequence.request, drawn.tokens, drawn.logprobs, prompt, drawn.reason, queued)
+        return Update(sequence.request, drawn.tokens, drawn.logprobs, prompt, drawn.reason, queued, corrected)

@@ -68,6 +68,7 @@ class Update:
             `Options.max_waiting_time` and never ran, `error` where the host failed at this request alone; None goes
             on.
         queued: seconds from the request's arrival to its first slot, with the update of the first token.
+        corrected: which of the tokens stand where another was proposed.
     """
 
     request: Request
@@ -76,3 +77,4 @@ class Update:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None
     finish_reason: FinishReason | None
     queued: float | None = None
+    corrected: tuple[int, ...] = ()

@@ -35,6 +35,10 @@ class Runner:
         del self.state, self.cache  # before the new ones take their place
         self.state, self.cache = self.programs.new_state()
 
+    def draft_with(self, weights: Params) -> None:
+        """Gives the method of speculation other weights, for all programs from now on."""
+        self.params = [*self.params[: -len(weights)], *weights]
+
     def wait(self) -> None:
         """Until the device has nothing to do."""
         jax.block_until_ready(self.state)

@@ -163,7 +163,7 @@ def train(
     run, evaluate = _compiled_steps(model, optimizer, recipe.row), _compiled_evaluation(model)
     reports: list[Report] = []
     with jax.set_mesh(model.mesh):
-        state, train_T = _initial_state(params, optimizer), jax.device_put(data.train_T)
+        state, train_T = initial_state(params, optimizer), jax.device_put(data.train_T)
         begin = perf_counter()
         for first in range(0, recipe.steps, recipe.report):
             step = min(first + recipe.report, recipe.steps)
@@ -183,7 +183,8 @@ def train(
     return state.params, reports
 
 
-def _initial_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def initial_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Master weights of some weights, and what the optimizer begins with."""
     params = [param.astype(jnp.float32) for param in params]
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
         return TrainState(params, jax.jit(optimizer.init)(params))

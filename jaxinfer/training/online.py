@@ -1,0 +1,130 @@
+"""A draft model that keeps learning while it serves (Liu et al. 2023, "Online Speculative Decoding", arXiv
+2310.07177).
+
+Where a proposal was wrong, the model's own token stands in the output: it says what the draft should have proposed,
+and costs nothing. Texts with such places wait in a buffer. A step of training takes some between two programs of the
+engine, and the next program drafts with the new weights; the host waits for neither. So acceptance follows the
+traffic.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxinfer.decode.speculative import DraftModel
+from jaxinfer.engine import Engine, Update
+from jaxinfer.model import Model, Params
+from jaxinfer.training.train import TrainState, initial_state, token_losses
+
+
+class OnlineDraft:
+    """Trains an engine's draft model on what the engine tells.
+
+    Attributes:
+        steps: of training, so far.
+    """
+
+    def __init__(
+        self, engine: Engine, *, learning_rate: float = 1e-4, batch: int = 8, row: int = 256, buffer: int = 256
+    ):
+        """
+        Args:
+            engine: one whose speculation is a `DraftModel` of full attention.
+            learning_rate: of Adam (Kingma & Ba 2014).
+            batch: texts of one step of training.
+            row: tokens that each text has at most, the newest ones.
+            buffer: texts that wait at most; the oldest are forgotten.
+
+        Raises:
+            ValueError: the engine has no draft model, or an argument is out of range.
+        """
+        method = engine.options.speculation
+        if not isinstance(method, DraftModel) or method.model is None:
+            raise ValueError(f"the engine's speculation is {method!r}; it must be a DraftModel, which can learn")
+        if (windows := method.model.config.windows) != (None,):
+            raise ValueError(f"the draft model has attention windows {windows}; only full attention is trained")
+        for name, value, least in (("batch", batch, 1), ("row", row, 2), ("buffer", buffer, batch)):
+            if value < least:
+                raise ValueError(f"{name} = {value!r} must be an integer, at least {least}")
+        if not learning_rate > 0:
+            raise ValueError(f"learning_rate = {learning_rate!r} must be above 0")
+        self.steps = 0
+        self._engine, self._batch, self._row = engine, batch, row
+        self._texts: dict[int, list[int]] = {}  # of requests that run
+        self._wrong: dict[int, list[int]] = {}  # where in them the draft was
+        self._buffer: deque[tuple[list[int], list[int]]] = deque(maxlen=buffer)
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
+        self._learn = jax.jit(partial(_learned, method.model, optimizer), donate_argnums=0)
+        with jax.set_mesh(method.model.mesh):
+            self._state = initial_state(method.weights, optimizer)
+        self._mesh = method.model.mesh
+
+    def see(self, updates: Iterable[Update]) -> None:
+        """Takes what a step of the engine brought, and makes a step of training when there is enough."""
+        for update in updates:
+            name = update.request.id
+            text = self._texts.setdefault(name, list(update.request.prompt_ids))
+            self._wrong.setdefault(name, []).extend(len(text) + place for place in update.corrected)
+            text += update.tokens
+            if update.finish_reason is not None:
+                self._keep(self._texts.pop(name), self._wrong.pop(name))
+        for name in self._texts.keys() - self._engine.scheduler.sequences.keys():  # dropped by their callers
+            del self._texts[name], self._wrong[name]
+        if len(self._buffer) >= self._batch:
+            self.learn()
+
+    def learn(self) -> jax.Array:
+        """One step of training with the oldest texts that wait, and the engine's next programs draft with what it
+        brought.
+
+        Returns:
+            nats of a corrected token, before; on the device, for whoever wants to wait.
+
+        Raises:
+            ValueError: no text waits.
+        """
+        if not self._buffer:
+            raise ValueError("no text with a wrong proposal waits")
+        tokens_BS = np.zeros((self._batch, self._row), np.int32)
+        wrong_BS = np.zeros((self._batch, self._row), np.float32)
+        for row in range(min(self._batch, len(self._buffer))):
+            text, wrong = self._buffer.popleft()
+            tokens_BS[row, : len(text)] = text
+            wrong_BS[row, wrong] = 1
+        with jax.set_mesh(self._mesh):
+            self._state, weights, nats = self._learn(self._state, tokens_BS, wrong_BS[:, 1:])
+        self._engine.runner.draft_with(weights)
+        self.steps += 1
+        return nats
+
+    def _keep(self, text: list[int], wrong: list[int]) -> None:
+        """Puts the end of a text in the buffer, where a proposal was wrong in it."""
+        first = max(len(text) - self._row, 0)
+        wrong = [place - first for place in wrong if place > first]  # what comes first is not predicted
+        if wrong:
+            self._buffer.append((text[first:], wrong))
+
+
+def _learned(
+    model: Model, optimizer: optax.GradientTransformation, state: TrainState, tokens_BS: jax.Array, wrong_BS: jax.Array
+) -> tuple[TrainState, Params, jax.Array]:
+    """The state after a step, the weights as the model computes with them, and the loss before."""
+
+    def as_computed(params: Params) -> Params:
+        return [param.astype(leaf.dtype) for param, leaf in zip(params, model.parameters.values(), strict=True)]
+
+    def loss(params: Params) -> jax.Array:
+        return jnp.sum(token_losses(model, as_computed(params), tokens_BS) * wrong_BS) / jnp.sum(wrong_BS)
+
+    nats, gradients = jax.value_and_grad(loss)(state.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+        updates, kept = optimizer.update(gradients, state.optimizer, state.params)
+        params = jax.tree.map(jnp.add, state.params, updates)
+    return TrainState(params, kept), as_computed(params), nats
