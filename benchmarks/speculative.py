@@ -18,7 +18,7 @@ import os
 import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,59 +27,43 @@ from benchmarks.bench import MODELS, Bench, Subject, load
 from benchmarks.decode import PROMPT
 from benchmarks.record import MACHINE, Failure, Record, environment, update
 from jaxinfer.cache.gathers import gathers
-from jaxinfer.decode.batch import Batch
 from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.sampling import GREEDY, Needs
 from jaxinfer.decode.slots import SlotState
-from jaxinfer.decode.speculative import (
-    METHODS,
-    DraftModel,
-    EarlyExit,
-    Pool,
-    PromptLookup,
-    Proposal,
-    Speculation,
-    by_name,
-)
+from jaxinfer.decode.speculative import DraftModel, EarlyExit, PromptLookup, Proposal, Speculation
 from jaxinfer.machine import keep_compiled
 from jaxinfer.model import Model, Params, read_config
 from jaxinfer.roofline import decode_step
 from pallas_kernels.flash_decoding import IMPLEMENTATIONS
 
 OVER = "over a plain step"
-Method = PromptLookup | DraftModel | EarlyExit
 SLACK = 64  # tokens that a sequence may have beside those of its steps, should a proposal be right after all
 
 
-@dataclass(frozen=True)
 class Missed(Speculation):
-    """What a method proposes, each token put off by one: it costs what it costs, and is never right."""
-
-    method: Speculation
-    vocabulary: int
-    num_speculative_tokens: int
-    reads_text: bool
-
-    @staticmethod
-    def of(method: Method, count: int, vocabulary: int) -> Missed:
-        """That proposes so many tokens."""
-        return Missed(replace(method, num_speculative_tokens=count), vocabulary, count, method.reads_text)
-
-    @property
-    def weights(self) -> Params:
-        return self.method.weights
-
-    def pools(self, model: Model) -> list[Pool]:
-        return self.method.pools(model)
-
-    def observe(self, target: Forward, params: Params, batch: Batch, cache: Cache) -> Cache:
-        return self.method.observe(target, params, batch, cache)
+    """Proposals put off by one token: they cost what they cost, and are never right."""
 
     def propose(
         self, target: Forward, params: Params, needs: Needs, state: SlotState, cache: Cache
     ) -> tuple[Proposal, Cache]:
-        proposal, cache = self.method.propose(target, params, needs, state, cache)
-        return proposal._replace(drafts_Bk=(proposal.drafts_Bk + 1) % self.vocabulary), cache
+        proposal, cache = super().propose(target, params, needs, state, cache)
+        return proposal._replace(drafts_Bk=(proposal.drafts_Bk + 1) % target.model.config.vocab_size), cache
+
+
+class MissedLookup(Missed, PromptLookup):
+    pass
+
+
+class MissedDraft(Missed, DraftModel):
+    pass
+
+
+class MissedExit(Missed, EarlyExit):
+    pass
+
+
+METHODS = {"lookup": MissedLookup, "draft": MissedDraft, "early-exit": MissedExit}
+Method = MissedLookup | MissedDraft | MissedExit
 
 
 def measure_verification(options: argparse.Namespace) -> Iterator[list[Record]]:
@@ -99,10 +83,9 @@ def proposing(options: argparse.Namespace, subject: Subject) -> Method:
     """The method, with random weights where it has some."""
     if options.method == "draft":
         model = Model(read_config(MODELS / options.draft_model), subject.model.mesh, subject.model.context)
-        method = DraftModel(options.draft_model, model=model, params=model.random_params(1))
+        method = MissedDraft(options.draft_model, model=model, params=model.random_params(1))
     else:
-        method = by_name(options.method)
-        assert isinstance(method, Method)
+        method = METHODS[options.method]()
     method.check(subject.model)
     return method
 
@@ -112,9 +95,10 @@ def verifying(
 ) -> list[Record]:
     """A plain step, and for each number of proposed tokens one that verifies them: measured, predicted, and over the
     plain one."""
-    vocabulary = subject.model.config.vocab_size
     benches = {
-        count: Bench(subject, batch, PROMPT + new + SLACK, Missed.of(method, count, vocabulary) if count else None)
+        count: Bench(
+            subject, batch, PROMPT + new + SLACK, replace(method, num_speculative_tokens=count) if count else None
+        )
         for count in (0, *drafts)
     }
     compile_all(list(benches.values()))
@@ -165,7 +149,8 @@ def compile_all(benches: Sequence[Bench]) -> None:
         state = bench.params, bench.state, bench.cache
         slots_B = np.arange(bench.layout.slots, dtype=np.int32)
         lowered.append(bench.programs.lower_step(*state, step))
-        lowered.append(bench.programs.lower_loop(*state, slots_B, steps=bench.subject.steps, needs=GREEDY))
+        loop = {"steps": bench.subject.steps, "needs": GREEDY, "speculate": bench.layout.drafts > 0}
+        lowered.append(bench.programs.lower_loop(*state, slots_B, **loop))
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         list(threads.map(lambda one: one.compile(), lowered))
 

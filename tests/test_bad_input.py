@@ -222,6 +222,7 @@ def test_one_error_lists_every_conversation(llm):
     ({"cache_dtype": "fp8"}, ["cache_dtype = 'fp8'", "float32, bfloat16, float16, int8, float8_e4m3fn"]),
     ({"num_pages": 1}, ["num_pages = 1", "at least 2"]),
     ({"enable_prefix_caching": 1}, ["enable_prefix_caching = 1", "True or False"]),
+    ({"always_speculate": "no"}, ["always_speculate = 'no'", "True or False"]),
     ({"speculation": "lookup"}, ["speculation = 'lookup'", "a method of speculation, or None"]),
     ({"max_waiting_time": 0}, ["max_waiting_time = 0", "above 0"]),
     ({"max_waiting_time": float("nan")}, ["max_waiting_time = nan", "above 0"]),

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from jaxinfer.cli.options import DRAFT, PROPOSED, SPECULATE, bad_argument, integer
+from jaxinfer.cli.options import ALWAYS, DRAFT, PROPOSED, SPECULATE, bad_argument, integer
 
 
 def batch(
@@ -34,6 +34,7 @@ def batch(
     speculate: Annotated[str | None, typer.Option(help=SPECULATE)] = None,
     num_speculative_tokens: Annotated[int | None, integer(help=PROPOSED)] = None,
     draft_model: Annotated[str | None, typer.Option(help=DRAFT)] = None,
+    always_speculate: Annotated[bool, typer.Option("--always-speculate", help=ALWAYS)] = False,
 ) -> None:
     """Answer every request of REQUESTS into ANSWERS, a line each; a second run does what is left."""
     try:
@@ -60,6 +61,7 @@ def batch(
                 max_num_seqs=max_num_seqs,
                 cache_dtype=cache_dtype,
                 speculation=by_name(speculate, num_speculative_tokens, draft_model),
+                always_speculate=always_speculate,
             ),
         )
     except (ValueError, OSError) as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from jaxinfer.cli.options import DRAFT, PROPOSED, SPECULATE, bad_argument, integer, number
+from jaxinfer.cli.options import ALWAYS, DRAFT, PROPOSED, SPECULATE, bad_argument, integer, number
 from jaxinfer.cli.units import si
 from jaxinfer.roofline import Precision, decode_step
 
@@ -44,6 +44,7 @@ def generate(
     speculate: Annotated[str | None, typer.Option(help=SPECULATE)] = None,
     num_speculative_tokens: Annotated[int | None, integer(help=PROPOSED)] = None,
     draft_model: Annotated[str | None, typer.Option(help=DRAFT)] = None,
+    always_speculate: Annotated[bool, typer.Option("--always-speculate", help=ALWAYS)] = False,
 ) -> None:
     """Continue PROMPT and stream the text; then print tokens/s, the bandwidth that is, and the machine's limit."""
     from jaxinfer.decode.sampling_params import SamplingParams
@@ -60,7 +61,9 @@ def generate(
             dtype=dtype,
             max_model_len=max_model_len,
             tensor_parallel_size=tensor_parallel,
-            options=Options(max_num_seqs=1, cache_dtype=cache_dtype, speculation=speculation),
+            options=Options(
+                max_num_seqs=1, cache_dtype=cache_dtype, speculation=speculation, always_speculate=always_speculate
+            ),
         )
 
     try:
@@ -99,7 +102,7 @@ def timed(llm: LLM, prompt: str, params: SamplingParams, tell: Callable[[str], N
 
 def gain(counters: Counters, times: float) -> str:
     """One line: what proposals brought."""
-    right = " ".join(f"{count / counters.drafts:.0%}" for count in counters.accepted)
+    right = " ".join(f"{fraction:.0%}" for fraction in counters.accepted_by_position)
     return f"{counters.tokens_per_draft:.2f} tokens a step, {times:.2f} times plain decoding; right by place: {right}"
 
 
@@ -135,7 +138,7 @@ def summary(llm: LLM, prompt_tokens: int, clock: Clock) -> str:
     context = prompt_tokens + clock.before + clock.tokens // 2
     precision = Precision.all_in(config.dtype, llm.engine.options.cache_dtype)
     step = decode_step(config, 1, context, precision, tensor_parallel=devices)
-    seconds = clock.per_token * (llm.engine.counters.tokens_per_draft or 1.0)  # of a step
+    seconds = clock.per_token * llm.engine.counters.tokens_per_step  # of a step
     bandwidth = step.bytes * devices / seconds
     machine = measure_machine()
     return (

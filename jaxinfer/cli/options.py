@@ -14,6 +14,7 @@ SPECULATE = (
     "smaller model draws) or early-exit (what the first layers of the model draw)."
 )
 DRAFT = "The smaller model of draft: a folder or a Hugging Face id, with the same tokenizer."
+ALWAYS = "Propose tokens also where plain decoding is predicted to be faster."
 PROPOSED = "Tokens of a proposal; the method's own number by default."
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from jaxinfer.cli.options import DRAFT, PROPOSED, SPECULATE, bad_argument, integer, number
+from jaxinfer.cli.options import ALWAYS, DRAFT, PROPOSED, SPECULATE, bad_argument, integer, number
 
 if TYPE_CHECKING:
     from jaxinfer.serve.messages import Failed, Setup, Warming
@@ -83,6 +83,9 @@ def serve(
     speculate: Annotated[str | None, typer.Option(help=SPECULATE, rich_help_panel=_ENGINE)] = None,
     num_speculative_tokens: Annotated[int | None, integer(help=PROPOSED, rich_help_panel=_ENGINE)] = None,
     draft_model: Annotated[str | None, typer.Option(help=DRAFT, rich_help_panel=_ENGINE)] = None,
+    always_speculate: Annotated[
+        bool, typer.Option("--always-speculate", help=ALWAYS, rich_help_panel=_ENGINE)
+    ] = False,
     prefix_caching: Annotated[
         bool, typer.Option(help="Prompts that begin alike share the pages of it.", rich_help_panel=_ENGINE)
     ] = True,
@@ -117,6 +120,7 @@ def serve(
             "num_pages": num_pages,
             "steps_per_dispatch": steps_per_dispatch,
             "cache_dtype": cache_dtype,
+            "always_speculate": always_speculate,
             "enable_prefix_caching": prefix_caching,
             "max_waiting_time": max_waiting_time,
         },

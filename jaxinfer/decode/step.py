@@ -44,7 +44,7 @@ class StepOutput:
 
     Attributes:
         sampled: the choice for every step (leading axis n) and row: a slot, or in a loop of some slots one of these.
-            With speculation a step has k + 1 places on that axis, one for each token that it may bring.
+            A step that speculates has k + 1 places on that axis, one for each token that it may bring.
         emits_nW: rows whose token counts.
         prompt: log-probabilities of each row's next token in tiles of `SCORED`; empty where nobody asked for them.
     """
@@ -66,7 +66,7 @@ class Layout:
         cache_dtype: of keys and values, one of `jaxinfer.cache.CACHE_DTYPES`.
         attention: the implementation of attention, by its name in `pallas_kernels`; by default chosen by hardware
             and input.
-        speculation: what loops of decode steps propose; None for plain decoding.
+        speculation: what loops of decode steps may propose; None for plain decoding.
     """
 
     slots: int
@@ -108,7 +108,9 @@ class Programs:
         self._sample = jax.jit(self._traced_sample, static_argnames=("needs",), donate_argnames=("state",))
         self._mask = jax.jit(self._traced_mask)
         self._score = jax.jit(self._traced_score)
-        self._loop = jax.jit(self._traced_loop, static_argnames=("steps", "needs"), donate_argnames=donated)
+        self._loop = jax.jit(
+            self._traced_loop, static_argnames=("steps", "needs", "speculate"), donate_argnames=donated
+        )
         self._admit = jax.jit(self._traced_admit, static_argnames=("form",), donate_argnames=("state",))
         self._extend = jax.jit(self._traced_extend, donate_argnames=("tables",))
         self._release = jax.jit(self._traced_release, donate_argnames=("state",))
@@ -156,22 +158,25 @@ class Programs:
             return self._step.lower(params, state, cache, given.packed(), **given.sizes)
 
     def loop(
-        self, params: Params, state: SlotState, cache: Cache, slots_B: np.ndarray, *, steps: int, needs: Needs
-    ) -> tuple[SlotState, Cache, StepOutput]:
+        self, params: Params, state: SlotState, cache: Cache, slots_B: np.ndarray, *, steps: int, needs: Needs,
+        speculate: bool = False,
+    ) -> tuple[SlotState, Cache, StepOutput]:  # fmt: skip
         """`steps` decode steps in one program.
 
         Args:
             slots_B: those that decode, one past the last slot pads. As many as there are stand for all in their order.
+            speculate: whether they propose tokens, by the layout's method.
         """
         with jax.set_mesh(self.model.mesh):
-            return self._loop(params, state, cache, slots_B, steps=steps, needs=needs)
+            return self._loop(params, state, cache, slots_B, steps=steps, needs=needs, speculate=speculate)
 
     def lower_loop(
-        self, params: Params, state: SlotState, cache: Cache, slots_B: np.ndarray, *, steps: int, needs: Needs
-    ) -> Lowered:
+        self, params: Params, state: SlotState, cache: Cache, slots_B: np.ndarray, *, steps: int, needs: Needs,
+        speculate: bool = False,
+    ) -> Lowered:  # fmt: skip
         """`loop`, not compiled yet. Once it is, `loop` finds it."""
         with jax.set_mesh(self.model.mesh):
-            return self._loop.lower(params, state, cache, slots_B, steps=steps, needs=needs)
+            return self._loop.lower(params, state, cache, slots_B, steps=steps, needs=needs, speculate=speculate)
 
     def admission(
         self, params: SamplingParams, pages: Sequence[Sequence[int]], prompt_ids: Sequence[int] = (),
@@ -254,14 +259,14 @@ class Programs:
         top = min(MAX_LOGPROBS, self.model.config.vocab_size)
         return prompt_logprobs(normed_TD, head_VD, targets_T, top, chunk=VOCABULARY_CHUNK, transform=cap)
 
-    def _traced_loop(self, params, state, cache, slots_B, *, steps, needs):
+    def _traced_loop(self, params, state, cache, slots_B, *, steps, needs, speculate=False):
         self.traces["loop"] += 1
         some = len(slots_B) < self.layout.slots
 
         own = slots.taken(state, slots_B) if some else state
-        body = partial(self._plain if self.layout.speculation is None else self._speculative, params, needs)
+        body = partial(self._speculative if speculate else self._plain, params, needs)
         (own, cache), (sampled, emits_nW) = jax.lax.scan(body, (own, cache), length=steps)
-        if self.layout.speculation is not None:
+        if speculate:
             places = steps * (1 + self.layout.drafts)
             sampled, emits_nW = jax.tree.map(lambda x: x.reshape(places, *x.shape[2:]), (sampled, emits_nW))
         state = slots.put_back(state, slots_B, own, sampled.tokens_W, emits_nW) if some else own

@@ -27,7 +27,7 @@ from jaxinfer.engine.buckets import bucket, powers, rectangle
 from jaxinfer.engine.options import SMALLEST_BUCKET, Options
 from jaxinfer.engine.sequence import Sequence
 from jaxinfer.machine import known_machine
-from jaxinfer.model import Model
+from jaxinfer.model import Model, ModelConfig
 from jaxinfer.roofline import Attended, Precision, StepTimes
 
 
@@ -36,9 +36,10 @@ class Times(Protocol):
 
     def rest(self, tokens: int, rows: int) -> float: ...
     def head(self, rows: int) -> float: ...
-    def decoding(self, contexts: list[int]) -> float: ...
+    def decoding(self, contexts: list[int], queries: int = 1) -> float: ...
     def chunk(self, tokens: int, cached: int) -> Attended: ...
     def prefilling(self, chunks: Attended) -> float: ...
+    def kernels(self, count: int) -> float: ...
 
 
 class Budget:
@@ -75,13 +76,22 @@ def predicted_budget(model: Model, layout: Layout, options: Options) -> Budget:
     """What programs may prefill, by what the cost model says of this model on this machine."""
     if layout.slots == 1 or options.max_slowdown == math.inf:  # no prompt comes beside a sequence that decodes
         return Budget(layout, options, times=None)
+    return Budget(layout, options, step_times(model, layout), attends_whole_rows(layout))
+
+
+def step_times(model: Model, layout: Layout, config: ModelConfig | None = None) -> StepTimes:
+    """What the cost model says of this model on this machine; or of another `config` in its place."""
     precision = Precision.all_in(model.config.dtype, layout.cache_dtype)
     decode, prefill = gathers(layout.attention)
-    times = StepTimes(
-        model.config, known_machine(precision.residual), precision, model.mesh.size,
+    return StepTimes(
+        config or model.config, known_machine(precision.residual), precision, model.mesh.size,
         "materialized" if decode else "flash", "materialized" if prefill else "flash",
     )  # fmt: skip
-    return Budget(layout, options, times, whole_rows=decode)
+
+
+def attends_whole_rows(layout: Layout) -> bool:
+    """Whether decoding reads every slot's whole row of pages, whatever it holds."""
+    return gathers(layout.attention)[0]
 
 
 class StepSeconds:

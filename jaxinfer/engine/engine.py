@@ -23,6 +23,7 @@ from jaxinfer.engine.buckets import rectangle, step_size
 from jaxinfer.engine.budget import predicted_budget
 from jaxinfer.engine.commit import corrections, join_tiles, keep_prompt_logprobs, read_row
 from jaxinfer.engine.constraints import Constrain, Constraints
+from jaxinfer.engine.gate import predicted_gate
 from jaxinfer.engine.memory import make_layout
 from jaxinfer.engine.metrics import Counters, Metrics, WarmUp
 from jaxinfer.engine.options import IN_FLIGHT, Options
@@ -63,6 +64,7 @@ class Engine:
         self.layout = make_layout(model, self.options)
         self.counters = Counters()
         self.budget = predicted_budget(model, self.layout, self.options)
+        self.gate = predicted_gate(model, self.layout, self.options)
         self.scheduler = self._new_scheduler()
         self.runner = Runner(model, params, self.layout, self.options.steps_per_dispatch)
         self._in_flight: deque[Work] = deque()
@@ -175,7 +177,7 @@ class Engine:
         self.runner.clear()
 
     def _new_scheduler(self) -> Scheduler:
-        return Scheduler(self.layout, self.model.config.windows, self.options, self.counters, self.budget)
+        return Scheduler(self.layout, self.model.config.windows, self.options, self.counters, self.budget, self.gate)
 
     def warm_up(self, progress: Progress | None = None) -> WarmUp:
         """Compiles every program that requests can meet from then on, on an idle engine.
@@ -209,7 +211,8 @@ class Engine:
         if not plan.chunks and masks is None and plan.steps == self.options.steps_per_dispatch:
             size = rectangle(len(occupied), slots)
             rows = by_slot if size == slots else list(enumerate(plan.decoding))
-            return Work(plan, rows, self.runner.loop(padded(occupied, size, slots), needs))
+            loop = self.runner.loop(padded(occupied, size, slots), needs, speculate=plan.drafts > 0)
+            return Work(plan, rows, loop)
         tokens = step_size(len(occupied) + sum(chunk.tokens for chunk in plan.chunks), bool(plan.chunks))
         given = lay_out(plan.chunks, tokens, slots, occupied or None)
         wants = any(chunk.sequence.scores_prompt for chunk in plan.chunks)
@@ -291,8 +294,9 @@ class Engine:
             sequence.scheduled += max(len(drawn.tokens) - plan.steps, 0)
             if plan.drafts:
                 emits_nQ = np.asarray(output.emits_nW)[:, row].reshape(plan.steps, -1)
-                self.counters.count_drafts(emits_nQ)
                 corrected = corrections(emits_nQ, len(drawn.tokens) - bool(drawn.reason))  # the end may be as proposed
+                self.counters.count_drafts(brought_Q := emits_nQ.sum(axis=0))
+                self.gate.learn(brought_Q)
         sequence.check()
         if drawn is None or sequence.finished or not drawn.tokens:
             return None

@@ -31,18 +31,32 @@ class Counters:
     drafts: int = 0
     accepted: tuple[int, ...] = ()
 
-    def count_drafts(self, emits_nQ: np.ndarray) -> None:
-        """Counts what was proposed to a sequence in n steps, by which of the draws after none, one, and so on up to
-        all of the proposed tokens counted."""
-        right_Q = emits_nQ.sum(axis=0).tolist()
-        self.drafts += right_Q[0]
-        before = self.accepted or (0,) * (len(right_Q) - 1)
-        self.accepted = tuple(old + new for old, new in zip(before, right_Q[1:], strict=True))
+    def count_drafts(self, brought_Q: np.ndarray) -> None:
+        """Counts what was proposed to a sequence in some steps.
+
+        Args:
+            brought_Q: steps in which the draw after none of the proposed tokens counted, that after one, and so on.
+        """
+        drafts, *accepted = brought_Q.tolist()
+        self.drafts += drafts
+        before = self.accepted or (0,) * len(accepted)
+        self.accepted = tuple(old + new for old, new in zip(before, accepted, strict=True))
 
     @property
     def tokens_per_draft(self) -> float:
         """Tokens of a step in which some were proposed, the model's own included; 0 where there was none."""
-        return 1 + sum(self.accepted) / self.drafts if self.drafts else 0.0
+        return 1 + sum(self.accepted_by_position) if self.drafts else 0.0
+
+    @property
+    def accepted_by_position(self) -> tuple[float, ...]:
+        """How often, of all proposals, the first token was right, the first two, and so on; empty without one."""
+        return tuple(right / self.drafts for right in self.accepted)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens that a draw of the model brought: 1, and those that were right before it."""
+        drawn = self.output_tokens - sum(self.accepted)
+        return self.output_tokens / drawn if drawn > 0 else 1.0
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ class Options:
         enable_prefix_caching: texts that begin alike share the pages of their common beginning.
         speculation: a method of `jaxinfer.decode.speculative`, which decode steps without prompts beside them use for
             requests without a constraint; None decodes plainly. Outputs are the same.
+        always_speculate: also where plain decoding is predicted to be faster; by default nothing is proposed there, as
+            `jaxinfer.engine.gate` says.
         max_waiting_time: seconds after its arrival at which a request that has not begun to run ends with the reason
             `timeout`; None lets it wait.
     """
@@ -53,6 +55,7 @@ class Options:
     cache_dtype: str | None = None
     enable_prefix_caching: bool = True
     speculation: Speculation | None = None
+    always_speculate: bool = False
     max_waiting_time: float | None = None
 
     def __post_init__(self):
@@ -75,8 +78,9 @@ class Options:
             raise ValueError(f"num_pages = {self.num_pages!r} must be an integer, at least 2, the null page included")
         if self.speculation is not None and not isinstance(self.speculation, Speculation):
             raise ValueError(f"speculation = {self.speculation!r} must be a method of speculation, or None")
-        if not isinstance(self.enable_prefix_caching, bool):
-            raise ValueError(f"enable_prefix_caching = {self.enable_prefix_caching!r} must be True or False")
+        for name in ("enable_prefix_caching", "always_speculate"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} = {value!r} must be True or False")
         if self.max_waiting_time is not None and not _is_duration(self.max_waiting_time):
             raise ValueError(f"max_waiting_time = {self.max_waiting_time!r} must be seconds above 0, or None")
 

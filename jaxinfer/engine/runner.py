@@ -65,10 +65,10 @@ class Runner:
         )
         return _send(output)
 
-    def loop(self, slots_B: np.ndarray, needs: Needs) -> StepOutput:
+    def loop(self, slots_B: np.ndarray, needs: Needs, speculate: bool = False) -> StepOutput:
         """A program of decode steps of these slots; see `Programs.loop`."""
         self.state, self.cache, output = self.programs.loop(
-            self.params, self.state, self.cache, slots_B, steps=self.steps, needs=needs
+            self.params, self.state, self.cache, slots_B, steps=self.steps, needs=needs, speculate=speculate
         )
         return _send(output)
 
@@ -76,9 +76,11 @@ class Runner:
         """The model's part of a step, to be compiled ahead."""
         return self.programs.lower_step(self.params, self.state, self.cache, given)
 
-    def lower_loop(self, slots_B: np.ndarray, needs: Needs) -> Lowered:
+    def lower_loop(self, slots_B: np.ndarray, needs: Needs, speculate: bool = False) -> Lowered:
         """A program of decode steps, to be compiled ahead."""
-        return self.programs.lower_loop(self.params, self.state, self.cache, slots_B, steps=self.steps, needs=needs)
+        return self.programs.lower_loop(
+            self.params, self.state, self.cache, slots_B, steps=self.steps, needs=needs, speculate=speculate
+        )
 
     def update_all(self) -> None:
         """Runs each of the small programs that bring the slots up to date, to the effect of none."""

@@ -17,6 +17,7 @@ from heapq import merge
 from jaxinfer.decode.step import Layout
 from jaxinfer.engine.budget import Allowance, Budget
 from jaxinfer.engine.constraints import Constraint
+from jaxinfer.engine.gate import Gate
 from jaxinfer.engine.metrics import Counters
 from jaxinfer.engine.options import Options
 from jaxinfer.engine.paging import Paging
@@ -54,6 +55,7 @@ class Scheduler:
 
     Attributes:
         budget: what one program may prefill.
+        gate: which programs propose tokens.
         waiting: sequences without a slot that want one, by rank.
         running: sequences by slot.
         sequences: all that have not ended, by request id. Those that neither wait nor run have all their tokens on
@@ -62,11 +64,11 @@ class Scheduler:
 
     def __init__(
         self, layout: Layout, windows: tuple[int | None, ...], options: Options, counters: Counters | None = None,
-        budget: Budget | None = None, clock: Callable[[], float] = time.monotonic,
+        budget: Budget | None = None, gate: Gate | None = None, clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
         self.slots, self.options, self.clock = layout.slots, options, clock
-        self._drafts = layout.drafts
         self.budget = budget or Budget(layout, options, times=None)
+        self.gate = gate or Gate(layout, times=None)
         self.counters = counters or Counters()
         self.paging = Paging(layout, windows, options.enable_prefix_caching)
         self.waiting: list[Sequence] = []
@@ -134,9 +136,11 @@ class Scheduler:
         decoding = [sequence for sequence in self._by_rank() if sequence.decodes]
         released = self._hold(decoding, 1)
         chunks, admitted = self._prefilled(_holding(decoding), released)
+        decoding = _holding(decoding)
         # What a constrained sequence may draw next, the host knows only after its last token.
-        single = chunks or any(sequence.constraint is not None for sequence in _holding(decoding))
-        steps, drafts = (1, 0) if single else (self.options.steps_per_dispatch, self._drafts)
+        single = chunks or any(sequence.constraint is not None for sequence in decoding)
+        steps = 1 if single else self.options.steps_per_dispatch
+        drafts = 0 if single or not decoding else self.gate.drafts(decoding)
         released += self._hold(decoding, steps * (1 + drafts))
         decoding = _holding(decoding)
         continued = [chunk.sequence for chunk in chunks if chunk.sequence not in admitted]

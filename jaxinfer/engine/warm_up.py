@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 from jax.stages import Lowered
 from jaxlib.mlir import ir
@@ -65,11 +66,11 @@ def warm_programs(runner: Runner, largest_step: int, masked: bool) -> Iterator[P
         for tokens in powers(SMALLEST_BUCKET, largest_step):
             given = lay_out([], tokens, slots, decoding)
             yield _step(runner, f"{tokens} rows of prompts{beside}", given)
-    for decode in rectangles(slots):
-        for needs in WARM:
-            loop = padded([], decode, slots), needs
-            name = f"decoding {decode} slots, {needs.level}"
-            yield Program(name, partial(runner.loop, *loop), partial(runner.lower_loop, *loop))
+    ways = {"": False} if runner.layout.speculation is None else {"": False, ", with proposals": True}
+    for decode, needs, (way, speculate) in product(rectangles(slots), WARM, ways.items()):
+        loop = padded([], decode, slots), needs, speculate
+        name = f"decoding {decode} slots, {needs.level}{way}"
+        yield Program(name, partial(runner.loop, *loop), partial(runner.lower_loop, *loop))
     given, targets_T = lay_out([], SCORED, slots), next_tokens([], SCORED)
     for needs in WARM[1:]:
         yield Program(f"{needs.level} sampling of prompts", partial(runner.step, given, needs, targets_T))

@@ -68,6 +68,10 @@ class StepTimes:
             return 0.0
         return self._decode.work(self._decode.decoding(contexts, queries=queries)).expected(self._hardware)
 
+    def kernels(self, count: int) -> float:
+        """Of so many kernels that do next to nothing."""
+        return count * self._hardware.overhead
+
     def chunk(self, tokens: int, cached: int) -> Attended:
         """The attention of the next `tokens` of a prompt; that of several chunks adds up."""
         return self._prefill.sequence(tokens, cached)

@@ -3,12 +3,12 @@
 import pytest
 
 from benchmarks import speculative
+from benchmarks.speculative import MissedExit, MissedLookup
 from benchmarks.tables import TABLES
-from jaxinfer.decode.speculative import EarlyExit, PromptLookup
 from tests.benchmarks.test_decode import subject
 
 
-@pytest.mark.parametrize(("method", "by"), [(PromptLookup(), ""), (EarlyExit(), " by early-exit")])
+@pytest.mark.parametrize(("method", "by"), [(MissedLookup(), ""), (MissedExit(), " by early-exit")])
 def test_the_cost_of_verifying_stands_beside_the_plan(monkeypatch, method, by):
     monkeypatch.setattr(speculative, "PROMPT", 5)
     records = speculative.verifying(subject("auto"), 2, method, drafts=[3], new=4, rounds=1)

@@ -63,7 +63,7 @@ def test_generate_streams_code_and_states_its_speed():
 
 def test_generate_says_what_proposals_bring():
     options = ["--max-tokens", "40", "--max-model-len", "64", "--temperature", "0", "--num-speculative-tokens", "2"]
-    said = run("generate", "ab ab ab", *options, "--speculate", "lookup")
+    said = run("generate", "ab ab ab", *options, "--speculate", "lookup", "--always-speculate")
     assert said.exit_code == 0, said.output
     figures = r"([\d.]+) tokens a step, [\d.]+ times plain decoding; right by place: (\d+)% (\d+)%"
     tokens, first, both = map(float, re.search(figures, flat(said.output)).groups())
@@ -75,14 +75,14 @@ def test_generate_says_what_proposals_bring():
 @pytest.mark.parametrize("command", ["generate", "batch"])
 def test_the_dtype_of_the_cache_and_the_method_reach_the_engine(command, tmp_path, monkeypatch):
     def refuse(model, *, options, **arguments):
-        raise ValueError(f"a cache of {options.cache_dtype} and {options.speculation}")
+        raise ValueError(f"a cache of {options.cache_dtype}, {options.always_speculate} and {options.speculation}")
 
     monkeypatch.setattr("jaxinfer.llm.LLM", refuse)
     (tmp_path / "in").touch()
     files = [str(tmp_path / name) for name in ("in", "out")]
-    asked = ["--cache-dtype", "int8", "--speculate", "lookup", "--num-speculative-tokens", "5"]
+    asked = ["--cache-dtype", "int8", "--speculate", "lookup", "--num-speculative-tokens", "5", "--always-speculate"]
     result = run(command, *(["a"] if command == "generate" else files), *asked)
-    assert "a cache of int8 and PromptLookup(num_speculative_tokens=5" in flat(result.output)
+    assert "a cache of int8, True and PromptLookup(num_speculative_tokens=5" in flat(result.output)
 
 
 def test_a_server_bounds_how_long_a_prompt_holds_up_the_others(monkeypatch):
@@ -93,10 +93,12 @@ def test_a_server_bounds_how_long_a_prompt_holds_up_the_others(monkeypatch):
         return 0
 
     monkeypatch.setattr("jaxinfer.serve.server.run", served)
-    assert run("serve", "--port", "0", "--speculate", "lookup", "--num-speculative-tokens", "5").exit_code == 0
+    asks = ["--speculate", "lookup", "--num-speculative-tokens", "5", "--always-speculate"]
+    assert run("serve", "--port", "0", *asks).exit_code == 0
     ((options, speculation),) = asked
     assert (options.max_slowdown, Options().max_slowdown) == (1.75, math.inf)
     assert by_name(*speculation) == PromptLookup(5)
+    assert options.always_speculate
 
 
 def test_convert_keeps_every_bit(tmp_path):

@@ -55,7 +55,9 @@ def compiled(
     given = ([*model.parameters.values(), *weights], *programs.new_state())
     with jax.set_mesh(model.mesh):
         if which == "loop":
-            lowered = programs._loop.lower(*given, np.arange(SLOTS, dtype=np.int32), steps=3, needs=needs)
+            lowered = programs._loop.lower(
+                *given, np.arange(SLOTS, dtype=np.int32), steps=3, needs=needs, speculate=speculation is not None
+            )
         else:
             step = lay_out([], TOKENS, SLOTS, [])
             lowered = programs._step.lower(*given, step.packed(), **step.sizes)

@@ -147,7 +147,8 @@ class FakePrograms:
                     tokens_W[number], emits_W[number] = self._draw(slot, text, words_BU[number]), True
         return state, cache, _output([tokens_W], [emits_W])
 
-    def loop(self, params, state, cache, slots_B, *, steps, needs):
+    def loop(self, params, state, cache, slots_B, *, steps, needs, speculate):
+        assert not speculate
         some = len(slots_B) < len(state)
         numbers = [number for number in slots_B.tolist() if number < len(state)] if some else range(len(state))
         assert not any(state[number].active and state[number].request[0].structured_outputs for number in numbers)
@@ -216,8 +217,11 @@ class FakeTimes:
     def head(self, rows):
         return self.token * rows
 
-    def decoding(self, contexts):
-        return self.key * sum(contexts)
+    def decoding(self, contexts, queries=1):
+        return self.key * queries * sum(contexts)
+
+    def kernels(self, count):
+        return 0.0
 
     def chunk(self, tokens, cached):
         return Attended(tokens * cached + tokens * (tokens + 1) // 2)

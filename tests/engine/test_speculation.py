@@ -7,9 +7,11 @@ import pytest
 
 from jaxinfer import SamplingParams
 from jaxinfer.decode.speculative import DraftModel, EarlyExit, PromptLookup, Speculation
+from jaxinfer.engine.gate import Gate
 from jaxinfer.engine.options import IN_FLIGHT
 from jaxinfer.engine.request import TokenLogprobs
 from jaxinfer.llm import LLM
+from tests.engine import tiny
 from tests.engine.tiny import CONFIG, OPTIONS, assert_clean, assert_warm, tiny_folder, warm_llm, write_checkpoint
 
 PARAMS = [
@@ -26,11 +28,24 @@ PROMPTS = [
 ]  # fmt: skip
 
 
+TRACES = tiny.TRACES | {"loop": 2 * tiny.TRACES["loop"]}  # each with proposals and without
+
+
 @pytest.fixture(scope="module")
 def speculative(tmp_path_factory) -> LLM:
     """Its pool is too small for four long sequences: some are preempted. One layer has a window."""
-    options = replace(OPTIONS, speculation=PromptLookup(3, 3), num_pages=29)
+    options = replace(OPTIONS, speculation=PromptLookup(3, 3), num_pages=29, always_speculate=True)
     return LLM(tiny_folder(tmp_path_factory.getbasetemp()), options=options, warm_up=True)
+
+
+class Alternating(Gate):
+    """Lets every other program propose."""
+
+    asked = 0
+
+    def drafts(self, decoding):
+        self.asked += 1
+        return self._drafts * (self.asked % 2)
 
 
 def answers(llm: LLM, prompts: list[str], params: list[SamplingParams]) -> list[tuple]:
@@ -55,7 +70,24 @@ def test_every_request_gets_what_plain_decoding_gives_it(tmp_path_factory, specu
     assert len(counters.accepted) == 3
     assert counters.drafts >= counters.accepted[0] >= counters.accepted[1] >= counters.accepted[2] > 0
     assert 1 < counters.tokens_per_draft < 4
-    assert_warm(speculative)
+    assert_warm(speculative, TRACES)
+
+
+def test_a_gate_changes_no_output_and_compiles_nothing(tmp_path_factory, speculative, monkeypatch):
+    engine, gate = speculative.engine, Alternating(speculative.engine.layout, times=None)
+    monkeypatch.setattr(engine, "gate", gate)
+    monkeypatch.setattr(engine.scheduler, "gate", gate)
+    plans, schedule = [], engine.scheduler.schedule
+    monkeypatch.setattr(engine.scheduler, "schedule", lambda: plans.append(schedule()) or plans[-1])
+    before, accepted, told = engine.counters.drafts, sum(engine.counters.accepted), engine.counters.output_tokens
+    plain = answers(warm_llm(tmp_path_factory.getbasetemp()), PROMPTS, PARAMS)
+    assert answers(speculative, PROMPTS, PARAMS) == plain
+    decoded = [plan.drafts for plan in plans if plan.decoding and not plan.chunks and plan.steps > 1]
+    assert decoded == [3 * ((number + 1) % 2) for number in range(len(decoded))]
+    assert len(decoded) == gate.asked > 10
+    drafts, accepted = engine.counters.drafts - before, sum(engine.counters.accepted) - accepted
+    assert 0 < drafts < engine.counters.output_tokens - told - accepted  # some draws had no proposals
+    assert_warm(speculative, TRACES)
 
 
 def test_what_repeats_takes_fewer_programs(speculative):
@@ -76,7 +108,7 @@ def test_texts_are_shared_and_cut_as_ever(tmp_path_factory, speculative):
     for prompt in prompts:
         assert answers(speculative, [prompt], [params]) == answers(plain, [prompt], [params])
     assert speculative.engine.metrics.prefix_hit_rate > 0
-    assert_warm(speculative)
+    assert_warm(speculative, TRACES)
 
 
 def test_pages_are_planned_for_all_that_may_come():
@@ -90,7 +122,7 @@ def test_devices_that_share_the_model_speculate_alike(tmp_path_factory):
     shared = LLM(
         tiny_folder(root),
         tensor_parallel_size=2,
-        options=replace(OPTIONS, max_num_seqs=2, speculation=PromptLookup(3)),
+        options=replace(OPTIONS, max_num_seqs=2, speculation=PromptLookup(3), always_speculate=True),
     )
     asked = PROMPTS[:1], [replace(PARAMS[2], max_tokens=30)]
     assert answers(shared, *asked) == answers(warm_llm(root), *asked)
@@ -101,7 +133,7 @@ def test_devices_that_share_the_model_speculate_alike(tmp_path_factory):
 
 
 def drafted(root: Path, method: Speculation, **options) -> LLM:
-    return LLM(tiny_folder(root), options=replace(OPTIONS, speculation=method, **options))
+    return LLM(tiny_folder(root), options=replace(OPTIONS, speculation=method, always_speculate=True, **options))
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +151,8 @@ def test_coupled_drafts_never_change_an_output(tmp_path_factory, small_draft, me
     root = tmp_path_factory.getbasetemp()
     methods = {"draft": DraftModel(small_draft, 2, coupled=True), "early-exit": EarlyExit(2, 1, coupled=True)}
     llm = drafted(root, methods[method], num_pages=29)
+    (layers,) = {len(one.config.layers) for one in llm.engine.layout.speculation.passes(llm.engine.model)}
+    assert layers == 1
     asked = PROMPTS * 2, PARAMS * 2
     assert answers(llm, *asked) == answers(warm_llm(root), *asked)
     assert llm.engine.counters.preemptions > 0
@@ -130,6 +164,8 @@ def test_a_draft_that_is_the_model_is_always_right(tmp_path_factory):
     """Its keys and values are there whenever it drafts: of prompts in chunks, of shared pages, of accepted tokens."""
     root = tmp_path_factory.getbasetemp()
     llm = drafted(root, DraftModel(tiny_folder(root), 3))
+    passes = llm.engine.layout.speculation.passes(llm.engine.model)
+    assert [(one.config, one.queries) for one in passes] == [(llm.engine.model.config, count) for count in (2, 1, 1)]
     params = SamplingParams(temperature=0.7, max_tokens=13, seed=1, ignore_eos=True)
     for prompt in ("ab" * 9, "abcabd" * 12, "abcabd" * 11 + "xyz"):
         counters = llm.engine.counters

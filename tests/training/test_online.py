@@ -20,7 +20,10 @@ BEFORE, AFTER = (["ab" * 9, "the cat", "z" * 30, "1234"], ["import os\n", "QRST"
 def llm(tmp_path_factory) -> LLM:
     config = CONFIG | {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
     small = write_checkpoint(tmp_path_factory.mktemp("online") / "small", config)
-    return LLM(tiny_folder(tmp_path_factory.getbasetemp()), options=replace(OPTIONS, speculation=DraftModel(small, 3)))
+    return LLM(
+        tiny_folder(tmp_path_factory.getbasetemp()),
+        options=replace(OPTIONS, speculation=DraftModel(small, 3), always_speculate=True),
+    )
 
 
 def acceptance(llm: LLM, prompts: list[str], learner: OnlineDraft | None = None, rounds: int = 1) -> float:

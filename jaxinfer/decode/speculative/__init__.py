@@ -17,14 +17,14 @@ Each method is a file. It says how many tokens it proposes, and which.
 from jaxinfer.decode.speculative.draft import DraftModel
 from jaxinfer.decode.speculative.early_exit import EarlyExit
 from jaxinfer.decode.speculative.lookup import PromptLookup
-from jaxinfer.decode.speculative.method import MOST_DRAFTS, Pool, Proposal, Speculation, drafts_of
+from jaxinfer.decode.speculative.method import MOST_DRAFTS, Pass, Pool, Proposal, Speculation, drafts_of
 from jaxinfer.decode.speculative.verify import verify
 
 METHODS: dict[str, type[Speculation]] = {"draft": DraftModel, "early-exit": EarlyExit, "lookup": PromptLookup}
 
 __all__ = [
-    "METHODS", "MOST_DRAFTS", "DraftModel", "EarlyExit", "Pool", "PromptLookup", "Proposal", "Speculation", "by_name",
-    "drafts_of", "verify",
+    "METHODS", "MOST_DRAFTS", "DraftModel", "EarlyExit", "Pass", "Pool", "PromptLookup", "Proposal", "Speculation",
+    "by_name", "drafts_of", "verify",
 ]  # fmt: skip
 
 

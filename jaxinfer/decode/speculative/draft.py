@@ -21,7 +21,7 @@ from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.slots import SlotState
 from jaxinfer.decode.speculative.autoregressive import draft
-from jaxinfer.decode.speculative.method import Pool, Proposal, Speculation, check_drafts
+from jaxinfer.decode.speculative.method import Pass, Pool, Proposal, Speculation, check_drafts
 from jaxinfer.model import Model, Params
 
 
@@ -76,6 +76,11 @@ class DraftModel(Speculation):
     def weights(self) -> Params:
         assert self.params is not None
         return self.params
+
+    def passes(self, model: Model) -> list[Pass]:
+        assert self.model is not None
+        config = self.model.config
+        return [Pass(config, queries=2)] + [Pass(config)] * (self.num_speculative_tokens - 1)
 
     def pools(self, model: Model) -> list[Pool]:
         assert self.model is not None

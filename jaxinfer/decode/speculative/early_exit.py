@@ -13,7 +13,7 @@ from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.slots import SlotState
 from jaxinfer.decode.speculative.autoregressive import draft
-from jaxinfer.decode.speculative.method import Proposal, Speculation, check_drafts
+from jaxinfer.decode.speculative.method import Pass, Proposal, Speculation, check_drafts
 from jaxinfer.model import Model, Params
 
 
@@ -44,11 +44,17 @@ class EarlyExit(Speculation):
         if (layers := self.exit_layers or 1) >= model.config.num_layers:
             raise ValueError(f"exit_layers = {layers} must be fewer than the model's {model.config.num_layers} layers")
 
+    def passes(self, model: Model) -> list[Pass]:
+        first = replace(model.config, layers=model.config.layers[: self._layers(model)])
+        return [Pass(first)] * self.num_speculative_tokens
+
     def propose(
         self, target: Forward, params: Params, needs: Needs, state: SlotState, cache: Cache
     ) -> tuple[Proposal, Cache]:
-        layers = self.exit_layers or max(1, target.model.config.num_layers // 4)
-        first = replace(target, layers=layers)
+        first = replace(target, layers=self._layers(target.model))
         return draft(
             first, params, cache, state, needs, self.num_speculative_tokens, catch_up=False, coupled=self.coupled
         )
+
+    def _layers(self, model: Model) -> int:
+        return self.exit_layers or max(1, model.config.num_layers // 4)

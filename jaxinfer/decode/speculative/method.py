@@ -11,7 +11,7 @@ from jaxinfer.decode.batch import Batch
 from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.slots import SlotState
-from jaxinfer.model import Model, Params
+from jaxinfer.model import Model, ModelConfig, Params
 
 MOST_DRAFTS = 127  # the decode kernel takes 128 queries of a sequence
 
@@ -42,6 +42,18 @@ class Pool(NamedTuple):
     head_size: int
 
 
+class Pass(NamedTuple):
+    """A forward pass over all slots that decode.
+
+    Attributes:
+        config: of the layers that run.
+        queries: of each slot; the last one of them has logits.
+    """
+
+    config: ModelConfig
+    queries: int = 1
+
+
 class Speculation:
     """A method with its settings. Here are the answers of one that needs nothing but the slots.
 
@@ -70,6 +82,10 @@ class Speculation:
     @property
     def weights(self) -> Params:
         """Arrays that programs get behind the parameters of the model."""
+        return []
+
+    def passes(self, model: Model) -> list[Pass]:
+        """What runs for a proposal, one after the other; the predicted time of it is the method's cost."""
         return []
 
     def pools(self, model: Model) -> list[Pool]:

@@ -1,0 +1,139 @@
+"""Programs of decode steps propose tokens where that is predicted to pay: by the batch, and by what was right."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.decode.speculative import PromptLookup
+from jaxinfer.decode.step import Layout
+from jaxinfer.engine import Options, Request
+from jaxinfer.engine.gate import DRAW, PROBES_APART, PROBES_COST, SEARCH, Gate
+from jaxinfer.engine.scheduler import Scheduler
+from jaxinfer.engine.sequence import Sequence
+from jaxinfer.model import read_config
+from jaxinfer.roofline import MEASURED, StepTimes, decode_step, independent
+from tests.engine.fake import FakeTimes
+
+DRAFTS, SLOTS = 4, 256
+LAYOUT = Layout(SLOTS, 16, (4096,), 512, "bfloat16", speculation=PromptLookup(DRAFTS))
+# The weights take as long as 40 tokens with their logits: a step of 1 sequence takes 42 where it verifies 50, one of
+# 256 sequences 552 and 2,600.
+TIMES = FakeTimes(40.0, 1.0, 0.0)
+COST = {1: 50 / 42, 8: 120 / 56, 32: 360 / 104, 64: 680 / 168, 256: 2600 / 552}
+
+
+def decoding(count: int, length: int = 100) -> list[Sequence]:
+    return [Sequence(Request(number, (1,) * length, SamplingParams(), (), 0)) for number in range(count)]
+
+
+def learn(gate: Gate, acceptance: float, rows: int) -> None:
+    """What programs of 8 steps bring to so many sequences."""
+    for _ in range(rows):
+        gate.learn(8 * np.array([1, *independent(acceptance, DRAFTS)]))
+
+
+LONG = 500  # rows after which nothing earlier counts
+
+
+@pytest.mark.parametrize("batch", COST)
+@pytest.mark.parametrize("acceptance", [0.0, 0.2, 0.5, 0.7, 0.9, 1.0])
+def test_a_program_proposes_where_it_brings_more_tokens_a_second(batch, acceptance):
+    gate = Gate(LAYOUT, TIMES)
+    learn(gate, acceptance, LONG)
+    tokens = sum(acceptance**place for place in range(DRAFTS + 1))
+    assert gate.tokens == pytest.approx(tokens, rel=1e-2)
+    assert gate.drafts(decoding(batch)) == (DRAFTS if tokens > COST[batch] else 0)
+    assert gate.drafts(decoding(max(1, batch - 3))) == (DRAFTS if tokens > COST[batch] else 0)  # its rectangle
+
+
+def test_an_engine_begins_with_proposals_and_soon_knows_better():
+    for batch in (1, 64):
+        gate, programs = Gate(LAYOUT, TIMES), 0
+        while gate.drafts(decoding(batch)):
+            learn(gate, 0.0, rows=batch)
+            programs += 1
+        assert 1 <= programs <= {1: 24, 64: 1}[batch]
+
+
+def test_acceptance_that_recovers_turns_it_on_again():
+    """A few programs show it, each of which comes when it is due."""
+    gate, few = Gate(LAYOUT, TIMES), decoding(8)
+    learn(gate, 0.0, LONG)
+    due = max(PROBES_APART, math.ceil((COST[8] - 1) / PROBES_COST))
+    waited = []  # programs without proposals before each that has some
+    while not waited or waited[-1]:
+        waited.append(0)
+        while not gate.drafts(few):
+            waited[-1] += 1
+        learn(gate, 0.9, rows=8)
+    assert gate.tokens > COST[8]
+    assert waited == [due] * (len(waited) - 1) + [0]
+    assert 2 <= len(waited) <= 5
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32, 256])
+def test_what_probes_cost_is_bounded(batch):
+    gate, some, programs = Gate(LAYOUT, TIMES), decoding(batch), 5000
+    learn(gate, 0.0, LONG)
+    proposing = sum(gate.drafts(some) > 0 for _ in range(programs))
+    assert 0 < proposing <= programs / PROBES_APART
+    assert proposing * (COST[batch] - 1) <= PROBES_COST * programs
+
+
+def test_nothing_is_asked_of_the_text_where_even_all_that_is_right_would_lose():
+    gate = Gate(LAYOUT, FakeTimes(0.0, 1.0, 1.0))  # k + 1 times as long
+    assert not any(gate.drafts(decoding(1)) for _ in range(10 * PROBES_APART))
+
+
+def test_without_times_it_is_open_and_without_a_method_shut():
+    gate = Gate(LAYOUT, times=None)
+    learn(gate, 0.0, LONG)
+    assert gate.drafts(decoding(256)) == DRAFTS
+    assert Gate(replace(LAYOUT, speculation=None), times=None).drafts(decoding(1)) == 0
+
+
+def test_what_a_method_runs_for_its_proposals_is_part_of_their_cost():
+    draft, weights = FakeTimes(10.0, 1.0, 0.0), TIMES.weights
+    gate = Gate(LAYOUT, TIMES, proposing=((draft, 2), (draft, 1)))
+    found = gate.predicted(decoding(8))
+    assert (found.plain, found.verifying) == (weights + 16, weights + 80 + (10 + 16 + 8) + (10 + 8 + 8))
+
+
+@pytest.mark.parametrize("attention", ["flash", "materialized"])
+@pytest.mark.parametrize("batch", [1, 64, 256])
+def test_it_asks_the_cost_model(attention, batch):
+    """Where keys are gathered, for each slot's whole row of pages; and for the small kernels beside the model's."""
+    config, machine = read_config("configs/models/llama-3-8b"), MEASURED["h100-measured"]
+    gate = Gate(LAYOUT, StepTimes(config, machine, decode_attention=attention), whole_rows=attention == "materialized")
+    plain, verifying = (
+        decode_step(config, batch, context, queries=queries, attention=attention).predict(machine)
+        for queries, context in ((1, 100), (1 + DRAFTS, 100 + DRAFTS))
+        for context in [context if attention == "flash" else LAYOUT.pages_per_row * LAYOUT.page_size]
+    )
+    verifying += (SEARCH + DRAW * (1 + DRAFTS)) * machine.overhead
+    assert gate.predicted(decoding(batch)).cost == pytest.approx(verifying / plain, rel=1e-9)
+
+
+def test_the_scheduler_asks_for_programs_of_decode_steps_alone():
+    """A step beside a prompt, or of nobody, is no program that could have proposed."""
+    options = Options(max_num_seqs=4, max_num_batched_tokens=64, page_size=4, num_pages=99, steps_per_dispatch=3)
+    layout = Layout(4, 4, (99,), 96, "float32", speculation=PromptLookup(2))
+    asked = []
+
+    class Seen(Gate):
+        def drafts(self, decoding):
+            asked.append(len(decoding))
+            return 2 * (len(asked) % 2)
+
+    plans = Scheduler(layout, (None,), replace(options, speculation=PromptLookup(2)), gate=Seen(layout, times=None))
+    assert plans.schedule().drafts == 0
+    for number in range(2):
+        plans.add(Request(number, (1, 2, 3), SamplingParams(max_tokens=90, ignore_eos=True), (), 0))
+    assert (plans.schedule().steps, asked) == (1, [])
+    made = [plans.schedule() for _ in range(3)]
+    assert [(plan.steps, plan.drafts) for plan in made] == [(3, 2), (3, 0), (3, 2)]
+    assert asked == [2, 2, 2]
+    assert [sequence.proposed for sequence in made[0].decoding] == [12, 12]
