@@ -2,13 +2,20 @@
 
     python -m benchmarks.speculative verification [--model llama-3-8b] [--batches 1 4 16 64] [--drafts 8 4]
         [--method draft] [--draft-model llama-3.2-1b]
+    python -m benchmarks.speculative copying [--batches 1 4 16 64]
+    python -m benchmarks.speculative replay [--model llama-3-8b] [--batches 1 4 16 64]
 
 Writes `speculative.json` to the results of the device; what the file holds of other cases stays in it.
 Verification: a model with random normal weights, prompts of 128 tokens, greedy. A decode step that proposes tokens,
 by prompt lookup or another method, and verifies them, against a plain one, in loops on the device. What is proposed is
 put off by one, so that it is never right, and both kinds of steps bring one token and see the same contexts:
-acceptance is no part of this. Medians of some rounds, in which each kind has its turn, after a warm-up. Predictions
-leave out what it takes a model to propose.
+acceptance is no part of this. Medians of some rounds, in which each kind has its turn, after a warm-up.
+Copying: the demo model is to copy a file with another name in it, greedy, no stop, through the engine: plainly, with
+proposals by prompt lookup where the engine's gate lets them, and always. New tokens a second from when every sequence
+has its first one until all have ended, which the slowest decides; of a batch below 4 the texts come one after another.
+What was written is recorded in `copied.json`, with the tokens that are accepted in each step.
+Replay: a larger model of random weights writes the recorded texts: the logit of each next token is set above all
+others, so that acceptance is the recorded one and all else costs what it costs.
 """
 
 from __future__ import annotations
@@ -21,22 +28,28 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 
+from benchmarks import copying
 from benchmarks.bench import MODELS, Bench, Subject, load
 from benchmarks.decode import PROMPT
-from benchmarks.record import MACHINE, Failure, Record, environment, update
+from benchmarks.record import MACHINE, RESULTS, Failure, Record, device_folder, environment, update
+from benchmarks.serving.workload import Job
 from jaxinfer.cache.gathers import gathers
 from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.sampling import GREEDY, Needs
 from jaxinfer.decode.slots import SlotState
-from jaxinfer.decode.speculative import DraftModel, EarlyExit, PromptLookup, Proposal, Speculation
-from jaxinfer.machine import keep_compiled
+from jaxinfer.decode.speculative import DraftModel, EarlyExit, Pass, PromptLookup, Proposal, Speculation
+from jaxinfer.engine import Engine, Options
+from jaxinfer.llm import LLM
+from jaxinfer.machine import keep_compiled, known_machine
 from jaxinfer.model import Model, Params, read_config
-from jaxinfer.roofline import decode_step
+from jaxinfer.parallel import make_mesh
+from jaxinfer.roofline import Hardware, decode_step
 from pallas_kernels.flash_decoding import IMPLEMENTATIONS
 
-OVER = "over a plain step"
+OVER, COPIED = "over a plain step", "copied.json"
 SLACK = 64  # tokens that a sequence may have beside those of its steps, should a proposal be right after all
 
 
@@ -131,14 +144,19 @@ def verifying(
 
 
 def predicted(subject: Subject, bench: Bench, new: int) -> float:
-    """Seconds of the step halfway through the new tokens."""
+    """Seconds of the step halfway through the new tokens, and of what runs for its proposals."""
     gathered, layout = gathers(subject.attention)[0], bench.layout
     context = layout.pages_per_row * layout.page_size if gathered else PROMPT + new // 2 + layout.drafts
-    cost = decode_step(
-        subject.model.config, layout.slots, context, subject.precision, queries=1 + layout.drafts,
-        attention="materialized" if gathered else "flash",
-    )  # fmt: skip
-    return cost.predict(subject.machine)
+
+    def seconds(one: Pass) -> float:
+        cost = decode_step(
+            one.config, layout.slots, context, subject.precision, queries=one.queries,
+            attention="materialized" if gathered else "flash",
+        )  # fmt: skip
+        return cost.predict(subject.machine)
+
+    proposing = [] if layout.speculation is None else layout.speculation.passes(subject.model)
+    return sum(map(seconds, [Pass(subject.model.config, 1 + layout.drafts), *proposing]))
 
 
 def compile_all(benches: Sequence[Bench]) -> None:
@@ -153,6 +171,51 @@ def compile_all(benches: Sequence[Bench]) -> None:
         lowered.append(bench.programs.lower_loop(*state, slots_B, **loop))
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         list(threads.map(lambda one: one.compile(), lowered))
+
+
+def measure_copying(options: argparse.Namespace) -> Iterator[list[Record]]:
+    """Records what the demo model writes; then the records of each batch."""
+    llm = LLM(options=engine_options(options))
+    copying.warm(llm.engine)
+    jobs = [Job(ids, options.new) for ids in copying.prompts(llm.tokenizer, options.texts)]
+    written = copying.run(llm.engine, copying.Shut(llm.engine.layout, times=None), jobs, len(jobs)).texts
+    texts = copying.recorded(jobs, written, PromptLookup(options.drafts))
+    copying.write(texts, environment(), folder(options) / COPIED)
+    for batch in options.batches:
+        yield copying.compare(llm.engine, "demo copying", jobs, batch, options.rounds, find_machine())
+
+
+def measure_replay(options: argparse.Namespace) -> Iterator[list[Record]]:
+    """The records of each batch."""
+    texts = copying.read(folder(options) / COPIED)
+    longest = max(len(text.prompt + text.output) for text in texts)
+    model = Model(read_config(MODELS / options.model), make_mesh(devices=jax.devices()[:1]), context=longest)
+    engine = Engine(model, jax.block_until_ready(model.random_params()), engine_options(options))
+    jobs = copying.replay(engine, texts)
+    copying.warm(engine)
+    for batch in options.batches:
+        name = f"{options.model} replaying"
+        yield copying.compare(engine, name, jobs, batch, options.rounds, find_machine())
+
+
+def engine_options(options: argparse.Namespace) -> Options:
+    return Options(
+        max_num_seqs=max(options.slots, *options.batches),
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        page_size=options.page_size,
+        steps_per_dispatch=options.steps_per_dispatch,
+        enable_prefix_caching=False,  # no prompt is to find what it was asked before
+        speculation=PromptLookup(options.drafts),
+    )
+
+
+def find_machine() -> Hardware:
+    """What the engine's gate predicts with."""
+    return known_machine("bf16")
+
+
+def folder(options: argparse.Namespace) -> Path:
+    return options.output or RESULTS / device_folder()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -183,10 +246,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     cost.add_argument("--attention", choices=["auto", *IMPLEMENTATIONS], default="auto")
     cost.add_argument("--page-size", type=int, default=64)
     cost.add_argument("--steps-per-dispatch", type=int, default=16)
+    copied, replayed = parts.add_parser("copying"), parts.add_parser("replay")
+    copied.add_argument("--texts", type=int, default=16)
+    copied.add_argument("--new", type=int, default=320, help="tokens of each output")
+    replayed.add_argument("--model", default="llama-3-8b", help="a folder of configs/models")
+    for part in (copied, replayed):
+        part.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
+        part.add_argument("--drafts", type=int, default=8, help="tokens of a proposal")
+        part.add_argument("--rounds", type=int, default=2)
+        part.add_argument("--slots", type=int, default=64, help="of the engine, at the least")
+        part.add_argument("--max-num-batched-tokens", type=int, default=2048)
+        part.add_argument("--page-size", type=int, default=64)
+        part.add_argument("--steps-per-dispatch", type=int, default=8)
     return parser.parse_args(arguments)
 
 
-PARTS = {"verification": measure_verification}
+PARTS = {"verification": measure_verification, "copying": measure_copying, "replay": measure_replay}
 
 if __name__ == "__main__":
     keep_compiled()

@@ -82,6 +82,11 @@ class Table:
         return [*self.columns.values(), *self.others.values()]
 
 
+def rates(columns: dict[str, str]) -> dict[tuple[str, str], str]:
+    """Columns of tokens a second beside those of the same cases."""
+    return {(case, "decode"): f"tokens/s, {title}" for case, title in columns.items()}
+
+
 BATCHES = {f"llama-3-8b B{batch}": f"batch {batch}" for batch in (1, 16, 64, 256)}
 PROMPTS = {f"llama-3-8b prompt {tokens}": f"{tokens:,} tokens" for tokens in (512, 2048, 8192)}
 LONG = {"llama-3-8b prompt 131072 in chunks of 8192": "131,072 tokens"}
@@ -133,6 +138,17 @@ VERIFYING = {
     for drafts in (8, 4)
     for batch in (1, 4, 16, 64)
 }
+SPECULATING = {
+    OURS: "**jaxinfer**, plain",
+    f"{OURS}, lookup": "**jaxinfer**, lookup",
+    f"{OURS}, lookup always": "**jaxinfer**, lookup, always",
+    "plan": "*predicted*, lookup",
+    f"plan, {OURS}, lookup always": "*predicted*, lookup, always",
+}
+COPYING, REPLAYING = (
+    {f"{name} B{batch}": f"batch {batch}" for batch in (1, 4, 16, 64)}
+    for name in ("demo copying", "llama-3-8b replaying")
+)
 SHUFFLED, PAGES_OF_16 = {"": "", " shuffled": "shuffled pages of 64"}, {"": "", " pages of 16": "pages of 16"}
 TOKENS = {f" M={M}": f"{M} token{'s' * (M > 1)}" for M in (1, 16, 64)}
 SOURCES = "sources"
@@ -149,6 +165,8 @@ TABLES = {
     "decoding-options": Table("time", "decoding, us", OPTIONS, names=KERNEL_NAMES),
     "row-kernel": Table("time", "layer after attention, us", ROW, names=KERNEL_NAMES),
     "verification": Table("over a plain step", "a step that verifies, over a plain one", VERIFYING),
+    "copying": Table("over plain decoding", "times plain decoding", COPYING, rates(COPYING), names=SPECULATING),
+    "replay": Table("over plain decoding", "times plain decoding", REPLAYING, rates(REPLAYING), names=SPECULATING),
     "matmul-kernel": Table("traffic", "matmul, TB/s", MATMUL, variants=TOKENS, names=KERNEL_NAMES),
 }
 

@@ -1,0 +1,110 @@
+"""Text that copies, and an engine that is made to write it again."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import copying, speculative
+from benchmarks.serving.workload import Job
+from benchmarks.tables import TABLES
+from jaxinfer.decode.speculative import PromptLookup
+from jaxinfer.engine import Engine
+from jaxinfer.engine.gate import Gate
+from jaxinfer.llm import DEMO, LLM
+from jaxinfer.model import Model, read_config
+from jaxinfer.parallel import make_mesh
+from jaxinfer.roofline import find_hardware, tokens_per_step
+from jaxinfer.text.tokenizer import Tokenizer
+from tests.engine.tiny import CONFIG, OPTIONS, tiny_folder
+
+METHOD = PromptLookup(3)
+WRITTEN = [
+    ((0, 1, 2, 3, 4, 5, 1, 2), (3, 4, 5, 6, 7, 6, 7, 6, 7, 6, 7, 6, 7, 1, 2, 3)),
+    ((9, 8, 7, 6, 5, 4, 3), (9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 9, 8, 7, 6, 9, 1)),
+    ((1, 1, 1), (2, 3, 5, 7, 9, 8, 6, 4, 2, 0, 2, 3, 7, 5, 6, 5)),
+]
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[copying.Text]:
+    jobs = [Job(prompt, len(output)) for prompt, output in WRITTEN]
+    return copying.recorded(jobs, [output for _, output in WRITTEN], METHOD)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    model = Model(read_config(CONFIG), make_mesh(1))
+    return Engine(model, model.random_params(), replace(OPTIONS, enable_prefix_caching=False, speculation=METHOD))
+
+
+def test_prompts_are_files_with_the_beginning_of_a_copy():
+    tokenizer = Tokenizer.from_folder(DEMO)
+    found = copying.prompts(tokenizer, 16)
+    assert len(set(found)) == 16
+    assert max(map(len, found)) + speculative.parse(["copying"]).new <= 1024
+    for ids in found:
+        text, _, rest = tokenizer.decode(ids).partition("\n\n\n# The same, with ")
+        new, old = rest.partition(":")[0].split(" in the place of ")
+        assert new == f"new_{old}"
+        begun = rest.partition(":\n\n")[2]
+        assert text.replace(old, new).startswith(begun[: len(begun) // 2])
+
+
+def test_what_is_recorded_says_how_many_proposals_are_right(texts, tmp_path):
+    for text in texts:
+        assert sum(text.accepted) + len(text.accepted) == len(text.output) - 1
+    assert texts[0].accepted[0] == 2  # 4 5 follow 1 2 3, and then comes no 1
+    assert max(texts[0].accepted) == 3
+    copying.write(texts, {"device": "none"}, tmp_path / "results" / "copied.json")
+    assert copying.read(tmp_path / "results" / "copied.json") == texts
+    with pytest.raises(FileNotFoundError, match="the part `copying` records it"):
+        copying.read(tmp_path / "copied.json")
+
+
+def test_a_replay_writes_the_recorded_texts_with_the_recorded_acceptance(engine, texts):
+    """Plainly and with proposals, together and one after another."""
+    jobs = copying.replay(engine, texts)
+    ends = [job.prompt[0] // 10 for job in jobs]
+    assert ends == [0, 1, 2]
+    for gate in (copying.Shut(engine.layout, times=None), Gate(engine.layout, times=None)):
+        took = copying.run(engine, gate, jobs, batch=2)
+        assert [[token % 10 for token in output] for output in took.texts] == [[*text.output] for text in texts]
+    steps = [count for text in texts for count in text.accepted]
+    assert took.drafts == len(steps)
+    assert took.accepted == tuple(sum(count >= place for count in steps) / len(steps) for place in (1, 2, 3))
+    with pytest.raises(ValueError, match="11 texts of 10 tokens each need 110; there are 104"):
+        copying.replay(engine, (texts * 4)[:11])
+
+
+def test_speculation_stands_beside_plain_decoding_and_the_plan(engine, texts):
+    jobs = copying.replay(engine, texts)
+    records = copying.compare(engine, "tiny", jobs, 2, 1, find_hardware("h200"))
+    value = {(record.implementation, record.metric): record.value for record in records}
+    assert {record.case for record in records} == {"tiny B2"}
+    for way in (copying.GATED, copying.ALWAYS):
+        assert value[way, copying.FASTER] > 0
+        assert value[way, "decode"] > 0
+    right = [value[copying.ALWAYS, f"first {place} right"] / 100 for place in (1, 2, 3)]
+    assert value[copying.ALWAYS, "tokens of a step with proposals"] == pytest.approx(tokens_per_step(right))
+    assert value["plan", copying.FASTER] >= 1
+
+
+@pytest.mark.parametrize(("part", "name"), [("copying", "demo copying"), ("replay", "llama-3-8b replaying")])
+def test_the_tables_have_the_cases_that_are_measured(part, name):
+    cases = {f"{name} B{batch}" for batch in speculative.parse([part]).batches}
+    assert set(TABLES[part].columns) == cases
+    assert TABLES[part].metric == copying.FASTER
+
+
+def test_the_commands(tmp_path, tmp_path_factory, monkeypatch):
+    folder, results = tiny_folder(tmp_path_factory.getbasetemp()), tmp_path / "results"
+    monkeypatch.setattr(copying, "warm", lambda engine: None)
+    monkeypatch.setattr(copying, "prompts", lambda tokenizer, count: [tuple(tokenizer.encode("ab" * 9))] * count)
+    monkeypatch.setattr(speculative, "LLM", lambda options: LLM(folder, options=options))
+    few = ["--batches", "1", "--slots", "1", "--page-size", "8", "--max-num-batched-tokens", "64", "--rounds", "1"]
+    speculative.main(["--output", str(results), "copying", "--texts", "1", "--new", "20", *few])
+    speculative.main(["--output", str(results), "replay", "--model", str(folder), *few])
+    records = json.loads((results / "speculative.json").read_text())["records"]
+    right = {record["case"]: record["value"] for record in records if record["metric"] == "first 1 right"}
+    assert right["demo copying B1"] == right[f"{folder} replaying B1"] > 0
