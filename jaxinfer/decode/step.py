@@ -259,7 +259,7 @@ class Programs:
         top = min(MAX_LOGPROBS, self.model.config.vocab_size)
         return prompt_logprobs(normed_TD, head_VD, targets_T, top, chunk=VOCABULARY_CHUNK, transform=cap)
 
-    def _traced_loop(self, params, state, cache, slots_B, *, steps, needs, speculate=False):
+    def _traced_loop(self, params, state, cache, slots_B, *, steps, needs, speculate):
         self.traces["loop"] += 1
         some = len(slots_B) < self.layout.slots
 
