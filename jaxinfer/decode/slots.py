@@ -175,6 +175,43 @@ def advance(state: SlotState, sampled: Sampled, emits_B: jax.Array, lengths_B: j
     )
 
 
+def advance_several(state: SlotState, tokens_QB: jax.Array, wanted_B: jax.Array) -> tuple[SlotState, jax.Array]:
+    """The state after each active slot took some tokens one after the other, as `advance` takes one: in few kernels,
+    however many tokens there are.
+
+    Args:
+        tokens_QB: what was drawn, one after the other.
+        wanted_B: how many of them count, if none before ends the output.
+
+    Returns:
+        the state, and which tokens count, bool [Q, B].
+    """
+    draw_Q1 = jnp.arange(len(tokens_QB), dtype=jnp.int32)[:, None]
+    stops_QB = (state.sampling.stop_ids_BZ[None] == tokens_QB[:, :, None]).any(axis=2)
+    ends_QB = stops_QB | (state.index_B[None] + draw_Q1 + 1 >= state.max_tokens_B[None])
+    ended_QB = jnp.cumsum(ends_QB, axis=0, dtype=jnp.int32) > ends_QB.astype(jnp.int32)  # by a token before
+    emits_QB = state.active_B[None] & (draw_Q1 < wanted_B[None]) & ~ended_QB
+    taken_B = emits_QB.sum(axis=0, dtype=jnp.int32)
+    last_1B = jnp.maximum(taken_B - 1, 0)[None]
+    newest = lambda x_QB: jnp.take_along_axis(x_QB, last_1B, axis=0)[0]  # noqa: E731
+    slots_QB = jnp.broadcast_to(jnp.arange(len(taken_B), dtype=jnp.int32), emits_QB.shape)
+    counts_BV = state.sampling.counts_BV.at[slots_QB, tokens_QB].add(emits_QB.astype(jnp.int32))
+    text_BT = state.text_BT
+    if text_BT is not None:
+        place_QB = jnp.where(emits_QB, state.length_B[None] + draw_Q1 + 1, text_BT.shape[1])
+        text_BT = text_BT.at[slots_QB, place_QB].set(tokens_QB, mode="drop")
+    after = replace(
+        state,
+        token_B=jnp.where(taken_B > 0, newest(tokens_QB), state.token_B),
+        length_B=state.length_B + taken_B,
+        index_B=state.index_B + taken_B,
+        active_B=state.active_B & ~((taken_B > 0) & newest(ends_QB)),
+        sampling=replace(state.sampling, counts_BV=counts_BV),
+        text_BT=text_BT,
+    )
+    return after, emits_QB
+
+
 def _written(text_BT: jax.Array, token_B: jax.Array, lengths_B: jax.Array, emits_B: jax.Array) -> jax.Array:
     """The texts with the newest tokens of the slots that emit: behind those that are in the cache."""
     slot_B, place_B = jnp.arange(len(token_B), dtype=jnp.int32), jnp.where(emits_B, lengths_B, text_BT.shape[1])

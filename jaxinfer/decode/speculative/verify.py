@@ -9,11 +9,10 @@ import jax.numpy as jnp
 
 from jaxinfer.decode import sampling
 from jaxinfer.decode.sampling import Needs, Sampled, SamplingState
-from jaxinfer.decode.slots import SlotState, advance
+from jaxinfer.decode.slots import SlotState, advance_several
 from jaxinfer.decode.speculative.method import Proposal
 
 ACCEPTED, LEFT = 2, 3  # streams of draws, beside that of proposals
-UNROLLED = 16  # draws whose bookkeeping is written out: a few small kernels each, and no turns of a loop
 
 
 def verify(
@@ -42,14 +41,7 @@ def verify(
         rows = sampling.report(logits_WV, accepted_or_left(kept_WV, after, index_W, proposal), needs)
     sampled = jax.tree.map(lambda x_W: jnp.moveaxis(x_W.reshape(slots, queries, *x_W.shape[1:]), 1, 0), rows)
     agreed_Bk = jnp.cumprod((drafts_Bk == sampled.tokens_W[:-1].T).astype(jnp.int32), axis=1)
-    accepted_B = agreed_Bk.sum(axis=1)
-
-    def take(state: SlotState, draw: tuple[jax.Array, Sampled]) -> tuple[SlotState, jax.Array]:
-        emits_B = state.active_B & (draw[0] <= accepted_B)
-        return advance(state, draw[1], emits_B, state.length_B + 1), emits_B
-
-    draws = jnp.arange(queries, dtype=jnp.int32), sampled
-    state, emits_QB = jax.lax.scan(take, state, draws, unroll=min(queries, UNROLLED))
+    state, emits_QB = advance_several(state, sampled.tokens_W, agreed_Bk.sum(axis=1) + 1)
     return state, sampled, emits_QB
 
 
