@@ -33,6 +33,13 @@ class _Static:
     student_cap: Cap
     teacher_cap: Cap
 
+    def student(self, raw_TC: jax.Array) -> jax.Array:
+        """Logits at the temperature, of raw products."""
+        return self.student_cap(raw_TC) / self.temperature
+
+    def teacher(self, raw_TC: jax.Array) -> jax.Array:
+        return self.teacher_cap(raw_TC) / self.temperature
+
 
 def distillation_loss(
     student: Head, teacher: Head, weights_T: jax.Array, kind: Kind, *, temperature: float = 1.0, chunk: int = 8192
@@ -118,14 +125,14 @@ def _scan_forward(
 
     def normalize(lses: tuple[jax.Array, ...], start: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         _, fresh_1C, student_CD, teacher_CD = chunk_of(start, student_VD, teacher_VD)
-        logits = _student(static, student_TD, student_CD), _teacher(static, teacher_TD, teacher_CD)
+        logits = static.student(_raw(student_TD, student_CD)), static.teacher(_raw(teacher_TD, teacher_CD))
         parts = (jax.nn.logsumexp(jnp.where(fresh_1C, logits_TC, -jnp.inf), axis=1) for logits_TC in logits)
         return tuple(map(jnp.logaddexp, lses, parts)), None
 
     def add(sums: tuple[jax.Array, ...], start: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         _, fresh_1C, student_CD, teacher_CD = chunk_of(start, student_VD, teacher_VD)
-        logq_TC = _student(static, student_TD, student_CD) - student_lse_T[:, None]
-        logp_TC = _teacher(static, teacher_TD, teacher_CD) - teacher_lse_T[:, None]
+        logq_TC = static.student(_raw(student_TD, student_CD)) - student_lse_T[:, None]
+        logp_TC = static.teacher(_raw(teacher_TD, teacher_CD)) - teacher_lse_T[:, None]
         terms = (jnp.where(fresh_1C, x_TC, 0.0).sum(axis=1) for x_TC in _terms(static.kind, logp_TC, logq_TC))
         return tuple(map(jnp.add, sums, terms)), None
 
@@ -148,15 +155,16 @@ def _scan_backward(
     def add(by: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         by_TD, by_VD = by
         begin, fresh_1C, student_CD, teacher_CD = chunk_of(start, student_VD, teacher_VD)
-        logits_TC, pull = jax.vjp(partial(_student, static), student_TD, student_CD)
+        logits_TC, pull = jax.vjp(static.student, _raw(student_TD, student_CD))
         logq_TC = logits_TC - student_lse_T[:, None]
-        logp_TC = _teacher(static, teacher_TD, teacher_CD) - teacher_lse_T[:, None]
+        logp_TC = static.teacher(_raw(teacher_TD, teacher_CD)) - teacher_lse_T[:, None]
         _, slopes_TC = _terms(static.kind, logp_TC, logq_TC)
         slopes_TC = slopes_TC - jnp.exp(logq_TC) * slope_T[:, None]  # through the log-sum-exp
-        more_TD, more_CD = pull(jnp.where(fresh_1C, by_T[:, None] * slopes_TC, 0.0))
-        sum_CD = jax.lax.dynamic_slice_in_dim(by_VD, begin, more_CD.shape[0]) + more_CD
-        by_VD = jax.lax.dynamic_update_slice_in_dim(by_VD, sum_CD, begin, axis=0)
-        return (by_TD + more_TD.astype(jnp.float32), by_VD), None
+        (by_TC,) = pull(jnp.where(fresh_1C, by_T[:, None] * slopes_TC, 0.0))
+        by_TD = by_TD + jnp.einsum("TC,CD->TD", by_TC, student_CD.astype(jnp.float32))
+        by_CD = jnp.einsum("TC,TD->CD", by_TC, student_TD.astype(jnp.float32)).astype(student_CD.dtype)
+        by_CD = by_CD + jax.lax.dynamic_slice_in_dim(by_VD, begin, by_CD.shape[0])  # zero where either is not
+        return (by_TD, jax.lax.dynamic_update_slice_in_dim(by_VD, by_CD, begin, axis=0)), None
 
     none = jnp.zeros(student_TD.shape, jnp.float32), jnp.zeros_like(student_VD)
     (by_TD, by_VD), _ = jax.lax.scan(add, none, starts)
@@ -176,16 +184,8 @@ def _chunks(vocabulary: int, chunk: int) -> tuple[jax.Array, Callable[..., tuple
     return jnp.arange(0, vocabulary, chunk, dtype=jnp.int32), chunk_of
 
 
-def _student(static: _Static, hidden_TD: jax.Array, head_CD: jax.Array) -> jax.Array:
-    return _logits(hidden_TD, head_CD, static.student_cap) / static.temperature
-
-
-def _teacher(static: _Static, hidden_TD: jax.Array, head_CD: jax.Array) -> jax.Array:
-    return _logits(hidden_TD, head_CD, static.teacher_cap) / static.temperature
-
-
-def _logits(hidden_TD: jax.Array, head_CD: jax.Array, cap: Cap) -> jax.Array:
-    return cap(jnp.einsum("TD,CD->TC", hidden_TD, head_CD, preferred_element_type=jnp.float32))
+def _raw(hidden_TD: jax.Array, head_CD: jax.Array) -> jax.Array:
+    return jnp.einsum("TD,CD->TC", hidden_TD, head_CD, preferred_element_type=jnp.float32)
 
 
 def _terms(kind: Kind, logp: jax.Array, logq: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,5 +1,7 @@
 """Divergences in chunks equal the dense ones, with their gradients, on any mesh and without the dense memory."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from scipy.special import log_softmax
 
+from jaxinfer.model import Model
 from jaxinfer.parallel import make_mesh
 from jaxinfer.training.distill import distillation_loss
 
@@ -95,6 +98,47 @@ def test_loss_and_gradients_are_those_of_the_dense_definition(kind, temperature,
         np.testing.assert_allclose(gradients[place], slopes(exact, arrays, place), **CLOSE)
     assert not gradients[2].any()  # the teacher has none
     assert not gradients[3].any()
+
+
+def test_in_bfloat16_the_gradients_alone_are_rounded_and_once():
+    arrays, weights_T = problem()
+    arrays = [array.astype(jnp.bfloat16) for array in arrays]
+    loss, gradients = run("jensen-shannon", arrays, weights_T, 7)
+
+    def exact(moved):
+        return dense("jensen-shannon", moved, weights_T)
+
+    np.testing.assert_allclose(loss, exact(arrays), **CLOSE)
+    for place in (0, 1):
+        assert gradients[place].dtype == jnp.bfloat16
+        rounded = {"rtol": 2.0**-8 + CLOSE["rtol"], "atol": CLOSE["atol"]}
+        np.testing.assert_allclose(gradients[place].astype(np.float64), slopes(exact, arrays, place), **rounded)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_the_heads_of_models_are_taken_as_they_are(make_model, random_params, sizes, tensor):
+    """Sharded, and with a soft cap at the student's end: as the dense definition of the models' own logits."""
+    teacher = make_model(tensor=tensor)
+    student = Model(replace(teacher.config, final_soft_cap=1.5), teacher.mesh)
+    params, taught = random_params(student), random_params(teacher, seed=1)
+    hidden_TD = jnp.asarray(np.random.default_rng(2).normal(size=(6, sizes["hidden_size"])), jnp.float32)
+    weights_T = jnp.full(6, 1 / 6, jnp.float32)
+
+    def chunked(params):
+        heads = student.head(params, hidden_TD), teacher.head(taught, hidden_TD)
+        return distillation_loss(*heads, weights_T, "forward-kl", chunk=64)
+
+    def whole(params):
+        pairs = (student, params), (teacher, taught)
+        logq_TV, logp_TV = (jax.nn.log_softmax(model.logits(by, hidden_TD)) for model, by in pairs)
+        return jnp.sum(jnp.exp(logp_TV) * (logp_TV - logq_TV) * weights_T[:, None])
+
+    with jax.set_mesh(teacher.mesh):
+        (loss, by), (expected, by_expected) = (jax.jit(jax.value_and_grad(f))(params) for f in (chunked, whole))
+    np.testing.assert_allclose(loss, expected, **CLOSE)
+    for gradient, other in zip(by, by_expected, strict=True):
+        np.testing.assert_allclose(np.asarray(gradient), np.asarray(other), **CLOSE)
+    assert sum(bool(np.asarray(gradient).any()) for gradient in by) == 2  # the embedding and the last norm
 
 
 @pytest.mark.parametrize(
