@@ -47,7 +47,7 @@ DEVIATIONS = {
     ("llm", "decode"): "a request's SamplingParams, which are checked before there is a request",
     ("training", "parallel"): "training runs on the same mesh, with attention over whole sequences in place of pages",
     ("training", "engine"): "a draft that learns while it serves is told what the engine brings",
-    ("training", "checkpoint"): "the demo model is written as a checkpoint",
+    ("training", "checkpoint"): "the demo model and drafts are written as checkpoints, and a teacher is read",
     (
         "serve",
         "text",
@@ -61,7 +61,7 @@ DEVIATIONS = {
     ("cli", "decode"): "`generate` makes SamplingParams of its options",
     ("cli", "roofline"): "`plan` prints the cost model, and `generate` its share of the limit",
     ("cli", "machine"): "`doctor`, `plan` and `generate` measure this machine",
-    ("cli", "training"): "`train` trains the demo model",
+    ("cli", "training"): "`train` trains the demo model and drafts",
     ("cli", "pallas_kernels"): "`doctor` says which kernels run here",
 }
 ROWS = TABLE | MORE_ROOMS

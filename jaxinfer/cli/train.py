@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from jaxinfer.cli.options import integer
 
-train_app = typer.Typer(help="Train the small models that ship with the package.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from jaxinfer.training.student import Objective
 
+train_app = typer.Typer(help="Train the small models that ship with the package, and drafts.", no_args_is_help=True)
 
-@train_app.callback()
-def _group() -> None:
-    """Keeps `demo` a subcommand while it is the only one."""
+_Seed = Annotated[int, integer(least=0, help="Of the first weights and of the order of the text.")]
 
 
 @train_app.command()
@@ -23,7 +23,7 @@ def demo(
         "demo"
     ),
     steps: Annotated[int, integer(least=1, help="Steps of 32 rows of 1024 tokens.")] = 2400,
-    seed: Annotated[int, integer(help="Of the first weights and of the order of the text.")] = 0,
+    seed: _Seed = 0,
 ) -> None:
     """Train the demo model: minutes on an H200, about a day on a CPU."""
     from jaxinfer.training.demo import train_demo
@@ -32,4 +32,38 @@ def demo(
     try:
         train_demo(output, Recipe(steps=steps, seed=seed))
     except (ValueError, ModuleNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@train_app.command()
+def distill(
+    output: Annotated[Path, typer.Argument(help="Folder of the finished checkpoint; must be absent or empty.")],
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="How far the draft is from the teacher: forward-kl, reverse-kl or jensen-shannon; or cross-entropy, "
+            "from the text alone: the same draft without distillation.",
+        ),
+    ] = "forward-kl",
+    teacher: Annotated[
+        str | None, typer.Option(help="Folder of a checkpoint or Hugging Face id; the demo model by default.")
+    ] = None,
+    layers: Annotated[int, integer(least=1, help="Layers of the draft.")] = 2,
+    width: Annotated[int, integer(least=64, help="Hidden size of the draft, a multiple of 64.")] = 192,
+    steps: Annotated[int, integer(least=1, help="Steps of training.")] = 2400,
+    batch: Annotated[int, integer(least=1, help="Rows of a step, of 1024 tokens each.")] = 32,
+    seed: _Seed = 0,
+) -> None:
+    """Train a draft model for a teacher, for `--speculate draft`: minutes on an H100, hours on a CPU."""
+    from jaxinfer import checkpoint
+    from jaxinfer.llm import DEMO
+    from jaxinfer.training.student import train_student
+    from jaxinfer.training.train import Recipe
+
+    try:
+        # The usual weight decay: a model this small does not learn its text by heart.
+        recipe = Recipe(steps=steps, batch=batch, seed=seed, weight_decay=0.1)
+        folder = checkpoint.resolve(DEMO if teacher is None else teacher)
+        train_student(output, folder, cast("Objective", kind), recipe, layers=layers, width=width)
+    except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -1,1 +1,1 @@
-"""Training: what inference needs of it. First the demo model that the package carries."""
+"""Training: what inference needs of it. The demo model that the package carries, and draft models."""

@@ -120,13 +120,19 @@ def epochs(num_tokens: int, row: int, batch: int, rng: np.random.Generator) -> I
     Raises:
       ValueError: the stream holds less than one batch.
     """
-    rows = (num_tokens - 1) // row - 1
-    if rows < batch:
-        raise ValueError(f"batch is {batch}; a stream of {num_tokens} tokens gives at most {rows} rows")
+    rows = whole_rows(num_tokens, row, batch)
     while True:
         offset = rng.integers(row)
         starts_N = (offset + row * rng.permutation(rows)).astype(np.int32)
         yield from starts_N[: rows // batch * batch].reshape(-1, batch)
+
+
+def whole_rows(num_tokens: int, row: int, batch: int) -> int:
+    """Rows of an epoch, wherever it begins to cut; a ValueError where they are less than one batch."""
+    rows = (num_tokens - 1) // row - 1
+    if rows < batch:
+        raise ValueError(f"batch is {batch}; a stream of {num_tokens} tokens gives at most {rows} rows")
+    return rows
 
 
 def held_out_rows(tokens_T: np.ndarray, row: int, batch: int) -> tuple[np.ndarray, np.ndarray]:

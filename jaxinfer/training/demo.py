@@ -53,7 +53,7 @@ def train_demo(output: Path, recipe: Recipe | None = None) -> None:
       ModuleNotFoundError: matplotlib, from the extra `plots`, is missing.
     """
     # What stands in the way of `export` would otherwise show only after the training.
-    _check_output(output)
+    check_output(output)
     figure_class()
     with TemporaryDirectory() as work:
         prepare(Path(work))
@@ -61,7 +61,7 @@ def train_demo(output: Path, recipe: Recipe | None = None) -> None:
         export(Path(work), output)
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
     """Refuses a place that holds something: a checkpoint of old and new files would be none."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; it must be absent or an empty folder")
@@ -97,16 +97,10 @@ def fit(work: Path, recipe: Recipe, sizes: dict[str, int] | None = None) -> None
     tokenizer = tokenizers.Tokenizer.from_file(str(work / "tokenizer.json"))
     config = hf_config(SIZES if sizes is None else sizes, end_of_text(tokenizer))
     model = Model(read_config(config), make_mesh(devices=jax.devices()[:1]), dtype="float32")
-    params, reports = train(model, model.random_params(recipe.seed), _read_tokens(work), recipe, _print_report)
-    _write_checkpoint(work, model, params, config)
-    log = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "parameters": sum(param.size for param in params),
-        "recipe": asdict(recipe),
-        "reports": [asdict(report) for report in reports],
-    }
-    (work / "training_log.json").write_text(_json(log))
+    params, reports = train(model, model.random_params(recipe.seed), _read_tokens(work), recipe, print_report)
+    shutil.rmtree(work / "checkpoint", ignore_errors=True)
+    write_checkpoint(work / "checkpoint", model, params, config, work)
+    (work / "training_log.json").write_text(training_log(params, recipe, reports))
 
 
 def export(work: Path, output: Path) -> None:
@@ -122,6 +116,18 @@ def export(work: Path, output: Path) -> None:
     data, log = (json.loads((work / name).read_text()) for name in ("data.json", "training_log.json"))
     draw_curve(log, output / "loss.png")
     write_card(data, log, output / "README.md")
+
+
+def training_log(params: Params, recipe: Recipe, reports: list[Report], **facts: Any) -> str:
+    """The text of `training_log.json`: how a training was made, and its reports; `facts` come first."""
+    log = facts | {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "parameters": sum(param.size for param in params),
+        "recipe": asdict(recipe),
+        "reports": [asdict(report) for report in reports],
+    }
+    return _json(log)
 
 
 def hf_config(sizes: dict[str, int], end_id: int) -> dict[str, Any]:
@@ -142,13 +148,15 @@ def hf_config(sizes: dict[str, int], end_id: int) -> dict[str, Any]:
     }
 
 
-def _write_checkpoint(work: Path, model: Model, params: Params, config: dict[str, Any]) -> None:
+def write_checkpoint(
+    folder: Path, model: Model, params: Params, config: dict[str, Any], tokenizer: Path, **files: str
+) -> None:
+    """Writes master weights in bfloat16, with the tokenizer's files from its folder, and `files` beside them."""
     arrays = dict(zip(model.parameters, compute_params(params), strict=True))
     generation = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
-    files = {name: (work / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES}
+    files |= {name: (tokenizer / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES}
     files |= {"config.json": _json(config), "generation_config.json": _json(generation)}
-    shutil.rmtree(work / "checkpoint", ignore_errors=True)
-    checkpoint.export(work / "checkpoint", model, arrays, files, SHARD_BYTES)
+    checkpoint.export(folder, model, arrays, files, SHARD_BYTES)
 
 
 def _read_tokens(work: Path) -> TokenData:
@@ -156,7 +164,7 @@ def _read_tokens(work: Path) -> TokenData:
         return TokenData(file["train_T"], file["held_out_T"], int(file["held_out_bytes"]))
 
 
-def _print_report(report: Report) -> None:
+def print_report(report: Report) -> None:
     print(
         f"step {report.step:5}  {report.seconds:6.1f} s  loss {report.loss:.3f}  "
         f"held out {report.held_out_loss:.3f} a token, {report.held_out_per_byte:.4f} a byte",

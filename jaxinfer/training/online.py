@@ -21,7 +21,7 @@ import optax
 from jaxinfer.decode.speculative import DraftModel
 from jaxinfer.engine import Engine, Update
 from jaxinfer.model import Model, Params
-from jaxinfer.training.train import TrainState, initial_state, token_losses
+from jaxinfer.training.train import TrainState, check_attention, initial_state, token_losses
 
 
 class OnlineDraft:
@@ -48,8 +48,7 @@ class OnlineDraft:
         method = engine.options.speculation
         if not isinstance(method, DraftModel) or method.model is None:
             raise ValueError(f"the engine's speculation is {method!r}; it must be a DraftModel, which can learn")
-        if (windows := method.model.config.windows) != (None,):
-            raise ValueError(f"the draft model has attention windows {windows}; only full attention is trained")
+        check_attention("the draft model", method.model.config)
         for name, value, least in (("batch", batch, 1), ("row", row, 2), ("buffer", buffer, batch)):
             if value < least:
                 raise ValueError(f"{name} = {value!r} must be an integer, at least {least}")

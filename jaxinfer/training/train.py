@@ -1,13 +1,14 @@
-"""Training of a language model: next-token loss over dense rows, AdamW, many steps a dispatch.
+"""Training of a language model over dense rows: next-token loss by default, AdamW, many steps a dispatch.
 
 Master weights and optimizer state are float32; the model computes in bfloat16.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,14 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from jaxinfer.model import Model, Params
+from jaxinfer.model import Model, ModelConfig, Params
 from jaxinfer.model.attention import Scores
 from jaxinfer.parallel import TENSOR, attend
 from jaxinfer.training.data import TokenData, epochs, held_out_rows
+
+# (params as the model computes with them, tokens_BS of S tokens a row) to what a step makes smaller. A pytree: arrays
+# that it holds, such as another model's weights, are arguments of the compiled program.
+Loss = jax.tree_util.Partial
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,10 @@ class Recipe:
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is {self.warmup}; it must be in [0, 1)")
 
+    def within(self, context: int) -> Self:
+        """This recipe, with rows of at most `context` tokens."""
+        return replace(self, row=min(self.row, context))
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -57,7 +66,8 @@ class TrainState:
 class Report:
     """One line of the log: means over the steps since the last one, and the held-out text's loss now.
 
-    `loss` is nats per token; `held_out_per_byte` is nats per byte, which does not depend on the tokenizer.
+    `loss` is what is trained on; the other two are of the next token, in nats: `held_out_loss` per token, and
+    `held_out_per_byte` per byte, which does not depend on the tokenizer.
     """
 
     step: int
@@ -67,6 +77,15 @@ class Report:
     loss: float
     held_out_loss: float
     held_out_per_byte: float
+
+
+def check_attention(name: str, config: ModelConfig) -> None:
+    """A ValueError for a model that `DenseRows` cannot run; `name` is its subject."""
+    if config.windows != (None,) or config.attention_soft_cap is not None or config.sinks:
+        raise ValueError(
+            f"{name} has attention windows {config.windows}, soft cap {config.attention_soft_cap} and sinks "
+            f"{config.sinks}; only full attention without either is trained"
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -140,14 +159,25 @@ def _are_matrices(params: Params) -> list[bool]:
     return [param.ndim > 1 for param in params]
 
 
+def next_token(model: Model) -> Loss:
+    """Mean nats of the next token."""
+    return Loss(partial(_next_token, model))
+
+
+def _next_token(model: Model, params: Params, tokens_BS: jax.Array) -> jax.Array:
+    return token_losses(model, params, tokens_BS).mean()
+
+
 def train(
-    model: Model, params: Params, data: TokenData, recipe: Recipe, watch: Callable[[Report], None]
-) -> tuple[Params, list[Report]]:
+    model: Model, params: Params, data: TokenData, recipe: Recipe, watch: Callable[[Report], None],
+    loss: Loss | None = None,
+) -> tuple[Params, list[Report]]:  # fmt: skip
     """Trains a model.
 
     Args:
       params: where training begins, such as random weights; their memory is reused.
       watch: called with each report, one every `recipe.report` steps.
+      loss: what is trained on, in nats; `next_token` by default.
 
     Returns:
       the master weights, and all reports.
@@ -160,14 +190,15 @@ def train(
     optimizer, schedule = adamw(recipe)
     starts = epochs(len(data.train_T), recipe.row, recipe.batch, np.random.default_rng(recipe.seed))
     held_out = held_out_rows(data.held_out_T, recipe.row, min(recipe.batch, 8))
-    run, evaluate = _compiled_steps(model, optimizer, recipe.row), _compiled_evaluation(model)
+    run, evaluate = compiled_steps(optimizer, recipe.row), _compiled_evaluation(model)
+    loss = next_token(model) if loss is None else loss
     reports: list[Report] = []
     with jax.set_mesh(model.mesh):
         state, train_T = initial_state(params, optimizer), jax.device_put(data.train_T)
         begin = perf_counter()
         for first in range(0, recipe.steps, recipe.report):
             step = min(first + recipe.report, recipe.steps)
-            state, losses_I = run(state, train_T, np.stack(list(islice(starts, step - first))))
+            state, losses_I = run(state, loss, train_T, np.stack(list(islice(starts, step - first))))
             nats = float(evaluate(state.params, *held_out))
             report = Report(
                 step=step,
@@ -190,16 +221,16 @@ def initial_state(params: Params, optimizer: optax.GradientTransformation) -> Tr
         return TrainState(params, jax.jit(optimizer.init)(params))
 
 
-def _compiled_steps(model: Model, optimizer: optax.GradientTransformation, row: int) -> Callable[..., Any]:
-    """(state, stream_T, starts_IB) to (state, losses_I): one step for each I, in one dispatch."""
+def compiled_steps(optimizer: optax.GradientTransformation, row: int) -> Any:
+    """The jitted (state, loss, stream_T, starts_IB) to (state, losses_I): one step for each I, in one dispatch."""
 
-    def loss(params: Params, tokens_BS: jax.Array) -> jax.Array:
-        return token_losses(model, compute_params(params), tokens_BS).mean()
+    def run(state: TrainState, loss: Loss, stream_T: jax.Array, starts_IB: jax.Array) -> tuple[TrainState, jax.Array]:
+        def of_masters(params: Params, tokens_BS: jax.Array) -> jax.Array:
+            return loss(compute_params(params), tokens_BS)
 
-    def run(state: TrainState, stream_T: jax.Array, starts_IB: jax.Array) -> tuple[TrainState, jax.Array]:
         def step(state: TrainState, starts_B: jax.Array) -> tuple[TrainState, jax.Array]:
             index_BS = starts_B[:, None] + jnp.arange(row + 1, dtype=jnp.int32)[None, :]
-            value, gradients = jax.value_and_grad(loss)(state.params, stream_T[index_BS].astype(jnp.int32))
+            value, gradients = jax.value_and_grad(of_masters)(state.params, stream_T[index_BS].astype(jnp.int32))
             with jax.numpy_dtype_promotion("standard"):
                 updates, kept = optimizer.update(gradients, state.optimizer, state.params)
                 params = jax.tree.map(jnp.add, state.params, updates)

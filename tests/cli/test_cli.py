@@ -145,6 +145,9 @@ def test_convert_keeps_every_bit(tmp_path):
         (["plan", "no-such-model"], "no-such-model"),
         (["train", "demo", str(DEMO)], "demo is not empty; it must be absent or an empty folder"),
         (["train", "demo", "--steps", "0"], "Invalid value for '--steps': 0 must be an integer, at least 1"),
+        (["train", "distill", str(DEMO)], "demo is not empty; it must be absent or an empty folder"),
+        (["train", "distill", "new", "--kind", "kl"], "kind = 'kl' must be one of cross-entropy, forward-kl"),
+        (["train", "distill", "new", "--batch", "0"], "Invalid value for '--batch': 0 must be an integer, at least 1"),
         (["fly"], "No such command 'fly'"),
     ],
 )
