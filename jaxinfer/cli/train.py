@@ -54,7 +54,7 @@ def distill(
     batch: Annotated[int, integer(least=1, help="Rows of a step, of 1024 tokens each.")] = 32,
     seed: _Seed = 0,
 ) -> None:
-    """Train a draft model for a teacher, for `--speculate draft`: minutes on an H100, hours on a CPU."""
+    """Train a draft model for a teacher, for `--speculate draft`: minutes on an H100, most of a day on a CPU."""
     from jaxinfer import checkpoint
     from jaxinfer.llm import DEMO
     from jaxinfer.training.student import train_student
