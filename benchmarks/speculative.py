@@ -2,6 +2,7 @@
 
     python -m benchmarks.speculative verification [--model llama-3-8b] [--batches 1 4 16 64] [--drafts 8 4]
         [--method draft] [--draft-model llama-3.2-1b]
+    python -m benchmarks.speculative acceptance [DRAFT ...] [--temperatures 0 0.7 1]
     python -m benchmarks.speculative copying [--batches 1 4 16 64]
     python -m benchmarks.speculative replay [--model llama-3-8b] [--batches 1 4 16 64]
 
@@ -10,6 +11,9 @@ Verification: a model with random normal weights, prompts of 128 tokens, greedy.
 by prompt lookup or another method, and verifies them, against a plain one, in loops on the device. What is proposed is
 put off by one, so that it is never right, and both kinds of steps bring one token and see the same contexts:
 acceptance is no part of this. Medians of some rounds, in which each kind has its turn, after a warm-up.
+Acceptance: of the tokens that a draft proposed after right ones, those that were right too. The demo model goes on
+from places in the files that neither it nor its draft was trained on, in float32; without a name it is the draft that
+ships with it.
 Copying: the demo model is to copy a file with another name in it, greedy, no stop, through the engine: plainly, with
 proposals by prompt lookup where the engine's gate lets them, and always. New tokens a second from when every sequence
 has its first one until all have ended, which the slowest decides; of a batch below 4 the texts come one after another.
@@ -34,19 +38,21 @@ import numpy as np
 from benchmarks import copying
 from benchmarks.bench import MODELS, Bench, Subject, load
 from benchmarks.decode import PROMPT
-from benchmarks.record import MACHINE, RESULTS, Failure, Record, device_folder, environment, update
+from benchmarks.record import MACHINE, OURS, RESULTS, Failure, Record, device_folder, environment, update
 from benchmarks.serving.workload import Job
 from jaxinfer.cache.gathers import gathers
 from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.sampling import GREEDY, Needs
+from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.slots import SlotState
 from jaxinfer.decode.speculative import DraftModel, EarlyExit, Pass, PromptLookup, Proposal, Speculation
 from jaxinfer.engine import Engine, Options
-from jaxinfer.llm import LLM
+from jaxinfer.llm import DRAFT, LLM
 from jaxinfer.machine import keep_compiled, known_machine
 from jaxinfer.model import Model, Params, read_config
 from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import Hardware, decode_step
+from jaxinfer.training.data import read_library
 from pallas_kernels.flash_decoding import IMPLEMENTATIONS
 
 OVER, COPIED = "over a plain step", "copied.json"
@@ -159,6 +165,33 @@ def predicted(subject: Subject, bench: Bench, new: int) -> float:
     return sum(map(seconds, [Pass(subject.model.config, 1 + layout.drafts), *proposing]))
 
 
+def measure_acceptance(options: argparse.Namespace) -> Iterator[list[Record]]:
+    """The records of each draft."""
+    for folder in options.drafts:
+        yield accepting(folder, options.proposed, options.temperatures, options.new)
+
+
+def accepting(folder: Path, proposed: int, temperatures: Sequence[float], new: int) -> list[Record]:
+    """How often what a draft proposes is right, at each temperature."""
+    method = DraftModel(folder, proposed)
+    llm = LLM(dtype="float32", options=Options(max_num_seqs=16, speculation=method, always_speculate=True))
+    texts = (llm.tokenizer.encode(document.text) for document in read_library().held_out)
+    prompts = [ids[at : at + PROMPT] for ids in texts for at in range(PROMPT, len(ids) - PROMPT, 8 * PROMPT)]
+    records, counters = [], llm.engine.counters
+    for temperature in temperatures:
+        before, right_before = counters.drafts, counters.accepted or (0,) * proposed
+        llm.generate(prompts, SamplingParams(temperature=temperature, max_tokens=new, seed=0, ignore_eos=True))
+        drafts = counters.drafts - before
+        right = [after - first for after, first in zip(counters.accepted, right_before, strict=True)]
+        case = f"demo drafted by {folder.name} T={temperature:g}"
+        records += [
+            Record(case, OURS, "proposed tokens right", 100 * sum(right) / sum([drafts, *right[:-1]]), "%"),
+            Record(case, OURS, "tokens of a step", 1 + sum(right) / drafts, "tokens"),
+            Record(case, OURS, "steps with proposals", drafts, "steps"),
+        ]
+    return records
+
+
 def compile_all(benches: Sequence[Bench]) -> None:
     """The large programs of each, in as many threads as there are processors."""
     lowered = []
@@ -246,6 +279,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     cost.add_argument("--attention", choices=["auto", *IMPLEMENTATIONS], default="auto")
     cost.add_argument("--page-size", type=int, default=64)
     cost.add_argument("--steps-per-dispatch", type=int, default=16)
+    accepted = parts.add_parser("acceptance")
+    accepted.add_argument("drafts", type=Path, nargs="*", default=[DRAFT], metavar="DRAFT", help="folders")
+    accepted.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7, 1.0])
+    accepted.add_argument("--proposed", type=int, default=4, help="tokens of a proposal")
+    accepted.add_argument("--new", type=int, default=96, help="tokens of each output")
     copied, replayed = parts.add_parser("copying"), parts.add_parser("replay")
     copied.add_argument("--texts", type=int, default=16)
     copied.add_argument("--new", type=int, default=320, help="tokens of each output")
@@ -261,7 +299,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-PARTS = {"verification": measure_verification, "copying": measure_copying, "replay": measure_replay}
+PARTS = {
+    "verification": measure_verification,
+    "acceptance": measure_acceptance,
+    "copying": measure_copying,
+    "replay": measure_replay,
+}
 
 if __name__ == "__main__":
     keep_compiled()

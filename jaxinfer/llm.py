@@ -45,6 +45,8 @@ COLUMNS = (
 Asked = tuple[list[int], SamplingParams, int]  # token ids, parameters and priority of an input
 DEMO = Path(__file__).parent / "assets" / "demo"
 """The checkpoint that ships with the package: a small model of Python code."""
+DRAFT = DEMO.with_name("draft")
+"""A smaller one that drafts for it."""
 
 
 class LLM:
@@ -105,13 +107,13 @@ class LLM:
         self._running: dict[int, tuple[Continuation, deque[Continuation]]] = {}
         self.watch: Callable[[list[Update]], None] | None = None
 
-    def _load_beside(self, name: str) -> tuple[Model, Params]:
-        """Another checkpoint that reads the same tokens, for the same devices and context.
+    def _load_beside(self, name: str | Path | None) -> tuple[Model, Params]:
+        """Another checkpoint that reads the same tokens, for the same devices and context; None is `DRAFT`.
 
         Raises:
             FileNotFoundError, ValueError: as `LLM`, or the tokenizers differ.
         """
-        folder = checkpoint.resolve(name)
+        folder = checkpoint.resolve(DRAFT if name is None else name)
         config, tokenizer = read_config(folder), Tokenizer.from_folder(folder)
         ours, theirs = (one.backend.get_vocab() for one in (self.tokenizer, tokenizer))
         if differ := {token for token, _ in ours.items() ^ theirs.items()}:

@@ -13,7 +13,7 @@ SPECULATE = (
     "How to propose tokens, which are verified together: lookup (what followed the same tokens before), draft (what a "
     "smaller model draws) or early-exit (what the first layers of the model draw)."
 )
-DRAFT = "The smaller model of draft: a folder or a Hugging Face id, with the same tokenizer."
+DRAFT = "The smaller model of draft: a folder or a Hugging Face id, with the same tokenizer; the demo model has one."
 ALWAYS = "Propose tokens also where plain decoding is predicted to be faster."
 PROPOSED = "Tokens of a proposal; the method's own number by default."
 

@@ -35,7 +35,7 @@ def by_name(
 
     Args:
         num_speculative_tokens: of each proposal; the method's own number by default.
-        draft_model: the checkpoint of "draft", which must be given, and only there.
+        draft_model: the checkpoint of "draft"; see `DraftModel`.
 
     Raises:
         ValueError: there is no such method, or it has no use for one of the settings, or not for this value.
@@ -48,8 +48,8 @@ def by_name(
         return None
     if name not in METHODS:
         raise ValueError(f"speculate = {name!r} must be one of {', '.join(METHODS)}")
-    if (name == "draft") != (draft_model is not None):
-        raise ValueError(f"speculate = {name!r} and draft_model = {draft_model!r} do not go together")
+    if draft_model is not None and name != "draft":
+        raise ValueError(f"draft_model = {draft_model!r} has no use where speculate = {name!r}")
     return METHODS[name](**given)
 
 

@@ -30,7 +30,7 @@ class DraftModel(Speculation):
     """Proposes what a smaller model of the same vocabulary draws.
 
     Attributes:
-        checkpoint: a folder or a Hugging Face id.
+        checkpoint: a folder or a Hugging Face id; None is the draft that ships for the demo model.
         num_speculative_tokens: k, 1..MOST_DRAFTS.
         coupled: a sampled token is drawn with the noise of plain decoding, and accepted where the model draws the same
             one: outputs are those of plain decoding, token for token. By default it is accepted with the probability
@@ -43,7 +43,7 @@ class DraftModel(Speculation):
         ValueError: one of them is out of range.
     """
 
-    checkpoint: str | Path
+    checkpoint: str | Path | None = None
     num_speculative_tokens: int = 4
     coupled: bool = False
     model: Model | None = field(default=None, repr=False, compare=False)
@@ -53,8 +53,8 @@ class DraftModel(Speculation):
     def __post_init__(self):
         check_drafts(self.num_speculative_tokens)
 
-    def loaded(self, load: Callable[[str], tuple[Model, Params]]) -> Self:
-        model, params = load(str(self.checkpoint))
+    def loaded(self, load: Callable[[str | Path | None], tuple[Model, Params]]) -> Self:
+        model, params = load(self.checkpoint)
         return replace(self, model=model, params=params)
 
     def check(self, model: Model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple, Self
 
 import jax
@@ -65,11 +66,12 @@ class Speculation:
     num_speculative_tokens: int
     reads_text = False
 
-    def loaded(self, load: Callable[[str], tuple[Model, Params]]) -> Self:
+    def loaded(self, load: Callable[[str | Path | None], tuple[Model, Params]]) -> Self:
         """With the weights that it names.
 
         Args:
-            load: a checkpoint, by its name, for the mesh, context and tokenizer of the model that is to be served.
+            load: a checkpoint, by its name, for the mesh, context and tokenizer of the model that is to be served;
+                None is the demo model's own draft.
         """
         return self
 
