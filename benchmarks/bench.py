@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from benchmarks.record import MACHINE, Record
 from jaxinfer.decode.batch import StepInput
 from jaxinfer.decode.sampling import needs
 from jaxinfer.decode.sampling_params import SamplingParams
@@ -65,6 +66,14 @@ class Subject:
     def attention(self) -> str:
         """The implementation that runs here, as `pallas_kernels` chooses it."""
         return dispatch.automatic()[0] if self.implementation == "auto" else self.implementation
+
+    def timed(self) -> list[Record]:
+        """What the machine was timed at."""
+        return [
+            Record(MACHINE, "measured", "bandwidth", self.machine.bandwidth / 1e12, "TB/s"),
+            Record(MACHINE, "measured", "bf16 matmul", self.machine.rate("bf16") / 1e12, "TFLOP/s"),
+            Record(MACHINE, "measured", "kernel overhead", self.machine.overhead * 1e6, "us"),
+        ]
 
     @property
     def plan(self) -> str:

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.bench import Bench, Subject, load, memory_statistics
-from benchmarks.record import MACHINE, Record, environment, update
+from benchmarks.record import Record, environment, update
 from jaxinfer.cache import CACHE_DTYPES
 from jaxinfer.cache.gathers import gathers
 from jaxinfer.model import ModelConfig
@@ -34,11 +34,7 @@ PROMPT, NEW, REPEATS = 128, 256, 3
 
 def measure(subject: Subject, batches: list[int], prompts: list[int]) -> Iterator[list[Record]]:
     """The records of one case after the other, as they come."""
-    yield [
-        Record(MACHINE, "measured", "bandwidth", subject.machine.bandwidth / 1e12, "TB/s"),
-        Record(MACHINE, "measured", "bf16 matmul", subject.machine.rate("bf16") / 1e12, "TFLOP/s"),
-        Record(MACHINE, "measured", "kernel overhead", subject.machine.overhead * 1e6, "us"),
-    ]
+    yield subject.timed()
     # Prompts first: they need less memory, and a peak is only seen when it is the highest so far.
     cases = [partial(run_first_token, subject, tokens) for tokens in prompts]
     cases += [partial(run_decode, subject, batch) for batch in batches]

@@ -38,7 +38,7 @@ import numpy as np
 from benchmarks import copying
 from benchmarks.bench import MODELS, Bench, Subject, load
 from benchmarks.decode import PROMPT
-from benchmarks.record import MACHINE, OURS, RESULTS, Failure, Record, device_folder, environment, update
+from benchmarks.record import OURS, RESULTS, Failure, Record, device_folder, environment, update
 from benchmarks.serving.workload import Job
 from jaxinfer.cache.gathers import gathers
 from jaxinfer.decode.forward import Cache, Forward
@@ -88,11 +88,7 @@ Method = MissedLookup | MissedDraft | MissedExit
 def measure_verification(options: argparse.Namespace) -> Iterator[list[Record]]:
     """The records of the machine, then of each batch."""
     subject = load(options.model, [], options.steps_per_dispatch, options.page_size, options.attention)
-    yield [
-        Record(MACHINE, "measured", "bandwidth", subject.machine.bandwidth / 1e12, "TB/s"),
-        Record(MACHINE, "measured", "bf16 matmul", subject.machine.rate("bf16") / 1e12, "TFLOP/s"),
-        Record(MACHINE, "measured", "kernel overhead", subject.machine.overhead * 1e6, "us"),
-    ]
+    yield subject.timed()
     method = proposing(options, subject)
     for batch in options.batches:
         yield verifying(subject, batch, method, options.drafts, options.new, options.rounds)

@@ -29,7 +29,7 @@ MEMORY = 256  # proposals over which what earlier ones brought fades
 OPTIMISM = 8  # proposals, all of them right, that an engine begins with
 PROBES_APART = 64  # programs at the least, of those that could have proposed and did not
 PROBES_COST = 0.01  # of the time of the programs between two probes, at the most
-# Small kernels beside the model's: those of a search in the text, and what a draw changes of the slots.
+# Small kernels beside the model's: those of a search in the text, and for each draw, by estimate and not timed.
 SEARCH, DRAW = 9, 4
 
 

@@ -21,7 +21,7 @@ import optax
 from jaxinfer.decode.speculative import DraftModel
 from jaxinfer.engine import Engine, Update
 from jaxinfer.model import Model, Params
-from jaxinfer.training.train import TrainState, check_attention, initial_state, token_losses
+from jaxinfer.training.train import TrainState, check_attention, descend, initial_state, token_losses
 
 
 class OnlineDraft:
@@ -122,8 +122,5 @@ def _learned(
     def loss(params: Params) -> jax.Array:
         return jnp.sum(token_losses(model, as_computed(params), tokens_BS) * wrong_BS) / jnp.sum(wrong_BS)
 
-    nats, gradients = jax.value_and_grad(loss)(state.params)
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-        updates, kept = optimizer.update(gradients, state.optimizer, state.params)
-        params = jax.tree.map(jnp.add, state.params, updates)
-    return TrainState(params, kept), as_computed(params), nats
+    state, nats = descend(optimizer, state, loss)
+    return state, as_computed(state.params), nats

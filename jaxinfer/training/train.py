@@ -221,20 +221,25 @@ def initial_state(params: Params, optimizer: optax.GradientTransformation) -> Tr
         return TrainState(params, jax.jit(optimizer.init)(params))
 
 
+def descend(
+    optimizer: optax.GradientTransformation, state: TrainState, loss: Callable[[Params], jax.Array]
+) -> tuple[TrainState, jax.Array]:
+    """One step of training: the state after it, and the loss of the master weights before."""
+    value, gradients = jax.value_and_grad(loss)(state.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+        updates, kept = optimizer.update(gradients, state.optimizer, state.params)
+        params = jax.tree.map(jnp.add, state.params, updates)
+    return TrainState(params, kept), value
+
+
 def compiled_steps(optimizer: optax.GradientTransformation, row: int) -> Any:
     """The jitted (state, loss, stream_T, starts_IB) to (state, losses_I): one step for each I, in one dispatch."""
 
     def run(state: TrainState, loss: Loss, stream_T: jax.Array, starts_IB: jax.Array) -> tuple[TrainState, jax.Array]:
-        def of_masters(params: Params, tokens_BS: jax.Array) -> jax.Array:
-            return loss(compute_params(params), tokens_BS)
-
         def step(state: TrainState, starts_B: jax.Array) -> tuple[TrainState, jax.Array]:
             index_BS = starts_B[:, None] + jnp.arange(row + 1, dtype=jnp.int32)[None, :]
-            value, gradients = jax.value_and_grad(of_masters)(state.params, stream_T[index_BS].astype(jnp.int32))
-            with jax.numpy_dtype_promotion("standard"):
-                updates, kept = optimizer.update(gradients, state.optimizer, state.params)
-                params = jax.tree.map(jnp.add, state.params, updates)
-            return TrainState(params, kept), value
+            tokens_BS = stream_T[index_BS].astype(jnp.int32)
+            return descend(optimizer, state, lambda params: loss(compute_params(params), tokens_BS))
 
         return jax.lax.scan(step, state, starts_IB)
 

@@ -40,20 +40,14 @@ def by_name(
     Raises:
         ValueError: there is no such method, or it has no use for one of the settings, or not for this value.
     """
-    settings = {"num_speculative_tokens": num_speculative_tokens, "checkpoint": draft_model}
-    given = {setting: value for setting, value in settings.items() if value is not None}
     if name is None:
-        if given:
-            raise ValueError(f"{_told(num_speculative_tokens, draft_model)} has no use without a method")
+        for setting, value in (("num_speculative_tokens", num_speculative_tokens), ("draft_model", draft_model)):
+            if value is not None:
+                raise ValueError(f"{setting} = {value!r} has no use without a method")
         return None
     if name not in METHODS:
         raise ValueError(f"speculate = {name!r} must be one of {', '.join(METHODS)}")
     if draft_model is not None and name != "draft":
         raise ValueError(f"draft_model = {draft_model!r} has no use where speculate = {name!r}")
-    return METHODS[name](**given)
-
-
-def _told(num_speculative_tokens: int | None, draft_model: str | None) -> str:
-    if num_speculative_tokens is not None:
-        return f"num_speculative_tokens = {num_speculative_tokens!r}"
-    return f"draft_model = {draft_model!r}"
+    settings = {"num_speculative_tokens": num_speculative_tokens, "checkpoint": draft_model}
+    return METHODS[name](**{setting: value for setting, value in settings.items() if value is not None})

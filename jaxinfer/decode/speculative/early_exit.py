@@ -41,7 +41,7 @@ class EarlyExit(Speculation):
             raise ValueError(f"exit_layers = {layers!r} must be an integer, at least 1")
 
     def check(self, model: Model) -> None:
-        if (layers := self.exit_layers or 1) >= model.config.num_layers:
+        if (layers := self._layers(model)) >= model.config.num_layers:
             raise ValueError(f"exit_layers = {layers} must be fewer than the model's {model.config.num_layers} layers")
 
     def passes(self, model: Model) -> list[Pass]:
