@@ -52,7 +52,8 @@ def lowered(
     given = (list(model.parameters.values()), *programs.new_state())
     with jax.set_mesh(model.mesh):
         if prefill is None:
-            traced = programs._loop.trace(*given, np.arange(slots, dtype=np.int32), steps=3, needs=Needs("greedy", 0))
+            slots_B, needs = np.arange(slots, dtype=np.int32), Needs("greedy", 0)
+            traced = programs._loop.trace(*given, slots_B, steps=3, needs=needs, speculate=False)
         else:
             step = lay_out([], prefill, slots, [])
             traced = programs._step.trace(*given, step.packed(), **step.sizes)
