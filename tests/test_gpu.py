@@ -29,16 +29,8 @@ def decode_loop(num_pages: int, cache_dtype: str, slots: int = 16):
     model = Model(dataclasses.replace(config, layers=config.layers[:2]), make_mesh(), context=400)
     programs = Programs(model, Layout(slots, 16, (num_pages,), 400, cache_dtype))
     state, cache = programs.new_state()
-    with jax.set_mesh(model.mesh):
-        lowered = programs._loop.lower(
-            list(model.parameters.values()),
-            state,
-            cache,
-            np.arange(slots, dtype=np.int32),
-            steps=4,
-            needs=Needs("greedy", 0),
-        )
-        return lowered.compile(), model, cache
+    given = (list(model.parameters.values()), state, cache, np.arange(slots, dtype=np.int32))
+    return programs.lower_loop(*given, steps=4, needs=Needs("greedy", 0)).compile(), model, cache
 
 
 @pytest.mark.parametrize("dtype", TRIED_DTYPES)
