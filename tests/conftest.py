@@ -30,8 +30,9 @@ WARM_ENGINE = (
 )  # fmt: skip
 # These ask one server, which the last of them ends.
 SERVER = (
-    "tests/serve/test_answers.py", "tests/serve/test_refusals.py", "tests/serve/test_hang_ups.py",
-    "tests/serve/test_metrics.py", "tests/serve/test_page.py", "tests/serve/test_sigterm.py",
+    "tests/serve/test_answers.py", "tests/serve/test_structured.py", "tests/serve/test_refusals.py",
+    "tests/serve/test_hang_ups.py", "tests/serve/test_metrics.py", "tests/serve/test_page.py",
+    "tests/serve/test_sigterm.py",
 )  # fmt: skip
 # What runs longest comes first, so that no process is left alone with it at the end.
 FIRST = (*WARM_ENGINE, "tests/model/test_parity.py", "tests/pallas_kernels/test_sanitizer.py", *SERVER)

@@ -12,15 +12,16 @@ from tests.engine.tiny import EOS, assert_clean, assert_warm, tiny_folder, warm_
 REQUESTS = [
     ("def f(x):", SamplingParams(temperature=0.0, repetition_penalty=1.2, max_tokens=24)),
     ("the quick brown fox", SamplingParams(seed=1, top_k=30, top_p=0.9, min_p=0.01, max_tokens=20, min_tokens=20)),
-    ("x" * 70, SamplingParams(seed=2, temperature=0.7, presence_penalty=0.5, frequency_penalty=0.3, n=2)),
+    ("x" * 60, SamplingParams(seed=2, temperature=0.7, presence_penalty=0.5, frequency_penalty=0.3, n=2)),
     ("a", SamplingParams(seed=3, top_k=40, logit_bias={EOS: 4.0}, min_tokens=5, max_tokens=30)),
     ([5, 6, 7], SamplingParams(seed=4, top_p=0.8, stop_token_ids=list(range(10, 30)), ignore_eos=True)),
     ("what", SamplingParams(seed=5, min_p=0.05, stop=["e", "K?"], ignore_eos=True, max_tokens=40)),
-    ("0123456789" * 7, SamplingParams(temperature=0.0, logit_bias={EOS: 6.0}, ignore_eos=True, max_tokens=9)),
+    ("0123456789" * 6, SamplingParams(temperature=0.0, logit_bias={EOS: 6.0}, ignore_eos=True, max_tokens=9)),
 ]
 # One request at a time, whole prompts, one step in a program, and a page for most of them.
-ALONE = Options(max_num_seqs=1, max_num_batched_tokens=128, page_size=32, steps_per_dispatch=1)
-# Two at a time, prompts in chunks, long programs, and pages that do not suffice for two of the longest.
+ALONE = Options(max_num_seqs=1, max_num_batched_tokens=64, page_size=32, steps_per_dispatch=1)
+# Two at a time, prompts in chunks, since they share the rows of a step, long programs, and pages that do not suffice
+# for two of the longest.
 FEW = Options(max_num_seqs=2, max_num_batched_tokens=64, page_size=16, num_pages=9, steps_per_dispatch=7)
 
 

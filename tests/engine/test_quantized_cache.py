@@ -13,14 +13,14 @@ from tests.engine.tiny import assert_clean, tiny_folder
 BEGINNING = "def f(x):\n    return " * 2  # past the window of 8, and several pages
 REQUESTS = [
     *[(BEGINNING + end, SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)) for end in ("x", "y + 1")],
-    ("0123456789" * 7, SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)),
+    ("0123456789" * 6, SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)),
     ([5, 6, 7], SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)),
 ]
 # One request at a time, whole prompts, one step in a program, and a page for most of them.
 ALONE = Options(
-    max_num_seqs=1, max_num_batched_tokens=128, page_size=32, steps_per_dispatch=1, enable_prefix_caching=False
+    max_num_seqs=1, max_num_batched_tokens=64, page_size=32, steps_per_dispatch=1, enable_prefix_caching=False
 )
-# Prompts in chunks, long programs, and pages that do not suffice for all.
+# Prompts in chunks, since they share the rows of a step, long programs, and pages that do not suffice for all.
 FEW = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "page_size": 8, "num_pages": 22, "steps_per_dispatch": 7}
 
 

@@ -22,7 +22,7 @@ from jaxinfer.engine.step_input import lay_out, padded
 from jaxinfer.engine.warm_up import kernels_of, warm_programs
 from jaxinfer.llm import LLM
 from jaxinfer.machine import count_compiled
-from tests.engine.tiny import CHARACTERS, OPTIONS, assert_warm, tiny_folder, warm_llm
+from tests.engine.tiny import CHARACTERS, CONFIG, OPTIONS, assert_warm, tiny_folder, warm_llm, write_checkpoint
 
 VARIED = [
     ("a", SamplingParams(max_tokens=1)),
@@ -139,9 +139,10 @@ print(json.dumps([done.programs, done.found, all_of_it.programs, all_of_it.found
 """
 
 
-def test_a_second_start_compiles_nothing_again(tmp_path_factory, tmp_path):
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": "true"}
-    command = [sys.executable, "-c", PROGRAM, str(tiny_folder(tmp_path_factory.getbasetemp()))]
+def test_a_second_start_compiles_nothing_again(tmp_path):
+    folder = write_checkpoint(tmp_path / "model", CONFIG | {"num_hidden_layers": 1, "layer_types": ["full_attention"]})
+    kept = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+    environment, command = os.environ | kept, [sys.executable, "-c", PROGRAM, str(folder)]
     first, second = (
         json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
         for _ in range(2)

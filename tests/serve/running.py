@@ -72,18 +72,11 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(
-    *arguments: str, context: ssl.SSLContext | None = None, optimized: bool = False, **options: Any
-) -> Iterator[Running]:
-    """A server on a free port, until the block ends.
-
-    `optimized` as outside of tests: for hundreds of steps, which take longer than their compilation.
-    """
+def serving(*arguments: str, context: ssl.SSLContext | None = None, **options: Any) -> Iterator[Running]:
+    """A server on a free port, until the block ends."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in (OPTIONS | options).items()]
     command = [sys.executable, "-c", "from jaxinfer.cli import app; app()", "serve", *arguments, *flags]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest", "COLUMNS": "400"}
-    if optimized:
-        del environment["XLA_FLAGS"]
     process = subprocess.Popen(
         [*command, "--port=0", f"--dtype={DTYPE}", "--no-warm-up"],
         stderr=subprocess.PIPE,

@@ -26,9 +26,9 @@ HEADERS = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return str(
-        write_checkpoint(tmp_path_factory.mktemp("long") / "model", CONFIG | {"max_position_embeddings": CONTEXT})
-    )
+    """A model of one layer and a long context."""
+    changes = {"num_hidden_layers": 1, "layer_types": ["full_attention"], "max_position_embeddings": CONTEXT}
+    return str(write_checkpoint(tmp_path_factory.mktemp("long") / "model", CONFIG | changes))
 
 
 def engine_of(server) -> int:

@@ -10,7 +10,7 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from tests.serve.running import MESSAGES, serving
+from tests.serve.running import MESSAGES
 
 SCHEMAS = {
     "flat": {
@@ -45,18 +45,6 @@ SCHEMAS = {
 EMAIL = r"[a-z]{2,9}@[a-z]{1,9}\.(com|org)"
 
 
-@pytest.fixture(scope="module")
-def server():
-    with serving(max_waiting=64, max_num_seqs=8, optimized=True) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 def formatted(schema):
     return {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
 
@@ -64,13 +52,13 @@ def formatted(schema):
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_json_follows_its_schema_whatever_is_drawn(client, name):
     completion = client.chat.completions.create(
-        model="demo", messages=MESSAGES, seed=100, n=8, max_tokens=700, response_format=formatted(SCHEMAS[name])
+        model="demo", messages=MESSAGES, seed=100, n=4, max_tokens=400, response_format=formatted(SCHEMAS[name])
     )
     found = [choice.message.content for choice in completion.choices]
     assert {choice.finish_reason for choice in completion.choices} == {"stop"}
     for text in found:
         jsonschema.validate(json.loads(text), SCHEMAS[name])
-    assert len(set(found)) > 5
+    assert len(set(found)) == 4
 
 
 def test_a_model_of_pydantic(client):
@@ -113,7 +101,7 @@ def test_neighbours_say_what_they_say_alone(server, client):
 
     async def ask():
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-            calls = [client.completions.create(**options, **more) for more in ({}, structured) * 4]
+            calls = [client.completions.create(**options, **more) for more in ({}, structured) * 3]
             return [answer.choices[0].text for answer in await asyncio.gather(*calls)]
 
-    assert asyncio.run(ask()) == alone * 4
+    assert asyncio.run(ask()) == alone * 3
