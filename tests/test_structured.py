@@ -14,7 +14,7 @@ from jaxinfer.engine import Request
 from jaxinfer.engine.commit import read_row
 from jaxinfer.engine.constraints import BRIEFLY
 from jaxinfer.structured import GrammarConstraint, Grammars
-from tests.engine.tiny import OPTIONS, assert_clean, assert_warm, tiny_folder, warm_llm
+from tests.engine.tiny import OPTIONS, assert_clean, assert_warm, drawing_alike, tiny_folder, warm_llm
 
 SCHEMA = {
     "type": "object",
@@ -95,7 +95,7 @@ def test_what_is_said_is_the_same_alone_and_beside_others(llm):
 
 
 def test_a_preempted_request_goes_on_where_it_was(llm, tmp_path_factory):
-    few = LLM(tiny_folder(tmp_path_factory.getbasetemp()), options=replace(OPTIONS, num_pages=14))
+    few = drawing_alike(LLM(tiny_folder(tmp_path_factory.getbasetemp()), options=replace(OPTIONS, num_pages=14)))
     params = [ask(seed, 70, regex="([a-z]{3}[0-9]){15}") for seed in range(6)]
     found = texts(few, ["ab"] * 6, params)
     assert few.engine.metrics.counters.preemptions > 0

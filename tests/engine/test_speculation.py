@@ -13,7 +13,16 @@ from jaxinfer.engine.options import IN_FLIGHT
 from jaxinfer.engine.request import TokenLogprobs
 from jaxinfer.engine.warm_up import WARM
 from jaxinfer.llm import LLM
-from tests.engine.tiny import CONFIG, OPTIONS, assert_clean, assert_warm, tiny_folder, warm_llm, write_checkpoint
+from tests.engine.tiny import (
+    CONFIG,
+    OPTIONS,
+    assert_clean,
+    assert_warm,
+    drawing_alike,
+    tiny_folder,
+    warm_llm,
+    write_checkpoint,
+)
 
 PARAMS = [
     SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
@@ -139,10 +148,9 @@ def test_devices_that_share_the_model_speculate_alike(tmp_path_factory):
 # --- drafts
 
 
-def drafted(root: Path, method: Speculation, **options) -> LLM:
-    llm = LLM(tiny_folder(root), options=replace(OPTIONS, speculation=method, always_speculate=True, **options))
-    llm.engine._warm = WARM[-1:]  # one kind of sampling for all
-    return llm
+def drafted(root: Path, method: Speculation, **sizes) -> LLM:
+    options = replace(OPTIONS, speculation=method, always_speculate=True, **sizes)
+    return drawing_alike(LLM(tiny_folder(root), options=options))
 
 
 @pytest.fixture(scope="module")

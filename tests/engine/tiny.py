@@ -10,6 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from jaxinfer import checkpoint
 from jaxinfer.engine import Options
+from jaxinfer.engine.warm_up import WARM
 from jaxinfer.llm import LLM
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
@@ -78,6 +79,12 @@ def tiny_folder(root: Path) -> Path:
 def warm_llm(root: Path) -> LLM:
     """The one engine of a session that most tests share, so that its programs compile once."""
     return LLM(tiny_folder(root), options=OPTIONS, warm_up=True)
+
+
+def drawing_alike(llm: LLM) -> LLM:
+    """An engine that is not warm yet, with the whole sampler for all requests: fewer programs are compiled."""
+    llm.engine._warm = WARM[-1:]
+    return llm
 
 
 def assert_warm(llm: LLM, traces: dict[str, int] = TRACES) -> None:
