@@ -1,5 +1,7 @@
 """A standard library in miniature, and a model small enough to train in a test."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ SIZES = {
     "vocab_size": 300,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
@@ -44,9 +46,9 @@ def library_root(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_model(sizes):
-    def make(layers=1, tensor=1):
-        config = read_config(hf_config(sizes | {"num_hidden_layers": layers}, 0))
-        return Model(config, make_mesh(tensor), dtype="float32")
+    @functools.cache
+    def make(tensor=1):
+        return Model(read_config(hf_config(sizes, 0)), make_mesh(tensor), dtype="float32")
 
     return make
 
