@@ -10,7 +10,7 @@ from jaxinfer.decode.speculative import DraftModel, PromptLookup
 from jaxinfer.engine.commit import corrections
 from jaxinfer.llm import LLM
 from jaxinfer.training.online import OnlineDraft
-from tests.engine.tiny import CONFIG, OPTIONS, assert_clean, tiny_folder, write_checkpoint
+from tests.engine.tiny import ONE_LAYER, OPTIONS, assert_clean, write_checkpoint
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
 BEFORE, AFTER = (["ab" * 9, "the cat", "z" * 30, "1234"], ["import os\n", "QRST", "{[()]}", "~~~x~~~"])
@@ -18,10 +18,10 @@ BEFORE, AFTER = (["ab" * 9, "the cat", "z" * 30, "1234"], ["import os\n", "QRST"
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory) -> LLM:
-    config = CONFIG | {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
-    small = write_checkpoint(tmp_path_factory.mktemp("online") / "small", config)
+    root = tmp_path_factory.mktemp("online")
+    small = write_checkpoint(root / "small", ONE_LAYER)
     return LLM(
-        tiny_folder(tmp_path_factory.getbasetemp()),
+        write_checkpoint(root / "model", ONE_LAYER | {"intermediate_size": 64}),
         options=replace(OPTIONS, speculation=DraftModel(small, 3), always_speculate=True),
     )
 
@@ -81,7 +81,7 @@ def test_a_step_needs_a_text(llm):
         OnlineDraft(llm.engine).learn()
 
 
-def test_what_cannot_learn_is_refused(llm, tmp_path_factory):
+def test_what_cannot_learn_is_refused(llm, monkeypatch):
     for wrong, said in (
         ({"batch": 0}, "batch = 0 must be an integer, at least 1"),
         ({"row": 1}, "row = 1 must be an integer, at least 2"),
@@ -90,6 +90,6 @@ def test_what_cannot_learn_is_refused(llm, tmp_path_factory):
     ):
         with pytest.raises(ValueError, match=said):
             OnlineDraft(llm.engine, **wrong)
-    lookup = LLM(tiny_folder(tmp_path_factory.getbasetemp()), options=replace(OPTIONS, speculation=PromptLookup()))
+    monkeypatch.setattr(llm.engine, "options", replace(OPTIONS, speculation=PromptLookup()))
     with pytest.raises(ValueError, match="must be a DraftModel, which can learn"):
-        OnlineDraft(lookup.engine)
+        OnlineDraft(llm.engine)
