@@ -16,7 +16,8 @@ from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import find_hardware, tokens_per_step
 from jaxinfer.text.tokenizer import Tokenizer
-from tests.engine.tiny import CONFIG, OPTIONS, tiny_folder
+from tests.engine.tiny import ONE_LAYER, OPTIONS, write_checkpoint
+from tests.model.random_params import random_params
 
 METHOD = PromptLookup(3)
 WRITTEN = [
@@ -34,8 +35,8 @@ def texts() -> list[copying.Text]:
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    model = Model(read_config(CONFIG), make_mesh(1))
-    return Engine(model, model.random_params(), replace(OPTIONS, enable_prefix_caching=False, speculation=METHOD))
+    model = Model(read_config(ONE_LAYER), make_mesh(1))
+    return Engine(model, random_params(model, 0), replace(OPTIONS, enable_prefix_caching=False, speculation=METHOD))
 
 
 def test_prompts_are_files_with_the_beginning_of_a_copy():
@@ -97,8 +98,8 @@ def test_the_tables_have_the_cases_that_are_measured(part, name):
     assert TABLES[part].metric == copying.FASTER
 
 
-def test_the_commands(tmp_path, tmp_path_factory, monkeypatch):
-    folder, results = tiny_folder(tmp_path_factory.getbasetemp()), tmp_path / "results"
+def test_the_commands(tmp_path, monkeypatch):
+    folder, results = write_checkpoint(tmp_path / "tiny", ONE_LAYER), tmp_path / "results"
     monkeypatch.setattr(copying, "warm", lambda engine: None)
     monkeypatch.setattr(copying, "prompts", lambda tokenizer, count: [tuple(tokenizer.encode("ab" * 9))] * count)
     monkeypatch.setattr(speculative, "LLM", lambda options: LLM(folder, options=options))

@@ -1,5 +1,6 @@
 """The benchmark of a whole model, on a small one."""
 
+import numpy as np
 import pytest
 
 from benchmarks import decode
@@ -7,43 +8,42 @@ from benchmarks.bench import Bench, Subject
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import find_hardware
-from tests.engine.tiny import CONFIG
+from tests.engine.tiny import CONFIG, ONE_LAYER
+from tests.model.random_params import random_params
 
 
-def subject(implementation: str, cache_dtype: str | None = None, chunk: int = 64) -> Subject:
-    model, machine = Model(read_config(CONFIG), make_mesh(1)), find_hardware("h200")
-    return Subject("tiny", model, model.random_params(), 4, 2, implementation, cache_dtype, chunk, machine, machine)
+def subject(implementation: str, cache_dtype: str | None = None, chunk: int = 64, config: dict = ONE_LAYER) -> Subject:
+    model, machine = Model(read_config(config), make_mesh(1)), find_hardware("h200")
+    params = random_params(model, 0)
+    return Subject("tiny", model, params, 4, 2, implementation, cache_dtype, chunk, machine, machine)
 
 
 def test_the_records_of_a_model(monkeypatch):
+    """They are named by its cache and by the chunks of a prompt."""
     monkeypatch.setattr(decode, "PROMPT", 5)
     monkeypatch.setattr(decode, "NEW", 4)
-    records = [record for group in decode.measure(subject("auto"), batches=[2], prompts=[7]) for record in group]
+    quantized = subject("auto", "float8_e4m3fn", chunk=3, config=CONFIG)
+    records = [record for group in decode.measure(quantized, batches=[2], prompts=[7]) for record in group]
     found = {(record.case, record.implementation, record.metric) for record in records}
+    batch, prompt = "tiny B2 fp8", "tiny prompt 7 in chunks of 3 fp8"
+    assert {case for case, _, _ in found} == {"machine", batch, prompt}
     assert found >= {
-        ("tiny B2", "xla", "decode"),
-        ("tiny B2", "xla", "decode step"),
-        ("tiny B2", "plan with XLA attention", "decode step"),
-        ("tiny B2", "plan with XLA attention", "memory at peak"),
-        ("tiny prompt 7", "xla", "first token"),
-        ("tiny prompt 7", "plan with XLA attention", "first token"),
+        (batch, "xla", "decode"),
+        (batch, "xla", "decode step"),
+        (batch, "plan with XLA attention", "decode step"),
+        (batch, "plan with XLA attention", "memory at peak"),
+        (prompt, "xla", "first token"),
+        (prompt, "plan with XLA attention", "first token"),
     }
     assert all(record.value > 0 for record in records if record.case != "machine")
-
-
-def test_cases_are_named_by_their_cache_and_chunks(monkeypatch):
-    monkeypatch.setattr(decode, "PROMPT", 5)
-    monkeypatch.setattr(decode, "NEW", 4)
-    groups = decode.measure(subject("auto", "float8_e4m3fn", chunk=3), batches=[2], prompts=[7, 3])
-    found = {record.case for group in groups for record in group}
-    assert found == {"machine", "tiny B2 fp8", "tiny prompt 7 in chunks of 3 fp8", "tiny prompt 3 fp8"}
 
 
 def test_chunks_bring_the_same_token_and_are_planned_one_by_one():
     tokens = 50
     chosen = []
+    bench = Bench(subject("auto"), 2, tokens + 1)
     for chunk in (tokens, 16):  # the last of them is padded
-        bench = Bench(subject("auto"), 2, tokens + 1)
+        bench.random = np.random.default_rng(0)  # for the same prompts
         bench.prefill(tokens, chunk)
         assert bench.state.length_B.tolist() == [tokens] * 2
         chosen.append(bench.state.token_B.tolist())
@@ -59,4 +59,5 @@ def test_attention_runs_as_it_is_named():
     """The kernel takes no float32, and says so."""
     with pytest.raises(ValueError, match=r"'mosaic_gpu' of flash_attention cannot run: q\.dtype is float32"):
         decode.run_first_token(subject("mosaic_gpu"), 7)
-    assert decode.run_first_token(subject("reference"), 7)[0].implementation == "reference"
+    record, *_ = decode.run_first_token(subject("reference"), 7)
+    assert (record.case, record.implementation) == ("tiny prompt 7", "reference")

@@ -6,12 +6,15 @@ from benchmarks import speculative
 from benchmarks.speculative import MissedExit, MissedLookup
 from benchmarks.tables import TABLES
 from tests.benchmarks.test_decode import subject
+from tests.engine.tiny import CONFIG, ONE_LAYER
 
 
-@pytest.mark.parametrize(("method", "by"), [(MissedLookup(), ""), (MissedExit(), " by early-exit")])
-def test_the_cost_of_verifying_stands_beside_the_plan(monkeypatch, method, by):
+@pytest.mark.parametrize(
+    ("method", "by", "config"), [(MissedLookup(), "", ONE_LAYER), (MissedExit(), " by early-exit", CONFIG)]
+)
+def test_the_cost_of_verifying_stands_beside_the_plan(monkeypatch, method, by, config):
     monkeypatch.setattr(speculative, "PROMPT", 5)
-    records = speculative.verifying(subject("auto"), 2, method, drafts=[3], new=4, rounds=1)
+    records = speculative.verifying(subject("auto", config=config), 2, method, drafts=[3], new=4, rounds=1)
     value = {(record.case, record.implementation, record.metric): record.value for record in records}
     assert value.keys() == {
         ("tiny B2 plain", "xla", "step"),

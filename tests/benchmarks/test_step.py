@@ -5,11 +5,10 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 
 from benchmarks import step
-from benchmarks.bench import GREEDY, MODELS, Bench
+from benchmarks.bench import MODELS
 from benchmarks.step_classes import (
     ATTENTION,
     CLASSES,
@@ -27,7 +26,6 @@ from benchmarks.step_classes import (
     divide,
     read_program,
 )  # fmt: skip
-from jaxinfer.decode.sampling import needs
 from jaxinfer.model import read_config
 from jaxinfer.roofline import decode_step, find_hardware
 from tests.benchmarks.test_decode import subject
@@ -140,18 +138,6 @@ def test_time_counts_once_where_kernels_overlap():
     }
 
 
-def test_a_compiled_model_has_all_classes():
-    """The model's named scopes reach the instructions that XLA makes of them."""
-    tiny = subject("auto")
-    bench = Bench(tiny, 2, 16)
-    lowered = bench.programs.lower_loop(
-        tiny.params, bench.state, bench.cache, np.arange(2, dtype=np.int32), steps=2, needs=needs([GREEDY])
-    )
-    (module, program), *none = step.read_programs(lowered.compile()).items()
-    assert (module, none) == (LOOP, [])
-    assert set(program.classes.values()) == {PROJECTIONS, ATTENTION, GLUE, HEAD, SAMPLING}
-
-
 @pytest.mark.parametrize("model", ["llama-3-8b", "mixtral-8x7b"])
 def test_every_part_of_the_cost_has_a_class(model):
     cost = decode_step(read_config(MODELS / model), 4, 100)
@@ -208,14 +194,22 @@ def test_events_are_those_of_the_devices_streams(tmp_path):
 
 
 def test_a_profile_without_the_gpu_that_is_there_is_an_error(monkeypatch):
-    assert step.profile(lambda: None) == []
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(RuntimeError, match="shows nothing on the GPU"):
         step.profile(lambda: None)
 
 
 def test_the_command(monkeypatch, tmp_path, capsys):
-    """Without a GPU the step is timed and not divided."""
+    """Without a GPU the step is timed and not divided; the model's named scopes reach the instructions that XLA makes
+    of them."""
+    programs, read_programs = {}, step.read_programs
+
+    def read(compiled: jax.stages.Compiled) -> dict[str, Program]:
+        read = read_programs(compiled)
+        programs.update(read)
+        return read
+
+    monkeypatch.setattr(step, "read_programs", read)
     monkeypatch.setattr(step, "PROMPT", 5)
     monkeypatch.setattr(step, "NEW", 8)
     monkeypatch.setattr(step, "load", lambda *_: subject("auto"))
@@ -228,3 +222,5 @@ def test_the_command(monkeypatch, tmp_path, capsys):
         ("tiny B2", STEP),
     ]
     assert "| us of a step | tiny prompt 7 | tiny B2 |" in capsys.readouterr().out
+    assert programs.keys() == {STEPS, LOOP}
+    assert set(programs[LOOP].classes.values()) == {PROJECTIONS, ATTENTION, GLUE, HEAD, SAMPLING}
