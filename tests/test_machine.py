@@ -38,12 +38,15 @@ def test_times_are_predicted_by_the_table_or_by_what_is_measured(monkeypatch, ki
     machine._measured_once.cache_clear()
 
 
-def test_a_machine_is_measured_once_and_said_so(caplog):
+def test_a_machine_is_measured_once_and_said_so(caplog, monkeypatch):
+    measured = []
+    monkeypatch.setattr(machine, "measure_machine", lambda: measured.append(DATASHEETS["l4"]) or measured[-1])
     machine._measured_once.cache_clear()
     machine._log_once.cache_clear()
     with caplog.at_level("INFO", "jaxinfer.machine"):
         assert known_machine("fp32") is known_machine("fp32")
-    assert len(caplog.records) == 1
+    assert len(measured) == len(caplog.records) == 1
+    machine._measured_once.cache_clear()
     assert "predicted by what was measured now" in caplog.records[0].getMessage()
 
 
