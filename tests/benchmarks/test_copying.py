@@ -1,7 +1,9 @@
 """Text that copies, and an engine that is made to write it again."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,14 +11,14 @@ from benchmarks import copying, speculative
 from benchmarks.serving.workload import Job
 from benchmarks.tables import TABLES
 from jaxinfer.decode.speculative import PromptLookup
-from jaxinfer.engine import Engine
+from jaxinfer.engine import Engine, buckets
 from jaxinfer.engine.gate import Gate
-from jaxinfer.llm import DEMO, LLM
+from jaxinfer.llm import DEMO
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import find_hardware, tokens_per_step
 from jaxinfer.text.tokenizer import Tokenizer
-from tests.engine.tiny import ONE_LAYER, OPTIONS, write_checkpoint
+from tests.engine.tiny import ONE_LAYER, OPTIONS
 from tests.model.random_params import random_params
 
 METHOD = PromptLookup(3)
@@ -34,9 +36,12 @@ def texts() -> list[copying.Text]:
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
-    model = Model(read_config(ONE_LAYER), make_mesh(1))
-    return Engine(model, random_params(model, 0), replace(OPTIONS, enable_prefix_caching=False, speculation=METHOD))
+def engine() -> Iterator[Engine]:
+    """It decodes in one program, of all slots, however few of them have text to write."""
+    model, options = Model(read_config(ONE_LAYER), make_mesh(1)), replace(OPTIONS, enable_prefix_caching=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(buckets, "SPARED", (1, *buckets.SPARED))
+        yield Engine(model, random_params(model, 0), replace(options, speculation=METHOD))
 
 
 def test_prompts_are_files_with_the_beginning_of_a_copy():
@@ -98,14 +103,30 @@ def test_the_tables_have_the_cases_that_are_measured(part, name):
     assert TABLES[part].metric == copying.FASTER
 
 
-def test_the_commands(tmp_path, monkeypatch):
-    folder, results = write_checkpoint(tmp_path / "tiny", ONE_LAYER), tmp_path / "results"
+def first_right(texts: list[copying.Text]) -> float:
+    """Percent of the first proposed tokens."""
+    counts = [count for text in texts for count in text.accepted]
+    return 100 * sum(count > 0 for count in counts) / len(counts)
+
+
+def test_the_commands(engine, texts, tmp_path, monkeypatch):
+    """The engine that replays the texts is the demo model of the first command: it writes one of them."""
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(ONE_LAYER))
+    folder, results = tmp_path / "tiny", tmp_path / "results"
+    (job, *_) = copying.replay(engine, texts)
     monkeypatch.setattr(copying, "warm", lambda engine: None)
-    monkeypatch.setattr(copying, "prompts", lambda tokenizer, count: [tuple(tokenizer.encode("ab" * 9))] * count)
-    monkeypatch.setattr(speculative, "LLM", lambda options: LLM(folder, options=options))
-    few = ["--batches", "1", "--slots", "1", "--page-size", "8", "--max-num-batched-tokens", "64", "--rounds", "1"]
-    speculative.main(["--output", str(results), "copying", "--texts", "1", "--new", "20", *few])
+    monkeypatch.setattr(copying, "prompts", lambda tokenizer, count: [job.prompt] * count)
+    monkeypatch.setattr(speculative, "LLM", lambda options: SimpleNamespace(engine=engine, tokenizer=None))
+    monkeypatch.setattr(speculative, "Engine", lambda model, params, options: engine)
+    few = ["--batches", "1", "--drafts", "3", "--rounds", "1"]
+    speculative.main(["--output", str(results), "copying", "--texts", "1", "--new", str(job.output), *few])
+    assert copying.read(results / speculative.COPIED) == texts[:1]
+    copying.write(texts, {}, results / speculative.COPIED)
     speculative.main(["--output", str(results), "replay", "--model", str(folder), *few])
     records = json.loads((results / "speculative.json").read_text())["records"]
     right = {record["case"]: record["value"] for record in records if record["metric"] == "first 1 right"}
-    assert right["demo copying B1"] == right[f"{folder} replaying B1"] > 0
+    assert right == {
+        "demo copying B1": pytest.approx(first_right(texts[:1])),
+        f"{folder} replaying B1": pytest.approx(first_right([*texts, texts[0]])),
+    }

@@ -8,7 +8,7 @@ from benchmarks.bench import Bench, Subject
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import find_hardware
-from tests.engine.tiny import CONFIG, ONE_LAYER
+from tests.engine.tiny import ONE_LAYER
 from tests.model.random_params import random_params
 
 
@@ -22,7 +22,7 @@ def test_the_records_of_a_model(monkeypatch):
     """They are named by its cache and by the chunks of a prompt."""
     monkeypatch.setattr(decode, "PROMPT", 5)
     monkeypatch.setattr(decode, "NEW", 4)
-    quantized = subject("auto", "float8_e4m3fn", chunk=3, config=CONFIG)
+    quantized = subject("auto", "float8_e4m3fn", chunk=3)
     records = [record for group in decode.measure(quantized, batches=[2], prompts=[7]) for record in group]
     found = {(record.case, record.implementation, record.metric) for record in records}
     batch, prompt = "tiny B2 fp8", "tiny prompt 7 in chunks of 3 fp8"
