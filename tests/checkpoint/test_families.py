@@ -19,6 +19,8 @@ from tests.golden.weights import write_checkpoint
 
 BY_ARCHITECTURE = {load(case).config["architectures"][0]: case for case in reversed(cases())}
 MULTIMODAL = "Gemma3ForConditionalGeneration"
+# Between them these have every form, and one, two and four KV heads: an `Assembly` knows no more of a family.
+EVERY_FORM = ("gpt_oss", "olmoe", "starcoder2", "phi3", "llama2", "falcon")
 
 
 def test_every_family_is_covered():
@@ -29,6 +31,7 @@ def test_every_family_is_covered():
 class Published:
     """A checkpoint as it would be published, and its parameters on one device."""
 
+    case: str
     folder: Path
     model: Model
     arrays: dict[str, jax.Array]
@@ -39,7 +42,7 @@ def published(request, tmp_path_factory) -> Published:
     folder = tmp_path_factory.mktemp(request.param)
     write_checkpoint(folder, load(request.param))
     model = Model(read_config(folder), make_mesh())
-    return Published(folder, model, checkpoint.load(folder, model))
+    return Published(request.param, folder, model, checkpoint.load(folder, model))
 
 
 def test_a_checkpoint_loads_and_is_written_again_bit_for_bit(published, tmp_path):
@@ -56,16 +59,17 @@ def test_a_checkpoint_loads_and_is_written_again_bit_for_bit(published, tmp_path
     assert all(np.array_equal(again[path], array) for path, array in arrays.items())
 
 
-@pytest.mark.parametrize("tensor", [2, 4])  # as many devices as KV heads, and two for each
-def test_devices_hold_the_same_bits_as_one(published, tensor):
-    many = Model(published.model.config, make_mesh(tensor))
-    arrays = checkpoint.load(published.folder, many)
-    for path, leaf in many.parameters.items():
-        array = arrays[path]
-        assert (array.shape, array.dtype, array.sharding) == (leaf.shape, leaf.dtype, leaf.sharding)
-        repeats = slots.repeats(path, array.shape, many.config.num_kv_heads)
-        whole = slots.gather(path, np.asarray(array), repeats)
-        np.testing.assert_array_equal(whole, published.arrays[path], err_msg=path)
+def test_devices_hold_the_same_bits_as_one(published):
+    """Two for each KV head, as most have it, and as many as KV heads."""
+    for tensor in (4, 2) if published.case in EVERY_FORM else (4,):
+        many = Model(published.model.config, make_mesh(tensor))
+        arrays = checkpoint.load(published.folder, many)
+        for path, leaf in many.parameters.items():
+            array = arrays[path]
+            assert (array.shape, array.dtype, array.sharding) == (leaf.shape, leaf.dtype, leaf.sharding)
+            repeats = slots.repeats(path, array.shape, many.config.num_kv_heads)
+            whole = slots.gather(path, np.asarray(array), repeats)
+            np.testing.assert_array_equal(whole, published.arrays[path], err_msg=path)
 
 
 @pytest.mark.parametrize("tensor", [1, 4])

@@ -1,5 +1,6 @@
 """A draft learns from the model that it drafts for, while it serves."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from jaxinfer import SamplingParams
 from jaxinfer.decode.speculative import DraftModel, PromptLookup
+from jaxinfer.engine import buckets
 from jaxinfer.engine.commit import corrections
 from jaxinfer.llm import LLM
 from jaxinfer.training.online import OnlineDraft
@@ -17,13 +19,14 @@ BEFORE, AFTER = (["ab" * 9, "the cat", "z" * 30, "1234"], ["import os\n", "QRST"
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory) -> LLM:
+def llm(tmp_path_factory) -> Iterator[LLM]:
+    """It decodes in one program, of all slots, however few of them have text to write."""
     root = tmp_path_factory.mktemp("online")
     small = write_checkpoint(root / "small", ONE_LAYER)
-    return LLM(
-        write_checkpoint(root / "model", ONE_LAYER | {"intermediate_size": 64}),
-        options=replace(OPTIONS, speculation=DraftModel(small, 3), always_speculate=True),
-    )
+    options = replace(OPTIONS, speculation=DraftModel(small, 3), always_speculate=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(buckets, "SPARED", (1, *buckets.SPARED))
+        yield LLM(write_checkpoint(root / "model", ONE_LAYER | {"intermediate_size": 64}), options=options)
 
 
 def acceptance(llm: LLM, prompts: list[str], learner: OnlineDraft | None = None, rounds: int = 1) -> float:
