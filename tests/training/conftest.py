@@ -8,6 +8,8 @@ import pytest
 
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
+from jaxinfer.training import student
+from jaxinfer.training import train as training
 from jaxinfer.training.data import HELD_OUT
 from jaxinfer.training.demo import hf_config
 
@@ -51,6 +53,16 @@ def make_model(sizes):
         return Model(read_config(hf_config(sizes, 0)), make_mesh(tensor), dtype="float32")
 
     return make
+
+
+@pytest.fixture(scope="module")
+def compiled_once():
+    """What is trained alike in a module runs the same programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("adamw", "next_token", "compiled_steps", "_compiled_evaluation"):
+            patch.setattr(training, name, functools.cache(getattr(training, name)))
+        patch.setattr(student, "Model", functools.cache(Model))
+        yield
 
 
 @pytest.fixture(scope="session")

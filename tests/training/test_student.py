@@ -23,18 +23,17 @@ from jaxinfer.training.distill import Kind
 from jaxinfer.training.student import distilled, student_sizes, train_student
 from jaxinfer.training.train import Recipe, adamw, compiled_steps, initial_state, next_token
 
-RECIPE = Recipe(steps=40, batch=8, row=1024, learning_rate=1e-2, report=20, weight_decay=0.1)
+RECIPE = Recipe(steps=80, batch=8, row=1024, learning_rate=1e-2, report=20, weight_decay=0.1)
 SMALL = {"layers": 1, "width": 64}
 
 
 @pytest.fixture(scope="module")
-def learnt(library_root, tmp_path_factory, sizes):
+def learnt(compiled_once, library_root, tmp_path_factory, sizes):
     """A folder and its reports: of a student of the text alone, whose teacher has a tokenizer and no weights."""
     root = tmp_path_factory.mktemp("learnt")
     prepare(root / "empty", library_root, vocab_size=sizes["vocab_size"])
     (root / "empty" / "config.json").write_text(json.dumps(hf_config(sizes, 0)))
-    recipe = replace(RECIPE, steps=80)
-    reports = train_student(root / "teacher", root / "empty", "cross-entropy", recipe, **SMALL, root=library_root)
+    reports = train_student(root / "teacher", root / "empty", "cross-entropy", RECIPE, **SMALL, root=library_root)
     return root / "teacher", reports
 
 
@@ -58,7 +57,7 @@ def test_without_distillation_it_learns_the_text_and_no_teacher_is_loaded(learnt
 
 def test_the_divergence_falls(taught):
     folder, reports = taught
-    assert [report.step for report in reports] == [20, 40]
+    assert [report.step for report in reports] == [20, 40, 60, 80]
     assert 0.0 < reports[-1].loss < 0.8 * reports[0].loss
     log = json.loads((folder / "training_log.json").read_text())
     assert (log["teacher"], log["kind"], log["recipe"]["row"]) == ("teacher", "forward-kl", 16)
@@ -100,13 +99,13 @@ def dense_shapes(loss, model, batch, row):
     return {dims for dims in shapes if math.prod(dims) == size or (vocab in dims and math.prod(dims) >= size)}
 
 
-@pytest.mark.parametrize("kind", get_args(Kind))
-def test_a_step_of_distillation_holds_no_logits_of_all_tokens(make_model, kind):
+def test_a_step_of_distillation_holds_no_logits_of_all_tokens(make_model):
     source = make_model()
     config = read_config(hf_config(student_sizes(source.config, **SMALL), 0))
     model = Model(config, source.mesh, dtype="float32")
-    loss = distilled(model, source, [*source.parameters.values()], kind, chunk=128)
-    assert not dense_shapes(loss, model, 16, 16)
+    for kind in get_args(Kind):
+        loss = distilled(model, source, [*source.parameters.values()], kind, chunk=128)
+        assert not dense_shapes(loss, model, 16, 16)
     assert dense_shapes(next_token(model), model, 16, 16)  # which the plain loss does
 
 

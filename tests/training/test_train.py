@@ -1,12 +1,10 @@
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.training import train as training
 from jaxinfer.training.data import TokenData
 from jaxinfer.training.train import Recipe, token_losses, train
 
@@ -64,15 +62,6 @@ def repeating(num_tokens):
 
 RECIPE = Recipe(steps=60, batch=4, row=12, learning_rate=1e-2, warmup=0.1, report=20)
 DATA = TokenData(repeating(400), repeating(60), held_out_bytes=30)
-
-
-@pytest.fixture(scope="module")
-def compiled_once():
-    """All that is trained here runs the same programs."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("adamw", "next_token", "compiled_steps", "_compiled_evaluation"):
-            patch.setattr(training, name, functools.cache(getattr(training, name)))
-        yield
 
 
 @pytest.fixture(scope="module")
