@@ -119,6 +119,7 @@ def test_the_commands(engine, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(copying, "prompts", lambda tokenizer, count: [job.prompt] * count)
     monkeypatch.setattr(speculative, "LLM", lambda options: SimpleNamespace(engine=engine, tokenizer=None))
     monkeypatch.setattr(speculative, "Engine", lambda model, params, options: engine)
+    monkeypatch.setattr(Model, "random_params", lambda model: random_params(model, 0))
     few = ["--batches", "1", "--drafts", "3", "--rounds", "1"]
     speculative.main(["--output", str(results), "copying", "--texts", "1", "--new", str(job.output), *few])
     assert copying.read(results / speculative.COPIED) == texts[:1]

@@ -40,6 +40,7 @@ def test_each_variant_is_held_against_the_whole_kernel_of_its_round(monkeypatch,
     monkeypatch.setattr(steps, "without", lambda problem, out: plain(problem))
     monkeypatch.setattr(steps, "start", start_once)
     monkeypatch.setattr(steps.op, "PROBLEMS", PREFILL.problems)
+    monkeypatch.setattr(steps.op, "OP", PREFILL)
     monkeypatch.setattr(steps, "measure_machine", lambda: MACHINE)
     name = next(iter(PREFILL.problems))
     steps.main(["--case", name, "--rounds", "2", "--output", str(tmp_path)])

@@ -55,16 +55,6 @@ def make_model(sizes):
     return make
 
 
-@pytest.fixture(scope="module")
-def compiled_once():
-    """What is trained alike in a module runs the same programs."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("adamw", "next_token", "compiled_steps", "_compiled_evaluation"):
-            patch.setattr(training, name, functools.cache(getattr(training, name)))
-        patch.setattr(student, "Model", functools.cache(Model))
-        yield
-
-
 @pytest.fixture(scope="session")
 def random_params():
     """Drawn on the host, where nothing is compiled: norms around one, the rest of unit output variance."""
@@ -79,3 +69,14 @@ def random_params():
         return params
 
     return draw
+
+
+@pytest.fixture(scope="module")
+def compiled_once(random_params):
+    """What is trained alike in a module runs the same programs, from weights that are drawn on the host."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("adamw", "next_token", "compiled_steps", "_compiled_evaluation"):
+            patch.setattr(training, name, functools.cache(getattr(training, name)))
+        patch.setattr(Model, "random_params", random_params)
+        patch.setattr(student, "Model", functools.cache(Model))
+        yield

@@ -18,7 +18,7 @@ RECIPE = Recipe(steps=30, batch=4, row=16, learning_rate=1e-2, report=15)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(library_root, tmp_path_factory, sizes):
+def checkpoint(compiled_once, library_root, tmp_path_factory, sizes):
     """The three commands, in miniature, with shards so small that there are several."""
     root = tmp_path_factory.mktemp("demo")
     work, output = root / "work", root / "output"
