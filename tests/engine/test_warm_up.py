@@ -22,7 +22,7 @@ from jaxinfer.engine.step_input import lay_out, padded
 from jaxinfer.engine.warm_up import kernels_of, warm_programs
 from jaxinfer.llm import LLM
 from jaxinfer.machine import count_compiled
-from tests.engine.tiny import CHARACTERS, CONFIG, OPTIONS, assert_warm, tiny_folder, warm_llm, write_checkpoint
+from tests.engine.tiny import CHARACTERS, ONE_LAYER, OPTIONS, assert_warm, tiny_folder, warm_llm, write_checkpoint
 
 VARIED = [
     ("a", SamplingParams(max_tokens=1)),
@@ -140,7 +140,7 @@ print(json.dumps([done.programs, done.found, all_of_it.programs, all_of_it.found
 
 
 def test_a_second_start_compiles_nothing_again(tmp_path):
-    folder = write_checkpoint(tmp_path / "model", CONFIG | {"num_hidden_layers": 1, "layer_types": ["full_attention"]})
+    folder = write_checkpoint(tmp_path / "model", ONE_LAYER)
     kept = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"), "JAX_ENABLE_COMPILATION_CACHE": "true"}
     environment, command = os.environ | kept, [sys.executable, "-c", PROGRAM, str(folder)]
     first, second = (

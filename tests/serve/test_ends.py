@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from jaxinfer.cli import app
 from jaxinfer.serve.server import StartError, bind, listen
-from tests.engine.tiny import CONFIG, write_checkpoint
+from tests.engine.tiny import ONE_LAYER, write_checkpoint
 from tests.serve.running import serving
 
 PEM = Path(__file__).parent / "localhost.pem"  # a key that is no secret, and its certificate
@@ -27,8 +27,8 @@ HEADERS = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model of one layer and a long context."""
-    changes = {"num_hidden_layers": 1, "layer_types": ["full_attention"], "max_position_embeddings": CONTEXT}
-    return str(write_checkpoint(tmp_path_factory.mktemp("long") / "model", CONFIG | changes))
+    config = ONE_LAYER | {"max_position_embeddings": CONTEXT}
+    return str(write_checkpoint(tmp_path_factory.mktemp("long") / "model", config))
 
 
 def engine_of(server) -> int:
