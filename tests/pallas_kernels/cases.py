@@ -19,7 +19,8 @@ ATOL = 1e-5
 class Case:
     """Sequences of `lengths` keys whose last `queries` positions ask; g query heads for each KV head.
 
-    With `tree` the queries, as many of every sequence, see the keys of the others by random masks.
+    With `tree` the queries, as many of every sequence, see the keys of the others by random masks. The page table has
+    room for `room` keys at least: cases of equal shapes and options run in one program.
     """
 
     lengths: tuple[int, ...]
@@ -33,6 +34,7 @@ class Case:
     padding: int = 3
     kv_heads: int = 2
     tree: bool = False
+    room: int = 1
 
     @property
     def options(self) -> dict:
@@ -41,7 +43,7 @@ class Case:
     @property
     def columns(self) -> int:
         """Of the page table; the last one is unused."""
-        return -(-max(*self.lengths, 1) // self.page_size) + 1
+        return -(-max(*self.lengths, self.room) // self.page_size) + 1
 
     @property
     def tokens(self) -> int:

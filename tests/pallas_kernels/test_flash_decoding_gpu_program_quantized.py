@@ -35,19 +35,21 @@ def check_quantized(inputs: Inputs, dtype, kv_dtype, **config):
     assert_close([lse], [exact_lse])
 
 
+CUT = CAUSAL["lengths around a page, units cut between stretches"]
 QUANTIZED = {
-    "int8, units cut between stretches": (CAUSAL["units cut between stretches"], jnp.bfloat16, "int8"),
-    "fp8, a window over pages": (CAUSAL["a window over pages"], jnp.bfloat16, "float8_e4m3fn"),
-    "fp8, drafted tokens, soft cap": (CAUSAL["drafted tokens, soft cap, sinks"], jnp.float16, "float8_e4m3fn"),
-    "int8, more rows than a block": (CAUSAL["more rows than a block, 71 heads on one"], jnp.float16, "int8"),
-    "fp8, trees, a window": (TREES["trees, a window, soft cap, sinks"], jnp.bfloat16, "float8_e4m3fn"),
-    "int8, trees in blocks of rows": (TREES["trees of two words in blocks of rows"], jnp.bfloat16, "int8"),
-    "int8, more queries than keys": (CAUSAL["more queries than keys"], jnp.bfloat16, "int8"),
+    "int8": (CUT, jnp.bfloat16, "int8"),
+    "fp8": (CAUSAL["a window over pages"], jnp.bfloat16, "float8_e4m3fn"),
+    "fp8, drafted tokens": (
+        CAUSAL["drafted tokens, more queries than keys, soft cap, sinks"], jnp.float16, "float8_e4m3fn",
+    ),
+    "fp8, trees in blocks of rows": (
+        TREES["trees of three words over three tiles in blocks of rows"], jnp.bfloat16, "float8_e4m3fn",
+    ),
     "fp8, heads of 96 in pages of 8": (
         (slots((200, 0, 70), g=3, kv_heads=1, head_size=96, page_size=8), 2), jnp.bfloat16, "float8_e4m3fn",
     ),
-    "int8, heads of 256 in pages of 128": (
-        (slots((300,), g=2, kv_heads=1, head_size=256, page_size=128), 2), jnp.float16, "int8",
+    "int8, heads of 256 in pages of 128, more rows than a block": (
+        (slots((150,), 2, g=71, kv_heads=1, head_size=256, page_size=128), 2), jnp.float16, "int8",
     ),
 }  # fmt: skip
 
@@ -63,17 +65,18 @@ def test_interpreted_quantized_pages(name):
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_scales_of_any_size_are_no_danger_to_float16():
     """Scales from 0 to 1e20: the weights are rounded relative to the largest of their products with them."""
-    inputs = Inputs(slots((90,), g=2, kv_heads=1))
+    case, stretches = CUT
+    inputs = Inputs(case)
     kv = quantized_pages(inputs, jnp.bfloat16, "int8")
     sizes_S = 10.0 ** np.linspace(-20, 20, 64, dtype=np.float32)
     sizes_S[::5] = 0
     v_scales = kv.v_scales_PKS * sizes_S[None, None]
-    inputs.kv[0][1] *= np.resize(sizes_S, 90)[:, None, None]
+    for _, v in inputs.kv:
+        v *= np.resize(sizes_S, len(v))[:, None, None]
     exact_out, exact_lse = oracle(inputs)
     with interpreted():
-        config = interpretable(2)
         kv = PagedKV(kv.k_PSKH, kv.v_PSKH, kv.k_scales_PKS, v_scales)
-        out, lse = run(KERNEL, inputs, jnp.bfloat16, kv, config=config)
+        out, lse = run(KERNEL, inputs, jnp.bfloat16, kv, config=interpretable(stretches))
     np.testing.assert_allclose(np.asarray(out, np.float64), exact_out, rtol=0, atol=0.01 * np.abs(exact_out).max())
     assert_close([lse], [exact_lse])
 
@@ -135,7 +138,6 @@ def test_threads_hold_the_operands_that_the_tensor_cores_read(head_size, monkeyp
 
 
 LOWERED = {
-    "Llama-3-8B, int8": {"kv_dtype": "int8"},
     "Llama-3-8B, fp8, 8 drafted tokens in pages of 16": {
         "kv_dtype": "float8_e4m3fn",
         "queries": 8,
@@ -143,11 +145,10 @@ LOWERED = {
         "page_size": 16,
     },
     "Phi-3-mini, int8": {"head_size": 96, "g": 1, "kv_heads": 8, "kv_dtype": "int8", "dtype": jnp.float16},
-    "Gemma-2, int8": {"head_size": 256, "g": 2, "window": 100, "soft_cap": 50.0, "kv_dtype": "int8"},
     "lookahead, int8": {"queries": 120, "page_size": 128, "dtype": jnp.float16, "kv_dtype": "int8"},
-    "gpt-oss, fp8, a tree of 8": {
-        "queries": 8,
-        "g": 8,
+    "fp8, a tree of 3, a window, sinks": {
+        "queries": 3,
+        "g": 3,
         "head_size": 64,
         "window": 128,
         "sinks": True,

@@ -1,5 +1,7 @@
 """The Mosaic GPU kernel of flash_decoding with tree masks."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,25 +38,26 @@ def causal_bits(slots: int, queries: int) -> jax.Array:
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_causal_bits_are_the_causal_mask():
     """With a window that ends among the new queries; on a GPU with others too."""
-    inputs = Inputs(slots((200, 66, 3), 5, g=1, kv_heads=1, window=3))
-    config = interpretable(2)
+    case, stretches = TREES["trees, a window, soft cap, sinks"]
+    inputs, bits = Inputs(replace(case, tree=False)), causal_bits(len(case.lengths), case.queries[0])
+    inputs.round_to(jnp.bfloat16)
     with interpreted():
         with_bits, without = (
-            run(KERNEL, inputs, jnp.bfloat16, config=config, tree_mask=bits) for bits in (causal_bits(3, 5), None)
+            run(KERNEL, inputs, jnp.bfloat16, config=interpretable(stretches), tree_mask=mask) for mask in (bits, None)
         )
     assert_the_same(with_bits, without)
 
 
 LOWERED = {
     "Llama-3-8B, a tree of 64": {"queries": 64, "kv_heads": 8, "tree": True},
-    "gpt-oss, a tree of 8": {"queries": 8, "g": 8, "head_size": 64, "window": 128, "sinks": True, "tree": True},
-    "Gemma-2, a tree of 33": {
+    "everything": {
         "queries": 33,
         "g": 2,
         "head_size": 256,
         "page_size": 16,
         "window": 100,
         "soft_cap": 50.0,
+        "sinks": True,
         "tree": True,
     },
 }
