@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import jax
+
+# Imported ahead of its first use: it adds a setting to JAX, and all that was compiled without would be compiled anew.
+from jax._src.pallas.fuser import jaxpr_fusion  # noqa: F401
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -36,6 +40,12 @@ def lower(function: Callable, *arguments: jax.Array | jax.ShapeDtypeStruct, **st
     """
     traced = jax.jit(function, static_argnames=tuple(static)).trace(*arguments, **static)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def array_shapes(function: Callable, *arguments: jax.Array | jax.ShapeDtypeStruct) -> list[tuple[int, ...]]:
+    """Of all arrays of a program, in order, those in its kernels included, without lowering them."""
+    text = str(jax.make_jaxpr(function)(*arguments))
+    return [tuple(map(int, dims.split(","))) for dims in re.findall(r"(?:\d|bool)\[([\d,]+)\]", text)]
 
 
 @contextmanager

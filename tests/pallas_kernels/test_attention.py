@@ -17,13 +17,11 @@ from tests.pallas_kernels.cases import ATOL, Case, Inputs, assert_close, oracle
 PACKAGE = Path(pallas_kernels.__file__).parent
 PAGE_EDGES = (0, 1, 7, 8, 9, 31, 64)
 PREFILL = {
-    "whole prompts": Case(PAGE_EDGES, PAGE_EDGES),
+    "whole prompts, more queries than keys": Case((*PAGE_EDGES, 3, 0), (*PAGE_EDGES, 5, 2)),
     "chunk tails, soft cap": Case((64, 41, 17, 9), (5, 13, 1, 8), g=4, soft_cap=1.5),
-    "window": Case((53, 8, 30), (19, 8, 1), window=5),
-    "window of one key, one head per group": Case((20, 3), (20, 1), window=1, g=1),
+    "window of one key, one head per group": Case((53, 8, 30, 20, 3), (19, 8, 1, 20, 1), window=1, g=1),
     "window of some pages": Case((90, 33), (9, 33), window=24, g=8),
-    "sinks, odd page size": Case((23, 0, 40), (23, 0, 2), sinks=True, window=9, page_size=5),
-    "more queries than keys": Case((3, 0, 12), (5, 2, 12), sinks=True),
+    "sinks, odd page size": Case((23, 0, 40, 3, 12), (23, 0, 2, 5, 12), sinks=True, window=9, page_size=5),
     "nothing but padding": Case((0, 0), (0, 0)),
 }
 
@@ -35,7 +33,9 @@ def test_the_reference_of_prefill_is_the_float64_loop(name):
     assert_close(found, oracle(inputs))
 
 
-@pytest.mark.parametrize("name", ["whole prompts", "window of some pages", "nothing but padding"])
+@pytest.mark.parametrize(
+    "name", ["whole prompts, more queries than keys", "window of some pages", "nothing but padding"]
+)
 def test_prefill_is_the_float64_loop(name):
     inputs = Inputs(PREFILL[name])
     assert_close(flash_attention(*inputs.arguments(), **inputs.options, return_lse=True), oracle(inputs))
@@ -55,14 +55,12 @@ def test_prefill_in_many_tiles_and_blocks(name):
 
 
 DECODE = {
-    "one query": Case((1, 7, 8, 9, 31, 64), (1,) * 6, g=4, padding=0),
-    "empty slots": Case((0, 12, 0), (1, 1, 1), padding=0, sinks=True),
+    "one query, empty slots": Case((1, 0, 7, 8, 9, 31, 64, 0), (1,) * 8, g=4, padding=0, sinks=True),
     "drafted tokens": Case((37, 4, 2, 0), (4,) * 4, padding=0, g=1),
     "window and drafted tokens": Case((61, 3, 24), (3,) * 3, padding=0, window=7, soft_cap=2.0),
     "window and sinks": Case((90, 16), (1, 1), padding=0, window=16, sinks=True, g=8),
     "trees": Case((37, 64, 9, 4, 0, 43), (9,) * 6, padding=0, tree=True, sinks=True),
-    "trees and a window": Case((61, 15, 24), (9,) * 3, padding=0, window=3, tree=True, soft_cap=2.0),
-    "trees of two words": Case((61, 90, 20), (40,) * 3, padding=0, window=50, tree=True, g=1),
+    "trees of two words, a window": Case((61, 90, 20), (40,) * 3, padding=0, window=3, tree=True, soft_cap=2.0, g=1),
 }
 
 

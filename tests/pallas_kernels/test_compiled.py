@@ -16,7 +16,7 @@ from pallas_kernels.flash_attention import problems as attention
 from pallas_kernels.flash_decoding import flash_decoding
 from pallas_kernels.flash_decoding import problems as decoding
 from pallas_kernels.models import Heads
-from tests.pallas_kernels.gpu_program import lower
+from tests.pallas_kernels.gpu_program import array_shapes
 
 HEADS = Heads(query_heads=15, kv_heads=3, head_size=24)
 KERNEL_HEADS, KERNEL_LENGTHS = Heads(query_heads=8, kv_heads=2, head_size=128), (16_384, 65_536)
@@ -67,13 +67,7 @@ def kernel_arguments(name: str, length: int):
 @pytest.mark.parametrize("name", OPS)
 def test_no_array_of_the_kernels_program_grows_with_the_square_of_the_length(name):
     """But for the comparison of tiles with tiles that sorts them, which XLA never writes to memory."""
-    shapes_of = (
-        [
-            tuple(map(int, dims[:-1].split("x")))
-            for dims in re.findall(r"tensor<((?:\d+x)+)\w+>", lower(kernel(name), *kernel_arguments(name, length)))
-        ]
-        for length in KERNEL_LENGTHS
-    )
+    shapes_of = (array_shapes(kernel(name), *kernel_arguments(name, length)) for length in KERNEL_LENGTHS)
     growth = {(math.prod(after) / math.prod(before), after) for before, after in zip(*shapes_of, strict=True)}
     linear, tiles = KERNEL_LENGTHS[1] / KERNEL_LENGTHS[0], 514
     assert any(0.99 * linear < times <= linear for times, _ in growth)

@@ -24,22 +24,20 @@ from tests.pallas_kernels.gpu_program import lower
 
 HEADS = Heads(4, 2, 64)
 CHUNKS = {
-    "whole prompts": Case((0, 1, 7, 8, 9, 31, 64), (0, 1, 7, 8, 9, 31, 64)),
-    "chunk tails": Case((64, 41, 17, 9), (5, 13, 1, 8), g=4),
+    "prompts, chunk tails, more queries than keys": Case(
+        (0, 1, 7, 8, 9, 31, 64, 64, 41, 3, 0), (0, 1, 7, 8, 9, 31, 64, 5, 13, 5, 2), g=4
+    ),
     "window": Case((53, 8, 30), (19, 8, 1), window=5),
     "window of some pages and sinks": Case((90, 33), (9, 33), window=24, g=8, sinks=True),
     "window of one key": Case((20, 3), (20, 1), window=1, g=1),
     "window beyond the table": Case((20, 3), (20, 1), window=1000),
-    "sinks, odd page size": Case((23, 0, 40), (23, 0, 2), sinks=True, page_size=5),
-    "more queries than keys": Case((3, 0, 12), (5, 2, 12), sinks=True),
+    "sinks, odd page size": Case((23, 0, 40, 3, 12), (23, 0, 2, 5, 12), sinks=True, page_size=5),
     "nothing but padding": Case((0, 0), (0, 0)),
 }
 SLOTS = {
-    "one query": Case((1, 7, 8, 9, 31, 64), (1,) * 6, g=4, padding=0),
-    "empty slots": Case((0, 12, 0), (1, 1, 1), padding=0, sinks=True),
+    "one query, empty slots, sinks": Case((1, 0, 7, 8, 9, 31, 64, 0), (1,) * 8, g=4, padding=0, sinks=True),
     "drafted tokens": Case((37, 4, 2, 0), (4,) * 4, padding=0, g=1),
-    "window": Case((61, 3, 24, 90), (1,) * 4, padding=0, window=7),
-    "window and sinks": Case((90, 16), (1, 1), padding=0, window=16, sinks=True, g=8),
+    "window": Case((61, 3, 24, 90), (1,) * 4, padding=0, window=24, g=8),
 }
 
 
@@ -86,9 +84,13 @@ MANY, ODD, ONE = (4, 16), (7, 8), (64, 1000)  # queries and keys of a tile
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        *((name, MANY) for name in CHUNKS),
-        *((name, ODD) for name in ("chunk tails", "window", "window of some pages and sinks", "sinks, odd page size")),
-        *((name, ONE) for name in ("whole prompts", "window", "window beyond the table", "more queries than keys")),
+        *(("prompts, chunk tails, more queries than keys", sizes) for sizes in (MANY, ODD, ONE)),
+        *(("window", sizes) for sizes in (MANY, ONE)),
+        *(("sinks, odd page size", sizes) for sizes in (MANY, ODD)),
+        ("window of some pages and sinks", ODD),
+        ("window of one key", MANY),
+        ("window beyond the table", ONE),
+        ("nothing but padding", MANY),
     ],
 )
 def test_tiles_of_prefill_are_the_float64_loop(attend, name, sizes):

@@ -6,7 +6,6 @@ masks, hand-overs and stores are those of the GPU.
 """
 
 import math
-import re
 import time
 from dataclasses import replace
 from functools import partial
@@ -31,7 +30,7 @@ from pallas_kernels.flash_attention.config import (
     shared_bytes,
 )
 from tests.pallas_kernels.cases import ATOL, Case, Inputs, assert_close, oracle, two_roundings
-from tests.pallas_kernels.gpu_program import interpreted, lower
+from tests.pallas_kernels.gpu_program import array_shapes, interpreted, lower
 from tests.pallas_kernels.on_a_gpu import LSE_ATOL, Launch, assert_exact, launches, untuned
 
 # Two blocks share the work, so that a block takes more than one item and its barriers go round more than once.
@@ -186,8 +185,7 @@ def test_no_array_grows_with_the_page_table(kv_dtype):
         arguments["page_table_RJ"] = jax.ShapeDtypeStruct((rows, columns), jnp.int32)
         arguments["lengths_R"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
         arguments["cu_q_R1"] = jax.ShapeDtypeStruct((rows + 1,), jnp.int32)
-        text = str(jax.make_jaxpr(partial(program, PLAIN))(arguments))
-        found = {math.prod(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)\]", text)}
+        found = {math.prod(shape) for shape in array_shapes(partial(program, PLAIN), arguments)}
         assert rows * columns in found
         return found - {rows * columns}
 

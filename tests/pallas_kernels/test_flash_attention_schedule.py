@@ -24,7 +24,7 @@ def build(cu_q, lengths, window, splits=1):
 @settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), min_size=4, max_size=4),
-    st.sampled_from([None, 1, 17, 50]),
+    st.sampled_from([None, 1, 50]),
 )
 def test_every_row_is_in_one_tile_and_every_visible_key_in_its_blocks(sequences, window):
     queries, context = np.array(sequences).T
@@ -57,7 +57,7 @@ def test_every_row_is_in_one_tile_and_every_visible_key_in_its_blocks(sequences,
 @settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.tuples(st.integers(0, 70), st.integers(0, 200)), min_size=4, max_size=4),
-    st.sampled_from([(None, 2), (None, 5), (50, 3)]),
+    st.sampled_from([(None, 5), (50, 2)]),
 )
 def test_parts_of_the_keys_of_a_tile_are_its_blocks_evenly(sequences, kind):
     (window, splits), (queries, context) = kind, np.array(sequences).T

@@ -40,14 +40,14 @@ def arguments(rng: np.random.Generator, lengths) -> tuple[jax.Array, ...]:
 
 
 LENGTHS = st.lists(st.integers(0, PAGE * COLUMNS), min_size=B, max_size=B)
-WINDOWS = st.sampled_from([None, 1, 4, 11])
+WINDOWS = st.sampled_from([None, 1, 4])
 
 
 @settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), LENGTHS, WINDOWS)
 def test_any_tree_is_that_of_the_reference(seed, lengths, window):
     rng = np.random.default_rng(seed)
-    mask = pack_tree_mask(jnp.asarray(random_paths(rng, B, Q)))
+    mask = pack_tree_mask(jnp.asarray(random_paths(rng, B, Q))).view(jnp.int32)
     given = arguments(rng, lengths)
     found, expected = (
         DECODE(*given, tree_mask_BQW=mask, window=window, implementation=name) for name in ("xla", "reference")
@@ -79,7 +79,7 @@ def test_a_node_is_a_token_behind_its_ancestors(seed, length, window, implementa
         paths.append([*(paths[parents[i]] if parents[i] >= 0 else []), i])
     seen_QC = np.array([[key in path for key in range(Q)] for path in paths])
     q, *pools, table, lengths = arguments(rng, (length,) * B)
-    mask = pack_tree_mask(jnp.asarray(np.broadcast_to(seen_QC, (B, Q, Q))))
+    mask = pack_tree_mask(jnp.asarray(np.broadcast_to(seen_QC, (B, Q, Q)))).view(jnp.int32)
     options = {"window": window, "implementation": implementation}
     out, lse = DECODE(q, *pools, table, lengths, tree_mask_BQW=mask, **options)
 

@@ -58,7 +58,7 @@ def shapes_of(problem: Problem, extras: str, out_dtype: jnp.dtype = BF16) -> Arg
 IN_THE_MODEL = {"qkv": "norm bias", "o": "residual", "up": "norm", "down": "residual", "head": "norm"}
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 16, 64])
+@pytest.mark.parametrize("tokens", [1, 16, 64])
 @pytest.mark.parametrize("name", LLAMA_3_8B)
 def test_real_shapes_lower(name, tokens):
     given = shapes_of(PROBLEMS[f"llama-3-8b {name} M={tokens}"], IN_THE_MODEL[name], F32 if name == "head" else BF16)
