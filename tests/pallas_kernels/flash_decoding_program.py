@@ -25,7 +25,7 @@ def slots(lengths: tuple[int, ...], queries: int = 1, **sizes) -> Case:
     return Case(lengths, (queries,) * len(lengths), padding=0, **{"head_size": 64, "page_size": 64} | sizes)
 
 
-# With the number of stretches: one has all units, some have parts of several, one unit is spread over many.
+# With the number of stretches: some have parts of several units, one unit is spread over many.
 CAUSAL = {
     # These four in one program, of which only the lengths differ.
     "lengths around a page, units cut between stretches": (slots((200, 0, 64, 1, 129), room=300), 8),
@@ -36,16 +36,14 @@ CAUSAL = {
         slots((200, 3, 65, 0, 12), 5, kv_heads=1, page_size=16, soft_cap=2.0, sinks=True), 5,
     ),
     "a window over pages": (slots((300, 40, 131), 2, page_size=16, window=70, sinks=True), 4),
-    "a window of one key, one stretch": (slots((300, 64), page_size=32, window=1, g=5, kv_heads=1), 1),
     "more rows than a block, 71 heads on one, pages of two tiles": (
         slots((150,), 2, g=71, kv_heads=1, page_size=128), 2,
     ),
 }  # fmt: skip
 TREES = {
     "trees": (slots((200, 0, 70, 129, 4), 6, kv_heads=1, tree=True, page_size=16), 3),
-    "trees, a window, soft cap, sinks": (slots((300, 66, 131), 7, tree=True, window=5, soft_cap=2.0, sinks=True), 4),
-    "trees of three words over three tiles in blocks of rows": (
-        slots((193, 100), 91, kv_heads=1, tree=True, window=70), 3,
+    "trees of three words over three tiles in blocks of rows, a window, soft cap, sinks": (
+        slots((193, 100), 91, kv_heads=1, tree=True, window=45, soft_cap=2.0, sinks=True), 4,
     ),
 }  # fmt: skip
 

@@ -38,15 +38,16 @@ def check_quantized(inputs: Inputs, dtype, kv_dtype, **config):
 CUT = CAUSAL["lengths around a page, units cut between stretches"]
 QUANTIZED = {
     "int8": (CUT, jnp.bfloat16, "int8"),
-    "fp8": (CAUSAL["a window over pages"], jnp.bfloat16, "float8_e4m3fn"),
     "fp8, drafted tokens": (
         CAUSAL["drafted tokens, more queries than keys, soft cap, sinks"], jnp.float16, "float8_e4m3fn",
     ),
     "fp8, trees in blocks of rows": (
-        TREES["trees of three words over three tiles in blocks of rows"], jnp.bfloat16, "float8_e4m3fn",
+        TREES["trees of three words over three tiles in blocks of rows, a window, soft cap, sinks"], jnp.bfloat16,
+        "float8_e4m3fn",
     ),
-    "fp8, heads of 96 in pages of 8": (
-        (slots((200, 0, 70), g=3, kv_heads=1, head_size=96, page_size=8), 2), jnp.bfloat16, "float8_e4m3fn",
+    "fp8, heads of 96 in pages of 8, a window over pages": (
+        (slots((300, 40, 131, 0), 2, g=3, kv_heads=1, head_size=96, page_size=8, window=70, sinks=True), 4),
+        jnp.bfloat16, "float8_e4m3fn",
     ),
     "int8, heads of 256 in pages of 128, more rows than a block": (
         (slots((150,), 2, g=71, kv_heads=1, head_size=256, page_size=128), 2), jnp.float16, "int8",
@@ -138,14 +139,8 @@ def test_threads_hold_the_operands_that_the_tensor_cores_read(head_size, monkeyp
 
 
 LOWERED = {
-    "Llama-3-8B, fp8, 8 drafted tokens in pages of 16": {
-        "kv_dtype": "float8_e4m3fn",
-        "queries": 8,
-        "kv_heads": 8,
-        "page_size": 16,
-    },
     "Phi-3-mini, int8": {"head_size": 96, "g": 1, "kv_heads": 8, "kv_dtype": "int8", "dtype": jnp.float16},
-    "lookahead, int8": {"queries": 120, "page_size": 128, "dtype": jnp.float16, "kv_dtype": "int8"},
+    "lookahead, fp8": {"queries": 120, "page_size": 128, "dtype": jnp.float16, "kv_dtype": "float8_e4m3fn"},
     "fp8, a tree of 3, a window, sinks": {
         "queries": 3,
         "g": 3,

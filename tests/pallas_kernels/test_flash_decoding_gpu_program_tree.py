@@ -38,7 +38,7 @@ def causal_bits(slots: int, queries: int) -> jax.Array:
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_causal_bits_are_the_causal_mask():
     """With a window that ends among the new queries; on a GPU with others too."""
-    case, stretches = TREES["trees, a window, soft cap, sinks"]
+    case, stretches = TREES["trees of three words over three tiles in blocks of rows, a window, soft cap, sinks"]
     inputs, bits = Inputs(replace(case, tree=False)), causal_bits(len(case.lengths), case.queries[0])
     inputs.round_to(jnp.bfloat16)
     with interpreted():
