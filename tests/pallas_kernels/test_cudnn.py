@@ -85,8 +85,8 @@ MANY, ODD, ONE = (4, 16), (7, 8), (64, 1000)  # queries and keys of a tile
     ("name", "sizes"),
     [
         *(("prompts, chunk tails, more queries than keys", sizes) for sizes in (MANY, ODD, ONE)),
-        *(("window", sizes) for sizes in (MANY, ONE)),
-        *(("sinks, odd page size", sizes) for sizes in (MANY, ODD)),
+        ("window", MANY),
+        ("sinks, odd page size", ODD),
         ("window of some pages and sinks", ODD),
         ("window of one key", MANY),
         ("window beyond the table", ONE),
