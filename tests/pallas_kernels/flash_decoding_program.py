@@ -43,7 +43,7 @@ CAUSAL = {
 TREES = {
     "trees": (slots((200, 0, 70, 129, 4), 6, kv_heads=1, tree=True, page_size=16), 3),
     "trees of three words over three tiles in blocks of rows, a window, soft cap, sinks": (
-        slots((193, 100), 91, kv_heads=1, tree=True, window=45, soft_cap=2.0, sinks=True), 4,
+        slots((193, 100), 91, g=1, kv_heads=1, tree=True, window=45, soft_cap=2.0, sinks=True), 4,
     ),
 }  # fmt: skip
 

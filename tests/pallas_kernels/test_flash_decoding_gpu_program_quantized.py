@@ -46,11 +46,11 @@ QUANTIZED = {
         "float8_e4m3fn",
     ),
     "fp8, heads of 96 in pages of 8, a window over pages": (
-        (slots((300, 40, 131, 0), 2, g=3, kv_heads=1, head_size=96, page_size=8, window=70, sinks=True), 4),
+        (slots((210, 20, 0), 2, g=3, kv_heads=1, head_size=96, page_size=8, window=130, sinks=True), 2),
         jnp.bfloat16, "float8_e4m3fn",
     ),
     "int8, heads of 256 in pages of 128, more rows than a block": (
-        (slots((150,), 2, g=71, kv_heads=1, head_size=256, page_size=128), 2), jnp.float16, "int8",
+        (slots((150,), 2, g=33, kv_heads=1, head_size=256, page_size=128), 2), jnp.float16, "int8",
     ),
 }  # fmt: skip
 

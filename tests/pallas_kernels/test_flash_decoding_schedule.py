@@ -160,11 +160,11 @@ def test_a_schedule_of_another_gpu_is_named():
 
 
 def test_calls_share_a_schedule():
-    q_BQNH, k_PSKH, v_PSKH, table_BJ, lengths_B = arguments(slots=3)
-    config = Config(2, stages=2, interpretable=True)
-    shared = make_schedule(lengths_B, queries=1, window=None, units=2, stretches=4)
+    q_BQNH, k_PSKH, v_PSKH, table_BJ, lengths_B = arguments(slots=3, heads=4, kv_heads=1)
+    config = Config(1, stages=2, interpretable=True)
     run = partial(mosaic_gpu.flash_decoding, sinks_N=None, options=Options(0.125), config=config)
     with interpreted():
+        shared = make_schedule(lengths_B, queries=1, window=None, units=1, stretches=2)
         for k, v in ((k_PSKH, v_PSKH), (v_PSKH, k_PSKH)):
             results = (run(q_BQNH, PagedKV(k, v), table_BJ, lengths_B, schedule=given) for given in (shared, None))
             for x, y in zip(*results, strict=True):

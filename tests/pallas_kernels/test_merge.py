@@ -19,6 +19,8 @@ KEYS, WIDTH, PARTS = 48, 8, 5
 CUTS = st.lists(st.integers(0, KEYS), min_size=PARTS - 1, max_size=PARTS - 1).map(sorted)
 SEEN, SEEDS, SPREAD = st.integers(0, KEYS), st.integers(0, 2**16), st.sampled_from([1.0, 30.0])
 
+merged, merge_two = jax.jit(_merged, static_argnums=3), jax.jit(cudnn._merge)
+
 
 def attention(scores: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.float64]:
     """Of one query in float64: its output and log-sum-exp, 0 and -inf where it sees nothing."""
@@ -71,7 +73,7 @@ def test_parts_of_a_unit_of_decoding_join(cuts, seen, seed, spread):
 def test_parts_of_the_keys_of_prefill_merge(cuts, seen, seed, spread):
     outs, lses, scores, values, sink = drawn(cuts, seen, seed, spread)
     parts = jnp.asarray(outs)[:, None, None], jnp.asarray(lses)[:, None, None]
-    plain, sunk = (_merged(*parts, sinks, jnp.float32) for sinks in (None, jnp.full(1, sink)))
+    plain, sunk = (merged(*parts, sinks, jnp.float32) for sinks in (None, jnp.full(1, sink)))
     assert_close([x[0, 0] for x in plain], attention(scores, values), atol=spread * ATOL)
     assert_close([x[0, 0] for x in sunk], with_a_sink(scores, values, sink), atol=spread * ATOL)
 
@@ -82,7 +84,7 @@ def test_blocks_of_keys_of_cudnn_merge(cuts, seen, seed, spread):
     outs, lses, scores, values, _ = drawn(cuts, seen, seed, spread)
     whole = cudnn.Part(outs[0][None, None, None], lses[0][None, None, None])
     for out, lse in zip(outs[1:], lses[1:], strict=True):
-        whole = cudnn._merge(whole, cudnn.Part(out[None, None, None], lse[None, None, None]))
+        whole = merge_two(whole, cudnn.Part(out[None, None, None], lse[None, None, None]))
     assert_close([x[0, 0, 0] for x in whole], attention(scores, values), atol=spread * ATOL)
 
 
