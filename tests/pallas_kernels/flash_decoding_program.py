@@ -32,10 +32,9 @@ CAUSAL = {
     "empty slots, more stretches than tiles": (slots((0, 30, 0, 70, 0), room=300), 8),
     "one slot over many stretches": (slots((0, 0, 300, 0, 0), room=300), 8),
     "nothing but empty slots": (slots((0, 0, 0, 0, 0), room=300), 8),
-    "drafted tokens, more queries than keys, soft cap, sinks": (
-        slots((200, 3, 65, 0, 12), 5, kv_heads=1, page_size=16, soft_cap=2.0, sinks=True), 5,
+    "drafted tokens, more queries than keys, a window over pages, soft cap, sinks": (
+        slots((300, 3, 65, 0, 131), 5, page_size=16, window=70, soft_cap=2.0, sinks=True), 5,
     ),
-    "a window over pages": (slots((300, 40, 131), 2, page_size=16, window=70, sinks=True), 4),
     "more rows than a block, 71 heads on one, pages of two tiles": (
         slots((150,), 2, g=71, kv_heads=1, page_size=128), 2,
     ),

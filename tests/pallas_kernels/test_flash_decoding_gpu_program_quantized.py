@@ -38,15 +38,12 @@ def check_quantized(inputs: Inputs, dtype, kv_dtype, **config):
 CUT = CAUSAL["lengths around a page, units cut between stretches"]
 QUANTIZED = {
     "int8": (CUT, jnp.bfloat16, "int8"),
-    "fp8, drafted tokens": (
-        CAUSAL["drafted tokens, more queries than keys, soft cap, sinks"], jnp.float16, "float8_e4m3fn",
-    ),
     "fp8, trees in blocks of rows": (
         TREES["trees of three words over three tiles in blocks of rows, a window, soft cap, sinks"], jnp.bfloat16,
         "float8_e4m3fn",
     ),
-    "fp8, heads of 96 in pages of 8, a window over pages": (
-        (slots((210, 20, 0), 2, g=3, kv_heads=1, head_size=96, page_size=8, window=130, sinks=True), 2),
+    "fp8, heads of 96 in pages of 8, a window over pages, more queries than keys": (
+        (slots((210, 20, 0, 1), 2, g=3, kv_heads=1, head_size=96, page_size=8, window=130, sinks=True), 2),
         jnp.bfloat16, "float8_e4m3fn",
     ),
     "int8, heads of 256 in pages of 128, more rows than a block": (
