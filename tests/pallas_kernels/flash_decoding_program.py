@@ -35,6 +35,7 @@ CAUSAL = {
     "drafted tokens, more queries than keys, a window over pages, soft cap, sinks": (
         slots((300, 3, 65, 0, 131), 5, page_size=16, window=70, soft_cap=2.0, sinks=True), 5,
     ),
+    "a window of one key": (slots((300, 64), g=5, kv_heads=1, page_size=32, window=1), 2),
     "more rows than a block, 71 heads on one, pages of two tiles": (
         slots((150,), 2, g=71, kv_heads=1, page_size=128), 2,
     ),
@@ -42,7 +43,7 @@ CAUSAL = {
 TREES = {
     "trees": (slots((200, 0, 70, 129, 4), 6, kv_heads=1, tree=True, page_size=16), 3),
     "trees of three words over three tiles in blocks of rows, a window, soft cap, sinks": (
-        slots((193, 100), 91, g=1, kv_heads=1, tree=True, window=45, soft_cap=2.0, sinks=True), 4,
+        slots((193, 100), 91, g=1, kv_heads=1, tree=True, window=20, soft_cap=2.0, sinks=True), 4,
     ),
 }  # fmt: skip
 
