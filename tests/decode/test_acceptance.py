@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 
 from jaxinfer.decode import sampling
 from jaxinfer.decode.forward import Forward
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.slots import SlotState, empty_slots
-from jaxinfer.decode.speculative import Proposal, verify
+from jaxinfer.decode.speculative import verify
 from jaxinfer.decode.speculative.autoregressive import draft
 from jaxinfer.parallel import make_mesh
+from tests.decode.placed import placed
 
 VOCAB, TOKENS, SLOTS, DRAFTS = 4, 3, 2048, 2
 NOTHING = -1e9  # a logit that no draw takes
@@ -28,14 +30,14 @@ REQUESTS = {
 }
 MODEL_VV = np.random.default_rng(0).normal(scale=1.5, size=(VOCAB, VOCAB)).astype(np.float32)
 MODEL_VV[0, 2] = NOTHING
-HALVES_VV = np.where(np.arange(VOCAB) < VOCAB // 2, MODEL_VV, NOTHING)
+HALVES_VV = np.where(np.arange(VOCAB) < VOCAB // 2, MODEL_VV, NOTHING).astype(np.float32)
 # Logits after each token: of the model, and of the draft.
 DRAFT_MODELS = {
-    "random": (MODEL_VV, np.random.default_rng(1).normal(scale=2, size=(VOCAB, VOCAB))),
-    "uniform": (MODEL_VV, np.zeros((VOCAB, VOCAB))),
+    "random": (MODEL_VV, np.random.default_rng(1).normal(scale=2, size=(VOCAB, VOCAB)).astype(np.float32)),
+    "uniform": (MODEL_VV, np.zeros((VOCAB, VOCAB), np.float32)),
     "identical": (MODEL_VV, MODEL_VV),
     "disjoint": (HALVES_VV, HALVES_VV[:, ::-1]),
-    "deterministic": (MODEL_VV, np.where(np.eye(VOCAB), 0, NOTHING)),
+    "deterministic": (MODEL_VV, np.where(np.eye(VOCAB), 0, NOTHING).astype(np.float32)),
 }
 
 
@@ -64,13 +66,14 @@ def start(params: SamplingParams, seed: int) -> SlotState:
     """Every slot has the same request, with a seed of its own, and token 0 before its output."""
     state = empty_slots(SLOTS, 1, 1, VOCAB)
     rows = packed(params, SLOTS)
-    rows["seed_B"] = seed * SLOTS + jnp.arange(SLOTS, dtype=jnp.uint32)
-    return replace(
+    rows["seed_B"] = seed * SLOTS + np.arange(SLOTS, dtype=np.uint32)
+    state = replace(
         state,
-        active_B=jnp.ones(SLOTS, bool),
-        max_tokens_B=jnp.full(SLOTS, params.max_tokens, jnp.int32),
+        active_B=np.ones(SLOTS, bool),
+        max_tokens_B=np.full(SLOTS, params.max_tokens, np.int32),
         sampling=replace(state.sampling, **rows),
     )
+    return placed(state)
 
 
 def packed(params: SamplingParams, rows: int) -> dict[str, jax.Array]:
@@ -79,13 +82,16 @@ def packed(params: SamplingParams, rows: int) -> dict[str, jax.Array]:
     return {name: jnp.asarray(np.tile(value, (rows,) + (1,) * value.ndim)) for name, value in row.items()}
 
 
-@partial(jax.jit, static_argnames=("needs", "coupled"))
-def speculative_step(state: SlotState, model_VV, draft_VV, needs: sampling.Needs, coupled: bool = False):
+def speculative_step(state: SlotState, model_VV, draft_VV, needs: sampling.Needs, coupled=False, lies=False):
+    """A draft that lies says of what it drew that it was from a uniform distribution."""
+    return _speculative_step(state, model_VV, draft_VV, lies, needs, coupled)
+
+
+@partial(jax.jit, static_argnums=(4, 5))
+def _speculative_step(state: SlotState, model_VV, draft_VV, lies: jax.Array, needs: sampling.Needs, coupled: bool):
     proposal, _ = draft(TABLE, [draft_VV], (), state, needs, DRAFTS, catch_up=False, coupled=coupled)
-    return verified(state, model_VV, proposal, needs)
-
-
-def verified(state: SlotState, model_VV, proposal: Proposal, needs: sampling.Needs):
+    if not coupled:
+        proposal = proposal._replace(kept_BkV=jnp.where(lies, 0.0, proposal.kept_BkV))
     tokens_BQ = jnp.concatenate([state.token_B[:, None], proposal.drafts_Bk], axis=1)
     return verify(state, model_VV[tokens_BQ.reshape(-1)], proposal, needs)
 
@@ -103,6 +109,9 @@ def outputs(state: SlotState, step) -> tuple[np.ndarray, float]:
     return found_BT, accepted / proposed
 
 
+kept = jax.jit(sampling.kept, static_argnums=3)
+
+
 def joint(model_VV: np.ndarray, params: SamplingParams) -> np.ndarray:
     """The probability of every three tokens, [V, V, V], from the sampler's of one after the other."""
     paths = np.array(list(product(range(VOCAB), repeat=TOKENS)))
@@ -113,10 +122,8 @@ def joint(model_VV: np.ndarray, params: SamplingParams) -> np.ndarray:
         state = replace(
             sampling.empty(len(paths), VOCAB), **packed(params, len(paths)), counts_BV=jnp.asarray(counts_PV)
         )
-        kept_PV = sampling.kept(
-            jnp.asarray(model_VV[before]), state, jnp.full(len(paths), index, jnp.int32), needs(params)
-        )
-        whole *= np.asarray(jax.nn.softmax(kept_PV))[np.arange(len(paths)), paths[:, index]]
+        kept_PV = kept(jnp.asarray(model_VV[before]), state, jnp.full(len(paths), index, jnp.int32), needs(params))
+        whole *= scipy.special.softmax(kept_PV, axis=1)[np.arange(len(paths)), paths[:, index]]
     return whole.reshape((VOCAB,) * TOKENS)
 
 
@@ -135,10 +142,9 @@ def probability(found_BT: np.ndarray, expected_VVV: np.ndarray) -> float:
 def test_outputs_have_the_distribution_of_the_model(request_):
     """The probabilities of a chi-square are uniform over drafts and seeds."""
     params, found = REQUESTS[request_], []
-    for model_VV, draft_VV in DRAFT_MODELS.values():
-        tables = jnp.asarray(model_VV, jnp.float32), jnp.asarray(draft_VV, jnp.float32)
+    for tables in DRAFT_MODELS.values():
         step = lambda state, tables=tables: speculative_step(state, *tables, needs(params))  # noqa: E731
-        expected_VVV = joint(np.asarray(model_VV, np.float32), params)
+        expected_VVV = joint(tables[0], params)
         found += [probability(outputs(start(params, seed), step)[0], expected_VVV) for seed in range(4)]
     assert min(found) > 1e-4
     assert scipy.stats.kstest(found, "uniform").pvalue > 1e-3
@@ -147,8 +153,8 @@ def test_outputs_have_the_distribution_of_the_model(request_):
 def test_as_many_proposals_count_as_any_exact_rule_allows():
     """The overlap of both distributions, which is the chance of a proposal that follows a token."""
     params = REQUESTS["temperature"]
-    model_VV, draft_VV = (jnp.asarray(table_VV, jnp.float32) for table_VV in DRAFT_MODELS["random"])
-    p_VV, q_VV = (np.asarray(jax.nn.softmax(table_VV / params.temperature)) for table_VV in (model_VV, draft_VV))
+    model_VV, draft_VV = DRAFT_MODELS["random"]
+    p_VV, q_VV = (scipy.special.softmax(table_VV / params.temperature, axis=1) for table_VV in (model_VV, draft_VV))
     overlap = np.minimum(p_VV, q_VV)
     first = overlap[0].sum()
     both = (overlap[0] * overlap.sum(axis=1)).sum()
@@ -164,33 +170,26 @@ def test_as_many_proposals_count_as_any_exact_rule_allows():
 
 def test_a_draft_like_the_model_is_always_right():
     params = REQUESTS["filters and penalties"]
-    tables = (jnp.asarray(MODEL_VV),) * 2
-    step = lambda state: speculative_step(state, *tables, needs(params))  # noqa: E731
+    step = lambda state: speculative_step(state, MODEL_VV, MODEL_VV, needs(params))  # noqa: E731
     assert outputs(start(params, 5), step)[1] == 1.0
 
 
 def test_a_draft_that_lies_about_its_draws_is_found():
     """The tests above can fail: with probabilities that are not those of the draws, outputs are others."""
     params = REQUESTS["temperature"]
-    model_VV, draft_VV = (jnp.asarray(table_VV, jnp.float32) for table_VV in DRAFT_MODELS["random"])
-
-    @jax.jit
-    def step(state):
-        proposal, _ = draft(TABLE, [draft_VV], (), state, needs(params), DRAFTS, catch_up=False, coupled=False)
-        return verified(
-            state, model_VV, Proposal(proposal.drafts_Bk, jnp.zeros_like(proposal.kept_BkV)), needs(params)
-        )
-
-    assert probability(outputs(start(params, 0), step)[0], joint(np.asarray(model_VV), params)) < 1e-6
+    model_VV, draft_VV = DRAFT_MODELS["random"]
+    step = lambda state: speculative_step(state, model_VV, draft_VV, needs(params), lies=True)  # noqa: E731
+    assert probability(outputs(start(params, 0), step)[0], joint(model_VV, params)) < 1e-6
 
 
 def test_greedy_rows_take_what_is_likeliest():
     """Also beside others that draw."""
     params = REQUESTS["temperature"]
-    state = start(params, 3)
     greedy_B = np.arange(SLOTS) % 2 == 0
-    state = replace(state, sampling=replace(state.sampling, temperature_B=jnp.where(greedy_B, 0.0, 1.0)))
-    model_VV, draft_VV = (jnp.asarray(table_VV, jnp.float32) for table_VV in DRAFT_MODELS["random"])
+    temperature_B = np.where(greedy_B, 0, 1).astype(np.float32)
+    state = start(params, 3)
+    state = placed(replace(state, sampling=replace(state.sampling, temperature_B=temperature_B)))
+    model_VV, draft_VV = DRAFT_MODELS["random"]
     found_BT, _ = outputs(state, lambda state: speculative_step(state, model_VV, draft_VV, needs(params)))
     expected, token = [], 0
     for _ in range(TOKENS):
