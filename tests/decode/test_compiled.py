@@ -25,6 +25,7 @@ SLOTS, PAGE, CONTEXT, TOKENS, LAYERS = 8, 7, 77, 64, 2
 ODD = CONFIG | {"num_attention_heads": 15, "num_key_value_heads": 3, "head_dim": 24, "hidden_size": 40,
                 "intermediate_size": 56, "max_position_embeddings": CONTEXT}  # fmt: skip
 EVEN = CONFIG | {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": CONTEXT}
+FULL, SLIDING = (ODD | {"num_hidden_layers": 1, "layer_types": [f"{kind}_attention"]} for kind in ("full", "sliding"))
 PROGRAMS = [(which, dtype) for which in ("step", "loop") for dtype in ("float32", "int8", "float8_e4m3fn")]
 
 
@@ -109,17 +110,19 @@ def test_every_cache_leaf_is_updated_in_place(alone):
 
 def a_draft() -> DraftModel:
     """Of one layer, with heads that the model has not."""
-    config = ODD | {"num_hidden_layers": 1, "layer_types": ["full_attention"], "num_attention_heads": 11}
-    model = Model(read_config(config | {"num_key_value_heads": 1}), make_mesh(1))
+    config = FULL | {"num_attention_heads": 11, "num_key_value_heads": 1}
+    model = Model(read_config(config), make_mesh(1))
     return DraftModel("small", 3, model=model, params=list(model.parameters.values()))
 
 
 @pytest.mark.parametrize("needs", [sampling.GREEDY, sampling.UNFILTERED], ids=lambda needs: needs.level)
 @pytest.mark.parametrize(
-    "method", [PromptLookup(3), EarlyExit(3, 1), a_draft()], ids=lambda method: type(method).__name__
+    ("method", "config"),
+    [(PromptLookup(3), SLIDING), (EarlyExit(3, 1), ODD), (a_draft(), FULL)],
+    ids=["PromptLookup", "EarlyExit", "DraftModel"],
 )
-def test_a_loop_that_speculates_moves_no_cache_and_asks_no_host(method, needs):
-    loop = compiled("loop", ODD, speculation=method, needs=needs)
+def test_a_loop_that_speculates_moves_no_cache_and_asks_no_host(method, config, needs):
+    loop = compiled("loop", config, speculation=method, needs=needs)
     pools = {array.size for array in jax.tree.leaves(loop.cache)}
     weights = [*loop.model.parameters.values(), *method.weights]
     assert moved(loop.text, pools | {math.prod(leaf.shape) for leaf in weights if len(leaf.shape) > 1}) == []
@@ -145,21 +148,22 @@ def test_temporary_memory_does_not_grow_with_the_pool(alone):
     assert large.executable.memory_analysis().alias_size_in_bytes >= cache
 
 
-@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
-@pytest.mark.parametrize("which", ["step", "loop"])
-def test_temporary_memory_grows_with_the_context_by_page_tables_alone(which, cache_dtype):
+@pytest.mark.parametrize(
+    ("which", "cache_dtype", "config"),
+    [("step", "float32", FULL), ("step", "int8", SLIDING), ("loop", "float32", SLIDING), ("loop", "int8", FULL)],
+    ids=lambda value: value if isinstance(value, str) else value["layer_types"][0],
+)
+def test_temporary_memory_grows_with_the_context_by_page_tables_alone(which, cache_dtype, config):
     """Beyond one block of keys, which XLA gathers at a time. A table is gathered by the slots of the prefill, and
-    padded to whole blocks; each cache group has its own."""
-    short, long = (
-        compiled(which, ODD, num_pages=29, cache_dtype=cache_dtype, context=context) for context in (16_384, 131_072)
-    )
+    padded to whole blocks."""
+    short, long = (compiled(which, config, cache_dtype=cache_dtype, context=context) for context in (16_384, 131_072))
     small, grown = (each.executable.memory_analysis().temp_size_in_bytes for each in (short, long))
     tables = sum(array.nbytes for array in jax.tree.leaves(long.state.tables))
     assert grown - small <= 3 * tables
 
 
 def test_the_sampler_updates_its_state_in_place():
-    sample = compiled("sample", ODD)
+    sample = compiled("sample", FULL)
     aliased = re.findall(r"\{(\d+)\}: \((\d+), \{\}", sample.text.splitlines()[0])
     assert aliased == [(str(index), str(index)) for index in range(len(jax.tree.leaves(sample.state)))]
 
@@ -175,7 +179,7 @@ def widest_sort(text: str) -> int:
 def test_the_vocabulary_is_sorted_for_filters_alone(which):
     """Neither a temperature nor penalties nor log-probabilities ask for it; an argmax is one pass."""
     vocab = 3001
-    texts = [compiled(which, ODD | {"vocab_size": vocab}, needs=needs).text for needs in WARM]
+    texts = [compiled(which, FULL | {"vocab_size": vocab}, needs=needs).text for needs in WARM]
     greedy, unfiltered, everything = map(widest_sort, texts)
     assert (greedy, everything) == (0, vocab)
     assert 0 < unfiltered < vocab // 2

@@ -35,6 +35,9 @@ IDLE = len(SLOTS)  # one more slot, of nobody
 NEEDS = sampling.needs([*SLOTS, SamplingParams(logprobs=2)])
 
 
+admitted = jax.jit(admit)
+
+
 def new_state(seed: int) -> SlotState:
     """Every slot has a prompt of three tokens in the cache, and a first token of its output."""
     state = empty_slots(len(SLOTS) + 1, 1, 2, VOCAB, TEXT)
@@ -45,7 +48,12 @@ def new_state(seed: int) -> SlotState:
             (np.zeros(2, np.int32),), np.int32(0), np.int32(params.max_tokens),
             sampling.pack(params, [EOS], seed + slot), np.array(prompt, np.int32), np.full(1, -1, np.int32), text_T,
         )  # fmt: skip
-        state = admit(state, slot, row)
+        state = admitted(state, np.int32(slot), row)
+    return begun(state)
+
+
+@jax.jit
+def begun(state: SlotState) -> SlotState:
     first = sampling.sample(jnp.zeros((len(SLOTS) + 1, VOCAB)), state.sampling, state.index_B, NEEDS)
     begins_B = jnp.arange(IDLE + 1) < IDLE
     return advance(state, first, begins_B, jnp.full(IDLE + 1, START, jnp.int32))
@@ -53,7 +61,7 @@ def new_state(seed: int) -> SlotState:
 
 def table(seed: int) -> jax.Array:
     """The model: logits by the token before."""
-    return jnp.asarray(np.random.default_rng(seed).normal(scale=2, size=(VOCAB, VOCAB)), jnp.float32)
+    return jnp.asarray(np.random.default_rng(seed).normal(scale=2, size=(VOCAB, VOCAB)).astype(np.float32))
 
 
 @jax.jit
@@ -69,7 +77,7 @@ def verified_step(state: SlotState, logits_VV: jax.Array, drafts_Bk: jax.Array):
 
 
 def assert_slot_equal(found: SlotState, expected: SlotState, slot: int) -> None:
-    pick = partial(jax.tree.map, lambda x_B: np.asarray(x_B[slot]))
+    pick = partial(jax.tree.map, lambda x_B: x_B[slot])
     jax.tree.map(np.testing.assert_array_equal, pick(found), pick(expected))
 
 
@@ -84,6 +92,7 @@ def test_verified_steps_are_plain_steps(seed, quality):
         after, sampled = plain_step(plain[-1], logits_VV)
         plain.append(after)
         draws.append(sampled)
+    plain, draws = jax.device_get((plain, draws))
     tokens_nB = np.stack([draw.tokens_W for draw in draws])
     taken = np.zeros(len(SLOTS) + 1, int)  # plain steps that every slot has made
     for _ in range(5):
@@ -92,18 +101,19 @@ def test_verified_steps_are_plain_steps(seed, quality):
         drafts_Bk = np.where(rng.random(right_Bk.shape) < quality, right_Bk, wrong_Bk).astype(np.int32)
         agreed_B = np.cumprod(drafts_Bk == right_Bk, axis=1).sum(axis=1)
         was_active_B = np.asarray(state.active_B)
-        state, sampled_QB, emits_QB = verified_step(state, logits_VV, jnp.asarray(drafts_Bk))
-        brought_B = np.asarray(emits_QB).sum(axis=0)
+        state, *drawn = verified_step(state, logits_VV, jnp.asarray(drafts_Bk))
+        after, sampled_QB, emits_QB = jax.device_get((state, *drawn))
+        brought_B = emits_QB.sum(axis=0)
         for slot in range(len(SLOTS)):
             for step in range(brought_B[slot]):
                 jax.tree.map(partial(_assert_draw, slot, step), sampled_QB, draws[taken[slot] + step])
-            assert_slot_equal(state, plain[taken[slot] + brought_B[slot]], slot)
-            ended = not state.active_B[slot]
+            assert_slot_equal(after, plain[taken[slot] + brought_B[slot]], slot)
+            ended = not after.active_B[slot]
             assert brought_B[slot] == 0 if not was_active_B[slot] else brought_B[slot] <= agreed_B[slot] + 1
             assert ended or brought_B[slot] == agreed_B[slot] + 1  # all that agreed, and one more
         assert brought_B[IDLE] == 0
         taken += brought_B
-    assert (~np.asarray(state.active_B)).sum() >= 2
+    assert (~after.active_B).sum() >= 2
 
 
 def _assert_draw(slot: int, step: int, found_QB, expected_B) -> None:
@@ -144,9 +154,6 @@ def drawing(slots: int) -> SlotState:
         row = Admission((np.zeros(2, np.int32),), np.int32(0), np.int32(2**20), sampler, none_T, none_T)
         state = admitted(state, np.int32(slot), row)
     return replace(state, active_B=jnp.ones(slots, bool))
-
-
-admitted = jax.jit(admit)
 
 
 @partial(jax.jit, static_argnums=2)
@@ -202,7 +209,7 @@ def test_a_continuation_goes_round():
 
 def test_the_method_reads_the_text_of_the_slots():
     state = replace(new_state(0), text_BT=jnp.asarray(np.tile([7, 8, 5, 7, 0, 0], (len(SLOTS) + 1, 1)), jnp.int32))
-    proposal, _ = PromptLookup(2, 3).propose(FORWARD, [], NEEDS, state, ())
+    proposal, _ = jax.jit(lambda state: PromptLookup(2, 3).propose(FORWARD, [], NEEDS, state, ()))(state)
     assert proposal.drafts_Bk[:IDLE].tolist() == [[8, 5]] * IDLE
 
 
