@@ -25,6 +25,9 @@ TABLE_BJ = np.array([[9, 2, 11, 5], [4, 13, 1, 0]], np.int32)
 LENGTHS = [13, 6]  # tokens of each sequence, the step's own included
 
 
+quantized = jax.jit(quantize, static_argnums=1)
+
+
 def positions_of(slot: int, count: int) -> np.ndarray:
     """Where the first tokens of a sequence lie in the flat pool."""
     at = np.arange(count)
@@ -74,7 +77,7 @@ def test_writing_quantizes_the_named_slots_alone(dtype):
     for array, found_PKS, new_TKH in (
         (pages.k_PSKH, pages.k_scales_PKS, k_TKH), (pages.v_PSKH, pages.v_scales_PKS, v_TKH)
     ):  # fmt: skip
-        values_TKH, scales_TK = quantize(jnp.asarray(new_TKH), jnp.dtype(dtype))
+        values_TKH, scales_TK = quantized(new_TKH, jnp.dtype(dtype))
         flat = np.asarray(numbers(array).astype(jnp.float32)).reshape(-1, KV_HEADS, SIZE)
         np.testing.assert_array_equal(flat[write_T], values_TKH.astype(jnp.float32))
         assert (np.delete(flat, write_T, axis=0) == rest).all()
@@ -83,15 +86,15 @@ def test_writing_quantizes_the_named_slots_alone(dtype):
         assert np.isnan(np.delete(by_slot, write_T, axis=0)).all()
 
 
-VECTORS = st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=8)
+VECTORS = st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=SIZE, max_size=SIZE)
 
 
 @given(vector=VECTORS, dtype=st.sampled_from(list(LARGEST)))
 def test_a_quantized_number_is_off_by_half_a_step_at_most(vector, dtype):
     """float8 has three bits after the first, down to steps of 2^-9; the division rounds once more."""
     x_H = np.array(vector, np.float32)
-    values_TKH, scales_TK = quantize(jnp.asarray(x_H)[None, None], jnp.dtype(dtype))
-    values_H, scale = np.asarray(values_TKH[0, 0], np.float64), float(scales_TK[0, 0])
+    values_TKH, scales_TK = quantized(x_H[None, None], jnp.dtype(dtype))
+    values_H, scale = np.asarray(values_TKH, np.float64)[0, 0], float(np.asarray(scales_TK)[0, 0])
     assert scale >= SMALLEST_SCALE
     assert np.abs(values_H).max() <= LARGEST[dtype]
     exact_H = x_H.astype(np.float64) / scale
@@ -101,8 +104,8 @@ def test_a_quantized_number_is_off_by_half_a_step_at_most(vector, dtype):
 
 @pytest.mark.parametrize("dtype", LARGEST)
 def test_zeros_stay_zeros_and_what_is_not_finite_is_not_hidden(dtype):
-    x_TKH = jnp.array([[[0.0, 0.0]], [[1e-45, 0.0]], [[jnp.nan, 1.0]], [[jnp.inf, 1.0]]], jnp.float32)
-    values_TKH, scales_TK = quantize(x_TKH, jnp.dtype(dtype))
+    x_TKH = np.array([[[0, 0]], [[1e-45, 0]], [[np.nan, 1]], [[np.inf, 1]]], np.float32)
+    values_TKH, scales_TK = quantized(x_TKH, jnp.dtype(dtype))
     stored = np.asarray(values_TKH.astype(jnp.float32) * scales_TK[..., None])[:, 0]
     np.testing.assert_array_equal(stored[:2], 0)
     assert np.isnan(stored[2:]).any(axis=1).all()
@@ -146,11 +149,16 @@ def test_tokens_are_written_behind_what_their_sequence_has():
     assert rows["tokens_W"].tolist()[:2] == [1, 6]
     assert rows["lengths_W"].tolist()[:2] == [13, 6]
 
-    batch, rows = make_rectangle(taken(state, jnp.array([1, 0, 3, 3], jnp.int32)), PAGE)
+    @jax.jit
+    def rectangle(state, slots_B):
+        batch, rows = make_rectangle(taken(state, slots_B), PAGE)
+        return batch, vars(rows)
+
+    batch, rows = rectangle(state, np.array([1, 0, 3, 3], np.int32))
     assert batch.views[0].write_T.tolist() == [NULL_PAGE, positions_of(0, 13)[12], NULL_PAGE, NULL_PAGE]
     assert batch.views[0].decode_lengths_B.tolist() == [0, 13, 0, 0]
     assert (batch.tokens_T.tolist(), batch.positions_T.tolist()) == ([0, 70, 0, 0], [0, 12, 0, 0])
-    assert rows.emits_W.tolist() == [False, True, False, False]
+    assert rows["emits_W"].tolist() == [False, True, False, False]
 
 
 def contiguous(q_TNH, k_UKH, v_UKH, window: int | None) -> np.ndarray:
@@ -168,13 +176,14 @@ def as_stored(x_TKH: np.ndarray, dtype: str) -> np.ndarray:
     """What a cache of that dtype gives back."""
     if dtype not in LARGEST:
         return x_TKH
-    values_TKH, scales_TK = quantize(jnp.asarray(x_TKH), jnp.dtype(dtype))
+    values_TKH, scales_TK = quantized(x_TKH, jnp.dtype(dtype))
     return np.asarray(values_TKH, np.float32) * np.asarray(scales_TK)[..., None]
 
 
-@pytest.mark.parametrize("dtype", ["float32", *LARGEST])
-@pytest.mark.parametrize("window", [None, 5])
-def test_pages_equal_a_contiguous_cache(window, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "window"), [("float32", None), ("float32", 5), ("int8", 5), ("float8_e4m3fn", None)]
+)
+def test_pages_equal_a_contiguous_cache(dtype, window):
     """One token decoded beside four prefilled, on two devices; all that is not theirs is NaN.
 
     Quantized, the step's own tokens too are read as they were stored.
@@ -192,7 +201,7 @@ def test_pages_equal_a_contiguous_cache(window, dtype):
         old = [len(own) - len(new) for own, new in zip(k, q, strict=True)]
         at_T = jnp.asarray(np.concatenate([positions_of(slot, count) for slot, count in enumerate(old)]), jnp.int32)
         first = lambda sequences: np.concatenate([own[:count] for own, count in zip(sequences, old, strict=True)])  # noqa: E731
-        return write(Pages(*pools), at_T, jnp.asarray(first(k)), jnp.asarray(first(v)))
+        return jax.jit(write)(Pages(*pools), at_T, first(k), first(v))
 
     def step(sequences) -> jax.Array:
         """This step's tokens, with one row of padding."""

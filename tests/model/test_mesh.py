@@ -33,7 +33,7 @@ SHAPE = {
 }
 OLMO2 = SHAPE | {"architectures": ["Olmo2ForCausalLM"]}
 GPT_OSS = SHAPE | {"architectures": ["GptOssForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2,
-                   "sliding_window": 5}  # fmt: skip
+                   "sliding_window": 5, "num_hidden_layers": 1}  # fmt: skip
 PROMPTS = [[5, 9, 3, 7, 60, 1, 2, 33, 8], [11, 4, 44]]
 
 
@@ -45,7 +45,7 @@ def dense() -> tuple[dict, ModelConfig]:
 
 
 def mixture() -> tuple[dict, ModelConfig]:
-    """Experts, sinks, biases, and alternating windows."""
+    """Experts, sinks, biases, and a window on its only layer."""
     return GPT_OSS, read_config(GPT_OSS)
 
 
