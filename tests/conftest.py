@@ -51,6 +51,14 @@ def pytest_configure(config):
     jax.config.update("jax_default_matmul_precision", "highest")
 
 
+@pytest.fixture
+def one_rectangle(monkeypatch):
+    """Steps that decode have one program, for all slots: there are fewer to compile."""
+    from jaxinfer.engine import buckets
+
+    monkeypatch.setattr(buckets, "SPARED", (1, *buckets.SPARED))
+
+
 def pytest_collection_modifyitems(items):
     import jax
 

@@ -41,7 +41,7 @@ def test_the_requests_end_in_every_way(alone):
     assert len(alone[3].outputs[0].token_ids) > 5
 
 
-def test_the_batch_does_not_matter(alone, tmp_path_factory):
+def test_the_batch_does_not_matter(one_rectangle, alone, tmp_path_factory):
     root = tmp_path_factory.getbasetemp()
     four_at_a_time, two_at_a_time = warm_llm(root), LLM(tiny_folder(root), options=FEW)
     for llm in (four_at_a_time, two_at_a_time):

@@ -25,7 +25,7 @@ FEW = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "page_size": 8, "num_pag
 
 
 @pytest.mark.parametrize("dtype", LARGEST)
-def test_the_batch_does_not_matter(dtype, tmp_path_factory):
+def test_the_batch_does_not_matter(one_rectangle, dtype, tmp_path_factory):
     folder = tiny_folder(tmp_path_factory.getbasetemp())
     alone = LLM(folder, options=replace(ALONE, cache_dtype=dtype))
     expected = [alone.generate([prompt], params)[0] for prompt, params in REQUESTS]

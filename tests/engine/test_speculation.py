@@ -163,7 +163,7 @@ def small_draft(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("method", ["draft", "early-exit"])
-def test_coupled_drafts_never_change_an_output(tmp_path_factory, small_draft, method):
+def test_coupled_drafts_never_change_an_output(one_rectangle, tmp_path_factory, small_draft, method):
     """Greedy and sampled, preempted and shared, beside prompts that come in chunks."""
     root = tmp_path_factory.getbasetemp()
     methods = {"draft": DraftModel(small_draft, 2, coupled=True), "early-exit": EarlyExit(2, 1, coupled=True)}

@@ -1,14 +1,21 @@
-"""One server with the embedded demo model, for the modules that `tests/conftest.py` keeps in one process."""
+"""One server, for the modules that `tests/conftest.py` keeps in one process."""
 
 import openai
 import pytest
 
 from tests.serve.running import serving
+from tests.serve.shallow import write_shallow
 
 
 @pytest.fixture(scope="session")
-def server():
-    with serving(max_waiting=4) as running:
+def folder(tmp_path_factory):
+    """The served checkpoint."""
+    return write_shallow(tmp_path_factory.mktemp("served") / "demo")
+
+
+@pytest.fixture(scope="session")
+def server(folder):
+    with serving(str(folder), served_model_name="demo", max_waiting=4) as running:
         yield running
 
 

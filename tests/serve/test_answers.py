@@ -1,4 +1,4 @@
-"""The server as OpenAI's own client sees it: over a real socket, against the embedded demo model."""
+"""The server as OpenAI's own client sees it: over a real socket."""
 
 import asyncio
 from collections import defaultdict
@@ -16,7 +16,7 @@ CASES = {
     "greedy": ("def fibonacci(n):", {"max_tokens": 24, "temperature": 0}, {}),
     "sampled": ("import os\n", {"max_tokens": 20, "temperature": 0.9, "top_p": 0.9, "seed": 7}, {"top_k": 40}),
     "several": ("class Stack:", {"max_tokens": 12, "n": 3, "seed": 11}, {"min_p": 0.05}),
-    "stop": ("def f(x):", {"max_tokens": 40, "temperature": 0, "stop": ["return", "never"]},
+    "stop": ("def f(x):", {"max_tokens": 40, "temperature": 0, "stop": ["y =", "never"]},
              {"min_tokens": 1, "priority": -1}),
     "logprobs": ("for i in", {"max_tokens": 9, "temperature": 0, "logprobs": 3}, {"ignore_eos": True}),
     "penalties": ("x = [1, 2", {"max_tokens": 12, "temperature": 0, "frequency_penalty": 1.0, "logit_bias": {"7": -5}},
@@ -25,9 +25,9 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def llm():
+def llm(folder):
     """One request at a time: what the server runs together must be the same."""
-    return LLM(dtype=DTYPE, options=Options(**OPTIONS | {"max_num_seqs": 1}))
+    return LLM(folder, dtype=DTYPE, options=Options(**OPTIONS | {"max_num_seqs": 1}))
 
 
 @pytest.fixture(scope="module")

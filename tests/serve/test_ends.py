@@ -25,7 +25,7 @@ HEADERS = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def long_folder(tmp_path_factory):
     """A model of one layer and a long context."""
     config = ONE_LAYER | {"max_position_embeddings": CONTEXT}
     return str(write_checkpoint(tmp_path_factory.mktemp("long") / "model", config))
@@ -56,10 +56,10 @@ def begin(server, body):
     return connection, response, response.readline()
 
 
-def test_a_server_with_a_key_and_tls_and_the_death_of_its_engine(folder):
+def test_a_server_with_a_key_and_tls_and_the_death_of_its_engine(long_folder):
     context = ssl.create_default_context(cafile=PEM)
     options = {"api_key": KEY, "ssl_certfile": PEM, "ssl_keyfile": PEM, "served_model_name": "tiny"}
-    with serving(folder, **options, context=context, steps_per_dispatch=1) as server:
+    with serving(long_folder, **options, context=context, steps_per_dispatch=1) as server:
         assert server.url.startswith("https://127.0.0.1:")
         for wrong in (
             {},
@@ -91,8 +91,8 @@ def test_a_server_with_a_key_and_tls_and_the_death_of_its_engine(folder):
     assert "error: the engine process was ended by SIGKILL" in "".join(server.said)
 
 
-def test_a_request_that_outlasts_the_deadline_is_told_so(folder):
-    with serving(folder, shutdown_timeout=0, steps_per_dispatch=1) as server:
+def test_a_request_that_outlasts_the_deadline_is_told_so(long_folder):
+    with serving(long_folder, shutdown_timeout=0, steps_per_dispatch=1) as server:
         connection, response, _ = begin(server, LONG)
         server.process.send_signal(signal.SIGTERM)
         *_, error, _, _ = response.read().split(b"\n\n")

@@ -1,4 +1,4 @@
-"""The page at `/` as a reader sees it: in Chromium without a screen, against the demo model."""
+"""The page at `/` as a reader sees it: in Chromium without a screen."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Structured outputs as OpenAI's own client asks for them, of the demo model at temperature 1."""
+"""Structured outputs as OpenAI's own client asks for them, at temperature 1."""
 
 import asyncio
 import json
