@@ -24,12 +24,12 @@ ALONE = Options(
 FEW = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "page_size": 8, "num_pages": 22, "steps_per_dispatch": 7}
 
 
-@pytest.mark.parametrize("dtype", LARGEST)
-def test_the_batch_does_not_matter(one_rectangle, dtype, tmp_path_factory):
+def test_the_batch_does_not_matter(one_rectangle, tmp_path_factory):
+    """The engine does the same with both dtypes; what a token's scale depends on, `tests.test_cache` asks of both."""
     folder = tiny_folder(tmp_path_factory.getbasetemp())
-    alone = LLM(folder, options=replace(ALONE, cache_dtype=dtype))
+    alone = LLM(folder, options=replace(ALONE, cache_dtype="int8"))
     expected = [alone.generate([prompt], params)[0] for prompt, params in REQUESTS]
-    together = LLM(folder, options=Options(**FEW, cache_dtype=dtype))
+    together = LLM(folder, options=Options(**FEW, cache_dtype="int8"))
     for order in (1, -1):
         assert together.generate(*zip(*REQUESTS[::order], strict=True)) == expected[::order]
         assert_clean(together)
