@@ -157,7 +157,7 @@ class Bench:
                 steps=self.subject.steps, needs=needs([GREEDY]), speculate=self.layout.drafts > 0,
             )  # fmt: skip
         assert output is not None
-        assert np.asarray(output.emits_nW)[:: 1 + self.layout.drafts].all()
+        assert np.asarray(output.emits_nW)[:: 1 + self.layout.depth].all()
 
 
 def memory_statistics() -> dict[str, int]:

@@ -7,6 +7,8 @@ is an axis of length one, save in `R1`.
 |---|---|
 | B | slots: sequences that decode, or may |
 | Q | queries of a slot that decodes |
+| k | tokens that are proposed to follow the newest of a slot |
+| d | places on a path of a tree of proposed tokens, that of the newest token first |
 | R | sequences of the ragged prefill |
 | R1 | R + 1: the first row of each of them, and the end of the last |
 | T | tokens of a step, flat: what decodes first, then the ragged prefill |

@@ -10,11 +10,13 @@ import pytest
 
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.decode.speculative import Speculation
 from jaxinfer.decode.step import Layout, Programs
 from jaxinfer.engine import Options
 from jaxinfer.llm import LLM
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
+from tests.decode.branching import Branching
 from tests.decode.test_compiled import moved
 from tests.golden.load import load_demo
 
@@ -23,19 +25,21 @@ TRIED_DTYPES = ("bfloat16", "int8", "float8_e4m3fn")
 LLAMA = Path(__file__).parents[1] / "configs" / "models" / "llama-3-8b"
 
 
-def decode_loop(num_pages: int, cache_dtype: str, slots: int = 16):
+def decode_loop(num_pages: int, cache_dtype: str, slots: int = 16, speculation: Speculation | None = None):
     """Two layers of Llama-3-8B in bfloat16: the compiled loop, the model and the cache."""
     config = read_config(LLAMA)
     model = Model(dataclasses.replace(config, layers=config.layers[:2]), make_mesh(), context=400)
-    programs = Programs(model, Layout(slots, 16, (num_pages,), 400, cache_dtype))
+    programs = Programs(model, Layout(slots, 16, (num_pages,), 400, cache_dtype, speculation=speculation))
     state, cache = programs.new_state()
     given = (list(model.parameters.values()), state, cache, np.arange(slots, dtype=np.int32))
-    return programs.lower_loop(*given, steps=4, needs=Needs("greedy", 0)).compile(), model, cache
+    asked = {"steps": 4, "needs": Needs("greedy", 0), "speculate": speculation is not None}
+    return programs.lower_loop(*given, **asked).compile(), model, cache
 
 
+@pytest.mark.parametrize("speculation", [None, Branching()], ids=["plain", "tree"])
 @pytest.mark.parametrize("dtype", TRIED_DTYPES)
-def test_a_decode_step_of_real_shapes_moves_no_cache_and_no_weight(dtype):
-    executable, model, cache = decode_loop(401, dtype)
+def test_a_decode_step_of_real_shapes_moves_no_cache_and_no_weight(dtype, speculation):
+    executable, model, cache = decode_loop(401, dtype, speculation=speculation)
     pools = {array.size for array in jax.tree.leaves(cache)}
     weights = {math.prod(leaf.shape) for leaf in model.parameters.values() if len(leaf.shape) > 1}
     assert moved(executable.as_text(), pools | weights) == []

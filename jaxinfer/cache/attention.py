@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from jaxinfer.cache.pages import Pages, View
 from jaxinfer.cache.quantized import numbers, quantize
 from jaxinfer.parallel import TENSOR, attend
 from pallas_kernels.blockwise import as_moved
 from pallas_kernels.flash_attention import flash_attention
-from pallas_kernels.flash_decoding import flash_decoding, plan
+from pallas_kernels.flash_decoding import flash_decoding, pack_tree_mask, plan
 
 
 def attend_pages(
@@ -94,6 +94,11 @@ def scheduled(
     return replace(view, schedule=schedule)
 
 
+def tree_mask(seen_QQ: Bool[Array, "Q Q"], slots: int) -> UInt32[Array, "B Q W"]:
+    """Whether each of a slot's tokens in the rectangle sees each, as `View.tree_mask_BQW`, the same for all slots."""
+    return jnp.tile(pack_tree_mask(seen_QQ[None]), (slots, 1, 1))
+
+
 def write(
     pages: Pages, write_T: Int32[Array, "T"], k_TKH: Float[Array, "T K H"], v_TKH: Float[Array, "T K H"]
 ) -> Pages:
@@ -114,10 +119,42 @@ def _stored(pool_PSKH, scales_PKS, write_T, new_TKH):
     else:
         values_TKH, scales_TK = quantize(new_TKH, numbers(pool_PSKH).dtype)
         values_TKH = as_moved(values_TKH)
-        _, K, S = scales_PKS.shape
-        row_TK = (write_T // S * K)[:, None] + jnp.arange(K, dtype=jnp.int32)[None]
-        at_TK = row_TK * S + (write_T % S)[:, None]
+        at_TK = _scale_index(write_T, scales_PKS)
         scales_P = scales_PKS.reshape(-1).at[at_TK].set(scales_TK, unique_indices=True)
         scales_PKS = scales_P.reshape(scales_PKS.shape)
     flat = pool_PSKH.reshape(-1, *pool_PSKH.shape[2:])
     return flat.at[write_T].set(values_TKH, unique_indices=True).reshape(pool_PSKH.shape), scales_PKS
+
+
+def move(pages: Pages, from_T: Int32[Array, "T"], to_T: Int32[Array, "T"]) -> Pages:
+    """Copies keys and values, as they are stored, from some slots to others, on every device's own heads. All are read
+    before any is written.
+
+    Args:
+        from_T, to_T: page x page size + slot, as in `View.write_T`; those of the null page stand for no copy.
+    """
+    specs: Any = jax.tree.map(lambda pool: jax.typeof(pool).sharding.spec, pages)
+    return attend(_moved, (specs, P(), P()), specs, pages, from_T, to_T)
+
+
+def _moved(pages, from_T, to_T):
+    def numbers_of(pool_PSKH):
+        flat = pool_PSKH.reshape(-1, *pool_PSKH.shape[2:])
+        return flat.at[to_T].set(flat[from_T], unique_indices=True).reshape(pool_PSKH.shape)
+
+    def scales_of(scales_PKS):
+        flat = scales_PKS.reshape(-1)
+        to_TK, from_TK = (_scale_index(at_T, scales_PKS) for at_T in (to_T, from_T))
+        return flat.at[to_TK].set(flat[from_TK], unique_indices=True).reshape(scales_PKS.shape)
+
+    k_PSKH, v_PSKH = numbers_of(pages.k_PSKH), numbers_of(pages.v_PSKH)
+    if pages.k_scales_PKS is None or pages.v_scales_PKS is None:
+        return Pages(k_PSKH, v_PSKH)
+    return Pages(k_PSKH, v_PSKH, scales_of(pages.k_scales_PKS), scales_of(pages.v_scales_PKS))
+
+
+def _scale_index(at_T: jax.Array, scales_PKS: jax.Array) -> jax.Array:
+    """Where the scales of slots of pages lie in the flat array, [T, K]."""
+    _, K, S = scales_PKS.shape
+    row_TK = (at_T // S * K)[:, None] + jnp.arange(K, dtype=jnp.int32)[None]
+    return row_TK * S + (at_T % S)[:, None]

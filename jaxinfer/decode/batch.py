@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.cache import NULL_PAGE, Pages, View, attend_pages, scheduled
+from jaxinfer.cache import NULL_PAGE, Pages, View, attend_pages, scheduled, tree_mask
 from jaxinfer.decode.slots import SlotState
+from jaxinfer.decode.tree import Tree
 from jaxinfer.model.attention import Scores
 
 Array = jax.Array | np.ndarray
@@ -171,20 +172,25 @@ def make_rectangle(state: SlotState, page_size: int) -> tuple[Batch, Rows]:
     return batch, Rows(slots_B, active_B, lengths_B)
 
 
-def make_drafted(state: SlotState, drafts_Bk: jax.Array, page_size: int) -> Batch:
+def make_drafted(state: SlotState, drafts_Bk: jax.Array, page_size: int, tree: Tree | None = None) -> Batch:
     """Lays out a step of each slot that is active, without chunks: slot by slot its newest token, then those proposed
-    to follow."""
+    to follow. Their keys are written in this order; of a tree, each has the position of its depth, and sees its path
+    and the text before."""
     slots, queries = drafts_Bk.shape[0], drafts_Bk.shape[1] + 1
     flat = lambda x_BQ: jnp.broadcast_to(x_BQ, (slots, queries)).reshape(-1)  # noqa: E731
     slot_T = flat(jnp.arange(slots, dtype=jnp.int32)[:, None])
     active_T = state.active_B[slot_T]
-    position_T = flat(state.length_B[:, None] + jnp.arange(queries, dtype=jnp.int32)[None])
+    place_T = position_T = flat(state.length_B[:, None] + jnp.arange(queries, dtype=jnp.int32)[None])
+    mask_BQW = None
+    if tree is not None:
+        position_T = flat(state.length_B[:, None] + tree.depth_Q[None])
+        mask_BQW = tree_mask(jnp.asarray(tree.seen_QQ), slots)
     tokens_T = flat(jnp.concatenate([state.token_B[:, None], drafts_Bk], axis=1))
     lengths_B = jnp.where(state.active_B, state.length_B + queries, 0)
 
     def view(table_BJ: jax.Array) -> View:
-        write_T = _slot_index(table_BJ, slot_T, position_T, active_T, page_size)
-        return _decode_view(table_BJ, write_T, lengths_B, queries)
+        write_T = _slot_index(table_BJ, slot_T, place_T, active_T, page_size)
+        return _decode_view(table_BJ, write_T, lengths_B, queries, mask_BQW)
 
     return Batch(
         tokens_T=jnp.where(active_T, tokens_T, 0),
@@ -193,7 +199,34 @@ def make_drafted(state: SlotState, drafts_Bk: jax.Array, page_size: int) -> Batc
     )
 
 
-def _decode_view(table_BJ: jax.Array, write_T: jax.Array, lengths_B: jax.Array, queries: int = 1) -> View:
+def accepted_moves(
+    state: SlotState, rows_Bd: jax.Array, taken_B: jax.Array, page_size: int
+) -> tuple[tuple[jax.Array, jax.Array], ...]:
+    """What brings the keys of accepted tokens of a tree to their places in the text.
+
+    Args:
+        state: of the slots before the step.
+        rows_Bd: rows of the path that was taken; see `Tree`.
+        taken_B: how many of these count.
+
+    Returns:
+        of every cache group where each key is and where it belongs, as `cache.move` takes it.
+    """
+    place_Bd = jnp.broadcast_to(jnp.arange(1, rows_Bd.shape[1], dtype=jnp.int32), rows_Bd[:, 1:].shape)
+    slot_T = jnp.repeat(jnp.arange(len(rows_Bd), dtype=jnp.int32), place_Bd.shape[1])
+    valid_T = (place_Bd < taken_B[:, None]).reshape(-1)
+
+    def at(table_BJ: jax.Array, offset_Bd: jax.Array) -> jax.Array:
+        place_T = (state.length_B[:, None] + offset_Bd).reshape(-1)
+        return _slot_index(table_BJ, slot_T, place_T, valid_T, page_size)
+
+    return tuple((at(table_BJ, rows_Bd[:, 1:]), at(table_BJ, place_Bd)) for table_BJ in state.tables)
+
+
+def _decode_view(
+    table_BJ: jax.Array, write_T: jax.Array, lengths_B: jax.Array, queries: int = 1,
+    tree_mask_BQW: jax.Array | None = None,
+) -> View:  # fmt: skip
     """Of a step without chunks."""
     return View(
         write_T=write_T,
@@ -203,6 +236,7 @@ def _decode_view(table_BJ: jax.Array, write_T: jax.Array, lengths_B: jax.Array, 
         prefill_starts_R1=jnp.zeros(1, jnp.int32),
         prefill_lengths_R=jnp.zeros(0, jnp.int32),
         queries=queries,
+        tree_mask_BQW=tree_mask_BQW,
     )
 
 

@@ -19,9 +19,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.stages import Lowered
 
-from jaxinfer.cache import make_cache
+from jaxinfer.cache import make_cache, move
 from jaxinfer.decode import sampling, slots
-from jaxinfer.decode.batch import Rows, StepInput, make_batch, make_drafted, make_rectangle
+from jaxinfer.decode.batch import Rows, StepInput, accepted_moves, make_batch, make_drafted, make_rectangle
 from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.masks import WORD
 from jaxinfer.decode.packing import packed, unpacked
@@ -29,7 +29,7 @@ from jaxinfer.decode.prompt_logprobs import PromptLogprobs, prompt_logprobs
 from jaxinfer.decode.sampling import Needs, Sampled
 from jaxinfer.decode.sampling_params import MAX_LOGPROBS, SamplingParams
 from jaxinfer.decode.slots import Admission, SlotState
-from jaxinfer.decode.speculative import Pool, Speculation, drafts_of, verify
+from jaxinfer.decode.speculative import Pool, Speculation, beyond_of, depth_of, drafts_of, tree_of, verify
 from jaxinfer.model import Model, Params
 
 VOCABULARY_CHUNK = 8192
@@ -44,7 +44,7 @@ class StepOutput:
 
     Attributes:
         sampled: the choice for every step (leading axis n) and row: a slot, or in a loop of some slots one of these.
-            A step that speculates has k + 1 places on that axis, one for each token that it may bring.
+            A step that speculates has more places on that axis, one for each token that it may bring.
         emits_nW: rows whose token counts.
         prompt: log-probabilities of each row's next token in tiles of `SCORED`; empty where nobody asked for them.
     """
@@ -83,6 +83,16 @@ class Layout:
         return drafts_of(self.speculation)
 
     @property
+    def depth(self) -> int:
+        """How many of these may be right: of a tree, those of its longest path."""
+        return depth_of(self.speculation)
+
+    @property
+    def beyond(self) -> int:
+        """Tokens by which a slot needs more pages for proposals than for the longest text that they may bring."""
+        return beyond_of(self.speculation)
+
+    @property
     def pages_per_row(self) -> int:
         """With room for what is proposed after the last token."""
         return -(-(self.max_tokens + self.drafts) // self.page_size)
@@ -103,6 +113,7 @@ class Programs:
     def __init__(self, model: Model, layout: Layout):
         self.model, self.layout, self.traces = model, layout, Counter[str]()
         self.forward = Forward(model, layout.page_size, layout.cache_dtype, layout.attention)
+        self._tree, self._pools = tree_of(layout.speculation), pools_of(model, layout.speculation)
         donated = ("state", "cache")
         self._step = jax.jit(self._traced_step, static_argnames=("tokens", "decode"), donate_argnames=("cache",))
         self._sample = jax.jit(self._traced_sample, static_argnames=("needs",), donate_argnames=("state",))
@@ -123,9 +134,10 @@ class Programs:
         )
         whole = jax.tree.map(lambda array: NamedSharding(model.mesh, P(*[None] * array.ndim)), empty)
         state = jax.device_put(empty, whole)
-        pools = pools_of(model, layout.speculation)
         dtype, sizes = layout.cache_dtype, (layout.num_pages, layout.page_size)
-        made = [make_cache(model.mesh, (pool.group,), *sizes, pool.kv_slots, pool.head_size, dtype) for pool in pools]
+        made = [
+            make_cache(model.mesh, (pool.group,), *sizes, pool.kv_slots, pool.head_size, dtype) for pool in self._pools
+        ]
         return state, tuple(pages for (pages,) in made)
 
     def step(
@@ -267,7 +279,7 @@ class Programs:
         body = partial(self._speculative if speculate else self._plain, params, needs)
         (own, cache), (sampled, emits_nW) = jax.lax.scan(body, (own, cache), length=steps)
         if speculate:
-            places = steps * (1 + self.layout.drafts)
+            places = steps * (1 + self.layout.depth)
             sampled, emits_nW = jax.tree.map(lambda x: x.reshape(places, *x.shape[2:]), (sampled, emits_nW))
         state = slots.put_back(state, slots_B, own, sampled.tokens_W, emits_nW) if some else own
         return state, cache, StepOutput(sampled, emits_nW, ())
@@ -293,17 +305,25 @@ class Programs:
         return (state, cache), (sampled, rows.emits_W)
 
     def _speculative(self, params, needs: Needs, carry, _):
-        """A step of a loop: up to k + 1 tokens for each slot that is active."""
+        """A step of a loop: one token for each slot that is active, and those before it that were right."""
         state, cache = carry
         assert self.layout.speculation is not None
         with jax.named_scope("speculation"):
             proposal, cache = self.layout.speculation.propose(self.forward, params, needs, state, cache)
-        batch = make_drafted(state, proposal.drafts_Bk, self.layout.page_size)
+        batch = make_drafted(state, proposal.drafts_Bk, self.layout.page_size, self._tree)
         cache, logits_WV, _ = self.forward(params, cache, batch, jnp.arange(len(batch.tokens_T), dtype=jnp.int32))
         with jax.named_scope("sampling"):
             logits_WV = jax.sharding.reshard(logits_WV, P(None, None))
-            state, sampled_QW, emits_QW = verify(state, logits_WV, proposal, needs)
-        return (state, cache), (sampled_QW, emits_QW)
+            after, sampled, emits_dB, rows_Bd = verify(state, logits_WV, proposal, needs, self._tree)
+        if self._tree is not None:
+            cache = self._in_place(state, cache, rows_Bd, emits_dB.sum(axis=0, dtype=jnp.int32))
+        return (after, cache), (sampled, emits_dB)
+
+    @jax.named_scope("accepted")
+    def _in_place(self, state: SlotState, cache: Cache, rows_Bd: jax.Array, taken_B: jax.Array) -> Cache:
+        """The cache with the keys and values of the path that was taken through a tree one after the other."""
+        moves = accepted_moves(state, rows_Bd, taken_B, self.layout.page_size)
+        return tuple(move(pages, *moves[pool.group]) for pages, pool in zip(cache, self._pools, strict=True))
 
     @jax.named_scope("sampling")
     def _draw(self, state: SlotState, logits_WV: jax.Array, rows: Rows, needs: Needs) -> tuple[SlotState, Sampled]:

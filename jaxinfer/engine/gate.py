@@ -17,7 +17,8 @@ import math
 
 import numpy as np
 
-from jaxinfer.decode.step import Layout
+from jaxinfer.decode.speculative import tree_of
+from jaxinfer.decode.step import Layout, pools_of
 from jaxinfer.engine.buckets import rectangle
 from jaxinfer.engine.budget import Times, attends_whole_rows, step_times
 from jaxinfer.engine.options import Options
@@ -31,6 +32,7 @@ PROBES_APART = 64  # programs at the least, of those that could have proposed an
 PROBES_COST = 0.01  # of the time of the programs between two probes, at the most
 # Small kernels beside the model's: those of a search in the text, and for each draw, by estimate and not timed.
 SEARCH, DRAW = 9, 4
+MOVE = 4  # kernels for each layer of the cache, in which the keys and values of a tree's accepted tokens are moved
 
 
 class Gate:
@@ -38,16 +40,19 @@ class Gate:
 
     def __init__(
         self, layout: Layout, times: Times | None, whole_rows: bool = False,
-        proposing: tuple[tuple[Times, int], ...] = (),
+        proposing: tuple[tuple[Times, int], ...] = (), layers: int = 0,
     ):  # fmt: skip
         """Args:
         times: None proposes always, if there is a method.
         whole_rows: whether decoding reads every slot's whole row of pages, whatever it holds.
         proposing: of each forward pass of a proposal, with its queries of each slot.
+        layers: of the cache, in which accepted tokens are moved.
         """
-        self._drafts, self._slots, self._times, self._proposing = layout.drafts, layout.slots, times, proposing
+        self._drafts, self._depth, self._slots = layout.drafts, layout.depth, layout.slots
+        self._times, self._proposing = times, proposing
+        self._kernels = SEARCH + DRAW * (1 + layout.depth) + MOVE * layers
         self._whole_row = layout.pages_per_row * layout.page_size if whole_rows else None
-        self._brought_Q = np.full(self._drafts + 1, float(OPTIMISM))
+        self._brought_Q = np.full(self._depth + 1, float(OPTIMISM))
         self._plainly = 0  # programs since the last that proposed
 
     @property
@@ -61,13 +66,14 @@ class Gate:
         return float(self._brought_Q.sum() / self._brought_Q[0])
 
     def drafts(self, decoding: list[Sequence]) -> int:
-        """Tokens that the next program proposes for each of these in a step: as many as the method does, or none."""
+        """Proposed tokens that a step of the next program may bring each of these: as many as the method allows, or
+        none, where nothing is to be proposed."""
         if not self._drafts or self._times is None:
-            return self._drafts
+            return self._depth
         pair = self.predicted(decoding)
         if pair.speedup(self.tokens) > 1 or self._probes(pair.cost):
             self._plainly = 0
-            return self._drafts
+            return self._depth
         self._plainly += 1
         return 0
 
@@ -93,12 +99,12 @@ class Gate:
         verifying = times.rest(slots * queries, slots * queries) + times.decoding(longer, queries)
         for own, each in self._proposing:
             verifying += own.rest(slots * each, slots) + own.decoding(longer, each)
-        return Verification(plain, verifying + times.kernels(SEARCH + DRAW * queries))
+        return Verification(plain, verifying + times.kernels(self._kernels))
 
     def _probes(self, cost: float) -> bool:
         """Whether it is time to see what proposals bring; never where they would lose even if all were right."""
         apart = max(PROBES_APART, math.ceil((cost - 1) / PROBES_COST))
-        return cost < self._drafts + 1 and self._plainly >= apart
+        return cost < self._depth + 1 and self._plainly >= apart
 
 
 def predicted_gate(model: Model, layout: Layout, options: Options) -> Gate:
@@ -108,4 +114,5 @@ def predicted_gate(model: Model, layout: Layout, options: Options) -> Gate:
     passes = layout.speculation.passes(model)
     own = {one.config: step_times(model, layout, one.config) for one in passes}
     proposing = tuple((own[one.config], one.queries) for one in passes)
-    return Gate(layout, step_times(model, layout), attends_whole_rows(layout), proposing)
+    layers = 0 if tree_of(layout.speculation) is None else len(pools_of(model, layout.speculation))
+    return Gate(layout, step_times(model, layout), attends_whole_rows(layout), proposing, layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxinfer.cache import page_bytes
-from jaxinfer.decode.speculative import Speculation
+from jaxinfer.decode.speculative import Speculation, beyond_of
 from jaxinfer.decode.step import Layout, pools_of
 from jaxinfer.engine.options import Options
 from jaxinfer.machine import host_memory
@@ -30,7 +30,8 @@ def make_layout(model: Model, options: Options) -> Layout:
         num_pages = (options.num_pages,) * len(windows)
     else:
         ahead = max(options.max_num_batched_tokens, options.most_ahead)
-        longest = [most_pages(model.context, options.page_size, window, ahead) for window in windows]
+        tokens = model.context + beyond_of(options.speculation)
+        longest = [most_pages(tokens, options.page_size, window, ahead) for window in windows]
         wanted = tuple(options.max_num_seqs * pages + 1 for pages in longest)
         num_pages = fitting_pages(model, options.page_size, dtype, wanted, options.speculation)
     return Layout(

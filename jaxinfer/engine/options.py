@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 from jaxinfer.cache import CACHE_DTYPES
-from jaxinfer.decode.speculative import Speculation, drafts_of
+from jaxinfer.decode.speculative import Speculation, beyond_of, depth_of
 from jaxinfer.decode.step import SCORED
 
 SMALLEST_BUCKET = SCORED  # the larger ones are whole multiples: one program scores all prompts
@@ -88,7 +88,7 @@ class Options:
     @property
     def most_ahead(self) -> int:
         """Tokens of the next program, and those before it that a sequence may have in the cache or not."""
-        return self.steps_per_dispatch * (1 + drafts_of(self.speculation) * IN_FLIGHT)
+        return self.steps_per_dispatch * (1 + depth_of(self.speculation) * IN_FLIGHT) + beyond_of(self.speculation)
 
 
 def _is_integer(value: object) -> bool:

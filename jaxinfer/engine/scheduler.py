@@ -38,7 +38,7 @@ class Plan:
         chunks: of texts that are prefilled; empty for a loop of decode steps.
         decoding: sequences that get a token in each step.
         steps: decode steps; 1 beside chunks.
-        drafts: tokens that each of these proposes.
+        drafts: proposed tokens that each of these may bring.
     """
 
     released: list[int]
@@ -66,7 +66,7 @@ class Scheduler:
         self, layout: Layout, windows: tuple[int | None, ...], options: Options, counters: Counters | None = None,
         budget: Budget | None = None, gate: Gate | None = None, clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
-        self.slots, self.options, self.clock = layout.slots, options, clock
+        self.slots, self.beyond, self.options, self.clock = layout.slots, layout.beyond, options, clock
         self.budget = budget or Budget(layout, options, times=None)
         self.gate = gate or Gate(layout, times=None)
         self.counters = counters or Counters()
@@ -84,7 +84,7 @@ class Scheduler:
             return [f"priority = {request.priority!r} must be an integer"]
         size, ahead = self.paging.page_size, self.options.most_ahead
         for group, pool in enumerate(self.paging.pools):
-            if (needed := self.paging.most(group, request.capacity, ahead)) > pool.usable:
+            if (needed := self.paging.most(group, request.capacity + self.beyond, ahead)) > pool.usable:
                 return [f"prompt and max_tokens need {needed} pages of {size} tokens; the cache has {pool.usable}"]
         return []
 
@@ -141,7 +141,7 @@ class Scheduler:
         single = chunks or any(sequence.constraint is not None for sequence in decoding)
         steps = 1 if single else self.options.steps_per_dispatch
         drafts = 0 if single or not decoding else self.gate.drafts(decoding)
-        released += self._hold(decoding, steps * (1 + drafts))
+        released += self._hold(decoding, steps * (1 + drafts), self.beyond if drafts else 0)
         decoding = _holding(decoding)
         continued = [chunk.sequence for chunk in chunks if chunk.sequence not in admitted]
         entries = [entry for sequence in (*decoding, *continued) for entry in self._entries(sequence)]
@@ -162,15 +162,15 @@ class Scheduler:
             if sequence.prompt_left == 0 and sequence.all_scheduled:
                 self._vacate(sequence)
 
-    def _hold(self, decoding: list[Sequence], tokens: int) -> list[int]:
-        """Gives all that decode the pages of so many more tokens, first by rank; returns the slots that it took for
-        that."""
+    def _hold(self, decoding: list[Sequence], tokens: int, beyond: int = 0) -> list[int]:
+        """Gives all that decode the pages of so many more tokens, first by rank, and of `beyond` more that are only
+        proposed; returns the slots that it took for that."""
         released = []
         for sequence in decoding:
             if sequence.slot is None:  # preempted
                 continue
             self.paging.give_back_unseen(sequence)
-            while sequence.slot is not None and not self.paging.grow(sequence, sequence.length_after(tokens)):
+            while sequence.slot is not None and not self.paging.grow(sequence, sequence.length_after(tokens) + beyond):
                 assert len(self.running) > 1, "a request was admitted that the cache cannot hold"
                 released.append(self._preempt(self._last()))
         return released

@@ -93,7 +93,7 @@ def _speculative_step(state: SlotState, model_VV, draft_VV, lies: jax.Array, nee
     if not coupled:
         proposal = proposal._replace(kept_BkV=jnp.where(lies, 0.0, proposal.kept_BkV))
     tokens_BQ = jnp.concatenate([state.token_B[:, None], proposal.drafts_Bk], axis=1)
-    return verify(state, model_VV[tokens_BQ.reshape(-1)], proposal, needs)
+    return verify(state, model_VV[tokens_BQ.reshape(-1)], proposal, needs)[:3]
 
 
 def outputs(state: SlotState, step) -> tuple[np.ndarray, float]:

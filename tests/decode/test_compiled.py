@@ -18,6 +18,7 @@ from jaxinfer.engine.step_input import lay_out
 from jaxinfer.engine.warm_up import WARM
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
+from tests.decode.branching import Branching
 from tests.engine.tiny import CONFIG
 
 SLOTS, PAGE, CONTEXT, TOKENS, LAYERS = 8, 7, 77, 64, 2
@@ -117,12 +118,18 @@ def a_draft() -> DraftModel:
 
 @pytest.mark.parametrize("needs", [sampling.GREEDY, sampling.UNFILTERED], ids=lambda needs: needs.level)
 @pytest.mark.parametrize(
-    ("method", "config"),
-    [(PromptLookup(3), SLIDING), (EarlyExit(3, 1), ODD), (a_draft(), FULL)],
-    ids=["PromptLookup", "EarlyExit", "DraftModel"],
+    ("method", "config", "dtype"),
+    [
+        (PromptLookup(3), SLIDING, "float32"),
+        (EarlyExit(3, 1), ODD, "float32"),
+        (a_draft(), FULL, "float32"),
+        (Branching((-1, -1, 0)), ODD, "int8"),
+    ],
+    ids=["PromptLookup", "EarlyExit", "DraftModel", "Branching"],
 )
-def test_a_loop_that_speculates_moves_no_cache_and_asks_no_host(method, config, needs):
-    loop = compiled("loop", config, speculation=method, needs=needs)
+def test_a_loop_that_speculates_moves_no_cache_and_asks_no_host(method, config, dtype, needs):
+    """Nor where the accepted tokens of a tree are brought to their places."""
+    loop = compiled("loop", config, speculation=method, needs=needs, cache_dtype=dtype)
     pools = {array.size for array in jax.tree.leaves(loop.cache)}
     weights = [*loop.model.parameters.values(), *method.weights]
     assert moved(loop.text, pools | {math.prod(leaf.shape) for leaf in weights if len(leaf.shape) > 1}) == []

@@ -73,7 +73,7 @@ def plain_step(state: SlotState, logits_VV: jax.Array) -> tuple[SlotState, sampl
 @jax.jit
 def verified_step(state: SlotState, logits_VV: jax.Array, drafts_Bk: jax.Array):
     tokens_BQ = jnp.concatenate([state.token_B[:, None], drafts_Bk], axis=1)
-    return verify(state, logits_VV[tokens_BQ.reshape(-1)], Proposal(drafts_Bk), NEEDS)
+    return verify(state, logits_VV[tokens_BQ.reshape(-1)], Proposal(drafts_Bk), NEEDS)[:3]
 
 
 def assert_slot_equal(found: SlotState, expected: SlotState, slot: int) -> None:

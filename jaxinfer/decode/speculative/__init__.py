@@ -17,14 +17,24 @@ Each method is a file. It says how many tokens it proposes, and which.
 from jaxinfer.decode.speculative.draft import DraftModel
 from jaxinfer.decode.speculative.early_exit import EarlyExit
 from jaxinfer.decode.speculative.lookup import PromptLookup
-from jaxinfer.decode.speculative.method import MOST_DRAFTS, Pass, Pool, Proposal, Speculation, drafts_of
+from jaxinfer.decode.speculative.method import (
+    Pass,
+    Pool,
+    Proposal,
+    Speculation,
+    beyond_of,
+    depth_of,
+    drafts_of,
+    tree_of,
+)
 from jaxinfer.decode.speculative.verify import verify
+from jaxinfer.decode.tree import MOST_DRAFTS, Tree
 
 METHODS: dict[str, type[Speculation]] = {"draft": DraftModel, "early-exit": EarlyExit, "lookup": PromptLookup}
 
 __all__ = [
     "METHODS", "MOST_DRAFTS", "DraftModel", "EarlyExit", "Pass", "Pool", "PromptLookup", "Proposal", "Speculation",
-    "by_name", "drafts_of", "verify",
+    "Tree", "beyond_of", "by_name", "depth_of", "drafts_of", "tree_of", "verify",
 ]  # fmt: skip
 
 

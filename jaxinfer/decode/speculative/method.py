@@ -12,16 +12,15 @@ from jaxinfer.decode.batch import Batch
 from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.slots import SlotState
+from jaxinfer.decode.tree import MOST_DRAFTS, Tree
 from jaxinfer.model import Model, ModelConfig, Params
-
-MOST_DRAFTS = 127  # the decode kernel takes 128 queries of a sequence
 
 
 class Proposal(NamedTuple):
     """Tokens that may follow the newest one of each slot; any for a slot that is not active.
 
     Attributes:
-        drafts_Bk: int32.
+        drafts_Bk: int32; of a tree its nodes.
         kept_BkV: where the tokens were drawn and not chosen for certain, what with: see `sampling.kept`.
     """
 
@@ -65,6 +64,11 @@ class Speculation:
 
     num_speculative_tokens: int
     reads_text = False
+
+    @property
+    def tree(self) -> Tree | None:
+        """Of `num_speculative_tokens` nodes: which of them follow which. None where each follows the one before."""
+        return None
 
     def loaded(self, load: Callable[[str | Path | None], tuple[Model, Params]]) -> Self:
         """With the weights that it names.
@@ -115,6 +119,29 @@ class Speculation:
 def drafts_of(speculation: Speculation | None) -> int:
     """Tokens that a decode step proposes for each slot: none without a method."""
     return 0 if speculation is None else speculation.num_speculative_tokens
+
+
+def tree_of(speculation: Speculation | None) -> Tree | None:
+    """The tree that a method proposes; None for a chain, and without a method.
+
+    Raises:
+        ValueError: it has not as many nodes as the method proposes tokens.
+    """
+    if speculation is None or (tree := speculation.tree) is None:
+        return None
+    if (nodes := len(tree.parents)) != (count := speculation.num_speculative_tokens):
+        raise ValueError(f"tree has {nodes} nodes; it must have num_speculative_tokens = {count}")
+    return None if tree.is_chain else tree
+
+
+def depth_of(speculation: Speculation | None) -> int:
+    """Proposed tokens of a slot that a decode step may find to be right."""
+    return drafts_of(speculation) if (tree := tree_of(speculation)) is None else tree.depth
+
+
+def beyond_of(speculation: Speculation | None) -> int:
+    """Tokens by which a slot needs more room for proposals than for the longest text that they may bring."""
+    return 0 if (tree := tree_of(speculation)) is None else tree.beyond
 
 
 def check_drafts(count: object) -> None:

@@ -3,55 +3,101 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxinfer.decode import sampling
 from jaxinfer.decode.sampling import Needs, Sampled, SamplingState
 from jaxinfer.decode.slots import SlotState, advance_several
 from jaxinfer.decode.speculative.method import Proposal
+from jaxinfer.decode.tree import Tree
 
 ACCEPTED, LEFT = 2, 3  # streams of draws, beside that of proposals
 
 
+class Verified(NamedTuple):
+    """What a step brought that verified proposals. Of a chain there are d = k + 1 draws of every slot.
+
+    Attributes:
+        state: of the slots, after the draws that count.
+        sampled: the draws, each field with leading axes d and B.
+        emits_dB: bool, which of them count.
+        rows_Bd: int32, the row of the slot, 0..k, after which each was drawn.
+    """
+
+    state: SlotState
+    sampled: Sampled
+    emits_dB: jax.Array
+    rows_Bd: jax.Array
+
+
 def verify(
-    state: SlotState, logits_WV: jax.Array, proposal: Proposal, needs: Needs
-) -> tuple[SlotState, Sampled, jax.Array]:
-    """Draws k + 1 tokens for every slot, and takes those before and at the first that is not as proposed.
+    state: SlotState, logits_WV: jax.Array, proposal: Proposal, needs: Needs, tree: Tree | None = None
+) -> Verified:
+    """Draws a token for every slot after the newest one and each proposed one, and takes those before and at the first
+    that was not proposed.
 
     Every draw is plain decoding's own, with the penalties that the proposed tokens before it bring; or for proposals
     that were drawn, what `accepted_or_left` says. A token that ends the output is the last one.
 
     Args:
         logits_WV: after the newest token and each proposed one, slot by slot, [B x (k + 1), V], not sharded.
-
-    Returns:
-        the state after them; the draws, each field with leading axes k + 1 and B; and which of them count, bool
-        [k + 1, B].
+        tree: which of the tokens, none of them drawn, follows which; None where each follows the one before.
     """
     drafts_Bk = proposal.drafts_Bk
     slots, queries = drafts_Bk.shape[0], drafts_Bk.shape[1] + 1
-    index_BQ = state.index_B[:, None] + jnp.arange(queries, dtype=jnp.int32)[None]
-    after, index_W = expected(state.sampling, drafts_Bk), index_BQ.reshape(-1)
+    if tree is None:
+        depth_Q, before_Qk = jnp.arange(queries, dtype=jnp.int32), jnp.tri(queries, queries - 1, -1, dtype=jnp.int32)
+    else:
+        depth_Q, before_Qk = jnp.asarray(tree.depth_Q), jnp.asarray(tree.seen_QQ[:, 1:], jnp.int32)
+    index_BQ = state.index_B[:, None] + depth_Q[None]
+    after, index_W = expected(state.sampling, drafts_Bk, before_Qk), index_BQ.reshape(-1)
     if proposal.kept_BkV is None:
         rows = sampling.sample(logits_WV, after, index_W, needs)
     else:
+        assert tree is None
         kept_WV = sampling.kept(logits_WV, after, index_W, needs)
         rows = sampling.report(logits_WV, accepted_or_left(kept_WV, after, index_W, proposal), needs)
     sampled = jax.tree.map(lambda x_W: jnp.moveaxis(x_W.reshape(slots, queries, *x_W.shape[1:]), 1, 0), rows)
-    agreed_Bk = jnp.cumprod((drafts_Bk == sampled.tokens_W[:-1].T).astype(jnp.int32), axis=1)
-    state, emits_QB = advance_several(state, sampled.tokens_W, agreed_Bk.sum(axis=1) + 1)
-    return state, sampled, emits_QB
+    if tree is None:
+        rows_Bd = jnp.broadcast_to(depth_Q[None], (slots, queries))
+        agreed_Bk = jnp.cumprod((drafts_Bk == sampled.tokens_W[:-1].T).astype(jnp.int32), axis=1)
+        wanted_B = agreed_Bk.sum(axis=1) + 1
+    else:
+        rows_Bd, wanted_B = walk(drafts_Bk, sampled.tokens_W.T, tree)
+        slot_1B = jnp.arange(slots, dtype=jnp.int32)[None]
+        sampled = jax.tree.map(lambda x_QB: x_QB[rows_Bd.T, slot_1B], sampled)
+    state, emits_dB = advance_several(state, sampled.tokens_W, wanted_B)
+    return Verified(state, sampled, emits_dB, rows_Bd)
 
 
-def expected(state: SamplingState, drafts_Bk: jax.Array) -> SamplingState:
-    """What the sampler would keep for each slot after none, one, and so on up to all of the proposed tokens: a row for
-    each, slot by slot."""
+def walk(drafts_Bk: jax.Array, drawn_BQ: jax.Array, tree: Tree) -> tuple[jax.Array, jax.Array]:
+    """The path that the draws take: from the newest token to the node that is the token drawn after it, and so on.
+
+    Returns:
+        its rows, int32 [B, d], and how many of these were reached, int32 [B].
+    """
+    parent_k = np.array(tree.parents) + 1  # its row
+    wrong_Bk = drafts_Bk != drawn_BQ[:, parent_k]
+    reached_BQ = ~(wrong_Bk[:, None] & tree.seen_QQ[None, :, 1:]).any(axis=2)
+    # The deepest that was reached; of two equal tokens that follow the same one, either may have led there.
+    reached_depth_BQ = jnp.where(reached_BQ, tree.depth_Q[None], -1)
+    last_B = jax.lax.argmax(reached_depth_BQ, 1, jnp.int32)
+    return jnp.asarray(tree.rows_Qd)[last_B], reached_depth_BQ.max(axis=1) + 1
+
+
+def expected(state: SamplingState, drafts_Bk: jax.Array, before_Qk: jax.Array) -> SamplingState:
+    """What the sampler would keep for each slot after some of the proposed tokens: a row for each draw, slot by slot.
+
+    Args:
+        before_Qk: 1 where a token comes before a draw, else 0.
+    """
     slots, drafts = drafts_Bk.shape
     rows = jax.tree.map(lambda x_B: jnp.repeat(x_B, drafts + 1, axis=0), state)
     row_BQ = jnp.arange(slots * (drafts + 1), dtype=jnp.int32).reshape(slots, drafts + 1)
-    before_Qk = jnp.tri(drafts + 1, drafts, -1, dtype=jnp.int32)  # 1 where the token comes before the draw
     shape = slots, drafts + 1, drafts
     counts_WV = rows.counts_BV.at[
         jnp.broadcast_to(row_BQ[:, :, None], shape), jnp.broadcast_to(drafts_Bk[:, None], shape)
