@@ -20,6 +20,7 @@ from jaxinfer import checkpoint
 from jaxinfer.continuation import Continuation, request_output
 from jaxinfer.decode.sampling import MAX_EOS_IDS
 from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.decode.speculative import Loader
 from jaxinfer.engine import Engine, Options, Request, Update
 from jaxinfer.intake import (
     Intake,
@@ -98,7 +99,8 @@ class LLM:
         self.intake = Intake(self.tokenizer, Limits(config.vocab_size, self.model.context, eos_ids))
         params = self.model.params(checkpoint.load(self.folder, self.model))
         if options is not None and options.speculation is not None:
-            options = replace(options, speculation=options.speculation.loaded(self._load_beside))
+            loader = Loader(self.model, self._load_beside, checkpoint.tensors)
+            options = replace(options, speculation=options.speculation.loaded(loader))
         constrain = self.intake.grammars.constraint if self.intake.grammars.possible else None
         self.engine = Engine(self.model, params, options, constrain)
         if warm_up:

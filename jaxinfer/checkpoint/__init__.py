@@ -3,14 +3,24 @@
 from pathlib import Path
 
 import jax
+import numpy as np
 
-from jaxinfer.checkpoint import huggingface, native
+from jaxinfer.checkpoint import files, huggingface, native
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.huggingface import export
 from jaxinfer.checkpoint.native import convert, save
 from jaxinfer.model import Model
 
-__all__ = ["convert", "export", "load", "resolve", "save"]
+__all__ = ["convert", "export", "load", "resolve", "save", "tensors"]
+
+
+def tensors(model: str | Path, file: str) -> dict[str, np.ndarray]:
+    """The tensors of one safetensors file of a folder, or of a Hugging Face id, by name; read when they are used.
+
+    Raises:
+        ValueError: there is no such folder or file, or it is damaged.
+    """
+    return files.mapped(resolve(model) / file)
 
 
 def load(folder: str | Path, model: Model) -> dict[str, jax.Array]:

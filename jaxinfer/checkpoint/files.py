@@ -95,6 +95,21 @@ def read_header(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def mapped(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of one file, by name; a part of one is read when it is used.
+
+    Raises:
+        ValueError: the file is missing, damaged, or has a tensor that is no weight.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    tensors = read_header(path)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{path}: tensor {name!r} is {tensor.dtype}; expected one of {', '.join(DTYPES)}")
+    return {name: np.memmap(path, DTYPES[one.dtype], "r", one.offset, one.shape) for name, one in tensors.items()}
+
+
 def parse_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ class SlotState:
         tables: page table of every cache group, [B, J].
         sampling: what the sampler keeps.
         text_BT: tokens of the prompt and the output, each at its position; None where nobody reads them.
+        memory: what a method of speculation keeps, zeros in a slot whose request has drawn nothing; None for nothing.
     """
 
     token_B: jax.Array
@@ -36,6 +38,7 @@ class SlotState:
     tables: tuple[jax.Array, ...]
     sampling: SamplingState
     text_BT: jax.Array | None = None
+    memory: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -62,11 +65,14 @@ class Admission:
     text_T: np.ndarray | None = None
 
 
-def empty_slots(slots: int, groups: int, pages_per_row: int, vocab: int, text: int | None = None) -> SlotState:
+def empty_slots(
+    slots: int, groups: int, pages_per_row: int, vocab: int, text: int | None = None, memory: Any = None
+) -> SlotState:
     """No request anywhere. Filled on the host, so that nothing is compiled; no two arrays share memory.
 
     Args:
         text: tokens that are kept of each slot; None keeps none.
+        memory: of a method of speculation, on the host.
     """
     zeros = lambda *shape: jnp.asarray(np.zeros(shape, np.int32))  # noqa: E731
     return SlotState(
@@ -78,6 +84,7 @@ def empty_slots(slots: int, groups: int, pages_per_row: int, vocab: int, text: i
         tables=tuple(zeros(slots, pages_per_row) for _ in range(groups)),
         sampling=sampling.empty(slots, vocab),
         text_BT=None if text is None else zeros(slots, text),
+        memory=jax.tree.map(jnp.asarray, memory),
     )
 
 
@@ -94,6 +101,7 @@ def admit(state: SlotState, slot: jax.Array, row: Admission) -> SlotState:
             state.sampling, slot, row.sampling, jnp.asarray(row.prompt_T), jnp.asarray(row.output_T)
         ),
         text_BT=None if state.text_BT is None else state.text_BT.at[slot].set(jnp.asarray(row.text_T)),
+        memory=jax.tree.map(lambda kept_B: kept_B.at[slot].set(jnp.zeros_like(kept_B[0])), state.memory),
     )
 
 
@@ -149,6 +157,7 @@ def put_back(
         active_B=put(state.active_B, own.active_B),
         sampling=replace(state.sampling, counts_BV=counts_BV),
         text_BT=None if state.text_BT is None else put(state.text_BT, own.text_BT),
+        memory=jax.tree.map(put, state.memory, own.memory),
     )
 
 

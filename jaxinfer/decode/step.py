@@ -130,8 +130,9 @@ class Programs:
         """No request, and an empty cache; sharded as programs give them back, so that one compilation serves both."""
         model, layout = self.model, self.layout
         empty = slots.empty_slots(
-            layout.slots, len(layout.num_pages), layout.pages_per_row, model.config.vocab_size, layout.text
-        )
+            layout.slots, len(layout.num_pages), layout.pages_per_row, model.config.vocab_size, layout.text,
+            layout.speculation and layout.speculation.memory(model, layout.slots),
+        )  # fmt: skip
         whole = jax.tree.map(lambda array: NamedSharding(model.mesh, P(*[None] * array.ndim)), empty)
         state = jax.device_put(empty, whole)
         dtype, sizes = layout.cache_dtype, (layout.num_pages, layout.page_size)
@@ -155,10 +156,10 @@ class Programs:
         """
         prompt = []
         with jax.set_mesh(self.model.mesh):
-            cache, logits_WV, rows, tiles = self._step(params, state, cache, given.packed(), **given.sizes)
+            cache, logits_WV, rows, hidden_WD, tiles = self._step(params, state, cache, given.packed(), **given.sizes)
             if masks is not None:
                 logits_WV = self._mask(logits_WV, masks())
-            state, sampled, emits_nW = self._sample(state, logits_WV, rows, needs=needs)
+            state, sampled, emits_nW = self._sample(state, logits_WV, rows, hidden_WD, needs=needs)
             if targets_T is not None:
                 targets = np.split(targets_T, range(SCORED, len(targets_T), SCORED))
                 prompt = [self._score(params, *tile) for tile in zip(tiles, targets, strict=True)]
@@ -253,16 +254,17 @@ class Programs:
         cache, logits_WV, hidden_TD = self.forward(params, cache, batch, rows.tokens_W)
         if self.layout.speculation is not None:
             cache = self.layout.speculation.observe(self.forward, params, batch, cache)
-        return cache, logits_WV, rows, tuple(hidden_TD[at : at + SCORED] for at in range(0, tokens, SCORED))
+        tiles = tuple(hidden_TD[at : at + SCORED] for at in range(0, tokens, SCORED))
+        return cache, logits_WV, rows, _remembered(state, hidden_TD, rows.tokens_W), tiles
 
     def _traced_mask(self, logits_WV, words_BU):
         self.traces["mask"] += 1
         allowed_WV = jax.sharding.reshard(allowed(words_BU, logits_WV.shape[1]), jax.typeof(logits_WV).sharding)
         return jnp.where(allowed_WV, logits_WV, -jnp.inf)
 
-    def _traced_sample(self, state, logits_WV, rows, *, needs):
+    def _traced_sample(self, state, logits_WV, rows, hidden_WD, *, needs):
         self.traces["sample"] += 1
-        state, sampled = self._draw(state, logits_WV, rows, needs)
+        state, sampled = self._draw(state, logits_WV, rows, hidden_WD, needs)
         return state, jax.tree.map(lambda array: array[None], sampled), rows.emits_W[None]
 
     def _traced_score(self, params, hidden_TD, targets_T):
@@ -300,8 +302,9 @@ class Programs:
         """A step of a loop: a token for each slot that is active."""
         state, cache = carry
         batch, rows = make_rectangle(state, self.layout.page_size)
-        cache, logits_WV, _ = self.forward(params, cache, batch, rows.tokens_W)
-        state, sampled = self._draw(state, logits_WV, rows, needs)
+        cache, logits_WV, hidden_TD = self.forward(params, cache, batch, rows.tokens_W)
+        hidden_WD = _remembered(state, hidden_TD, rows.tokens_W)
+        state, sampled = self._draw(state, logits_WV, rows, hidden_WD, needs)
         return (state, cache), (sampled, rows.emits_W)
 
     def _speculative(self, params, needs: Needs, carry, _):
@@ -311,12 +314,17 @@ class Programs:
         with jax.named_scope("speculation"):
             proposal, cache = self.layout.speculation.propose(self.forward, params, needs, state, cache)
         batch = make_drafted(state, proposal.drafts_Bk, self.layout.page_size, self._tree)
-        cache, logits_WV, _ = self.forward(params, cache, batch, jnp.arange(len(batch.tokens_T), dtype=jnp.int32))
+        row_W = jnp.arange(len(batch.tokens_T), dtype=jnp.int32)
+        cache, logits_WV, hidden_TD = self.forward(params, cache, batch, row_W)
         with jax.named_scope("sampling"):
             logits_WV = jax.sharding.reshard(logits_WV, P(None, None))
             after, sampled, emits_dB, rows_Bd = verify(state, logits_WV, proposal, needs, self._tree)
+        taken_B = emits_dB.sum(axis=0, dtype=jnp.int32)
         if self._tree is not None:
-            cache = self._in_place(state, cache, rows_Bd, emits_dB.sum(axis=0, dtype=jnp.int32))
+            cache = self._in_place(state, cache, rows_Bd, taken_B)
+        newest_B1 = jnp.take_along_axis(rows_Bd, jnp.maximum(taken_B - 1, 0)[:, None], axis=1)
+        newest_W = (row_W.reshape(len(taken_B), -1)[:, :1] + newest_B1)[:, 0]
+        after = self._remember(after, _remembered(state, hidden_TD, newest_W), taken_B > 0)
         return (after, cache), (sampled, emits_dB)
 
     @jax.named_scope("accepted")
@@ -326,11 +334,26 @@ class Programs:
         return tuple(move(pages, *moves[pool.group]) for pages, pool in zip(cache, self._pools, strict=True))
 
     @jax.named_scope("sampling")
-    def _draw(self, state: SlotState, logits_WV: jax.Array, rows: Rows, needs: Needs) -> tuple[SlotState, Sampled]:
+    def _draw(
+        self, state: SlotState, logits_WV: jax.Array, rows: Rows, hidden_WD: jax.Array | None, needs: Needs
+    ) -> tuple[SlotState, Sampled]:
         """The sampler's part."""
         whole_WV = jax.sharding.reshard(logits_WV, P(None, None))
         sampled = sampling.sample(whole_WV, state.sampling, state.index_B, needs)
-        return slots.advance(state, sampled, rows.emits_W, rows.lengths_W), sampled
+        after = slots.advance(state, sampled, rows.emits_W, rows.lengths_W)
+        return self._remember(after, hidden_WD, rows.emits_W), sampled
+
+    def _remember(self, state: SlotState, hidden_BD: jax.Array | None, emits_B: jax.Array) -> SlotState:
+        """The state with what the method of speculation keeps of a step, if it does."""
+        if hidden_BD is None:
+            return state
+        assert self.layout.speculation is not None
+        return replace(state, memory=self.layout.speculation.remember(state.memory, hidden_BD, emits_B))
+
+
+def _remembered(state: SlotState, hidden_TD: jax.Array, rows_W: jax.Array) -> jax.Array | None:
+    """The hidden states of some rows, where a method of speculation may keep them."""
+    return None if state.memory is None else hidden_TD[rows_W]
 
 
 def pools_of(model: Model, speculation: Speculation | None) -> list[Pool]:

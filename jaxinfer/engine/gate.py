@@ -40,16 +40,17 @@ class Gate:
 
     def __init__(
         self, layout: Layout, times: Times | None, whole_rows: bool = False,
-        proposing: tuple[tuple[Times, int], ...] = (), layers: int = 0,
+        proposing: tuple[tuple[Times, int], ...] = (), layers: int = 0, outputs: int = 0,
     ):  # fmt: skip
         """Args:
         times: None proposes always, if there is a method.
         whole_rows: whether decoding reads every slot's whole row of pages, whatever it holds.
         proposing: of each forward pass of a proposal, with its queries of each slot.
         layers: of the cache, in which accepted tokens are moved.
+        outputs: of a proposal; see `Speculation`.
         """
         self._drafts, self._depth, self._slots = layout.drafts, layout.depth, layout.slots
-        self._times, self._proposing = times, proposing
+        self._times, self._proposing, self._outputs = times, proposing, outputs
         self._kernels = SEARCH + DRAW * (1 + layout.depth) + MOVE * layers
         self._whole_row = layout.pages_per_row * layout.page_size if whole_rows else None
         self._brought_Q = np.full(self._depth + 1, float(OPTIMISM))
@@ -99,6 +100,7 @@ class Gate:
         verifying = times.rest(slots * queries, slots * queries) + times.decoding(longer, queries)
         for own, each in self._proposing:
             verifying += own.rest(slots * each, slots) + own.decoding(longer, each)
+        verifying += self._outputs * times.head(slots)
         return Verification(plain, verifying + times.kernels(self._kernels))
 
     def _probes(self, cost: float) -> bool:
@@ -115,4 +117,5 @@ def predicted_gate(model: Model, layout: Layout, options: Options) -> Gate:
     own = {one.config: step_times(model, layout, one.config) for one in passes}
     proposing = tuple((own[one.config], one.queries) for one in passes)
     layers = 0 if tree_of(layout.speculation) is None else len(pools_of(model, layout.speculation))
-    return Gate(layout, step_times(model, layout), attends_whole_rows(layout), proposing, layers)
+    outputs = layout.speculation.outputs
+    return Gate(layout, step_times(model, layout), attends_whole_rows(layout), proposing, layers, outputs)

@@ -64,8 +64,8 @@ def compiled(
             step = lay_out([], TOKENS, SLOTS, [])
             lowered = programs._step.lower(*given, step.packed(), **step.sizes)
             if which == "sample":
-                _, logits_WV, rows, _ = lowered.out_info
-                lowered = programs._sample.lower(given[1], logits_WV, rows, needs=needs)
+                _, logits_WV, rows, hidden_WD, _ = lowered.out_info
+                lowered = programs._sample.lower(given[1], logits_WV, rows, hidden_WD, needs=needs)
         return Compiled(which, cache_dtype, model, *given[1:], lowered.compile())
 
 

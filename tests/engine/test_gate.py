@@ -10,11 +10,12 @@ from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.speculative import PromptLookup
 from jaxinfer.decode.step import Layout
 from jaxinfer.engine import Options, Request
-from jaxinfer.engine.gate import DRAW, PROBES_APART, PROBES_COST, SEARCH, Gate
+from jaxinfer.engine.gate import DRAW, MOVE, PROBES_APART, PROBES_COST, SEARCH, Gate
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.sequence import Sequence
 from jaxinfer.model import read_config
 from jaxinfer.roofline import MEASURED, StepTimes, decode_step, independent
+from tests.decode.branching import Branching
 from tests.engine.fake import FakeTimes
 
 DRAFTS, SLOTS = 4, 256
@@ -100,6 +101,19 @@ def test_what_a_method_runs_for_its_proposals_is_part_of_their_cost():
     gate = Gate(LAYOUT, TIMES, proposing=((draft, 2), (draft, 1)))
     found = gate.predicted(decoding(8))
     assert (found.plain, found.verifying) == (weights + 16, weights + 80 + (10 + 16 + 8) + (10 + 8 + 8))
+
+
+def test_a_tree_costs_its_nodes_and_brings_its_depth():
+    class Kernels(FakeTimes):
+        def kernels(self, count):
+            return float(count)
+
+    gate = Gate(replace(LAYOUT, speculation=Branching()), Kernels(40.0, 1.0, 0.0), layers=3, outputs=2)
+    found = gate.predicted(decoding(8))
+    assert (found.plain, found.verifying) == (56, 40 + 2 * 8 * 10 + 2 * 8 + (SEARCH + DRAW * 5 + MOVE * 3))
+    assert (gate.tokens, len(gate.accepted), gate.drafts(decoding(1))) == (5, 4, 4)
+    gate.learn(LONG * np.array([1000, 500, 0, 0, 0]))
+    assert gate.tokens == pytest.approx(1.5, rel=1e-3)
 
 
 @pytest.mark.parametrize("attention", ["flash", "materialized"])

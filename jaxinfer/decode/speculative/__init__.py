@@ -11,13 +11,19 @@ token that is proposed for certain is accepted with the probability that the mod
 it more often. One that a draft drew at random is accepted more often by the rule of Leviathan et al. and Chen et al.;
 its method says which of the two it takes. By that rule sampled outputs are other draws of the same distribution.
 
+A proposal may also be a tree of tokens, of which several may follow the same one. The draws walk it: each leads on to
+the token that it is, if that was proposed there. What is on the path that was taken is then moved to its place in the
+cache; outputs are those of plain decoding all the same.
+
 Each method is a file. It says how many tokens it proposes, and which.
 """
 
 from jaxinfer.decode.speculative.draft import DraftModel
 from jaxinfer.decode.speculative.early_exit import EarlyExit
 from jaxinfer.decode.speculative.lookup import PromptLookup
+from jaxinfer.decode.speculative.medusa import Medusa
 from jaxinfer.decode.speculative.method import (
+    Loader,
     Pass,
     Pool,
     Proposal,
@@ -30,11 +36,13 @@ from jaxinfer.decode.speculative.method import (
 from jaxinfer.decode.speculative.verify import verify
 from jaxinfer.decode.tree import MOST_DRAFTS, Tree
 
-METHODS: dict[str, type[Speculation]] = {"draft": DraftModel, "early-exit": EarlyExit, "lookup": PromptLookup}
+METHODS: dict[str, type[Speculation]] = {
+    "draft": DraftModel, "early-exit": EarlyExit, "lookup": PromptLookup, "medusa": Medusa,
+}  # fmt: skip
 
 __all__ = [
-    "METHODS", "MOST_DRAFTS", "DraftModel", "EarlyExit", "Pass", "Pool", "PromptLookup", "Proposal", "Speculation",
-    "Tree", "beyond_of", "by_name", "depth_of", "drafts_of", "tree_of", "verify",
+    "METHODS", "MOST_DRAFTS", "DraftModel", "EarlyExit", "Loader", "Medusa", "Pass", "Pool", "PromptLookup",
+    "Proposal", "Speculation", "Tree", "beyond_of", "by_name", "depth_of", "drafts_of", "tree_of", "verify",
 ]  # fmt: skip
 
 
@@ -45,7 +53,7 @@ def by_name(
 
     Args:
         num_speculative_tokens: of each proposal; the method's own number by default.
-        draft_model: the checkpoint of "draft"; see `DraftModel`.
+        draft_model: the checkpoint of "draft" or "medusa", which says of it; see `DraftModel` and `Medusa`.
 
     Raises:
         ValueError: there is no such method, or it has no use for one of the settings, or not for this value.
@@ -57,7 +65,9 @@ def by_name(
         return None
     if name not in METHODS:
         raise ValueError(f"speculate = {name!r} must be one of {', '.join(METHODS)}")
-    if draft_model is not None and name != "draft":
+    if name == "medusa" and draft_model is None:
+        raise ValueError("speculate = 'medusa' needs a draft_model: the folder of its heads")
+    if draft_model is not None and name not in ("draft", "medusa"):
         raise ValueError(f"draft_model = {draft_model!r} has no use where speculate = {name!r}")
     settings = {"num_speculative_tokens": num_speculative_tokens, "checkpoint": draft_model}
     return METHODS[name](**{setting: value for setting, value in settings.items() if value is not None})

@@ -9,7 +9,6 @@ tables serve both; it computes the prompts in the steps in which the model does.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -21,7 +20,7 @@ from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.slots import SlotState
 from jaxinfer.decode.speculative.autoregressive import draft
-from jaxinfer.decode.speculative.method import Pass, Pool, Proposal, Speculation, check_drafts
+from jaxinfer.decode.speculative.method import Loader, Pass, Pool, Proposal, Speculation, check_drafts
 from jaxinfer.model import Model, Params
 
 
@@ -53,8 +52,8 @@ class DraftModel(Speculation):
     def __post_init__(self):
         check_drafts(self.num_speculative_tokens)
 
-    def loaded(self, load: Callable[[str | Path | None], tuple[Model, Params]]) -> Self:
-        model, params = load(self.checkpoint)
+    def loaded(self, loader: Loader) -> Self:
+        model, params = loader.model(self.checkpoint)
         return replace(self, model=model, params=params)
 
     def check(self, model: Model) -> None:

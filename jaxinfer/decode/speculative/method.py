@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
+import numpy as np
 
 from jaxinfer.decode.batch import Batch
 from jaxinfer.decode.forward import Cache, Forward
@@ -54,6 +55,22 @@ class Pass(NamedTuple):
     queries: int = 1
 
 
+class Loader(NamedTuple):
+    """What a method gets its weights with.
+
+    Attributes:
+        target: the model that is to be served.
+        model: gives a checkpoint by its name, for the mesh, context and tokenizer of the target; None is the demo
+            model's own draft.
+        tensors: gives the tensors of a safetensors file, by name, on the host and not read yet; of a folder or a
+            Hugging Face id, and the file's name.
+    """
+
+    target: Model
+    model: Callable[[str | Path | None], tuple[Model, Params]]
+    tensors: Callable[[str | Path, str], dict[str, np.ndarray]]
+
+
 class Speculation:
     """A method with its settings. Here are the answers of one that needs nothing but the slots.
 
@@ -70,13 +87,8 @@ class Speculation:
         """Of `num_speculative_tokens` nodes: which of them follow which. None where each follows the one before."""
         return None
 
-    def loaded(self, load: Callable[[str | Path | None], tuple[Model, Params]]) -> Self:
-        """With the weights that it names.
-
-        Args:
-            load: a checkpoint, by its name, for the mesh, context and tokenizer of the model that is to be served;
-                None is the demo model's own draft.
-        """
+    def loaded(self, loader: Loader) -> Self:
+        """With the weights that it names."""
         return self
 
     def check(self, model: Model) -> None:
@@ -94,9 +106,29 @@ class Speculation:
         """What runs for a proposal, one after the other; the predicted time of it is the method's cost."""
         return []
 
+    @property
+    def outputs(self) -> int:
+        """Products with a matrix as large as the model's head, for all slots that decode, that a proposal takes beside
+        its `passes`."""
+        return 0
+
     def pools(self, model: Model) -> list[Pool]:
         """Layers that the cache has behind those of the model."""
         return []
+
+    def memory(self, model: Model, slots: int) -> Any:
+        """What it keeps for every slot between steps, in `SlotState.memory`, at first: a pytree of host arrays whose
+        first axis is the slots, or None."""
+        return None
+
+    def remember(self, memory: Any, hidden_BD: jax.Array, emits_B: jax.Array) -> Any:
+        """The memory after a step. Only of a method that has one.
+
+        Args:
+            hidden_BD: the hidden state after which the newest token of each slot was drawn, before the final norm.
+            emits_B: slots that have a new one; the others must keep what they have.
+        """
+        raise NotImplementedError
 
     def propose(
         self, target: Forward, params: Params, needs: Needs, state: SlotState, cache: Cache
