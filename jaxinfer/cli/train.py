@@ -12,7 +12,7 @@ from jaxinfer.cli.options import integer
 if TYPE_CHECKING:
     from jaxinfer.training.student import Objective
 
-train_app = typer.Typer(help="Train the small models that ship with the package, and drafts.", no_args_is_help=True)
+train_app = typer.Typer(help="Train what ships with the package, drafts and heads.", no_args_is_help=True)
 
 _Seed = Annotated[int, integer(least=0, help="Of the first weights and of the order of the text.")]
 
@@ -65,5 +65,29 @@ def distill(
         recipe = Recipe(steps=steps, batch=batch, seed=seed, weight_decay=0.1)
         folder = checkpoint.resolve(DEMO if teacher is None else teacher)
         train_student(output, folder, cast("Objective", kind), recipe, layers=layers, width=width)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@train_app.command()
+def medusa(
+    output: Annotated[Path, typer.Argument(help="Folder of the finished heads; must be absent or empty.")],
+    target: Annotated[
+        str | None, typer.Option(help="Folder of a checkpoint or Hugging Face id; the demo model by default.")
+    ] = None,
+    heads: Annotated[int, integer(least=1, help="Tokens that are guessed after the next.")] = 3,
+    steps: Annotated[int, integer(least=1, help="Steps of training.")] = 1200,
+    batch: Annotated[int, integer(least=1, help="Rows of a step, of 1024 tokens each.")] = 32,
+    seed: Annotated[int, integer(least=0, help="Of the order of the text.")] = 0,
+) -> None:
+    """Train Medusa heads for a model, for `--speculate medusa`: minutes on an H100, most of a day on a CPU."""
+    from jaxinfer import checkpoint
+    from jaxinfer.llm import DEMO
+    from jaxinfer.training.heads import train_heads
+    from jaxinfer.training.train import Recipe
+
+    try:
+        recipe = Recipe(steps=steps, batch=batch, seed=seed, weight_decay=0.1)
+        train_heads(output, checkpoint.resolve(DEMO if target is None else target), recipe, heads=heads)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -57,7 +57,7 @@ def train_student(
         raise ValueError(f"kind = {kind!r} must be one of {', '.join(get_args(Objective))}")
     theirs = read_config(teacher)
     check_attention(f"the teacher {teacher}", theirs)
-    tokenizer = _tokenizer(teacher)
+    tokenizer = teacher_tokenizer(teacher)
     config = hf_config(student_sizes(theirs, layers, width), end_of_text(tokenizer))
     data = tokenize_library(read_library(root), tokenizer)
     recipe = recipe.within(theirs.context)
@@ -73,7 +73,8 @@ def train_student(
     return reports
 
 
-def _tokenizer(teacher: Path) -> tokenizers.Tokenizer:
+def teacher_tokenizer(teacher: Path) -> tokenizers.Tokenizer:
+    """That of a checkpoint; a ValueError where it has none."""
     if missing := [name for name in TOKENIZER_FILES if not (teacher / name).is_file()]:
         raise ValueError(f"teacher = {str(teacher)!r} has no {' and no '.join(missing)}, which the student shares")
     return tokenizers.Tokenizer.from_file(str(teacher / TOKENIZER_FILES[0]))

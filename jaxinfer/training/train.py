@@ -135,11 +135,15 @@ def token_losses(model: Model, params: Params, tokens_BS: jax.Array) -> jax.Arra
     inputs_BS, targets_BS = tokens_BS[:, :-1], tokens_BS[:, 1:]
     batch, cache = DenseRows(inputs_BS), (None,) * model.config.num_layers
     hidden_TD, _, _ = model.forward(params, batch, cache)
-    logits_TV = model.logits(params, hidden_TD)
+    return cross_entropy(model.logits(params, hidden_TD), targets_BS.reshape(-1)).reshape(targets_BS.shape)
+
+
+def cross_entropy(logits_TV: jax.Array, targets_T: jax.Array) -> jax.Array:
+    """Nats of each target, [T]."""
     # A comparison, not a gather: the vocabulary may be sharded.
-    chosen_TV = jnp.arange(logits_TV.shape[1], dtype=jnp.int32)[None, :] == targets_BS.reshape(-1)[:, None]
+    chosen_TV = jnp.arange(logits_TV.shape[1], dtype=jnp.int32)[None, :] == targets_T[:, None]
     target_T = jnp.sum(jnp.where(chosen_TV, logits_TV, 0.0), axis=1)
-    return (jax.nn.logsumexp(logits_TV, axis=1) - target_T).reshape(targets_BS.shape)
+    return jax.nn.logsumexp(logits_TV, axis=1) - target_T
 
 
 def compute_params(params: Params) -> Params:

@@ -132,13 +132,23 @@ class Medusa(Speculation):
         return Proposal(jnp.stack([ranked[len(path) - 1][:, path[-1]] for path in self.choices], axis=1)), cache
 
 
-def _likeliest(head: Head, x_BD: jax.Array, own_VD: jax.Array, count: int) -> jax.Array:
+def _likeliest(head: Head, normed_BD: jax.Array, own_VD: jax.Array, count: int) -> jax.Array:
     """The likeliest tokens by a head, int32 [B, count]."""
-    for weight_DD, bias_D in head.blocks:
-        x_BD = x_BD + jax.nn.silu(jnp.einsum("BD,ED->BE", x_BD, weight_DD) + bias_D[None])
-    output_VD = own_VD if head.output_VD is None else head.output_VD
-    logits_BV = jnp.einsum("BD,VD->BV", x_BD, output_VD, preferred_element_type=jnp.float32)
+    logits_BV = head_logits(head, normed_BD, own_VD)
     return likeliest(jax.sharding.reshard(logits_BV, P(None, None)), count)[1]
+
+
+def head_logits(head: Head, normed_TD: jax.Array, own_VD: jax.Array) -> jax.Array:
+    """float32 [T, V], sharded over the vocabulary as the output matrix is.
+
+    Args:
+        normed_TD: the model's last hidden states, after its final norm.
+        own_VD: the model's output matrix.
+    """
+    for weight_DD, bias_D in head.blocks:
+        normed_TD = normed_TD + jax.nn.silu(jnp.einsum("TD,ED->TE", normed_TD, weight_DD) + bias_D[None])
+    output_VD = own_VD if head.output_VD is None else head.output_VD
+    return jnp.einsum("TD,VD->TV", normed_TD, output_VD, preferred_element_type=jnp.float32)
 
 
 def sparse_tree(heads: int, nodes: int) -> tuple[tuple[int, ...], ...]:
