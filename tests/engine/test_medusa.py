@@ -20,7 +20,7 @@ from jaxinfer.llm import LLM
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from tests.engine.test_speculation import Alternating, answers
-from tests.engine.tiny import CONFIG, assert_clean, tiny_folder
+from tests.engine.tiny import CONFIG, assert_clean, drawing_alike, tiny_folder
 
 V, D, HEADS = CONFIG["vocab_size"], CONFIG["hidden_size"], 3
 SHARPNESS = 0.3  # logits far enough apart that what is likeliest is mostly drawn, at a temperature of 1
@@ -84,7 +84,7 @@ def test_heads_that_are_right_bring_all_that_they_can(tmp_path, tiny):
     """After prompts, in chunks and shared, after steps with proposals, and after steps without: the hidden state is
     that of the newest token. On two devices, each with its part of the output matrices."""
     folder = write(tmp_path / "table", tiny, rest=0.0)
-    llm = LLM(folder, tensor_parallel_size=2, options=replace(OPTIONS, speculation=Medusa(folder, 8)))
+    llm = drawing_alike(LLM(folder, tensor_parallel_size=2, options=replace(OPTIONS, speculation=Medusa(folder, 8))))
     (depth,) = {llm.engine.layout.depth, HEADS}
     llm.engine.gate = llm.engine.scheduler.gate = Alternating(llm.engine.layout, times=None)
     greedy = SamplingParams(temperature=0.0, ignore_eos=True)
@@ -102,7 +102,7 @@ def test_heads_that_are_right_bring_all_that_they_can(tmp_path, tiny):
 def test_heads_never_change_an_output(tmp_path, tiny):
     """Greedy and sampled, preempted and shared: where the rest of the model has a say, too."""
     folder = write(tmp_path / "model", tiny, rest=0.1)
-    llm = LLM(folder, options=replace(OPTIONS, speculation=Medusa(folder)))
+    llm = drawing_alike(LLM(folder, options=replace(OPTIONS, speculation=Medusa(folder))))
     prompts = ["ab" * 9, "x", "0123456789" * 7, "z" * 33, "ab" * 9 + "c", "import os\nimport"]
     params = [
         SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
@@ -112,7 +112,7 @@ def test_heads_never_change_an_output(tmp_path, tiny):
         SamplingParams(temperature=0.0, repetition_penalty=1.2, max_tokens=30, ignore_eos=True),
         SamplingParams(temperature=1.0, max_tokens=33, seed=5, ignore_eos=True),
     ]
-    plain = LLM(folder, options=replace(OPTIONS, num_pages=None))
+    plain = drawing_alike(LLM(folder, options=replace(OPTIONS, num_pages=None)))
     assert answers(llm, prompts, params) == answers(plain, prompts, params)
     counters = llm.engine.counters
     assert counters.preemptions > 0
