@@ -99,7 +99,7 @@ def test_heads_that_are_right_bring_all_that_they_can(tmp_path, tiny):
     assert llm.engine.metrics.prefix_hit_rate > 0
 
 
-def test_heads_never_change_an_output(tmp_path, tiny):
+def test_heads_never_change_an_output(one_rectangle, tmp_path, tiny):
     """Greedy and sampled, preempted and shared: where the rest of the model has a say, too."""
     folder = write(tmp_path / "model", tiny, rest=0.1)
     llm = drawing_alike(LLM(folder, options=replace(OPTIONS, speculation=Medusa(folder))))

@@ -29,7 +29,7 @@ PARAMS = [
 ]  # fmt: skip
 
 
-def test_trees_never_change_an_output(tmp_path_factory):
+def test_trees_never_change_an_output(one_rectangle, tmp_path_factory):
     folder, options = tiny_folder(tmp_path_factory.getbasetemp()), replace(OPTIONS, always_speculate=True)
     plain = drawing_alike(LLM(folder, options=replace(OPTIONS, num_pages=None)))
     llm = drawing_alike(LLM(folder, options=replace(options, speculation=Branching())))
