@@ -51,14 +51,6 @@ def pytest_configure(config):
     jax.config.update("jax_default_matmul_precision", "highest")
 
 
-@pytest.fixture
-def one_rectangle(monkeypatch):
-    """Steps that decode have one program, for all slots: there are fewer to compile."""
-    from jaxinfer.engine import buckets
-
-    monkeypatch.setattr(buckets, "SPARED", (1, *buckets.SPARED))
-
-
 def pytest_collection_modifyitems(items):
     import jax
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 train_app = typer.Typer(help="Train what ships with the package, drafts and heads.", no_args_is_help=True)
 
+_Steps = Annotated[int, integer(least=1, help="Steps of training.")]
+_Batch = Annotated[int, integer(least=1, help="Rows of a step, of 1024 tokens each.")]
 _Seed = Annotated[int, integer(least=0, help="Of the first weights and of the order of the text.")]
 
 
@@ -50,8 +52,8 @@ def distill(
     ] = None,
     layers: Annotated[int, integer(least=1, help="Layers of the draft.")] = 2,
     width: Annotated[int, integer(least=64, help="Hidden size of the draft, a multiple of 64.")] = 192,
-    steps: Annotated[int, integer(least=1, help="Steps of training.")] = 2400,
-    batch: Annotated[int, integer(least=1, help="Rows of a step, of 1024 tokens each.")] = 32,
+    steps: _Steps = 2400,
+    batch: _Batch = 32,
     seed: _Seed = 0,
 ) -> None:
     """Train a draft model for a teacher, for `--speculate draft`: minutes on an H100, most of a day on a CPU."""
@@ -76,8 +78,8 @@ def medusa(
         str | None, typer.Option(help="Folder of a checkpoint or Hugging Face id; the demo model by default.")
     ] = None,
     heads: Annotated[int, integer(least=1, help="Tokens that are guessed after the next.")] = 3,
-    steps: Annotated[int, integer(least=1, help="Steps of training.")] = 1200,
-    batch: Annotated[int, integer(least=1, help="Rows of a step, of 1024 tokens each.")] = 32,
+    steps: _Steps = 1200,
+    batch: _Batch = 32,
     seed: Annotated[int, integer(least=0, help="Of the order of the text.")] = 0,
 ) -> None:
     """Train Medusa heads for a model, for `--speculate medusa`: minutes on an H100, most of a day on a CPU."""

@@ -7,7 +7,6 @@ have the model's own output matrix, so that they are small: a residual block eac
 import json
 from collections.abc import Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from time import perf_counter
 
@@ -21,7 +20,7 @@ from jaxinfer import checkpoint
 from jaxinfer.decode.speculative.medusa import FILE, Head, head_logits
 from jaxinfer.model import Model, Params, read_config
 from jaxinfer.parallel import make_mesh
-from jaxinfer.training.data import TokenData, epochs, held_out_rows, read_library, tokenize_library, whole_rows
+from jaxinfer.training.data import TokenData, held_out_rows, read_library, tokenize_library, whole_rows
 from jaxinfer.training.demo import check_output, training_log
 from jaxinfer.training.student import teacher_tokenizer
 from jaxinfer.training.train import (
@@ -30,9 +29,9 @@ from jaxinfer.training.train import (
     Recipe,
     adamw,
     check_attention,
-    compiled_steps,
     compute_params,
     cross_entropy,
+    dispatches,
     initial_state,
 )
 
@@ -131,17 +130,14 @@ def _train(
 ) -> tuple[Params, list[dict[str, float]]]:
     """The master weights, and the reports."""
     optimizer, _ = adamw(recipe)
-    starts = epochs(len(data.train_T), recipe.row, recipe.batch, np.random.default_rng(recipe.seed))
-    run, loss, reports = compiled_steps(optimizer, recipe.row), medusa_loss(model, taught), []
+    reports: list[dict[str, float]] = []
     with jax.set_mesh(model.mesh):
         state, train_T, begin = initial_state(params, optimizer), jax.device_put(data.train_T), perf_counter()
-        for first in range(0, recipe.steps, recipe.report):
-            step = min(first + recipe.report, recipe.steps)
-            state, losses_I = run(state, loss, train_T, np.stack(list(islice(starts, step - first))))
-            report = {"step": step, "loss": float(losses_I.mean()), "seconds": perf_counter() - begin}
+        for step, params, loss in dispatches(optimizer, state, medusa_loss(model, taught), train_T, recipe):  # noqa: B007, the last ones are returned
+            report = {"step": step, "loss": loss, "seconds": perf_counter() - begin}
             print(f"step {step:5}  {report['seconds']:6.1f} s  loss {report['loss']:.3f}", flush=True)
             reports.append(report)
-    return state.params, reports
+    return params, reports
 
 
 def _accuracy(model: Model, taught: Params, params: Params, data: TokenData, recipe: Recipe) -> list[float]:

@@ -3,7 +3,7 @@
 Master weights and optimizer state are float32; the model computes in bfloat16.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -192,30 +192,27 @@ def train(
     if recipe.row > model.context:
         raise ValueError(f"row is {recipe.row}; it must be at most the model's context, {model.context}")
     optimizer, schedule = adamw(recipe)
-    starts = epochs(len(data.train_T), recipe.row, recipe.batch, np.random.default_rng(recipe.seed))
     held_out = held_out_rows(data.held_out_T, recipe.row, min(recipe.batch, 8))
-    run, evaluate = compiled_steps(optimizer, recipe.row), _compiled_evaluation(model)
+    evaluate = _compiled_evaluation(model)
     loss = next_token(model) if loss is None else loss
     reports: list[Report] = []
     with jax.set_mesh(model.mesh):
         state, train_T = initial_state(params, optimizer), jax.device_put(data.train_T)
         begin = perf_counter()
-        for first in range(0, recipe.steps, recipe.report):
-            step = min(first + recipe.report, recipe.steps)
-            state, losses_I = run(state, loss, train_T, np.stack(list(islice(starts, step - first))))
-            nats = float(evaluate(state.params, *held_out))
+        for step, params, trained in dispatches(optimizer, state, loss, train_T, recipe):
+            nats = float(evaluate(params, *held_out))
             report = Report(
                 step=step,
                 tokens=step * recipe.batch * recipe.row,
                 seconds=perf_counter() - begin,
                 learning_rate=float(np.asarray(schedule(step - 1))),
-                loss=float(losses_I.mean()),
+                loss=trained,
                 held_out_loss=nats / (len(data.held_out_T) - 1),
                 held_out_per_byte=nats / data.held_out_bytes,
             )
             watch(report)
             reports.append(report)
-    return state.params, reports
+    return params, reports
 
 
 def initial_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -234,6 +231,23 @@ def descend(
         updates, kept = optimizer.update(gradients, state.optimizer, state.params)
         params = jax.tree.map(jnp.add, state.params, updates)
     return TrainState(params, kept), value
+
+
+def dispatches(
+    optimizer: optax.GradientTransformation, state: TrainState, loss: Loss, stream_T: jax.Array, recipe: Recipe
+) -> Iterator[tuple[int, Params, float]]:
+    """Trains on rows of a text. After each dispatch: the steps so far, the master weights, whose memory the next one
+    reuses, and the mean loss of the steps of that dispatch.
+
+    Raises:
+      ValueError: the text is shorter than one batch.
+    """
+    starts = epochs(len(stream_T), recipe.row, recipe.batch, np.random.default_rng(recipe.seed))
+    run = compiled_steps(optimizer, recipe.row)
+    for first in range(0, recipe.steps, recipe.report):
+        step = min(first + recipe.report, recipe.steps)
+        state, losses_I = run(state, loss, stream_T, np.stack(list(islice(starts, step - first))))
+        yield step, state.params, float(losses_I.mean())
 
 
 def compiled_steps(optimizer: optax.GradientTransformation, row: int) -> Any:

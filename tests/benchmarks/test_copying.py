@@ -11,14 +11,14 @@ from benchmarks import copying, speculative
 from benchmarks.serving.workload import Job
 from benchmarks.tables import TABLES
 from jaxinfer.decode.speculative import PromptLookup
-from jaxinfer.engine import Engine, buckets
+from jaxinfer.engine import Engine
 from jaxinfer.engine.gate import Gate
 from jaxinfer.llm import DEMO
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import find_hardware, tokens_per_step
 from jaxinfer.text.tokenizer import Tokenizer
-from tests.engine.tiny import ONE_LAYER, OPTIONS
+from tests.engine.tiny import ONE_LAYER, OPTIONS, one_rectangle
 from tests.model.random_params import random_params
 
 METHOD = PromptLookup(3)
@@ -37,10 +37,8 @@ def texts() -> list[copying.Text]:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    """It decodes in one program, of all slots, however few of them have text to write."""
     model, options = Model(read_config(ONE_LAYER), make_mesh(1)), replace(OPTIONS, enable_prefix_caching=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buckets, "SPARED", (1, *buckets.SPARED))
+    with one_rectangle():
         yield Engine(model, random_params(model, 0), replace(options, speculation=METHOD))
 
 

@@ -6,7 +6,7 @@ from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Options
 from jaxinfer.llm import LLM
 from jaxinfer.outputs import RequestOutput
-from tests.engine.tiny import EOS, assert_clean, assert_warm, tiny_folder, warm_llm
+from tests.engine.tiny import EOS, assert_clean, assert_warm, one_rectangle, tiny_folder, warm_llm
 
 # Every way to choose and to end, at once. All of them need the whole sampler, which keeps the programs few.
 REQUESTS = [
@@ -41,12 +41,13 @@ def test_the_requests_end_in_every_way(alone):
     assert len(alone[3].outputs[0].token_ids) > 5
 
 
-def test_the_batch_does_not_matter(one_rectangle, alone, tmp_path_factory):
+def test_the_batch_does_not_matter(alone, tmp_path_factory):
     root = tmp_path_factory.getbasetemp()
     four_at_a_time, two_at_a_time = warm_llm(root), LLM(tiny_folder(root), options=FEW)
-    for llm in (four_at_a_time, two_at_a_time):
-        assert llm.generate(*zip(*REQUESTS, strict=True)) == alone
-        assert_clean(llm)
-        assert llm.generate(*zip(*REQUESTS[::-1], strict=True)) == alone[::-1]
-        assert_clean(llm)
+    with one_rectangle():
+        for llm in (four_at_a_time, two_at_a_time):
+            assert llm.generate(*zip(*REQUESTS, strict=True)) == alone
+            assert_clean(llm)
+            assert llm.generate(*zip(*REQUESTS[::-1], strict=True)) == alone[::-1]
+            assert_clean(llm)
     assert_warm(four_at_a_time)

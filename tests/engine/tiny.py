@@ -2,14 +2,17 @@
 
 import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from jaxinfer import checkpoint
-from jaxinfer.engine import Options
+from jaxinfer.engine import Options, buckets
 from jaxinfer.engine.warm_up import WARM
 from jaxinfer.llm import LLM
 from jaxinfer.model import Model, read_config
@@ -86,6 +89,15 @@ def drawing_alike(llm: LLM) -> LLM:
     """An engine that is not warm yet, with the whole sampler for all requests: fewer programs are compiled."""
     llm.engine._warm = WARM[-1:]
     return llm
+
+
+@contextmanager
+def one_rectangle() -> Iterator[None]:
+    """Engines decode in one program, of all slots, however few of them have text to write: there are fewer to
+    compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(buckets, "SPARED", (1, *buckets.SPARED))
+        yield
 
 
 def assert_warm(llm: LLM, traces: dict[str, int] = TRACES) -> None:

@@ -8,11 +8,10 @@ import pytest
 
 from jaxinfer import SamplingParams
 from jaxinfer.decode.speculative import DraftModel, PromptLookup
-from jaxinfer.engine import buckets
 from jaxinfer.engine.commit import corrections
 from jaxinfer.llm import LLM
 from jaxinfer.training.online import OnlineDraft
-from tests.engine.tiny import ONE_LAYER, OPTIONS, assert_clean, write_checkpoint
+from tests.engine.tiny import ONE_LAYER, OPTIONS, assert_clean, one_rectangle, write_checkpoint
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
 BEFORE, AFTER = (["ab" * 9, "the cat", "z" * 30, "1234"], ["import os\n", "QRST", "{[()]}", "~~~x~~~"])
@@ -20,12 +19,10 @@ BEFORE, AFTER = (["ab" * 9, "the cat", "z" * 30, "1234"], ["import os\n", "QRST"
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory) -> Iterator[LLM]:
-    """It decodes in one program, of all slots, however few of them have text to write."""
     root = tmp_path_factory.mktemp("online")
     small = write_checkpoint(root / "small", ONE_LAYER)
     options = replace(OPTIONS, speculation=DraftModel(small, 3), always_speculate=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buckets, "SPARED", (1, *buckets.SPARED))
+    with one_rectangle():
         yield LLM(write_checkpoint(root / "model", ONE_LAYER | {"intermediate_size": 64}), options=options)
 
 

@@ -53,7 +53,7 @@ def by_name(
 
     Args:
         num_speculative_tokens: of each proposal; the method's own number by default.
-        draft_model: the checkpoint of "draft" or "medusa", which says of it; see `DraftModel` and `Medusa`.
+        draft_model: the checkpoint of "draft", see `DraftModel`; or the heads of "medusa", see `Medusa`.
 
     Raises:
         ValueError: there is no such method, or it has no use for one of the settings, or not for this value.

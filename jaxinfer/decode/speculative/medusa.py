@@ -102,6 +102,10 @@ class Medusa(Speculation):
 
     @property
     def tree(self) -> Tree:
+        return self._tree
+
+    @cached_property
+    def _tree(self) -> Tree:
         return Tree(tuple(self.choices.index(path[:-1]) if path[:-1] else -1 for path in self.choices))
 
     @property
