@@ -130,6 +130,9 @@ def test_a_step_lays_a_tree_out(tree):
 @settings(max_examples=30)
 @given(trees(6), tokens(6), tokens(7))
 def test_the_walk_is_that_by_hand(tree, drafts, draws):
+    """What is drawn depends on the text before alone: it is the same after equal tokens."""
+    texts = [tuple(drafts[row - 1] for row in path[1:]) for path in tree.paths]
+    draws = [draws[texts.index(text)] for text in texts]
     rows_Bd, count_B = jax.jit(walk, static_argnums=2)(
         jnp.array([drafts], jnp.int32), jnp.array([draws], jnp.int32), tree
     )
