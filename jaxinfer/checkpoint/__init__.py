@@ -27,7 +27,9 @@ def load(folder: str | Path, model: Model) -> dict[str, jax.Array]:
     """The parameters of `model` by path, with its shapes, dtypes and shardings, from a checkpoint folder.
 
     The folder holds Hugging Face safetensors or our own checkpoint (`convert`). Neither needs a copy of the model
-    on the host: parameters are read and assembled one group after the other, on the devices.
+    on the host: parameters are read and assembled one group after the other, on the devices. Small tensors of
+    safetensors files come through Orbax's layout of them; large ones are mapped and read by shard, since Orbax would
+    hold each of them whole.
 
     Raises:
         ValueError: the checkpoint is damaged or is not one of this model. Names the file, the tensors, and the

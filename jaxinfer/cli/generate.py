@@ -67,8 +67,8 @@ def generate(
         )
 
     try:
-        llm = load(speculation := by_name(speculate, num_speculative_tokens, draft_model))
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        llm = load(speculation := by_name(speculate, num_speculative_tokens, draft_model))
         llm.stream(prompt, params)  # tells what is wrong
         compile_for(llm, prompt, params)
     except (ValueError, OSError) as error:

@@ -7,7 +7,7 @@ that is not known to be without effect on inference, is an error: a model that i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def read_config(source: str | Path | dict[str, Any]) -> ModelConfig:
     fields = _text_part(fields)
     architecture = _architecture(fields)
     reader = ConfigReader(fields)
-    config = FAMILIES[architecture](reader, _common(reader, architecture))
+    config = FAMILIES[architecture](reader, _common(reader, architecture, _UNSTATED.get(architecture, Unstated())))
     reader.refuse_unread(architecture)
     return config
 
@@ -65,20 +65,35 @@ def _architecture(fields: dict[str, Any]) -> str:
     return names[0]
 
 
-def _common(read: ConfigReader, architecture: str) -> ModelConfig:
+@dataclass(frozen=True)
+class Unstated:
+    """What holds where a file does not say: Llama's defaults in transformers 5.
+
+    Attributes:
+        head_size: None is the hidden size over the heads.
+    """
+
+    context: int = 2048
+    norm_eps: float = 1e-6
+    theta: float = 10_000.0
+    head_size: int | None = None
+    tied_embeddings: bool = False
+
+
+def _common(read: ConfigReader, architecture: str, unstated: Unstated) -> ModelConfig:
     """What nearly every family spells alike: a Llama. The families change what differs."""
     hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
-    if read.get("head_dim") is None and hidden % heads:
+    if read.get("head_dim", unstated.head_size) is None and hidden % heads:
         raise ValueError(f"config.json: hidden_size {hidden} must be a multiple of num_attention_heads {heads}")
-    head_size = read.integer("head_dim", max(1, hidden // heads), most=_MOST_BUILT)
-    context = read.integer("max_position_embeddings", 2048)
+    head_size = read.integer("head_dim", unstated.head_size or max(1, hidden // heads), most=_MOST_BUILT)
+    context = read.integer("max_position_embeddings", unstated.context)
     depth = read.integer("num_hidden_layers", most=_MOST_BUILT)
     kv_heads = read.integer("num_key_value_heads", heads)
     if heads % kv_heads:
         raise ValueError(
             f"config.json: num_key_value_heads is {kv_heads}; expected a divisor of num_attention_heads, {heads}"
         )
-    layer = LayerConfig(rope=read_rope(read, head_size, context))
+    layer = LayerConfig(rope=read_rope(read, head_size, context, unstated.theta))
     return ModelConfig(
         architecture=architecture,
         vocab_size=read.integer("vocab_size"),
@@ -89,10 +104,10 @@ def _common(read: ConfigReader, architecture: str) -> ModelConfig:
         head_size=head_size,
         layers=(layer,) * depth,
         context=context,
-        norm_eps=read.number("rms_norm_eps", 1e-6),
+        norm_eps=read.number("rms_norm_eps", unstated.norm_eps),
         dtype=_dtype(read),
         activation=_activation(read),
-        tied_embeddings=read.flag("tie_word_embeddings", architecture in _TIED_BY_DEFAULT),
+        tied_embeddings=read.flag("tie_word_embeddings", unstated.tied_embeddings),
     )
 
 
@@ -217,7 +232,6 @@ def _mixtral(read: ConfigReader, config: ModelConfig) -> ModelConfig:
         intermediate_size=config.intermediate_size,
     )
     everywhere = [True] * config.num_layers
-    config = replace(config, norm_eps=read.number("rms_norm_eps", 1e-5))
     return _with_experts(_windowed(config, everywhere, _window(read, None)), moe, everywhere)
 
 
@@ -233,15 +247,12 @@ def _olmoe(read: ConfigReader, config: ModelConfig) -> ModelConfig:
         renormalize=read.flag("norm_topk_prob", False),
     )
     bias = read.flag("attention_bias", False)
-    eps = read.number("rms_norm_eps", 1e-5)
-    config = replace(config, qk_norm="all", clip_qkv=read.optional("clip_qkv"), norm_eps=eps)
+    config = replace(config, qk_norm="all", clip_qkv=read.optional("clip_qkv"))
     return _with_experts(replace(config, qkv_bias=bias, o_bias=bias), moe, [True] * config.num_layers)
 
 
 def _phi3(read: ConfigReader, config: ModelConfig) -> ModelConfig:
-    eps = read.number("rms_norm_eps", 1e-5)
-    everywhere = [True] * config.num_layers
-    return _windowed(replace(config, norm_eps=eps), everywhere, _window(read, None))
+    return _windowed(config, [True] * config.num_layers, _window(read, None))
 
 
 def _gemma(read: ConfigReader, config: ModelConfig) -> ModelConfig:
@@ -293,9 +304,6 @@ def _gemma3(read: ConfigReader, config: ModelConfig) -> ModelConfig:
     stated = ConfigReader(read.object("rope_parameters"), "rope_parameters").object("sliding_attention")
     stated = ConfigReader(stated, "rope_parameters.sliding_attention")
     local_rope = rope_from(stated, local_theta, 1.0, config.head_size, config.context, read)
-    if "rope_theta" not in read.fields and "rope_parameters" not in read.fields:
-        rope = replace(config.layers[0].rope, theta=1_000_000.0)
-        config = replace(config, layers=tuple(replace(layer, rope=rope) for layer in config.layers))
     local = _local_layers(read, config.num_layers, local)
     return _windowed(config, local, _local_window(read, 4096, local), local_rope)
 
@@ -306,7 +314,7 @@ def _falcon(read: ConfigReader, config: ModelConfig) -> ModelConfig:
     read.require("parallel_attn", True)
     read.require("alibi", False)
     read.get("num_kv_heads")  # written by some versions, without effect beside multi_query
-    bias = read.flag("bias", False)
+    read.require("bias", False)
     return replace(
         config,
         num_kv_heads=1,
@@ -317,9 +325,6 @@ def _falcon(read: ConfigReader, config: ModelConfig) -> ModelConfig:
         parallel_block=True,
         gated_mlp=False,
         activation=read.choice("activation", _ACTIVATIONS, "gelu"),
-        qkv_bias=bias,
-        o_bias=bias,
-        mlp_bias=bias,
     )
 
 
@@ -355,7 +360,6 @@ def _gpt_oss(read: ConfigReader, config: ModelConfig) -> ModelConfig:
     bias = read.flag("attention_bias", True)
     config = replace(
         config,
-        norm_eps=read.number("rms_norm_eps", 1e-5),
         qkv_bias=bias,
         o_bias=bias,
         sinks=True,
@@ -368,10 +372,25 @@ def _gpt_oss(read: ConfigReader, config: ModelConfig) -> ModelConfig:
     return _with_experts(config, moe, [True] * config.num_layers)
 
 
-_TIED_BY_DEFAULT = frozenset({
-    "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration",
-    "FalconForCausalLM", "Starcoder2ForCausalLM",
-})  # fmt: skip
+_GEMMA2 = Unstated(context=8192, head_size=256, tied_embeddings=True)
+_GEMMA3 = Unstated(context=131_072, theta=1_000_000.0, head_size=256, tied_embeddings=True)
+_UNSTATED = {
+    "MistralForCausalLM": Unstated(context=131_072),
+    "Qwen2ForCausalLM": Unstated(context=32_768),
+    "Qwen3ForCausalLM": Unstated(context=32_768, head_size=128),
+    "Qwen3MoeForCausalLM": Unstated(context=32_768),
+    "GemmaForCausalLM": _GEMMA2,
+    "Gemma2ForCausalLM": _GEMMA2,
+    "Gemma3ForCausalLM": _GEMMA3,
+    "Gemma3ForConditionalGeneration": _GEMMA3,
+    "Phi3ForCausalLM": Unstated(context=4096, norm_eps=1e-5),
+    "Olmo2ForCausalLM": Unstated(norm_eps=1e-5),
+    "FalconForCausalLM": Unstated(tied_embeddings=True),
+    "Starcoder2ForCausalLM": Unstated(context=4096, tied_embeddings=True),
+    "MixtralForCausalLM": Unstated(context=131_072, norm_eps=1e-5, theta=1_000_000.0),
+    "OlmoeForCausalLM": Unstated(context=4096, norm_eps=1e-5),
+    "GptOssForCausalLM": Unstated(context=131_072, norm_eps=1e-5, theta=150_000.0, head_size=64),
+}
 
 FAMILIES: dict[str, Callable[[ConfigReader, ModelConfig], ModelConfig]] = {
     "LlamaForCausalLM": _llama,

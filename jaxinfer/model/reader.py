@@ -137,7 +137,7 @@ def parse(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"no config.json at {file}") from None
+        raise FileNotFoundError(f"no config.json at {file.resolve()}") from None
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(fields, dict):

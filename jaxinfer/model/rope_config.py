@@ -17,9 +17,9 @@ from jaxinfer.model.rope import Rope
 LEAST_THETA = 2.0  # at a base of 1 all components turn alike, and YaRN divides by its logarithm
 
 
-def read_rope(read: ConfigReader, head_size: int, context: int) -> Rope:
-    """The rope of the layers that see everything."""
-    theta = read.number("rope_theta", 10000.0, least=LEAST_THETA)
+def read_rope(read: ConfigReader, head_size: int, context: int, theta: float) -> Rope:
+    """The rope of the layers that see everything; `theta` where no base is stated."""
+    theta = read.number("rope_theta", theta, least=LEAST_THETA)
     within = "rope_parameters" if read.object("rope_parameters") else "rope_scaling"
     parameters = read.object(within)
     share = read.number("partial_rotary_factor", 1.0)

@@ -161,6 +161,16 @@ def test_bad_input_is_one_sentence_and_an_error_of_usage(arguments, message):
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize(
+    "wrong", [["--max-tokens", "0"], ["--temperature", "nan"], ["--top-p", "2"], ["--seed", "-1"]], ids="".join
+)
+def test_nothing_is_loaded_for_parameters_out_of_range(wrong, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("jaxinfer.llm.LLM", lambda *_, **__: loaded.append(wrong))
+    assert run("generate", "a", *wrong).exit_code == 2
+    assert not loaded
+
+
 def test_training_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = run("train", "demo", str(tmp_path / "out"))

@@ -96,10 +96,10 @@ PUBLISHED = {
     "Gemma-3-4B, multimodal": Published(
         {"architectures": ["Gemma3ForConditionalGeneration"], "torch_dtype": "bfloat16", "vision_config": {"a": 1},
          "text_config": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
-                         "sliding_window": 1024, "head_dim": 256, "model_type": "gemma3_text",
+                         "sliding_window": 1024, "model_type": "gemma3_text",
                          "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}},
         (8, 4, 256), (1024,) * 5 + (None,), (1e6, Linear),
-        (("vocab_size", 262208), ("qk_norm", "head"), ("attention_soft_cap", None)),
+        (("vocab_size", 262208), ("qk_norm", "head"), ("attention_soft_cap", None), ("context", 131_072)),
     ),
     "Phi-3-mini-128k": Published(
         fields("Phi3ForCausalLM", 32, 3072, 8192, 32, 32, 32064, sliding_window=262144,
@@ -204,6 +204,22 @@ def test_layers_without_experts():
     assert sparse == [i % 2 == 1 and i != 1 for i in range(48)]
 
 
+@pytest.mark.parametrize(
+    ("name", "left_out", "held"),
+    [
+        ("Llama-2-7B", ("max_position_embeddings", "rms_norm_eps", "rope_theta"), (2048, 1e-6, 1e4, 128)),
+        ("OLMo-2-7B", ("max_position_embeddings", "rms_norm_eps", "rope_theta"), (2048, 1e-5, 1e4, 128)),
+        ("Mixtral-8x7B", ("max_position_embeddings", "rms_norm_eps", "rope_theta"), (131_072, 1e-5, 1e6, 128)),
+        ("Gemma-2-9B", ("max_position_embeddings", "rms_norm_eps", "head_dim"), (8192, 1e-6, 1e4, 256)),
+        ("gpt-oss-20b", ("head_dim", "rms_norm_eps"), (131_072, 1e-5, 150_000.0, 64)),
+    ],
+)
+def test_what_is_left_out_is_as_transformers_has_it(name, left_out, held):
+    fields = {field: value for field, value in PUBLISHED[name].fields.items() if field not in left_out}
+    config = read_config(fields)
+    assert (config.context, config.norm_eps, config.layers[-1].rope.theta, config.head_size) == held
+
+
 def test_partial_rotation():
     config = read_config(PUBLISHED["Llama-2-7B"].fields | {"partial_rotary_factor": 0.25})
     assert config.layers[0].rope.dim == 32
@@ -264,6 +280,7 @@ def test_what_is_not_understood_is_refused(name):
     ("gpt-oss-20b", {"quantization_config": {"quant_method": "mxfp4"}}, ["quantization_config", "bfloat16"]),
     ("gpt-oss-20b", {"sliding_window": 0}, ["sliding_window", "0"]),
     ("Falcon-7B", {"alibi": True}, ["alibi", "True"]),
+    ("Falcon-7B", {"bias": True}, ["bias is True; expected False"]),
     ("Falcon-7B", {"new_decoder_architecture": True}, ["new_decoder_architecture"]),
     ("Falcon-7B", {"multi_query": 1}, ["multi_query is 1; expected True"]),
     ("Falcon-7B", {"parallel_attn": None}, ["parallel_attn is missing or null; expected True"]),
