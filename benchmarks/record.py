@@ -111,7 +111,8 @@ def parts(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _entry(item: Record | Failure) -> dict[str, Any]:
-    return {field: value for field, value in asdict(item).items() if value is not None}
+    kept = asdict(item).items()
+    return {field: value for field, value in kept if value is not None or field == "roofline_fraction"}
 
 
 def _write(name: str, content: dict[str, Any], folder: Path | None) -> Path:

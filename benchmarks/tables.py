@@ -145,6 +145,11 @@ SPECULATING = {
     "plan": "*predicted*, lookup",
     f"plan, {OURS}, lookup always": "*predicted*, lookup, always",
 }
+DRAFTED = {
+    f"demo drafted by {folder} T={temperature}": f"{made}, temperature {temperature}"
+    for folder, made in (("draft", "distilled"), ("ce", "of the text alone"))
+    for temperature in ("0", "0.7", "1")
+}
 COPYING, REPLAYING = (
     {f"{name} B{batch}": f"batch {batch}" for batch in (1, 4, 16, 64)}
     for name in ("demo copying", "llama-3-8b replaying")
@@ -165,6 +170,7 @@ TABLES = {
     "decoding-options": Table("time", "decoding, us", OPTIONS, names=KERNEL_NAMES),
     "row-kernel": Table("time", "layer after attention, us", ROW, names=KERNEL_NAMES),
     "verification": Table("over a plain step", "a step that verifies, over a plain one", VERIFYING),
+    "drafted": Table("proposed tokens right", "proposed tokens that are right, %", DRAFTED, names=SERVING_NAMES),
     "copying": Table("over plain decoding", "times plain decoding", COPYING, rates(COPYING), names=SPECULATING),
     "replay": Table("over plain decoding", "times plain decoding", REPLAYING, rates(REPLAYING), names=SPECULATING),
     "matmul-kernel": Table("traffic", "matmul, TB/s", MATMUL, variants=TOKENS, names=KERNEL_NAMES),
