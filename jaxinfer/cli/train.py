@@ -16,6 +16,9 @@ train_app = typer.Typer(help="Train what ships with the package, drafts and head
 
 _Steps = Annotated[int, integer(least=1, help="Steps of training.")]
 _Batch = Annotated[int, integer(least=1, help="Rows of a step, of 1024 tokens each.")]
+_Generated = Annotated[
+    int, integer(least=0, help="Tokens that the model writes, to learn from in the place of the library; 0 for none.")
+]
 _Seed = Annotated[int, integer(least=0, help="Of the first weights and of the order of the text.")]
 
 
@@ -50,6 +53,7 @@ def distill(
     teacher: Annotated[
         str | None, typer.Option(help="Folder of a checkpoint or Hugging Face id; the demo model by default.")
     ] = None,
+    generated: _Generated = 0,
     layers: Annotated[int, integer(least=1, help="Layers of the draft.")] = 2,
     width: Annotated[int, integer(least=64, help="Hidden size of the draft, a multiple of 64.")] = 192,
     steps: _Steps = 2400,
@@ -66,7 +70,7 @@ def distill(
         # The usual weight decay: a model this small does not learn its text by heart.
         recipe = Recipe(steps=steps, batch=batch, seed=seed, weight_decay=0.1)
         folder = checkpoint.resolve(DEMO if teacher is None else teacher)
-        train_student(output, folder, cast("Objective", kind), recipe, layers=layers, width=width)
+        train_student(output, folder, cast("Objective", kind), recipe, layers=layers, width=width, generated=generated)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 

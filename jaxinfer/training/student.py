@@ -4,6 +4,7 @@
 It reads the demo model's text, cut and ordered as there, and has the teacher's vocabulary and tokenizer.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -25,6 +26,7 @@ from jaxinfer.training.demo import (
     write_checkpoint,
 )  # fmt: skip
 from jaxinfer.training.distill import Head, Kind, distillation_loss
+from jaxinfer.training.generated import generate_stream
 from jaxinfer.training.train import DenseRows, Loss, Recipe, Report, check_attention, next_token, train
 
 # A divergence from the teacher, or the text alone: the same draft without distillation.
@@ -35,7 +37,7 @@ CHUNK = 1024  # tokens of vocabulary whose logits exist at a time
 
 def train_student(
     output: Path, teacher: Path, kind: Objective, recipe: Recipe, *, layers: int = 2, width: int = 192,
-    root: Path | None = None,
+    generated: int = 0, root: Path | None = None,
 ) -> list[Report]:  # fmt: skip
     """Trains a student on one device and writes it to `output`, in bfloat16 and Hugging Face layout.
 
@@ -47,6 +49,7 @@ def train_student(
       kind: what is made smaller, "cross-entropy" or a kind of `distillation_loss`, in nats a token.
       recipe: whose row is cut to the teacher's context.
       layers, width: of the student; the width is a multiple of the head size, 64.
+      generated: tokens that the teacher writes, for the student to read in the place of the library; 0 for none.
       root: the standard library, by default the interpreter's.
 
     Raises:
@@ -61,12 +64,20 @@ def train_student(
     config = hf_config(student_sizes(theirs, layers, width), end_of_text(tokenizer))
     data = tokenize_library(read_library(root), tokenizer)
     recipe = recipe.within(theirs.context)
-    whole_rows(len(data.train_T), recipe.row, recipe.batch)
+    if generated < 0:
+        raise ValueError(f"generated = {generated} must be at least 0")
+    whole_rows(generated or len(data.train_T), recipe.row, recipe.batch)
 
     student = Model(read_config(config), make_mesh(devices=jax.devices()[:1]), dtype="float32")
-    loss = next_token(student) if kind == "cross-entropy" else _loaded(student, teacher, theirs, kind)
+    loss = next_token(student)
+    if generated or kind != "cross-entropy":
+        model = Model(theirs, student.mesh)
+        taught = model.params(checkpoint.load(teacher, model))
+        loss = loss if kind == "cross-entropy" else distilled(student, model, taught, kind)
+        if generated:
+            data = replace(data, train_T=generate_stream(model, taught, data.train_T, generated, recipe.seed))
     params, reports = train(student, student.random_params(recipe.seed), data, recipe, print_report, loss)
-    log = training_log(params, recipe, reports, teacher=teacher.name, kind=kind)
+    log = training_log(params, recipe, reports, teacher=teacher.name, kind=kind, generated=generated)
     if output.exists():
         output.rmdir()  # empty: the checkpoint takes its place when it is whole
     write_checkpoint(output, student, params, config, teacher, **{"training_log.json": log})
@@ -100,12 +111,6 @@ def student_sizes(teacher: ModelConfig, layers: int, width: int) -> dict[str, in
         "head_dim": HEAD_SIZE,
         "max_position_embeddings": teacher.context,
     }
-
-
-def _loaded(student: Model, folder: Path, config: ModelConfig, kind: Kind) -> Loss:
-    """The distillation from the checkpoint in `folder`, loaded beside the student."""
-    teacher = Model(config, student.mesh)
-    return distilled(student, teacher, teacher.params(checkpoint.load(folder, teacher)), kind)
 
 
 def distilled(student: Model, teacher: Model, taught: Params, kind: Kind, chunk: int = CHUNK) -> Loss:

@@ -9,6 +9,7 @@ from typing import get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks.copying import Shut
@@ -18,8 +19,10 @@ from jaxinfer.engine import Options
 from jaxinfer.llm import LLM
 from jaxinfer.model import Model, read_config
 from jaxinfer.training import student
+from jaxinfer.training.data import read_library, tokenize_library
 from jaxinfer.training.demo import TOKENIZER_FILES, hf_config, prepare
 from jaxinfer.training.distill import Kind
+from jaxinfer.training.generated import generate_stream
 from jaxinfer.training.student import distilled, student_sizes, train_student
 from jaxinfer.training.train import Recipe, adamw, compiled_steps, initial_state, next_token
 
@@ -62,6 +65,34 @@ def test_the_divergence_falls(taught):
     log = json.loads((folder / "training_log.json").read_text())
     assert (log["teacher"], log["kind"], log["recipe"]["row"]) == ("teacher", "forward-kl", 16)
     assert log["reports"][-1]["loss"] == reports[-1].loss
+
+
+def test_a_teacher_writes_what_it_draws_after_beginnings_of_the_library(teacher, library_root):
+    llm = LLM(teacher, options=Options(max_num_seqs=4, max_num_batched_tokens=64, page_size=4, num_pages=17))
+    library_T = tokenize_library(read_library(library_root), llm.tokenizer.backend).train_T
+    params = llm.engine.runner.params
+    stream_T = generate_stream(llm.model, params, library_T, tokens=50, seed=3)
+    assert stream_T.dtype == library_T.dtype
+    pieces, known = stream_T.reshape(4, 16).tolist(), library_T.tolist()
+    begun = [piece[:4] for piece in pieces]
+    assert all(any(known[at : at + 4] == piece for at in range(len(known))) for piece in begun)
+    goes_on = [SamplingParams(max_tokens=12, ignore_eos=True, seed=3 + piece) for piece in range(4)]
+    written = [output.outputs[0].token_ids for output in llm.generate(begun, goes_on)]
+    assert [piece[4:] for piece in pieces] == [list(ids) for ids in written]
+    for wrong, message in ((0, "tokens = 0 must be at least 1"), (1, "library_T has 3 tokens; a piece begins with 4")):
+        with pytest.raises(ValueError, match=message):
+            generate_stream(llm.model, params, library_T[:3], wrong)
+
+
+def test_the_text_of_a_teacher_is_what_a_student_reads(teacher, library_root, tmp_path, monkeypatch):
+    read = {}
+    monkeypatch.setattr(student, "generate_stream", lambda model, params, *given: np.full(given[1], 7, np.uint16))
+    monkeypatch.setattr(student, "train", lambda model, params, data, *_: read.update(data=data) or (params, []))
+    train_student(tmp_path / "a", teacher, "forward-kl", RECIPE, **SMALL, generated=5000, root=library_root)
+    assert read["data"].train_T.tolist() == [7] * 5000
+    assert json.loads((tmp_path / "a" / "training_log.json").read_text())["generated"] == 5000
+    with pytest.raises(ValueError, match="generated = -1 must be at least 0"):
+        train_student(tmp_path / "b", teacher, "forward-kl", RECIPE, **SMALL, generated=-1, root=library_root)
 
 
 def test_the_student_is_a_model_and_drafts_for_its_teacher(taught, teacher):
