@@ -8,9 +8,10 @@ import keyword
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +24,22 @@ from benchmarks.serving.workload import Job
 from jaxinfer.cache.gathers import gathers
 from jaxinfer.decode.batch import Batch
 from jaxinfer.decode.forward import Cache, Forward
-from jaxinfer.decode.speculative import PromptLookup
+from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.decode.speculative import DraftModel, PromptLookup
 from jaxinfer.decode.speculative.lookup import propose
 from jaxinfer.engine import Engine, Request
 from jaxinfer.engine.gate import Gate, predicted_gate
 from jaxinfer.engine.sequence import Sequence as Sequenced
 from jaxinfer.engine.warm_up import make_ready, warm_programs
-from jaxinfer.model import Params
-from jaxinfer.roofline import Hardware, Precision, Verification, tokens_per_step, verification
+from jaxinfer.llm import LLM
+from jaxinfer.model import Model, Params
+from jaxinfer.roofline import Hardware, Precision, Verification, decode_step, tokens_per_step, verification
 from jaxinfer.text.tokenizer import Tokenizer
 from jaxinfer.training.data import read_library
 
 FILE, BEGUN = 384, 64  # tokens of a file, and of its edited copy, that stand in a prompt
 ALONE = 4  # texts at the least: of a smaller batch come as many after one another
-PLAIN, GATED, ALWAYS = OURS, f"{OURS}, lookup", f"{OURS}, lookup always"
+PLAIN = OURS
 FASTER = "over plain decoding"
 
 
@@ -46,11 +49,13 @@ class Text:
 
     Attributes:
         accepted: proposed tokens that are right in each step, from the second token of the output on.
+        said: by a draft model, the likeliest token at each place of the output, after what is there before it.
     """
 
     prompt: tuple[int, ...]
     output: tuple[int, ...]
     accepted: tuple[int, ...] = ()
+    said: tuple[int, ...] = ()
 
 
 def prompts(tokenizer: Tokenizer, count: int) -> list[tuple[int, ...]]:
@@ -59,6 +64,14 @@ def prompts(tokenizer: Tokenizer, count: int) -> list[tuple[int, ...]]:
     files = [tokenizer.encode(document.text) for document in read_library().held_out]
     pieces = itertools.chain.from_iterable(zip(*map(_pieces, files), strict=False))  # of each file by turns
     return [_edited(tokenizer, piece) for piece in itertools.islice(pieces, count)]
+
+
+def beginnings(tokenizer: Tokenizer, length: int, apart: int) -> Iterator[tuple[int, ...]]:
+    """So many tokens each from the files of the standard library that the demo model was not trained on."""
+    for document in read_library().held_out:
+        ids = tokenizer.encode(document.text)
+        for at in range(length, len(ids) - length, apart):
+            yield tuple(ids[at : at + length])
 
 
 def _pieces(ids: list[int]) -> Iterator[list[int]]:
@@ -134,7 +147,7 @@ def compare(
     engine: Engine, name: str, jobs: Sequence[Job], batch: int, rounds: int, machine: Hardware
 ) -> list[Record]:
     """The records of one batch: plain decoding, speculation as the gate has it, and always. Each is the fastest of
-    some rounds.
+    some rounds. An engine proposes by prompt lookup, or by a draft model.
 
     Args:
         jobs: for a batch; of a smaller one than ALONE come so many after one another.
@@ -142,10 +155,11 @@ def compare(
     """
     layout, many = engine.layout, max(batch, ALONE)
     jobs = list(itertools.islice(itertools.cycle(jobs), many))
+    gated, always = ways(engine)
     gates = {
         PLAIN: Shut(layout, times=None),
-        GATED: predicted_gate(engine.model, layout, engine.options),
-        ALWAYS: Gate(layout, times=None),
+        gated: predicted_gate(engine.model, layout, engine.options),
+        always: Gate(layout, times=None),
     }
     took = {
         way: min((run(engine, gate, jobs, batch) for _ in range(rounds)), key=lambda one: one.seconds)
@@ -153,14 +167,20 @@ def compare(
     }
     case, plain = f"{name} B{batch}", took[PLAIN]
     records = [Record(case, way, "decode", one.tokens / one.seconds, "tok/s") for way, one in took.items()]
-    for way in (GATED, ALWAYS):
+    for way in (gated, always):
         records.append(Record(case, way, FASTER, plain.seconds / took[way].seconds, "x"))
         records += _acceptance(case, way, took[way])
     pair = _predicted(engine, jobs, batch, machine)
-    speedup = pair.speedup(tokens_per_step(took[ALWAYS].accepted))
+    speedup = pair.speedup(tokens_per_step(took[always].accepted))
     records.append(Record(case, "plan", FASTER, max(speedup, 1.0), "x"))
-    records.append(Record(case, f"plan, {ALWAYS}", FASTER, speedup, "x"))
+    records.append(Record(case, f"plan, {always}", FASTER, speedup, "x"))
     return records
+
+
+def ways(engine: Engine) -> tuple[str, str]:
+    """What an engine with speculation is called in records: with its gate, and without."""
+    by = "lookup" if isinstance(engine.layout.speculation, PromptLookup) else "draft"
+    return f"{OURS}, {by}", f"{OURS}, {by} always"
 
 
 def _acceptance(case: str, way: str, took: Run) -> list[Record]:
@@ -179,13 +199,37 @@ def _predicted(engine: Engine, jobs: Sequence[Job], batch: int, machine: Hardwar
     """Halfway through the outputs."""
     layout, config, gathered = engine.layout, engine.model.config, gathers(engine.layout.attention)[0]
     halfway = int(np.mean([len(job.prompt) + job.output / 2 for job in jobs]))
+    context = layout.pages_per_row * layout.page_size if gathered else halfway
+    precision, attention = Precision.all_in(config.dtype, layout.cache_dtype), "materialized" if gathered else "flash"
+    assert layout.speculation is not None
+    proposing = sum(
+        decode_step(one.config, batch, context, precision, queries=one.queries, attention=attention).predict(machine)
+        for one in layout.speculation.passes(engine.model)
+    )
     return verification(
-        config, machine, batch, layout.pages_per_row * layout.page_size if gathered else halfway, layout.drafts,
-        Precision.all_in(config.dtype, layout.cache_dtype), attention="materialized" if gathered else "flash",
-    )  # fmt: skip
+        config, machine, batch, context, layout.drafts, precision, attention=attention, proposing=proposing
+    )
 
 
 # --- the same text again
+
+
+def drafted(jobs: Sequence[Job], outputs: Sequence[Sequence[int]], draft: LLM, drafts: int) -> list[Text]:
+    """The texts, with what a draft model says at each place, and how many of `drafts` proposals are right in each
+    step. The first token of an output is the prompt's."""
+    whole = [[*job.prompt, *output] for job, output in zip(jobs, outputs, strict=True)]
+    scored = draft.generate(whole, SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1))
+    texts = []
+    for job, output, score in zip(jobs, outputs, scored, strict=True):
+        assert score.prompt_logprobs is not None
+        said = [place.top[0][0] for place in score.prompt_logprobs[len(job.prompt) :] if place is not None]
+        right, accepted, at = [a == b for a, b in zip(said, output, strict=True)], list[int](), 1
+        while at < len(output):
+            run = len(list(itertools.takewhile(bool, right[at : at + drafts])))
+            accepted.append(min(run, len(output) - at - 1))
+            at += accepted[-1] + 1
+        texts.append(Text(job.prompt, tuple(output), tuple(accepted), tuple(said)))
+    return texts
 
 
 def recorded(jobs: Sequence[Job], outputs: Sequence[Sequence[int]], method: PromptLookup) -> list[Text]:
@@ -249,21 +293,68 @@ class Replaying(Forward):
         return cache, jax.sharding.reshard(logits_WV, P(None, None)).at[row_W, next_W].set(jnp.inf), hidden_TD
 
 
+class Books(NamedTuple):
+    """Texts in the numbers that a `Replaying` model knows them by: token t of text r is r x base + t.
+
+    Attributes:
+        texts: of each the prompt and the output.
+        said: the same, with what a draft says in the place of the output.
+    """
+
+    base: int
+    texts: list[list[int]]
+    said: list[list[int]]
+
+
+def books(texts: Sequence[Text], vocabulary: int) -> Books:
+    """
+    Raises:
+        ValueError: the vocabulary is too small for so many.
+    """
+    base = 1 + max(max(text.prompt + text.output + text.said) for text in texts)
+    if base * len(texts) > vocabulary:
+        raise ValueError(f"{len(texts)} texts of {base} tokens each need {base * len(texts)}; there are {vocabulary}")
+
+    def numbered(rows: Iterable[tuple[int, ...]]) -> list[list[int]]:
+        return [[number * base + token for token in row] for number, row in enumerate(rows)]
+
+    whole, said = ((text.prompt + text.output for text in texts), (text.prompt + text.said for text in texts))
+    return Books(base, numbered(whole), numbered(said))
+
+
 def replay(engine: Engine, texts: Sequence[Text]) -> list[Job]:
     """Lets an engine write these texts, whatever its weights, and returns the jobs that ask for them.
 
     Raises:
         ValueError: the vocabulary is too small for so many.
     """
-    base = 1 + max(max(text.prompt + text.output) for text in texts)
-    if base * len(texts) > (vocabulary := engine.model.config.vocab_size):
-        raise ValueError(f"{len(texts)} texts of {base} tokens each need {base * len(texts)}; there are {vocabulary}")
-    book = [[number * base + token for token in text.prompt + text.output] for number, text in enumerate(texts)]
+    base, book, _ = books(texts, engine.model.config.vocab_size)
     old = engine.runner.programs.forward
     engine.runner.programs.forward = Replaying(
         old.model, old.page_size, old.cache_dtype, old.attention, book_RT=_padded(book), base=base
     )
     return [Job(tuple(ids[: len(text.prompt)]), len(text.output)) for ids, text in zip(book, texts, strict=True)]
+
+
+@dataclass(frozen=True)
+class ReplayedDraft(DraftModel):
+    """A draft model whose likeliest token is always the one that a recorded draft said there, at its own cost. For an
+    engine that replays the same texts.
+
+    Attributes:
+        said_RT: see `Books`.
+    """
+
+    said_RT: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int32), compare=False)
+
+    def _own(self, target: Forward, params: Params, cache: Cache) -> tuple[Forward, Params, Cache, Cache]:
+        forward, weights, theirs, ours = super()._own(target, params, cache)
+        return replace(forward, book_RT=self.said_RT), weights, theirs, ours
+
+
+def replayed_draft(texts: Sequence[Text], model: Model, params: Params, drafts: int) -> ReplayedDraft:
+    said = books(texts, model.config.vocab_size).said
+    return ReplayedDraft("replayed", drafts, model=model, params=params, said_RT=_padded(said))
 
 
 def _padded(texts: Sequence[Sequence[int]]) -> np.ndarray:

@@ -4,7 +4,9 @@
         [--method draft] [--draft-model llama-3.2-1b]
     python -m benchmarks.speculative acceptance [DRAFT ...] [--temperatures 0 0.7 1]
     python -m benchmarks.speculative copying [--batches 1 4 16 64]
+    python -m benchmarks.speculative drafting [--batches 1 4 16 64]
     python -m benchmarks.speculative replay [--model llama-3-8b] [--batches 1 4 16 64]
+        [--method draft] [--draft-model llama-3.2-1b]
 
 Writes `speculative.json` to the results of the device; what the file holds of other cases stays in it.
 Verification: a model with random normal weights, prompts of 128 tokens, greedy. A decode step that proposes tokens,
@@ -18,13 +20,17 @@ Copying: the demo model is to copy a file with another name in it, greedy, no st
 proposals by prompt lookup where the engine's gate lets them, and always. New tokens a second from when every sequence
 has its first one until all have ended, which the slowest decides; of a batch below 4 the texts come one after another.
 What was written is recorded in `copied.json`, with the tokens that are accepted in each step.
+Drafting: the same where the demo model goes on from places in the files that neither it nor its draft was trained on,
+and the draft that ships with it proposes. Recorded in `drafted.json`, with what the draft says at each place.
 Replay: a larger model of random weights writes the recorded texts: the logit of each next token is set above all
-others, so that acceptance is the recorded one and all else costs what it costs.
+others, and a draft says what was recorded in the same way, so that acceptance is the recorded one and all else costs
+what it costs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 from collections.abc import Iterator, Sequence
@@ -52,10 +58,10 @@ from jaxinfer.machine import keep_compiled, known_machine
 from jaxinfer.model import Model, Params, read_config
 from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import Hardware, decode_step
-from jaxinfer.training.data import read_library
 from pallas_kernels.flash_decoding import IMPLEMENTATIONS
 
-OVER, COPIED = "over a plain step", "copied.json"
+OVER = "over a plain step"
+RECORDED = {"lookup": "copied.json", "draft": "drafted.json"}
 SLACK = 64  # tokens that a sequence may have beside those of its steps, should a proposal be right after all
 
 
@@ -171,8 +177,7 @@ def accepting(folder: Path, proposed: int, temperatures: Sequence[float], new: i
     """How often what a draft proposes is right, at each temperature."""
     method = DraftModel(folder, proposed)
     llm = LLM(dtype="float32", options=Options(max_num_seqs=16, speculation=method, always_speculate=True))
-    texts = (llm.tokenizer.encode(document.text) for document in read_library().held_out)
-    prompts = [ids[at : at + PROMPT] for ids in texts for at in range(PROMPT, len(ids) - PROMPT, 8 * PROMPT)]
+    prompts = [list(ids) for ids in copying.beginnings(llm.tokenizer, PROMPT, 8 * PROMPT)]
     records, counters = [], llm.engine.counters
     for temperature in temperatures:
         before, right_before = counters.drafts, counters.accepted or (0,) * proposed
@@ -204,37 +209,61 @@ def compile_all(benches: Sequence[Bench]) -> None:
 
 def measure_copying(options: argparse.Namespace) -> Iterator[list[Record]]:
     """Records what the demo model writes; then the records of each batch."""
-    llm = LLM(options=engine_options(options))
-    copying.warm(llm.engine)
+    method = PromptLookup(options.drafts)
+    llm = LLM(options=engine_options(options, method))
     jobs = [Job(ids, options.new) for ids in copying.prompts(llm.tokenizer, options.texts)]
-    written = copying.run(llm.engine, copying.Shut(llm.engine.layout, times=None), jobs, len(jobs)).texts
-    texts = copying.recorded(jobs, written, PromptLookup(options.drafts))
-    copying.write(texts, environment(), folder(options) / COPIED)
-    for batch in options.batches:
-        yield copying.compare(llm.engine, "demo copying", jobs, batch, options.rounds, find_machine())
+    texts = copying.recorded(jobs, written(llm, jobs), method)
+    copying.write(texts, environment(), folder(options) / RECORDED["lookup"])
+    yield from comparing(options, "demo copying", llm.engine, jobs)
+
+
+def measure_drafting(options: argparse.Namespace) -> Iterator[list[Record]]:
+    """Records what the demo model writes, and its draft would; then the records of each batch."""
+    llm = LLM(options=engine_options(options, DraftModel(num_speculative_tokens=options.drafts)))
+    begun = itertools.islice(copying.beginnings(llm.tokenizer, PROMPT, 8 * PROMPT), options.texts)
+    jobs = [Job(ids, options.new) for ids in begun]
+    texts = copying.drafted(jobs, written(llm, jobs), LLM(DRAFT), options.drafts)
+    copying.write(texts, environment(), folder(options) / RECORDED["draft"])
+    yield from comparing(options, "demo drafting", llm.engine, jobs)
+
+
+def written(llm: LLM, jobs: Sequence[Job]) -> list[list[int]]:
+    """What it writes plainly, all at once."""
+    copying.warm(llm.engine)
+    return copying.run(llm.engine, copying.Shut(llm.engine.layout, times=None), jobs, len(jobs)).texts
 
 
 def measure_replay(options: argparse.Namespace) -> Iterator[list[Record]]:
     """The records of each batch."""
-    texts = copying.read(folder(options) / COPIED)
+    texts = copying.read(folder(options) / RECORDED[options.method])
     longest = max(len(text.prompt + text.output) for text in texts)
-    model = Model(read_config(MODELS / options.model), make_mesh(devices=jax.devices()[:1]), context=longest)
-    engine = Engine(model, jax.block_until_ready(model.random_params()), engine_options(options))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    model = Model(read_config(MODELS / options.model), mesh, context=longest)
+    method, name = PromptLookup(options.drafts), f"{options.model} replaying"
+    if options.method == "draft":
+        small = Model(read_config(MODELS / options.draft_model), mesh, context=longest)
+        method = copying.replayed_draft(texts, small, small.random_params(1), options.drafts)
+        name = f"{name} with {options.draft_model}"
+    engine = Engine(model, jax.block_until_ready(model.random_params()), engine_options(options, method))
     jobs = copying.replay(engine, texts)
     copying.warm(engine)
+    yield from comparing(options, name, engine, jobs)
+
+
+def comparing(options: argparse.Namespace, name: str, engine: Engine, jobs: Sequence[Job]) -> Iterator[list[Record]]:
+    """The records of each batch, of an engine that is warm."""
     for batch in options.batches:
-        name = f"{options.model} replaying"
         yield copying.compare(engine, name, jobs, batch, options.rounds, find_machine())
 
 
-def engine_options(options: argparse.Namespace) -> Options:
+def engine_options(options: argparse.Namespace, method: Speculation) -> Options:
     return Options(
         max_num_seqs=max(options.slots, *options.batches),
         max_num_batched_tokens=options.max_num_batched_tokens,
         page_size=options.page_size,
         steps_per_dispatch=options.steps_per_dispatch,
         enable_prefix_caching=False,  # no prompt is to find what it was asked before
-        speculation=PromptLookup(options.drafts),
+        speculation=method,
     )
 
 
@@ -280,25 +309,34 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     accepted.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7, 1.0])
     accepted.add_argument("--proposed", type=int, default=4, help="tokens of a proposal")
     accepted.add_argument("--new", type=int, default=96, help="tokens of each output")
-    copied, replayed = parts.add_parser("copying"), parts.add_parser("replay")
-    copied.add_argument("--texts", type=int, default=16)
-    copied.add_argument("--new", type=int, default=320, help="tokens of each output")
+    copied, drafted, replayed = (parts.add_parser(name) for name in ("copying", "drafting", "replay"))
+    for part in (copied, drafted):
+        part.add_argument("--texts", type=int, default=16)
+        part.add_argument("--new", type=int, default=320, help="tokens of each output")
     replayed.add_argument("--model", default="llama-3-8b", help="a folder of configs/models")
-    for part in (copied, replayed):
+    replayed.add_argument("--method", choices=RECORDED, default="lookup", help="whose recorded text")
+    replayed.add_argument(
+        "--draft-model", default="llama-3.2-1b", help="of --method draft, a folder of configs/models"
+    )
+    for part, drafts in ((copied, 8), (drafted, 3), (replayed, None)):
         part.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
-        part.add_argument("--drafts", type=int, default=8, help="tokens of a proposal")
+        part.add_argument("--drafts", type=int, default=drafts, help="tokens of a proposal: 8 by lookup, 3 of a draft")
         part.add_argument("--rounds", type=int, default=2)
         part.add_argument("--slots", type=int, default=64, help="of the engine, at the least")
         part.add_argument("--max-num-batched-tokens", type=int, default=2048)
         part.add_argument("--page-size", type=int, default=64)
         part.add_argument("--steps-per-dispatch", type=int, default=8)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.part == "replay" and options.drafts is None:
+        options.drafts = parser.parse_args(["drafting" if options.method == "draft" else "copying"]).drafts
+    return options
 
 
 PARTS = {
     "verification": measure_verification,
     "acceptance": measure_acceptance,
     "copying": measure_copying,
+    "drafting": measure_drafting,
     "replay": measure_replay,
 }
 

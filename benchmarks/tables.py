@@ -138,21 +138,24 @@ VERIFYING = {
     for drafts in (8, 4)
     for batch in (1, 4, 16, 64)
 }
-SPECULATING = {
-    OURS: "**jaxinfer**, plain",
-    f"{OURS}, lookup": "**jaxinfer**, lookup",
-    f"{OURS}, lookup always": "**jaxinfer**, lookup, always",
-    "plan": "*predicted*, lookup",
-    f"plan, {OURS}, lookup always": "*predicted*, lookup, always",
-}
+LOOKUP, DRAFT = (
+    {
+        OURS: "**jaxinfer**, plain",
+        f"{OURS}, {by}": f"**jaxinfer**, {by}",
+        f"{OURS}, {by} always": f"**jaxinfer**, {by}, always",
+        "plan": f"*predicted*, {by}",
+        f"plan, {OURS}, {by} always": f"*predicted*, {by}, always",
+    }
+    for by in ("lookup", "draft")
+)
 DRAFTED = {
     f"demo drafted by {folder} T={temperature}": f"{made}, temperature {temperature}"
     for folder, made in (("draft", "distilled"), ("ce", "of the text alone"))
     for temperature in ("0", "0.7", "1")
 }
-COPYING, REPLAYING = (
+COPYING, REPLAYING, DRAFTING, REPLAYED_DRAFT = (
     {f"{name} B{batch}": f"batch {batch}" for batch in (1, 4, 16, 64)}
-    for name in ("demo copying", "llama-3-8b replaying")
+    for name in ("demo copying", "llama-3-8b replaying", "demo drafting", "llama-3-8b replaying with llama-3.2-1b")
 )
 SHUFFLED, PAGES_OF_16 = {"": "", " shuffled": "shuffled pages of 64"}, {"": "", " pages of 16": "pages of 16"}
 TOKENS = {f" M={M}": f"{M} token{'s' * (M > 1)}" for M in (1, 16, 64)}
@@ -171,8 +174,12 @@ TABLES = {
     "row-kernel": Table("time", "layer after attention, us", ROW, names=KERNEL_NAMES),
     "verification": Table("over a plain step", "a step that verifies, over a plain one", VERIFYING),
     "drafted": Table("proposed tokens right", "proposed tokens that are right, %", DRAFTED, names=SERVING_NAMES),
-    "copying": Table("over plain decoding", "times plain decoding", COPYING, rates(COPYING), names=SPECULATING),
-    "replay": Table("over plain decoding", "times plain decoding", REPLAYING, rates(REPLAYING), names=SPECULATING),
+    "copying": Table("over plain decoding", "times plain decoding", COPYING, rates(COPYING), names=LOOKUP),
+    "replay": Table("over plain decoding", "times plain decoding", REPLAYING, rates(REPLAYING), names=LOOKUP),
+    "drafting": Table("over plain decoding", "times plain decoding", DRAFTING, rates(DRAFTING), names=DRAFT),
+    "replayed-draft": Table(
+        "over plain decoding", "times plain decoding", REPLAYED_DRAFT, rates(REPLAYED_DRAFT), names=DRAFT
+    ),
     "matmul-kernel": Table("traffic", "matmul, TB/s", MATMUL, variants=TOKENS, names=KERNEL_NAMES),
 }
 

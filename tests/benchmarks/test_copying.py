@@ -11,7 +11,7 @@ from benchmarks import copying, speculative
 from benchmarks.serving.workload import Job
 from benchmarks.tables import TABLES
 from jaxinfer.decode.speculative import PromptLookup
-from jaxinfer.engine import Engine
+from jaxinfer.engine import Engine, TokenLogprobs
 from jaxinfer.engine.gate import Gate
 from jaxinfer.llm import DEMO
 from jaxinfer.model import Model, read_config
@@ -81,24 +81,75 @@ def test_a_replay_writes_the_recorded_texts_with_the_recorded_acceptance(engine,
         copying.replay(engine, (texts * 4)[:11])
 
 
+SAID = [(9, 4, 5, 0, 7, 6, 7, 6, 7, 6, 0, 6, 7, 1, 2, 0), (0, 8, 0, 6, 5, 4, 0, 2, 1, 0, 9, 8, 7, 0, 9, 1)]
+
+
+@pytest.fixture(scope="module")
+def drafted() -> list[copying.Text]:
+    """Two of the texts with a draft that is right mostly."""
+    tops = [[None, *(TokenLogprobs(token, 0.0, ((token, 0.0), (3, -1.0))) for token in said)] for said in SAID]
+    outputs = [SimpleNamespace(prompt_logprobs=[None] * (len(prompt) - 1) + top)
+               for (prompt, _), top in zip(WRITTEN, tops, strict=False)]  # fmt: skip
+    draft = SimpleNamespace(generate=lambda whole, params: outputs)
+    jobs = [Job(prompt, len(output)) for prompt, output in WRITTEN[:2]]
+    return copying.drafted(jobs, [output for _, output in WRITTEN[:2]], draft, 3)
+
+
+def test_what_a_draft_says_decides_what_is_right_in_each_step(drafted):
+    assert [text.said for text in drafted] == SAID
+    # Of 4 5 6 7 6 7 6 7 6 7 6 7 1 2 3 the draft has 4 5, then not 6, and so on.
+    assert drafted[0].accepted == (2, 3, 2, 3, 0)
+    for text in drafted:
+        assert sum(text.accepted) + len(text.accepted) == len(text.output) - 1
+
+
+def test_a_replayed_draft_is_right_where_the_recorded_one_was(drafted):
+    model, small = (Model(read_config(config), make_mesh(1)) for config in (ONE_LAYER, ONE_LAYER))
+    method = copying.replayed_draft(drafted, small, random_params(small, 1), 3)
+    options = replace(OPTIONS, enable_prefix_caching=False, speculation=method)
+    with one_rectangle():
+        engine = Engine(model, random_params(model, 0), options)
+        took = copying.run(engine, Gate(engine.layout, times=None), copying.replay(engine, drafted), batch=2)
+    assert [[token % 10 for token in output] for output in took.texts] == [[*text.output] for text in drafted]
+    steps = [count for text in drafted for count in text.accepted]
+    assert took.drafts == len(steps)
+    assert took.accepted == tuple(sum(count >= place for count in steps) / len(steps) for place in (1, 2, 3))
+
+
 def test_speculation_stands_beside_plain_decoding_and_the_plan(engine, texts):
     jobs = copying.replay(engine, texts)
     records = copying.compare(engine, "tiny", jobs, 2, 1, find_hardware("h200"))
     value = {(record.implementation, record.metric): record.value for record in records}
     assert {record.case for record in records} == {"tiny B2"}
-    for way in (copying.GATED, copying.ALWAYS):
+    for way in copying.ways(engine):
         assert value[way, copying.FASTER] > 0
         assert value[way, "decode"] > 0
-    right = [value[copying.ALWAYS, f"first {place} right"] / 100 for place in (1, 2, 3)]
-    assert value[copying.ALWAYS, "tokens of a step with proposals"] == pytest.approx(tokens_per_step(right))
+    _, always = copying.ways(engine)
+    right = [value[always, f"first {place} right"] / 100 for place in (1, 2, 3)]
+    assert value[always, "tokens of a step with proposals"] == pytest.approx(tokens_per_step(right))
     assert value["plan", copying.FASTER] >= 1
 
 
-@pytest.mark.parametrize(("part", "name"), [("copying", "demo copying"), ("replay", "llama-3-8b replaying")])
-def test_the_tables_have_the_cases_that_are_measured(part, name):
-    cases = {f"{name} B{batch}" for batch in speculative.parse([part]).batches}
-    assert set(TABLES[part].columns) == cases
-    assert TABLES[part].metric == copying.FASTER
+@pytest.mark.parametrize(
+    ("table", "part", "name"),
+    [
+        ("copying", ["copying"], "demo copying"),
+        ("replay", ["replay"], "llama-3-8b replaying"),
+        ("drafting", ["drafting"], "demo drafting"),
+        ("replayed-draft", ["replay", "--method", "draft"], "llama-3-8b replaying with llama-3.2-1b"),
+    ],
+)
+def test_the_tables_have_the_cases_that_are_measured(table, part, name):
+    cases = {f"{name} B{batch}" for batch in speculative.parse(part).batches}
+    assert set(TABLES[table].columns) == cases
+    assert TABLES[table].metric == copying.FASTER
+
+
+def test_a_replay_proposes_as_many_tokens_as_what_it_replays():
+    parsed = [speculative.parse(part) for part in (["copying"], ["replay"], ["drafting"])]
+    assert [options.drafts for options in parsed] == [8, 8, 3]
+    assert speculative.parse(["replay", "--method", "draft"]).drafts == 3
+    assert speculative.parse(["replay", "--method", "draft", "--drafts", "2"]).drafts == 2
 
 
 def first_right(texts: list[copying.Text]) -> float:
@@ -120,8 +171,8 @@ def test_the_commands(engine, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(Model, "random_params", lambda model: random_params(model, 0))
     few = ["--batches", "1", "--drafts", "3", "--rounds", "1"]
     speculative.main(["--output", str(results), "copying", "--texts", "1", "--new", str(job.output), *few])
-    assert copying.read(results / speculative.COPIED) == texts[:1]
-    copying.write(texts, {}, results / speculative.COPIED)
+    assert copying.read(results / speculative.RECORDED["lookup"]) == texts[:1]
+    copying.write(texts, {}, results / speculative.RECORDED["lookup"])
     speculative.main(["--output", str(results), "replay", "--model", str(folder), *few])
     records = json.loads((results / "speculative.json").read_text())["records"]
     right = {record["case"]: record["value"] for record in records if record["metric"] == "first 1 right"}
