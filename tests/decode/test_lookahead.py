@@ -15,8 +15,8 @@ from jaxinfer.decode.speculative.lookahead import Trajectories
 from tests.decode.test_speculative import IDLE, NEEDS, SLOTS, START, new_state, plain_step, table
 
 FORWARD = Forward(None, page_size=1, cache_dtype="", attention="")  # it runs no model to propose
-# Of each level fewer tokens than a step may bring; a pool that overflows; n-grams of two; one column; a chain.
-METHODS = [Lookahead(4, 4, 3, 40), Lookahead(3, 3, 2, 7), Lookahead(5, 2, 4, 3), Lookahead(1, 4, 2, 9)]
+# Also with a pool that has no room for all n-grams of a step, of one column alone, and of one that makes a chain.
+METHODS = [Lookahead(*sizes) for sizes in [(4, 4, 3, 40), (3, 3, 2, 7), (5, 2, 4, 3), (1, 4, 2, 9), (1, 2, 1, 9)]]
 
 
 class ByHand:
@@ -108,8 +108,8 @@ def test_window_and_pool_are_those_by_hand(method):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.window_size} x {method.ngram_size}")
-def test_rows_see_what_the_paper_shows(method):
-    """Its figure 2: a token sees level 0 up to its column, and its column above it; n-grams see the newest token and
+def test_rows_see_what_they_see_in_the_paper(method):
+    """A token sees level 0 up to its column, and its column above it; n-grams see the newest token and
     themselves. Positions count from the newest token."""
     W, L, G = method.window_size, method.ngram_size - 1, method.max_verification_set_size
     window = {(level, column): level * W + column for level in range(L) for column in range(W)}
