@@ -11,8 +11,8 @@ import typer
 
 SPECULATE = (
     "How to propose tokens, which are verified together: lookup (what followed the same tokens before), draft (what a "
-    "smaller model draws), early-exit (what the first layers of the model draw) or medusa (what heads on its last "
-    "hidden state say)."
+    "smaller model draws), early-exit (what the first layers of the model draw), lookahead (what the model drew ahead "
+    "of the text) or medusa (what heads on its last hidden state say)."
 )
 DRAFT = (
     "The smaller model of draft: a folder or a Hugging Face id, with the same tokenizer; the demo model has one. Or "

@@ -310,21 +310,26 @@ class Programs:
     def _speculative(self, params, needs: Needs, carry, _):
         """A step of a loop: one token for each slot that is active, and those before it that were right."""
         state, cache = carry
-        assert self.layout.speculation is not None
+        method = self.layout.speculation
+        assert method is not None
         with jax.named_scope("speculation"):
-            proposal, cache = self.layout.speculation.propose(self.forward, params, needs, state, cache)
+            proposal, cache = method.propose(self.forward, params, needs, state, cache)
         batch = make_drafted(state, proposal.drafts_Bk, self.layout.page_size, self._tree)
         row_W = jnp.arange(len(batch.tokens_T), dtype=jnp.int32)
         cache, logits_WV, hidden_TD = self.forward(params, cache, batch, row_W)
         with jax.named_scope("sampling"):
             logits_WV = jax.sharding.reshard(logits_WV, P(None, None))
-            after, sampled, emits_dB, rows_Bd = verify(state, logits_WV, proposal, needs, self._tree)
+            after, sampled, emits_dB, rows_Bd, drawn_BQ = verify(state, logits_WV, proposal, needs, self._tree)
         taken_B = emits_dB.sum(axis=0, dtype=jnp.int32)
         if self._tree is not None:
             cache = self._in_place(state, cache, rows_Bd, taken_B)
         newest_B1 = jnp.take_along_axis(rows_Bd, jnp.maximum(taken_B - 1, 0)[:, None], axis=1)
         newest_W = (row_W.reshape(len(taken_B), -1)[:, :1] + newest_B1)[:, 0]
         after = self._remember(after, _remembered(state, hidden_TD, newest_W), taken_B > 0)
+        if after.memory is not None:
+            with jax.named_scope("speculation"):
+                tokens_BQ = jnp.concatenate([state.token_B[:, None], proposal.drafts_Bk], axis=1)
+                after = replace(after, memory=method.learn(after.memory, tokens_BQ, drawn_BQ, taken_B))
         return (after, cache), (sampled, emits_dB)
 
     @jax.named_scope("accepted")

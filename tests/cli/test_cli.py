@@ -135,6 +135,10 @@ def test_convert_keeps_every_bit(tmp_path):
             ["generate", "a", "--speculate", "lookup", "--num-speculative-tokens", "0"],
             "num_speculative_tokens = 0 must be an integer in 1..127",
         ),
+        (
+            ["generate", "a", "--speculate", "lookahead", "--num-speculative-tokens", "8"],
+            "num_speculative_tokens = 8 must be one less than a multiple of 4 in 8..128",
+        ),
         (["generate", "a", "--temperature", "x"], "Invalid value for '--temperature': 'x' must be a number"),
         (["generate", "a", "--max-tokens", "1.5"], "Invalid value for '--max-tokens': '1.5' must be an integer"),
         (["generate", "a", "--tensor-parallel", "4"], "tensor"),

@@ -12,7 +12,7 @@ import pytest
 from jaxinfer.decode import sampling
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.decode.speculative import DraftModel, EarlyExit, PromptLookup, Speculation
+from jaxinfer.decode.speculative import DraftModel, EarlyExit, Lookahead, PromptLookup, Speculation
 from jaxinfer.decode.step import Layout, Programs
 from jaxinfer.engine.step_input import lay_out
 from jaxinfer.engine.warm_up import WARM
@@ -124,8 +124,9 @@ def a_draft() -> DraftModel:
         (EarlyExit(3, 1), ODD, "float32"),
         (a_draft(), FULL, "float32"),
         (Branching((-1, -1, 0)), ODD, "int8"),
+        (Lookahead(3, 3, 1, 5), FULL, "float32"),
     ],
-    ids=["PromptLookup", "EarlyExit", "DraftModel", "Branching"],
+    ids=["PromptLookup", "EarlyExit", "DraftModel", "Branching", "Lookahead"],
 )
 def test_a_loop_that_speculates_moves_no_cache_and_asks_no_host(method, config, dtype, needs):
     """Nor where the accepted tokens of a tree are brought to their places."""

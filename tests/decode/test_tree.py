@@ -166,7 +166,7 @@ def test_verified_trees_are_plain_steps(tree):
         other_Bk = rng.integers(0, VOCAB, right_Bk.shape)
         drafts_Bk = np.where(rng.random(right_Bk.shape) < 0.6, right_Bk, other_Bk).astype(np.int32)
         was_active_B = np.asarray(state.active_B)
-        state, sampled_dB, emits_dB, _ = verified_step(state, logits_VV, jnp.asarray(drafts_Bk), tree)
+        state, sampled_dB, emits_dB, *_ = verified_step(state, logits_VV, jnp.asarray(drafts_Bk), tree)
         brought_B = np.asarray(emits_dB).sum(axis=0)
         for slot in range(len(SLOTS)):
             # Draws after nodes of wrong paths are others than plain decoding's, but nothing that is reached is one.

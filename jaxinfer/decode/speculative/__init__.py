@@ -20,6 +20,7 @@ Each method is a file. It says how many tokens it proposes, and which.
 
 from jaxinfer.decode.speculative.draft import DraftModel
 from jaxinfer.decode.speculative.early_exit import EarlyExit
+from jaxinfer.decode.speculative.lookahead import Lookahead
 from jaxinfer.decode.speculative.lookup import PromptLookup
 from jaxinfer.decode.speculative.medusa import Medusa
 from jaxinfer.decode.speculative.method import (
@@ -37,12 +38,13 @@ from jaxinfer.decode.speculative.verify import verify
 from jaxinfer.decode.tree import MOST_DRAFTS, Tree
 
 METHODS: dict[str, type[Speculation]] = {
-    "draft": DraftModel, "early-exit": EarlyExit, "lookup": PromptLookup, "medusa": Medusa,
+    "draft": DraftModel, "early-exit": EarlyExit, "lookup": PromptLookup, "lookahead": Lookahead, "medusa": Medusa,
 }  # fmt: skip
 
 __all__ = [
-    "METHODS", "MOST_DRAFTS", "DraftModel", "EarlyExit", "Loader", "Medusa", "Pass", "Pool", "PromptLookup",
-    "Proposal", "Speculation", "Tree", "beyond_of", "by_name", "depth_of", "drafts_of", "tree_of", "verify",
+    "METHODS", "MOST_DRAFTS", "DraftModel", "EarlyExit", "Loader", "Lookahead", "Medusa", "Pass", "Pool",
+    "PromptLookup", "Proposal", "Speculation", "Tree", "beyond_of", "by_name", "depth_of", "drafts_of", "tree_of",
+    "verify",
 ]  # fmt: skip
 
 
@@ -52,7 +54,7 @@ def by_name(
     """The method of that name in METHODS; None for none.
 
     Args:
-        num_speculative_tokens: of each proposal; the method's own number by default.
+        num_speculative_tokens: of each proposal; the method's own number by default. See `Lookahead.of_size`.
         draft_model: the checkpoint of "draft", see `DraftModel`; or the heads of "medusa", see `Medusa`.
 
     Raises:
@@ -69,5 +71,7 @@ def by_name(
         raise ValueError("speculate = 'medusa' needs a draft_model: the folder of its heads")
     if draft_model is not None and name not in ("draft", "medusa"):
         raise ValueError(f"draft_model = {draft_model!r} has no use where speculate = {name!r}")
+    if name == "lookahead" and num_speculative_tokens is not None:
+        return Lookahead.of_size(num_speculative_tokens)
     settings = {"num_speculative_tokens": num_speculative_tokens, "checkpoint": draft_model}
     return METHODS[name](**{setting: value for setting, value in settings.items() if value is not None})

@@ -122,13 +122,24 @@ class Speculation:
         return None
 
     def remember(self, memory: Any, hidden_BD: jax.Array, emits_B: jax.Array) -> Any:
-        """The memory after a step. Only of a method that has one.
+        """The memory after a step of any kind. Only of a method that has one.
 
         Args:
             hidden_BD: the hidden state after which the newest token of each slot was drawn, before the final norm.
             emits_B: slots that have a new one; the others must keep what they have.
         """
-        raise NotImplementedError
+        return memory
+
+    def learn(self, memory: Any, tokens_BQ: jax.Array, drawn_BQ: jax.Array, taken_B: jax.Array) -> Any:
+        """The memory after a step with proposals, once `remember` was asked. Only of a method that has one.
+
+        Args:
+            tokens_BQ: int32, the tokens of the step, k + 1 of each slot: its newest one before the step, and those
+                that were proposed.
+            drawn_BQ: int32, what was drawn after each of them, whether it counts or not.
+            taken_B: int32, how many tokens each slot took; one that took none must keep what it has.
+        """
+        return memory
 
     def propose(
         self, target: Forward, params: Params, needs: Needs, state: SlotState, cache: Cache

@@ -26,12 +26,14 @@ class Verified(NamedTuple):
         sampled: the draws, each field with leading axes d and B.
         emits_dB: bool, which of them count.
         rows_Bd: int32, the row of the slot, 0..k, after which each was drawn.
+        drawn_BQ: int32, what was drawn after every row of the slot, whether it counts or not.
     """
 
     state: SlotState
     sampled: Sampled
     emits_dB: jax.Array
     rows_Bd: jax.Array
+    drawn_BQ: jax.Array
 
 
 def verify(
@@ -62,16 +64,17 @@ def verify(
         kept_WV = sampling.kept(logits_WV, after, index_W, needs)
         rows = sampling.report(logits_WV, accepted_or_left(kept_WV, after, index_W, proposal), needs)
     sampled = jax.tree.map(lambda x_W: jnp.moveaxis(x_W.reshape(slots, queries, *x_W.shape[1:]), 1, 0), rows)
+    drawn_BQ = sampled.tokens_W.T
     if tree is None:
         rows_Bd = jnp.broadcast_to(depth_Q[None], (slots, queries))
-        agreed_Bk = jnp.cumprod((drafts_Bk == sampled.tokens_W[:-1].T).astype(jnp.int32), axis=1)
+        agreed_Bk = jnp.cumprod((drafts_Bk == drawn_BQ[:, :-1]).astype(jnp.int32), axis=1)
         wanted_B = agreed_Bk.sum(axis=1) + 1
     else:
-        rows_Bd, wanted_B = walk(drafts_Bk, sampled.tokens_W.T, tree)
+        rows_Bd, wanted_B = walk(drafts_Bk, drawn_BQ, tree)
         slot_1B = jnp.arange(slots, dtype=jnp.int32)[None]
         sampled = jax.tree.map(lambda x_QB: x_QB[rows_Bd.T, slot_1B], sampled)
     state, emits_dB = advance_several(state, sampled.tokens_W, wanted_B)
-    return Verified(state, sampled, emits_dB, rows_Bd)
+    return Verified(state, sampled, emits_dB, rows_Bd, drawn_BQ)
 
 
 def walk(drafts_Bk: jax.Array, drawn_BQ: jax.Array, tree: Tree) -> tuple[jax.Array, jax.Array]:
