@@ -137,7 +137,7 @@ class LLM:
         """Continues every prompt.
 
         Args:
-            prompts: text, token ids, or a list of either.
+            prompts: text, token ids, or a list of either, which may be empty.
             sampling_params: for all prompts, or one for each.
             priority: of each prompt, 0 by default: the lower, the sooner it runs.
             progress: shows on the terminal how many prompts are done, and at what rate.

@@ -48,10 +48,7 @@ DEVIATIONS = {
     ("training", "parallel"): "training runs on the same mesh, with attention over whole sequences in place of pages",
     ("training", "engine"): "a draft that learns while it serves is told what the engine brings",
     ("training", "checkpoint"): "the demo model and drafts are written as checkpoints, and a teacher is read",
-    (
-        "serve",
-        "text",
-    ): "the HTTP process makes prompts and text, and imports no JAX: `LLM` stays in the engine process",
+    ("serve", "text"): "the HTTP process makes prompts and text without JAX: `LLM` stays in the engine process",
     ("serve", "decode"): "a body becomes SamplingParams",
     ("serve", "machine"): "an engine that does not fit tells the memory of its device",
     ("cli", "serve"): "`serve` starts the server",

@@ -132,7 +132,9 @@ def test_decode_token_by_token(runner):
     golden = runner.golden
     runner.reset()
     start = [len(prompt) for prompt in golden.prompts]
-    runner.prefill([(slot, 0, length) for slot, length in enumerate(start)], 320)
+    prompts = runner.prefill([(slot, 0, length) for slot, length in enumerate(start)], 320)
+    first = [int(logits_TV[-1].argmax()) for logits_TV in prompts]
+    assert first == [sequence[length] for sequence, length in zip(golden.sequences, start, strict=True)]
     new = min(len(sequence) - length for sequence, length in zip(golden.sequences, start, strict=True))
     ours = np.stack([runner.decode([length + step for length in start]) for step in range(new)], axis=1)
     for slot, length in enumerate(start):
