@@ -156,6 +156,13 @@ def _rows(step: StepInput, slots: int, active_B: Array, lengths_B: jax.Array) ->
     )
 
 
+def first_rows(step: StepInput, slots: int) -> jax.Array:
+    """The first row of every slot in a step, int32 [B]; one past the last row for a slot that has none."""
+    none_B = jnp.full(slots, len(step.tokens_T), jnp.int32)
+    row_B, first_R = jnp.arange(len(step.slots_B), dtype=jnp.int32), jnp.asarray(step.starts_R1)[:-1]
+    return none_B.at[step.slots_B].set(row_B, mode="drop").at[step.slots_R].set(first_R, mode="drop")
+
+
 def make_rectangle(state: SlotState, page_size: int) -> tuple[Batch, Rows]:
     """Lays out a step in which each slot that is active decodes, without chunks."""
     active_B, position_B = state.active_B, state.length_B

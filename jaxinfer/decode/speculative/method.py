@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -14,7 +15,7 @@ from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.slots import SlotState
 from jaxinfer.decode.tree import MOST_DRAFTS, Tree
-from jaxinfer.model import Model, ModelConfig, Params
+from jaxinfer.model import EagleHead, Model, ModelConfig, Params
 
 
 class Proposal(NamedTuple):
@@ -64,11 +65,27 @@ class Loader(NamedTuple):
             model's own draft.
         tensors: gives the tensors of a safetensors file, by name, on the host and not read yet; of a folder or a
             Hugging Face id, and the file's name.
+        head: gives the head of EAGLE in a folder or of a Hugging Face id, for the target.
     """
 
     target: Model
     model: Callable[[str | Path | None], tuple[Model, Params]]
     tensors: Callable[[str | Path, str], dict[str, np.ndarray]]
+    head: Callable[[str | Path], tuple[EagleHead, Params]]
+
+
+class Observed(NamedTuple):
+    """A step with prompts in it, after the model's own pass.
+
+    Attributes:
+        batch: its tokens.
+        hidden_TD: their hidden states, before the final norm.
+        first_B: the first row of every slot; one past the last row for a slot that has none.
+    """
+
+    batch: Batch
+    hidden_TD: jax.Array
+    first_B: jax.Array
 
 
 class Speculation:
@@ -121,12 +138,15 @@ class Speculation:
         first axis is the slots, or None."""
         return None
 
-    def remember(self, memory: Any, hidden_BD: jax.Array, emits_B: jax.Array) -> Any:
+    def remember(self, state: SlotState, hidden_TD: jax.Array, rows_Bd: jax.Array, taken_B: jax.Array) -> Any:
         """The memory after a step. Only of a method that has one.
 
         Args:
-            hidden_BD: the hidden state after which the newest token of each slot was drawn, before the final norm.
-            emits_B: slots that have a new one; the others must keep what they have.
+            state: of the slots before the step. Of one that was not active a part of its prompt was computed, if any.
+            hidden_TD: hidden states of the step's rows, before the final norm.
+            rows_Bd: the rows of each slot, one after the other in its text: of what was proposed the path that was
+                taken, of a part of a prompt the last one.
+            taken_B: how many of them count; a slot of which none does must keep what it has.
         """
         raise NotImplementedError
 
@@ -143,8 +163,12 @@ class Speculation:
         """
         raise NotImplementedError
 
-    def observe(self, target: Forward, params: Params, batch: Batch, cache: Cache) -> Cache:
-        """The cache after a step with prompts in it, of which the method may want to keep keys and values too."""
+    def observe(self, target: Forward, params: Params, state: SlotState, step: Observed, cache: Cache) -> Cache:
+        """The cache after a step with prompts in it, of which the method may want to keep keys and values too.
+
+        Args:
+            state: of the slots before the step.
+        """
         return cache
 
 
@@ -174,6 +198,13 @@ def depth_of(speculation: Speculation | None) -> int:
 def beyond_of(speculation: Speculation | None) -> int:
     """Tokens by which a slot needs more room for proposals than for the longest text that they may bring."""
     return 0 if (tree := tree_of(speculation)) is None else tree.beyond
+
+
+def group_of(window: int | None, windows: tuple[int | None, ...]) -> int | None:
+    """The smallest of a model's windows that holds what is seen through `window`, by its place; None if none does."""
+    wide = {group: math.inf if held is None else held for group, held in enumerate(windows)}
+    enough = [group for group, held in wide.items() if held >= (math.inf if window is None else window)]
+    return min(enough, key=wide.__getitem__, default=None)
 
 
 def check_drafts(count: object) -> None:
