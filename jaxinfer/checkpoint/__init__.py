@@ -7,11 +7,11 @@ import numpy as np
 
 from jaxinfer.checkpoint import files, huggingface, native
 from jaxinfer.checkpoint.hub import resolve
-from jaxinfer.checkpoint.huggingface import export
+from jaxinfer.checkpoint.huggingface import export, published
 from jaxinfer.checkpoint.native import convert, save
 from jaxinfer.model import EagleHead, Model, Params, read_eagle_config
 
-__all__ = ["convert", "export", "load", "load_head", "resolve", "save", "tensors"]
+__all__ = ["convert", "export", "load", "load_head", "published", "resolve", "save", "tensors"]
 
 
 def tensors(model: str | Path, file: str) -> dict[str, np.ndarray]:

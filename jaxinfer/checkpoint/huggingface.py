@@ -89,10 +89,10 @@ def export(
     with staged(folder, sum(array.nbytes for array in arrays.values())) as staging:
         for name, text in files.items():
             (staging / name).write_text(text, encoding="utf-8")
-        _write_shards(staging, _published(model, arrays), shard_bytes)
+        _write_shards(staging, published(model, arrays), shard_bytes)
 
 
-def _published(model: Network, arrays: Mapping[str, jax.Array]) -> Iterator[tuple[str, np.ndarray]]:
+def published(model: Network, arrays: Mapping[str, jax.Array | np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """The published tensors of every parameter, one parameter at a time on the host."""
     rules = names.rules(model.config, model.parameters)
     for path, leaf in model.parameters.items():

@@ -24,7 +24,7 @@ from tests.engine.tiny import assert_clean, drawing_alike, tiny_folder
 OPTIONS = Options(
     max_num_seqs=4, max_num_batched_tokens=64, page_size=8, num_pages=28, steps_per_dispatch=2, always_speculate=True
 )
-HEAD = nearly_right(D, rest=0.2)
+HEAD = nearly_right(D, rest=0.5)
 NODES, DEPTH = 9, 3
 
 
@@ -138,7 +138,7 @@ def test_a_head_never_changes_an_output(llm, model, one_rectangle):
     assert answers(llm, prompts, params) == answers(plain, prompts, params)
     assert llm.engine.counters.preemptions > before
     assert llm.engine.metrics.prefix_hit_rate > 0
-    assert llm.engine.counters.tokens_per_draft > 1.5
+    assert llm.engine.counters.tokens_per_draft > 1.4
     assert_clean(llm)
 
 
