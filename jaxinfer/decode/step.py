@@ -37,7 +37,18 @@ from jaxinfer.decode.prompt_logprobs import PromptLogprobs, prompt_logprobs
 from jaxinfer.decode.sampling import Needs, Sampled
 from jaxinfer.decode.sampling_params import MAX_LOGPROBS, SamplingParams
 from jaxinfer.decode.slots import Admission, SlotState
-from jaxinfer.decode.speculative import Observed, Pool, Speculation, beyond_of, depth_of, drafts_of, tree_of, verify
+from jaxinfer.decode.speculative import (
+    Observed,
+    Pool,
+    Proposal,
+    Speculation,
+    beyond_of,
+    depth_of,
+    drafts_of,
+    tree_of,
+    verify,
+)
+from jaxinfer.decode.tree import Ancestry, GrownTree
 from jaxinfer.model import Model, Params
 
 VOCABULARY_CHUNK = 8192
@@ -322,17 +333,25 @@ class Programs:
         assert self.layout.speculation is not None
         with jax.named_scope("speculation"):
             proposal, cache = self.layout.speculation.propose(self.forward, params, needs, state, cache)
-        batch = make_drafted(state, proposal.drafts_Bk, self.layout.page_size, self._tree)
+        tree = self._ancestry(proposal)
+        batch = make_drafted(state, proposal.drafts_Bk, self.layout.page_size, tree)
         row_W = jnp.arange(len(batch.tokens_T), dtype=jnp.int32)
         cache, logits_WV, hidden_TD = self.forward(params, cache, batch, row_W)
         with jax.named_scope("sampling"):
             logits_WV = jax.sharding.reshard(logits_WV, P(None, None))
-            after, sampled, emits_dB, rows_Bd = verify(state, logits_WV, proposal, needs, self._tree)
+            after, sampled, emits_dB, rows_Bd = verify(state, logits_WV, proposal, needs, tree)
         taken_B = emits_dB.sum(axis=0, dtype=jnp.int32)
-        if self._tree is not None:
+        if tree is not None:
             cache = self._in_place(state, cache, rows_Bd, taken_B)
         flat_Bd = row_W.reshape(len(taken_B), -1)[:, :1] + rows_Bd
         return (self._remember(state, after, hidden_TD, flat_Bd, taken_B), cache), (sampled, emits_dB)
+
+    def _ancestry(self, proposal: Proposal) -> Ancestry | None:
+        """Which of the proposed tokens follow which; None where each follows the one before."""
+        if isinstance(self._tree, GrownTree):
+            assert proposal.parents_Bk is not None
+            return self._tree.ancestry(proposal.parents_Bk)
+        return None if self._tree is None else self._tree.ancestry
 
     @jax.named_scope("accepted")
     def _in_place(self, state: SlotState, cache: Cache, rows_Bd: jax.Array, taken_B: jax.Array) -> Cache:

@@ -31,15 +31,15 @@ def config(hidden: int, vocab: int) -> dict:
 
 
 def nearly_right(hidden: int, rest: float, seed: int = 0) -> dict[str, np.ndarray]:
-    """Of a model whose features are its embeddings, nearly: the head expects the token's own embedding, and of `rest`
-    the feature before it and the layer have a say."""
+    """Of a model whose features are its embeddings, nearly, which are of the length one: the head expects the token's
+    own, as it is after a norm, and of `rest` the feature before it and the layer have a say."""
     rng = np.random.default_rng(seed)
 
     def random(*shape: int) -> np.ndarray:
         return (rng.normal(size=shape) * shape[-1] ** -0.5).astype(np.float32)
 
     fc_DE = rest * random(hidden, 2 * hidden)
-    fc_DE[:, :hidden] += np.eye(hidden, dtype=np.float32)
+    fc_DE[:, :hidden] += hidden**0.5 * np.eye(hidden, dtype=np.float32)
     layer = {
         "self_attn.q_proj": random(HEADS * SIZE, hidden),
         "self_attn.k_proj": random(KV_HEADS * SIZE, hidden),

@@ -14,7 +14,7 @@ from jaxinfer.decode.batch import Batch
 from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.slots import SlotState
-from jaxinfer.decode.tree import MOST_DRAFTS, Tree
+from jaxinfer.decode.tree import MOST_DRAFTS, GrownTree, Tree
 from jaxinfer.model import EagleHead, Model, ModelConfig, Params
 
 
@@ -24,10 +24,12 @@ class Proposal(NamedTuple):
     Attributes:
         drafts_Bk: int32; of a tree its nodes.
         kept_BkV: where the tokens were drawn and not chosen for certain, what with: see `sampling.kept`.
+        parents_Bk: int32, of a grown tree which node each follows, as `Tree.parents`.
     """
 
     drafts_Bk: jax.Array
     kept_BkV: jax.Array | None = None
+    parents_Bk: jax.Array | None = None
 
 
 class Pool(NamedTuple):
@@ -100,7 +102,7 @@ class Speculation:
     reads_text = False
 
     @property
-    def tree(self) -> Tree | None:
+    def tree(self) -> Tree | GrownTree | None:
         """Of `num_speculative_tokens` nodes: which of them follow which. None where each follows the one before."""
         return None
 
@@ -177,7 +179,7 @@ def drafts_of(speculation: Speculation | None) -> int:
     return 0 if speculation is None else speculation.num_speculative_tokens
 
 
-def tree_of(speculation: Speculation | None) -> Tree | None:
+def tree_of(speculation: Speculation | None) -> Tree | GrownTree | None:
     """The tree that a method proposes; None for a chain, and without a method.
 
     Raises:
@@ -185,7 +187,7 @@ def tree_of(speculation: Speculation | None) -> Tree | None:
     """
     if speculation is None or (tree := speculation.tree) is None:
         return None
-    if (nodes := len(tree.parents)) != (count := speculation.num_speculative_tokens):
+    if (nodes := tree.nodes) != (count := speculation.num_speculative_tokens):
         raise ValueError(f"tree has {nodes} nodes; it must have num_speculative_tokens = {count}")
     return None if tree.is_chain else tree
 
