@@ -33,7 +33,7 @@ from jaxinfer.intake import (
     priorities,
     stream_problems,
 )
-from jaxinfer.model import Model, ModelConfig, Params, read_config
+from jaxinfer.model import EagleHead, Model, ModelConfig, Params, read_config
 from jaxinfer.model.rope import Dynamic, LongRope, Yarn
 from jaxinfer.outputs import CompletionOutput, RequestOutput
 from jaxinfer.parallel import make_mesh
@@ -99,7 +99,7 @@ class LLM:
         self.intake = Intake(self.tokenizer, Limits(config.vocab_size, self.model.context, eos_ids))
         params = self.model.params(checkpoint.load(self.folder, self.model))
         if options is not None and options.speculation is not None:
-            loader = Loader(self.model, self._load_beside, checkpoint.tensors)
+            loader = Loader(self.model, self._load_beside, checkpoint.tensors, self._load_head)
             options = replace(options, speculation=options.speculation.loaded(loader))
         constrain = self.intake.grammars.constraint if self.intake.grammars.possible else None
         self.engine = Engine(self.model, params, options, constrain)
@@ -125,6 +125,9 @@ class LLM:
             )
         model = Model(config, self.model.mesh, self.model.context, self.model.config.dtype)
         return model, model.params(checkpoint.load(folder, model))
+
+    def _load_head(self, name: str | Path) -> tuple[EagleHead, Params]:
+        return checkpoint.load_head(checkpoint.resolve(name), self.model)
 
     def generate(
         self,

@@ -94,9 +94,10 @@ def scheduled(
     return replace(view, schedule=schedule)
 
 
-def tree_mask(seen_QQ: Bool[Array, "Q Q"], slots: int) -> UInt32[Array, "B Q W"]:
-    """Whether each of a slot's tokens in the rectangle sees each, as `View.tree_mask_BQW`, the same for all slots."""
-    return jnp.tile(pack_tree_mask(seen_QQ[None]), (slots, 1, 1))
+def tree_mask(seen_BQQ: Bool[Array, "b Q Q"], slots: int) -> UInt32[Array, "B Q W"]:
+    """Whether each of a slot's tokens in the rectangle sees each, as `View.tree_mask_BQW`; given once where it is the
+    same for all slots."""
+    return jnp.tile(pack_tree_mask(seen_BQQ), (slots // len(seen_BQQ), 1, 1))
 
 
 def write(

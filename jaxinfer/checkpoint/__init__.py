@@ -7,11 +7,11 @@ import numpy as np
 
 from jaxinfer.checkpoint import files, huggingface, native
 from jaxinfer.checkpoint.hub import resolve
-from jaxinfer.checkpoint.huggingface import export
+from jaxinfer.checkpoint.huggingface import export, published
 from jaxinfer.checkpoint.native import convert, save
-from jaxinfer.model import Model
+from jaxinfer.model import EagleHead, Model, Params, read_eagle_config
 
-__all__ = ["convert", "export", "load", "resolve", "save", "tensors"]
+__all__ = ["convert", "export", "load", "load_head", "published", "resolve", "save", "tensors"]
 
 
 def tensors(model: str | Path, file: str) -> dict[str, np.ndarray]:
@@ -38,3 +38,19 @@ def load(folder: str | Path, model: Model) -> dict[str, jax.Array]:
     """
     folder = Path(folder)
     return native.load(folder, model) if native.is_native(folder) else huggingface.load(folder, model)
+
+
+def load_head(folder: str | Path, target: Model) -> tuple[EagleHead, Params]:
+    """The draft head in `folder`, in the published layout of EAGLE, for the model that it was made for.
+
+    Raises:
+        FileNotFoundError, ValueError: its `config.json` or its tensors are missing or malformed, see `load`; or it is
+            of another vocabulary or hidden size than the model.
+    """
+    folder = Path(folder)
+    config, names = read_eagle_config(folder), files.read_folder(folder).keys()
+    for name in ("hidden_size", "vocab_size"):
+        if (found := getattr(config, name)) != (expected := getattr(target.config, name)):
+            raise ValueError(f"the head {folder} has {name} {found}; it must have the model's, {expected}")
+    head = EagleHead(config, target, embeds="embed_tokens.weight" in names, bias="fc.bias" in names)
+    return head, head.params(huggingface.load(folder, head))

@@ -16,7 +16,7 @@ from jaxinfer.checkpoint.assembly import Assembly
 from jaxinfer.checkpoint.files import INDEX, SINGLE, Tensor, read_folder
 from jaxinfer.checkpoint.loading import IN_FLIGHT, Planned
 from jaxinfer.checkpoint.staging import staged
-from jaxinfer.model import Model
+from jaxinfer.model import Network
 
 # Bytes beyond which a tensor is read shard by shard. Orbax holds every shard of a tensor on the host besides the
 # arrays; with a 500 MB model of two 200 MB embeddings on 8 devices that was 280 MB at the peak, this way 130.
@@ -24,7 +24,7 @@ _LARGE = 64 << 20
 _CHUNK = 4 << 20  # bytes of one read; IN_FLIGHT bounds how many run at once
 
 
-def load(folder: Path, model: Model, stored_dtypes: bool = False) -> dict[str, jax.Array]:
+def load(folder: Path, model: Network, stored_dtypes: bool = False) -> dict[str, jax.Array]:
     """The parameters of `model` by path, from the safetensors checkpoint in `folder`.
 
     Raises:
@@ -70,7 +70,7 @@ def _read_by_shard(tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def export(
-    folder: Path, model: Model, arrays: Mapping[str, jax.Array], files: Mapping[str, str], shard_bytes: int
+    folder: Path, model: Network, arrays: Mapping[str, jax.Array], files: Mapping[str, str], shard_bytes: int
 ) -> None:
     """Writes parameters as a Hugging Face checkpoint; `load` gives them back bit for bit.
 
@@ -89,10 +89,10 @@ def export(
     with staged(folder, sum(array.nbytes for array in arrays.values())) as staging:
         for name, text in files.items():
             (staging / name).write_text(text, encoding="utf-8")
-        _write_shards(staging, _published(model, arrays), shard_bytes)
+        _write_shards(staging, published(model, arrays), shard_bytes)
 
 
-def _published(model: Model, arrays: Mapping[str, jax.Array]) -> Iterator[tuple[str, np.ndarray]]:
+def published(model: Network, arrays: Mapping[str, jax.Array | np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """The published tensors of every parameter, one parameter at a time on the host."""
     rules = names.rules(model.config, model.parameters)
     for path, leaf in model.parameters.items():

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxinfer.checkpoint.assembly import Assembly
 from jaxinfer.checkpoint.files import DTYPES, Tensor
 from jaxinfer.checkpoint.names import Rule
-from jaxinfer.model import Model
+from jaxinfer.model import Network
 
 # Bytes of weights on their way to the devices at once; the host holds about three copies of them for a moment.
 IN_FLIGHT = 32 << 20
@@ -49,7 +49,7 @@ class Planned:
 
 
 def plan(
-    store: Path, found: Mapping[str, Tensor], rules: Mapping[str, Rule], model: Model, stored_dtypes: bool
+    store: Path, found: Mapping[str, Tensor], rules: Mapping[str, Rule], model: Network, stored_dtypes: bool
 ) -> list[Planned]:
     """The parameters of `model`, checked against the tensors of a store.
 

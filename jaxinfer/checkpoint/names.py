@@ -105,6 +105,7 @@ _LAYER: dict[str, Table] = {
     "Qwen3MoeForCausalLM": _QWEN_MOE,
     "OlmoeForCausalLM": _QWEN_MOE,
     "GptOssForCausalLM": _GPT_OSS,
+    "EagleHead": _LLAMA,
 }
 
 
@@ -124,7 +125,22 @@ class _Outside:
         }
 
 
-_OUTSIDE = {"FalconForCausalLM": _Outside("transformer.h.", "transformer.word_embeddings", "transformer.ln_f")}
+@dataclass(frozen=True)
+class _EagleOutside(_Outside):
+    """Those of a draft head."""
+
+    layer: str = "layers."
+    embed: str = "embed_tokens"
+
+    def table(self) -> Table:
+        fc = {"fc_ED": _rule(forms.TRANSPOSED, "fc.weight"), "fc_bias_D": _rule(forms.SAME, "fc.bias")}
+        return super().table() | fc
+
+
+_OUTSIDE = {
+    "FalconForCausalLM": _Outside("transformer.h.", "transformer.word_embeddings", "transformer.ln_f"),
+    "EagleHead": _EagleOutside(),
+}
 
 # A multimodal checkpoint holds the language model under a prefix: as published, and as transformers 5 writes it.
 _PREFIXES = {

@@ -12,11 +12,11 @@ import typer
 SPECULATE = (
     "How to propose tokens, which are verified together: lookup (what followed the same tokens before), draft (what a "
     "smaller model draws), early-exit (what the first layers of the model draw), lookahead (what the model drew ahead "
-    "of the text) or medusa (what heads on its last hidden state say)."
+    "of the text), medusa (what heads on its last hidden state say) or eagle (what a layer on its hidden states says)."
 )
 DRAFT = (
     "The smaller model of draft: a folder or a Hugging Face id, with the same tokenizer; the demo model has one. Or "
-    "the heads of medusa."
+    "the heads of medusa, or the head of eagle."
 )
 ALWAYS = "Propose tokens also where plain decoding is predicted to be faster."
 PROPOSED = "Tokens of a proposal; the method's own number by default."

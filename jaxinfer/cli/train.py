@@ -97,3 +97,27 @@ def medusa(
         train_heads(output, checkpoint.resolve(DEMO if target is None else target), recipe, heads=heads)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+@train_app.command()
+def eagle(
+    output: Annotated[Path, typer.Argument(help="Folder of the finished head; must be absent or empty.")],
+    target: Annotated[
+        str | None, typer.Option(help="Folder of a checkpoint or Hugging Face id; the demo model by default.")
+    ] = None,
+    passes: Annotated[int, integer(least=1, help="Tokens that it drafts one after the other in training.")] = 3,
+    steps: _Steps = 1200,
+    batch: _Batch = 32,
+    seed: _Seed = 0,
+) -> None:
+    """Train a draft head for a model, for `--speculate eagle`: minutes on an H100, most of a day on a CPU."""
+    from jaxinfer import checkpoint
+    from jaxinfer.llm import DEMO
+    from jaxinfer.training.eagle import train_eagle
+    from jaxinfer.training.train import Recipe
+
+    try:
+        recipe = Recipe(steps=steps, batch=batch, seed=seed, weight_decay=0.1)
+        train_eagle(output, checkpoint.resolve(DEMO if target is None else target), recipe, passes=passes)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxinfer.cache import NULL_PAGE, Pages, View, attend_pages, scheduled, tree_mask
 from jaxinfer.decode.slots import SlotState
-from jaxinfer.decode.tree import Tree
+from jaxinfer.decode.tree import Ancestry
 from jaxinfer.model.attention import Scores
 
 Array = jax.Array | np.ndarray
@@ -156,6 +156,13 @@ def _rows(step: StepInput, slots: int, active_B: Array, lengths_B: jax.Array) ->
     )
 
 
+def first_rows(step: StepInput, slots: int) -> jax.Array:
+    """The first row of every slot in a step, int32 [B]; one past the last row for a slot that has none."""
+    none_B = jnp.full(slots, len(step.tokens_T), jnp.int32)
+    row_B, first_R = jnp.arange(len(step.slots_B), dtype=jnp.int32), jnp.asarray(step.starts_R1)[:-1]
+    return none_B.at[step.slots_B].set(row_B, mode="drop").at[step.slots_R].set(first_R, mode="drop")
+
+
 def make_rectangle(state: SlotState, page_size: int) -> tuple[Batch, Rows]:
     """Lays out a step in which each slot that is active decodes, without chunks."""
     active_B, position_B = state.active_B, state.length_B
@@ -172,7 +179,7 @@ def make_rectangle(state: SlotState, page_size: int) -> tuple[Batch, Rows]:
     return batch, Rows(slots_B, active_B, lengths_B)
 
 
-def make_drafted(state: SlotState, drafts_Bk: jax.Array, page_size: int, tree: Tree | None = None) -> Batch:
+def make_drafted(state: SlotState, drafts_Bk: jax.Array, page_size: int, tree: Ancestry | None = None) -> Batch:
     """Lays out a step of each slot that is active, without chunks: slot by slot its newest token, then those proposed
     to follow. Their keys are written in this order; of a tree, each has the position of its depth, and sees its path
     and the text before."""
@@ -183,8 +190,8 @@ def make_drafted(state: SlotState, drafts_Bk: jax.Array, page_size: int, tree: T
     place_T = position_T = flat(state.length_B[:, None] + jnp.arange(queries, dtype=jnp.int32)[None])
     mask_BQW = None
     if tree is not None:
-        position_T = flat(state.length_B[:, None] + tree.depth_Q[None])
-        mask_BQW = tree_mask(jnp.asarray(tree.seen_QQ), slots)
+        position_T = flat(state.length_B[:, None] + tree.depth_BQ)
+        mask_BQW = tree_mask(jnp.asarray(tree.seen_BQQ), slots)
     tokens_T = flat(jnp.concatenate([state.token_B[:, None], drafts_Bk], axis=1))
     lengths_B = jnp.where(state.active_B, state.length_B + queries, 0)
 
@@ -206,7 +213,7 @@ def accepted_moves(
 
     Args:
         state: of the slots before the step.
-        rows_Bd: rows of the path that was taken; see `Tree`.
+        rows_Bd: rows of the path that was taken; see `Ancestry`.
         taken_B: how many of these count.
 
     Returns:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxinfer.cache import Pages
 from jaxinfer.decode.batch import Batch
-from jaxinfer.model import Model, Params
+from jaxinfer.model import Model, Network, Params
 
 Cache = tuple[Pages, ...]
 
@@ -37,9 +37,7 @@ class Forward:
         """The cache with the batch's keys and values, logits of some of its rows [W, V], hidden states of all."""
         if self.views is not None:
             batch = replace(batch, views=tuple(batch.views[view] for view in self.views))
-        with jax.named_scope("attention"):
-            batch = batch.scheduled(*self._heads(), self.model.config.windows, self.attention)
-        own = self.own(params)
+        batch, own = self.scheduled(batch, self.model), self.own(params)
         hidden_TD, _, cache = self.model.forward(own, batch, cache, self.layers)
         return cache, self.model.logits(own, hidden_TD[rows_W]), hidden_TD
 
@@ -47,12 +45,12 @@ class Forward:
         """The model's parameters, which come before those of others."""
         return params[: len(self.model.parameters)]
 
-    def _heads(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """The queries of a token, [N, H], and a page of keys, [S, K, H], as one device holds them."""
-        model, config = self.model, self.model.config
-        devices = model.kv_slots // model.kv_slots_per_device
-        queries, keys = config.num_heads // devices, model.kv_slots_per_device
-        return (
-            jax.ShapeDtypeStruct((queries, config.head_size), jnp.dtype(config.dtype)),
-            jax.ShapeDtypeStruct((self.page_size, keys, config.head_size), jnp.dtype(self.cache_dtype)),
-        )
+    def scheduled(self, batch: Batch, network: Network) -> Batch:
+        """The batch, whose views are those of the network's cache groups, with what its layers have in common."""
+        config, each = network.config, network.kv_slots_per_device
+        queries = config.num_heads // (network.kv_slots // each)
+        # The queries of a token and a page of keys, as one device holds them.
+        q_NH = jax.ShapeDtypeStruct((queries, config.head_size), jnp.dtype(config.dtype))
+        page_SKH = jax.ShapeDtypeStruct((self.page_size, each, config.head_size), jnp.dtype(self.cache_dtype))
+        with jax.named_scope("attention"):
+            return batch.scheduled(q_NH, page_SKH, config.windows, self.attention)

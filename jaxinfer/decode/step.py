@@ -21,7 +21,15 @@ from jax.stages import Lowered
 
 from jaxinfer.cache import make_cache, move
 from jaxinfer.decode import sampling, slots
-from jaxinfer.decode.batch import Rows, StepInput, accepted_moves, make_batch, make_drafted, make_rectangle
+from jaxinfer.decode.batch import (
+    Rows,
+    StepInput,
+    accepted_moves,
+    first_rows,
+    make_batch,
+    make_drafted,
+    make_rectangle,
+)
 from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.masks import WORD
 from jaxinfer.decode.packing import packed, unpacked
@@ -29,7 +37,18 @@ from jaxinfer.decode.prompt_logprobs import PromptLogprobs, prompt_logprobs
 from jaxinfer.decode.sampling import Needs, Sampled
 from jaxinfer.decode.sampling_params import MAX_LOGPROBS, SamplingParams
 from jaxinfer.decode.slots import Admission, SlotState
-from jaxinfer.decode.speculative import Pool, Speculation, beyond_of, depth_of, drafts_of, tree_of, verify
+from jaxinfer.decode.speculative import (
+    Observed,
+    Pool,
+    Proposal,
+    Speculation,
+    beyond_of,
+    depth_of,
+    drafts_of,
+    tree_of,
+    verify,
+)
+from jaxinfer.decode.tree import Ancestry, GrownTree
 from jaxinfer.model import Model, Params
 
 VOCABULARY_CHUNK = 8192
@@ -253,9 +272,11 @@ class Programs:
         batch, rows = make_batch(state, given, self.layout.page_size)
         cache, logits_WV, hidden_TD = self.forward(params, cache, batch, rows.tokens_W)
         if self.layout.speculation is not None:
-            cache = self.layout.speculation.observe(self.forward, params, batch, cache)
+            step = Observed(batch, hidden_TD, first_rows(given, len(state.token_B)))
+            cache = self.layout.speculation.observe(self.forward, params, state, step, cache)
         tiles = tuple(hidden_TD[at : at + SCORED] for at in range(0, tokens, SCORED))
-        return cache, logits_WV, rows, _remembered(state, hidden_TD, rows.tokens_W), tiles
+        hidden_WD = None if state.memory is None else hidden_TD[rows.tokens_W]
+        return cache, logits_WV, rows, hidden_WD, tiles
 
     def _traced_mask(self, logits_WV, words_BU):
         self.traces["mask"] += 1
@@ -303,8 +324,7 @@ class Programs:
         state, cache = carry
         batch, rows = make_rectangle(state, self.layout.page_size)
         cache, logits_WV, hidden_TD = self.forward(params, cache, batch, rows.tokens_W)
-        hidden_WD = _remembered(state, hidden_TD, rows.tokens_W)
-        state, sampled = self._draw(state, logits_WV, rows, hidden_WD, needs)
+        state, sampled = self._draw(state, logits_WV, rows, hidden_TD, needs)
         return (state, cache), (sampled, rows.emits_W)
 
     def _speculative(self, params, needs: Needs, carry, _):
@@ -314,23 +334,30 @@ class Programs:
         assert method is not None
         with jax.named_scope("speculation"):
             proposal, cache = method.propose(self.forward, params, needs, state, cache)
-        batch = make_drafted(state, proposal.drafts_Bk, self.layout.page_size, self._tree)
+        tree = self._ancestry(proposal)
+        batch = make_drafted(state, proposal.drafts_Bk, self.layout.page_size, tree)
         row_W = jnp.arange(len(batch.tokens_T), dtype=jnp.int32)
         cache, logits_WV, hidden_TD = self.forward(params, cache, batch, row_W)
         with jax.named_scope("sampling"):
             logits_WV = jax.sharding.reshard(logits_WV, P(None, None))
-            after, sampled, emits_dB, rows_Bd, drawn_BQ = verify(state, logits_WV, proposal, needs, self._tree)
+            after, sampled, emits_dB, rows_Bd, drawn_BQ = verify(state, logits_WV, proposal, needs, tree)
         taken_B = emits_dB.sum(axis=0, dtype=jnp.int32)
-        if self._tree is not None:
+        if tree is not None:
             cache = self._in_place(state, cache, rows_Bd, taken_B)
-        newest_B1 = jnp.take_along_axis(rows_Bd, jnp.maximum(taken_B - 1, 0)[:, None], axis=1)
-        newest_W = (row_W.reshape(len(taken_B), -1)[:, :1] + newest_B1)[:, 0]
-        after = self._remember(after, _remembered(state, hidden_TD, newest_W), taken_B > 0)
+        flat_Bd = row_W.reshape(len(taken_B), -1)[:, :1] + rows_Bd
+        after = self._remember(state, after, hidden_TD, flat_Bd, taken_B)
         if after.memory is not None:
             with jax.named_scope("speculation"):
                 tokens_BQ = jnp.concatenate([state.token_B[:, None], proposal.drafts_Bk], axis=1)
                 after = replace(after, memory=method.learn(after.memory, tokens_BQ, drawn_BQ, taken_B))
         return (after, cache), (sampled, emits_dB)
+
+    def _ancestry(self, proposal: Proposal) -> Ancestry | None:
+        """Which of the proposed tokens follow which; None where each follows the one before."""
+        if isinstance(self._tree, GrownTree):
+            assert proposal.parents_Bk is not None
+            return self._tree.ancestry(proposal.parents_Bk)
+        return None if self._tree is None else self._tree.ancestry
 
     @jax.named_scope("accepted")
     def _in_place(self, state: SlotState, cache: Cache, rows_Bd: jax.Array, taken_B: jax.Array) -> Cache:
@@ -342,23 +369,26 @@ class Programs:
     def _draw(
         self, state: SlotState, logits_WV: jax.Array, rows: Rows, hidden_WD: jax.Array | None, needs: Needs
     ) -> tuple[SlotState, Sampled]:
-        """The sampler's part."""
+        """The sampler's part.
+
+        Args:
+            hidden_WD: the hidden state of each slot's last row, where a method of speculation may keep it.
+        """
         whole_WV = jax.sharding.reshard(logits_WV, P(None, None))
         sampled = sampling.sample(whole_WV, state.sampling, state.index_B, needs)
         after = slots.advance(state, sampled, rows.emits_W, rows.lengths_W)
-        return self._remember(after, hidden_WD, rows.emits_W), sampled
+        row_W1, ran_W = jnp.arange(len(rows.lengths_W), dtype=jnp.int32)[:, None], rows.lengths_W > 0
+        return self._remember(state, after, hidden_WD, row_W1, ran_W.astype(jnp.int32)), sampled
 
-    def _remember(self, state: SlotState, hidden_BD: jax.Array | None, emits_B: jax.Array) -> SlotState:
-        """The state with what the method of speculation keeps of a step, if it does."""
-        if hidden_BD is None:
-            return state
+    def _remember(
+        self, before: SlotState, after: SlotState, hidden_TD: jax.Array | None, rows_Bd: jax.Array, taken_B: jax.Array
+    ) -> SlotState:
+        """The state after a step with what the method of speculation keeps of it, if it does."""
+        if before.memory is None:
+            return after
         assert self.layout.speculation is not None
-        return replace(state, memory=self.layout.speculation.remember(state.memory, hidden_BD, emits_B))
-
-
-def _remembered(state: SlotState, hidden_TD: jax.Array, rows_W: jax.Array) -> jax.Array | None:
-    """The hidden states of some rows, where a method of speculation may keep them."""
-    return None if state.memory is None else hidden_TD[rows_W]
+        assert hidden_TD is not None
+        return replace(after, memory=self.layout.speculation.remember(before, hidden_TD, rows_Bd, taken_B))
 
 
 def pools_of(model: Model, speculation: Speculation | None) -> list[Pool]:

@@ -1,7 +1,11 @@
 """The transformer: its description, read from a Hugging Face config, and its Flax modules."""
 
 from jaxinfer.model.config import LayerConfig, ModelConfig, MoEConfig
+from jaxinfer.model.eagle import EagleHead, read_eagle_config
 from jaxinfer.model.families import read_config
-from jaxinfer.model.model import Model, Params
+from jaxinfer.model.model import Model, Network, Params
 
-__all__ = ["LayerConfig", "MoEConfig", "Model", "ModelConfig", "Params", "read_config"]
+__all__ = [
+    "EagleHead", "LayerConfig", "MoEConfig", "Model", "ModelConfig", "Network", "Params", "read_config",
+    "read_eagle_config",
+]  # fmt: skip

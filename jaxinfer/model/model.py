@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 from jaxinfer.model.attention import Attends
 from jaxinfer.model.config import ModelConfig
@@ -21,11 +21,11 @@ from jaxinfer.model.transformer import Transformer
 Params = list[jax.Array]
 
 
-class Model:
-    """One transformer on one mesh.
+class Network:
+    """A Flax module on one mesh, apart from its weights.
 
-    The Flax module is split once, here. Its parameters travel as a flat list of arrays, in the order of
-    `parameters`, so that a jitted step pays nothing for the module tree.
+    The module is split once, here. Its parameters travel as a flat list of arrays, in the order of `parameters`, so
+    that a jitted step pays nothing for the module tree.
 
     Attributes:
         config: what is computed, with `dtype` the one the weights are held in.
@@ -35,7 +35,10 @@ class Model:
         parameters: shape, dtype and sharding of every parameter, by its path, such as `layers.0.mlp.down_FD`.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, context: int | None = None, dtype: str | None = None):
+    def __init__(
+        self, config: ModelConfig, mesh: Mesh, context: int | None, dtype: str | None,
+        build: Callable[[ModelConfig, Shapes, int], nnx.Module],
+    ):  # fmt: skip
         """
         Raises:
             ValueError: the mesh does not divide the model.
@@ -45,7 +48,7 @@ class Model:
         shapes = Shapes(self.config, mesh)
         shapes.check()
         self.kv_slots, self.kv_slots_per_device = shapes.kv_slots, shapes.kv_slots // shapes.tensor
-        self._graph, state = nnx.split(Transformer(self.config, shapes, self.context))
+        self._graph, state = nnx.split(build(self.config, shapes, self.context))
         leaves, self._tree = jax.tree_util.tree_flatten_with_path(state)
         self.parameters: dict[str, jax.ShapeDtypeStruct] = {_name(path): leaf for path, leaf in leaves}
 
@@ -59,6 +62,20 @@ class Model:
         named = zip(self.parameters.items(), keys, strict=True)
         with jax.set_mesh(self.mesh):
             return [_draw(name, leaf, key) for (name, leaf), key in named]
+
+    def _module(self, params: Sequence[jax.Array]) -> Any:
+        return nnx.merge(self._graph, jax.tree_util.tree_unflatten(self._tree, params))
+
+
+class Model(Network):
+    """One transformer on one mesh."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, context: int | None = None, dtype: str | None = None):
+        """
+        Raises:
+            ValueError: the mesh does not divide the model.
+        """
+        super().__init__(config, mesh, context, dtype, Transformer)
 
     def forward(
         self, params: Sequence[jax.Array], batch: Attends, cache: tuple[Any, ...], layers: int | None = None,
@@ -82,6 +99,10 @@ class Model:
         """Logits of hidden states from `forward`, whatever layer they left."""
         return self._module(params).logits(hidden_WD)
 
+    def embed(self, params: Sequence[jax.Array], tokens_T: Int32[Array, "T"]) -> Float[Array, "T D"]:
+        """What enters the first layer for these tokens."""
+        return self._module(params).embed(tokens_T)
+
     def head(
         self, params: Sequence[jax.Array], hidden_WD: Float[Array, "W D"]
     ) -> tuple[Float[Array, "W D"], Float[Array, "V D"], Callable[[jax.Array], jax.Array]]:
@@ -94,7 +115,7 @@ class Model:
         return module.normalize(hidden_WD), module.head(), module.cap
 
     def _module(self, params: Sequence[jax.Array]) -> Transformer:
-        return nnx.merge(self._graph, jax.tree_util.tree_unflatten(self._tree, params))
+        return super()._module(params)
 
 
 def _name(path: tuple[Any, ...]) -> str:

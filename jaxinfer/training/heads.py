@@ -4,36 +4,17 @@ A head learns from the hidden states of a text which token stands there two plac
 have the model's own output matrix, so that they are small: a residual block each.
 """
 
-import json
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
-from safetensors.numpy import save_file
 
-from jaxinfer import checkpoint
 from jaxinfer.decode.speculative.medusa import FILE, Head, head_logits
-from jaxinfer.model import Model, Params, read_config
-from jaxinfer.parallel import make_mesh
-from jaxinfer.training.data import TokenData, held_out_rows, read_library, tokenize_library, whole_rows
-from jaxinfer.training.demo import check_output, training_log
-from jaxinfer.training.student import teacher_tokenizer
-from jaxinfer.training.train import (
-    DenseRows,
-    Loss,
-    Recipe,
-    adamw,
-    check_attention,
-    compute_params,
-    cross_entropy,
-    dispatches,
-    initial_state,
-)
+from jaxinfer.model import Model, Params
+from jaxinfer.training.beside import as_written, prepare
+from jaxinfer.training.train import DenseRows, Loss, Recipe, compute_params, cross_entropy
 
 DECAY = 0.8  # of a head's part in the loss, from each head to the next, which is right more seldom
 
@@ -55,28 +36,16 @@ def train_heads(
     Raises:
       ValueError: an argument is out of range, or the target cannot have heads; before anything is computed.
     """
-    check_output(output)
     if heads < 1:
         raise ValueError(f"heads = {heads} must be at least 1")
-    config = read_config(target)
-    check_attention(f"the target {target}", config)
-    data = tokenize_library(read_library(root), teacher_tokenizer(target))
-    recipe = recipe.within(config.context)
-    if recipe.row < heads + 2:
-        raise ValueError(f"row is {recipe.row}; it must be at least {heads + 2} for {heads} heads")
-    whole_rows(len(data.train_T), recipe.row, recipe.batch)
-
-    model = Model(config, make_mesh(devices=jax.devices()[:1]))
-    taught = model.params(checkpoint.load(target, model))
-    params, reports = _train(model, taught, identities(model, heads), data, recipe)
-    right = _accuracy(model, taught, compute_params(params), data, recipe)
-    print("held out, right: " + ", ".join(f"{100 * one:.1f} %" for one in right), flush=True)
-    output.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.asarray(array) for name, array in named(compute_params(params)).items()}, output / FILE)
+    task = prepare(output, target, recipe, root)
+    if task.recipe.row < heads + 2:
+        raise ValueError(f"row is {task.recipe.row}; it must be at least {heads + 2} for {heads} heads")
+    model, taught = task.load()
+    params, reports = task.train(model, identities(model, heads), medusa_loss(model, taught))
+    right = task.held_out(model, partial(_right, model), taught, compute_params(params))
     facts = {"medusa_num_heads": heads, "medusa_num_layers": 1, "base_model_name_or_path": target.name}
-    (output / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
-    log = json.loads(training_log(params, recipe, [], target=target.name, held_out_right=right)) | {"reports": reports}
-    (output / "training_log.json").write_text(json.dumps(log, indent=2) + "\n")
+    task.write(FILE, dict(zip(_names(heads), as_written(params), strict=True)), facts, params, reports, right)
     return right
 
 
@@ -86,10 +55,9 @@ def identities(model: Model, heads: int) -> Params:
     return [array for _ in range(heads) for array in (jnp.zeros((D, D), jnp.float32), jnp.zeros(D, jnp.float32))]
 
 
-def named(params: Params) -> dict[str, jax.Array]:
-    """The tensors of a file of heads."""
-    names = [f"{head}.0.linear.{part}" for head in range(len(params) // 2) for part in ("weight", "bias")]
-    return dict(zip(names, params, strict=True))
+def _names(heads: int) -> list[str]:
+    """Of the tensors of a file of heads."""
+    return [f"{head}.0.linear.{part}" for head in range(heads) for part in ("weight", "bias")]
 
 
 def medusa_loss(model: Model, taught: Params) -> Loss:
@@ -125,33 +93,9 @@ def _pairs(
     return pairs
 
 
-def _train(
-    model: Model, taught: Params, params: Params, data: TokenData, recipe: Recipe
-) -> tuple[Params, list[dict[str, float]]]:
-    """The master weights, and the reports."""
-    optimizer, _ = adamw(recipe)
-    reports: list[dict[str, float]] = []
-    with jax.set_mesh(model.mesh):
-        state, train_T, begin = initial_state(params, optimizer), jax.device_put(data.train_T), perf_counter()
-        for step, params, loss in dispatches(optimizer, state, medusa_loss(model, taught), train_T, recipe):  # noqa: B007, the last ones are returned
-            report = {"step": step, "loss": loss, "seconds": perf_counter() - begin}
-            print(f"step {step:5}  {report['seconds']:6.1f} s  loss {report['loss']:.3f}", flush=True)
-            reports.append(report)
-    return params, reports
-
-
-def _accuracy(model: Model, taught: Params, params: Params, data: TokenData, recipe: Recipe) -> list[float]:
-    """Of each head how often the token that it takes for the likeliest is right; of what rows leave out at the end of
-    the text, and at their own ends, nothing is asked."""
-
-    @jax.jit
-    def hits(taught: Params, params: Params, tokens_BS: jax.Array) -> list[jax.Array]:
-        pairs = _pairs(model, taught, params, tokens_BS)
-        whole = [(jax.sharding.reshard(logits(), P(None, None)), targets_T) for logits, targets_T in pairs]
-        return [(jnp.argmax(logits_TV, axis=1) == targets_T).mean() for logits_TV, targets_T in whole]
-
-    rows_IBS, counted_IBS = held_out_rows(data.held_out_T, recipe.row, 1)
-    whole = [rows_BS for rows_BS, counted_BS in zip(rows_IBS, counted_IBS, strict=True) if counted_BS.all()]
-    with jax.set_mesh(model.mesh):
-        found: Sequence[list[float]] = [jax.tree.map(float, hits(taught, params, jnp.asarray(one))) for one in whole]
-    return np.mean(found, axis=0).tolist()
+def _right(model: Model, taught: Params, params: Params, tokens_BS: jax.Array) -> list[jax.Array]:
+    """Of each head how often the token that it takes for the likeliest is right; of the ends of rows nothing is
+    asked."""
+    pairs = _pairs(model, taught, params, tokens_BS)
+    whole = [(jax.sharding.reshard(logits(), P(None, None)), targets_T) for logits, targets_T in pairs]
+    return [(jnp.argmax(logits_TV, axis=1) == targets_T).mean() for logits_TV, targets_T in whole]

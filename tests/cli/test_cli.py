@@ -124,7 +124,7 @@ def test_convert_keeps_every_bit(tmp_path):
         (["generate", "a", "--temperature", "nan"], "temperature = nan must be"),
         (["generate", "a", "--dtype", "int8"], "dtype = 'int8' must be bfloat16, float16 or float32"),
         (["generate", "a", "--cache-dtype", "fp8"], "cache_dtype = 'fp8' must be one of float32,"),
-        (["generate", "a", "--speculate", "magic"], "speculate = 'magic' must be one of draft, early-exit, lookup"),
+        (["generate", "a", "--speculate", "magic"], "speculate = 'magic' must be one of draft, eagle, early-exit"),
         (["generate", "a", "--num-speculative-tokens", "4"], "num_speculative_tokens = 4 has no use without a method"),
         (["generate", "a", "--draft-model", "b"], "draft_model = 'b' has no use without a method"),
         (
@@ -152,6 +152,8 @@ def test_convert_keeps_every_bit(tmp_path):
         (["train", "distill", str(DEMO)], "demo is not empty; it must be absent or an empty folder"),
         (["train", "medusa", str(DEMO)], "demo is not empty; it must be absent or an empty folder"),
         (["train", "medusa", "new", "--heads", "0"], "Invalid value for '--heads': 0 must be an integer, at least 1"),
+        (["train", "eagle", str(DEMO)], "demo is not empty; it must be absent or an empty folder"),
+        (["train", "eagle", "new", "--passes", "0"], "Invalid value for '--passes': 0 must be an integer, at least 1"),
         (["generate", "a", "--speculate", "medusa"], "speculate = 'medusa' needs a draft_model"),
         (["train", "distill", "new", "--kind", "kl"], "kind = 'kl' must be one of cross-entropy, forward-kl"),
         (["train", "distill", "new", "--batch", "0"], "Invalid value for '--batch': 0 must be an integer, at least 1"),

@@ -62,7 +62,9 @@ class ByHand:
 def step(state: SlotState, logits_VV: jax.Array, method: Lookahead):
     proposal, _ = method.propose(FORWARD, [], NEEDS, state, ())
     tokens_BQ = jnp.concatenate([state.token_B[:, None], proposal.drafts_Bk], axis=1)
-    verified = verify(state, logits_VV[tokens_BQ.reshape(-1)], proposal, NEEDS, tree_of(method))
+    tree = tree_of(method)
+    ancestry = None if tree is None else tree.ancestry
+    verified = verify(state, logits_VV[tokens_BQ.reshape(-1)], proposal, NEEDS, ancestry)
     taken_B = verified.emits_dB.sum(axis=0, dtype=jnp.int32)
     memory = method.learn(state.memory, tokens_BQ, verified.drawn_BQ, taken_B)
     return replace(verified.state, memory=memory), tokens_BQ, verified

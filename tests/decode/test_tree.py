@@ -1,7 +1,6 @@
 """What is proposed as a tree changes no output either: the draws walk it, and leave what plain decoding leaves."""
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from jaxinfer.decode.slots import SlotState
 from jaxinfer.decode.speculative import Proposal, Tree, beyond_of, depth_of, drafts_of, tree_of, verify
 from jaxinfer.decode.speculative.verify import walk
 from jaxinfer.decode.step import Layout, Programs
+from jaxinfer.decode.tree import Ancestry, GrownTree
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.sequence import Chunk, Sequence
 from jaxinfer.engine.step_input import lay_out
@@ -30,7 +30,11 @@ from tests.engine.tiny import CONFIG
 TREES = [Tree(PARENTS), Tree((-1,) * 5), Tree((-1, 0, 0, 1, 1, 3))]
 
 
-laid_out = jax.jit(make_drafted, static_argnums=(2, 3))
+walked_at_once = jax.jit(walk)
+laid_out = jax.jit(make_drafted, static_argnums=2)
+
+
+grown_ancestry = jax.jit(GrownTree.ancestry, static_argnums=0)
 
 
 def trees(nodes: int) -> st.SearchStrategy[Tree]:
@@ -75,6 +79,44 @@ def test_a_row_sees_its_ancestors(tree):
     assert tree.is_chain == (tree.depth == len(tree.parents)) == (tree.beyond == 0)
 
 
+@settings(max_examples=30)
+@given(st.lists(trees(7), min_size=3, max_size=3))
+def test_trees_of_each_slot_mean_what_each_means_alone(shapes):
+    """Also where the longest path that there might be is longer than all that there are."""
+    found = grown_ancestry(GrownTree(7, 7), jnp.array([tree.parents for tree in shapes], jnp.int32))
+    for slot, tree in enumerate(shapes):
+        parent_k, depth_Q, seen_QQ, rows_Qd = (np.asarray(part)[slot] for part in found)
+        expected = tree.ancestry
+        np.testing.assert_array_equal(parent_k, expected.parent_Bk[0])
+        np.testing.assert_array_equal(depth_Q, expected.depth_BQ[0])
+        np.testing.assert_array_equal(seen_QQ, expected.seen_BQQ[0])
+        np.testing.assert_array_equal(rows_Qd[:, : tree.depth + 1], expected.rows_BQd[0])
+        np.testing.assert_array_equal(rows_Qd[:, tree.depth :].T, np.tile(rows_Qd[:, -1], (8 - tree.depth, 1)))
+
+
+def test_trees_of_each_slot_are_laid_out_and_verified_each_alone():
+    """The step of several slots with a tree each is that of all slots with one tree, slot by slot."""
+    kinds = [Tree(PARENTS), Tree((-1, 0, 0, 1, 1, 3, 2, 0, -1)), Tree((-1,) * 9)]
+    state, logits_VV = new_state(5), table(5)
+    own = [kinds[slot % 3] for slot in range(len(SLOTS) + 1)]
+    drafts_Bk = jnp.asarray(np.random.default_rng(0).integers(0, 4, (len(own), 9)).astype(np.int32))
+    grown = grown_ancestry(GrownTree(9, 4), jnp.array([tree.parents for tree in own], jnp.int32))
+    state = replace(state, tables=(jnp.arange(1, 46, dtype=jnp.int32).reshape(9, 5),))
+    found, batch = verified_step(state, logits_VV, drafts_Bk, grown), laid_out(state, drafts_Bk, 4, grown)
+    for kind in kinds:
+        alone, slots = verified_step(state, logits_VV, drafts_Bk, kind.ancestry), range(kinds.index(kind), len(own), 3)
+        laid = laid_out(state, drafts_Bk, 4, kind.ancestry)
+        for slot in slots:
+            assert_slot_equal(found.state, alone.state, slot)
+            emits_d, deep = np.asarray(found.emits_dB)[:, slot], kind.depth + 1
+            np.testing.assert_array_equal(emits_d[:deep], np.asarray(alone.emits_dB)[:, slot])
+            assert not emits_d[deep:].any()
+            np.testing.assert_array_equal(found.rows_Bd[slot, :deep], alone.rows_Bd[slot])
+            np.testing.assert_array_equal(batch.views[0].tree_mask_BQW[slot], laid.views[0].tree_mask_BQW[slot])
+            own_rows = slice(10 * slot, 10 * slot + 10)
+            np.testing.assert_array_equal(batch.positions_T[own_rows], laid.positions_T[own_rows])
+
+
 @pytest.mark.parametrize("parents", [(), (0,), (-1, 1), (-1, -2), (-1, 0.0), (-1, True), (-1,) * 128, [-1, 0]])
 def test_what_is_no_tree_is_refused(parents):
     with pytest.raises(ValueError, match="parents"):
@@ -109,7 +151,7 @@ def test_a_step_lays_a_tree_out(tree):
     lengths_B = np.arange(9, dtype=np.int32)
     state = replace(state, length_B=jnp.asarray(lengths_B), active_B=jnp.arange(9) != 2)
     drafts_Bk = np.arange(63, dtype=np.int32).reshape(9, 7)
-    batch = laid_out(state, jnp.asarray(drafts_Bk), size, tree)
+    batch = laid_out(state, jnp.asarray(drafts_Bk), size, tree.ancestry)
     (view,) = batch.views
     for slot in range(9):
         rows, active = slice(8 * slot, 8 * slot + 8), slot != 2
@@ -133,9 +175,7 @@ def test_the_walk_is_that_by_hand(tree, drafts, draws):
     """What is drawn depends on the text before alone: it is the same after equal tokens."""
     texts = [tuple(drafts[row - 1] for row in path[1:]) for path in tree.paths]
     draws = [draws[texts.index(text)] for text in texts]
-    rows_Bd, count_B = jax.jit(walk, static_argnums=2)(
-        jnp.array([drafts], jnp.int32), jnp.array([draws], jnp.int32), tree
-    )
+    rows_Bd, count_B = walked_at_once(jnp.array([drafts], jnp.int32), jnp.array([draws], jnp.int32), tree.ancestry)
     nodes = walked(tree.parents, drafts, lambda node: draws[node + 1])
     assert count_B.tolist() == [len(nodes) + 1]
     # Equal siblings may lead to other nodes, of equal tokens.
@@ -143,8 +183,8 @@ def test_the_walk_is_that_by_hand(tree, drafts, draws):
     assert found == [drafts[node] for node in nodes]
 
 
-@partial(jax.jit, static_argnums=3)
-def verified_step(state: SlotState, logits_VV: jax.Array, drafts_Bk: jax.Array, tree: Tree):
+@jax.jit
+def verified_step(state: SlotState, logits_VV: jax.Array, drafts_Bk: jax.Array, tree: Ancestry):
     tokens_BQ = jnp.concatenate([state.token_B[:, None], drafts_Bk], axis=1)
     return verify(state, logits_VV[tokens_BQ.reshape(-1)], Proposal(drafts_Bk), NEEDS, tree)
 
@@ -166,7 +206,7 @@ def test_verified_trees_are_plain_steps(tree):
         other_Bk = rng.integers(0, VOCAB, right_Bk.shape)
         drafts_Bk = np.where(rng.random(right_Bk.shape) < 0.6, right_Bk, other_Bk).astype(np.int32)
         was_active_B = np.asarray(state.active_B)
-        state, sampled_dB, emits_dB, *_ = verified_step(state, logits_VV, jnp.asarray(drafts_Bk), tree)
+        state, sampled_dB, emits_dB, *_ = verified_step(state, logits_VV, jnp.asarray(drafts_Bk), tree.ancestry)
         brought_B = np.asarray(emits_dB).sum(axis=0)
         for slot in range(len(SLOTS)):
             # Draws after nodes of wrong paths are others than plain decoding's, but nothing that is reached is one.

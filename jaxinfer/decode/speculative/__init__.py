@@ -19,12 +19,14 @@ Each method is a file. It says how many tokens it proposes, and which.
 """
 
 from jaxinfer.decode.speculative.draft import DraftModel
+from jaxinfer.decode.speculative.eagle import Eagle
 from jaxinfer.decode.speculative.early_exit import EarlyExit
 from jaxinfer.decode.speculative.lookahead import Lookahead
 from jaxinfer.decode.speculative.lookup import PromptLookup
 from jaxinfer.decode.speculative.medusa import Medusa
 from jaxinfer.decode.speculative.method import (
     Loader,
+    Observed,
     Pass,
     Pool,
     Proposal,
@@ -38,11 +40,14 @@ from jaxinfer.decode.speculative.verify import verify
 from jaxinfer.decode.tree import MOST_DRAFTS, Tree
 
 METHODS: dict[str, type[Speculation]] = {
-    "draft": DraftModel, "early-exit": EarlyExit, "lookup": PromptLookup, "lookahead": Lookahead, "medusa": Medusa,
+    "draft": DraftModel, "eagle": Eagle, "early-exit": EarlyExit, "lookup": PromptLookup, "lookahead": Lookahead,
+    "medusa": Medusa,
 }  # fmt: skip
+HEADS = {"eagle": "head", "medusa": "heads"}  # what those have that are made for one model
 
 __all__ = [
-    "METHODS", "MOST_DRAFTS", "DraftModel", "EarlyExit", "Loader", "Lookahead", "Medusa", "Pass", "Pool",
+    "METHODS", "MOST_DRAFTS", "DraftModel", "Eagle", "EarlyExit", "Loader", "Lookahead", "Medusa", "Observed", "Pass",
+    "Pool",
     "PromptLookup", "Proposal", "Speculation", "Tree", "beyond_of", "by_name", "depth_of", "drafts_of", "tree_of",
     "verify",
 ]  # fmt: skip
@@ -55,7 +60,8 @@ def by_name(
 
     Args:
         num_speculative_tokens: of each proposal; the method's own number by default. See `Lookahead.of_size`.
-        draft_model: the checkpoint of "draft", see `DraftModel`; or the heads of "medusa", see `Medusa`.
+        draft_model: the checkpoint of "draft", see `DraftModel`; the heads of "medusa", see `Medusa`; or the head of
+            "eagle", see `Eagle`.
 
     Raises:
         ValueError: there is no such method, or it has no use for one of the settings, or not for this value.
@@ -67,9 +73,9 @@ def by_name(
         return None
     if name not in METHODS:
         raise ValueError(f"speculate = {name!r} must be one of {', '.join(METHODS)}")
-    if name == "medusa" and draft_model is None:
-        raise ValueError("speculate = 'medusa' needs a draft_model: the folder of its heads")
-    if draft_model is not None and name not in ("draft", "medusa"):
+    if name in HEADS and draft_model is None:
+        raise ValueError(f"speculate = {name!r} needs a draft_model: the folder of its {HEADS[name]}")
+    if draft_model is not None and name not in ("draft", *HEADS):
         raise ValueError(f"draft_model = {draft_model!r} has no use where speculate = {name!r}")
     if name == "lookahead" and num_speculative_tokens is not None:
         return Lookahead.of_size(num_speculative_tokens)

@@ -8,19 +8,26 @@ tables serve both; it computes the prompts in the steps in which the model does.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
 import jax.numpy as jnp
 
-from jaxinfer.decode.batch import Batch
 from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.slots import SlotState
 from jaxinfer.decode.speculative.autoregressive import draft
-from jaxinfer.decode.speculative.method import Loader, Pass, Pool, Proposal, Speculation, check_drafts
+from jaxinfer.decode.speculative.method import (
+    Loader,
+    Observed,
+    Pass,
+    Pool,
+    Proposal,
+    Speculation,
+    check_drafts,
+    group_of,
+)
 from jaxinfer.model import Model, Params
 
 
@@ -65,7 +72,7 @@ class DraftModel(Speculation):
                 f"the draft model {self.checkpoint} has a vocabulary of {ours.vocab_size} tokens; it must have the "
                 f"model's, {theirs.vocab_size}"
             )
-        if any(_group(window, theirs.windows) is None for window in ours.windows):
+        if any(group_of(window, theirs.windows) is None for window in ours.windows):
             raise ValueError(
                 f"the draft model {self.checkpoint} has the attention windows {ours.windows}; the model keeps no more "
                 f"keys than {theirs.windows}"
@@ -98,10 +105,10 @@ class DraftModel(Speculation):
         )
         return proposal, (*theirs, *ours)
 
-    def observe(self, target: Forward, params: Params, batch: Batch, cache: Cache) -> Cache:
+    def observe(self, target: Forward, params: Params, state: SlotState, step: Observed, cache: Cache) -> Cache:
         forward, weights, theirs, ours = self._own(target, params, cache)
         no_rows_W = jnp.zeros(0, jnp.int32)
-        return (*theirs, *forward(weights, ours, batch, no_rows_W)[0])
+        return (*theirs, *forward(weights, ours, step.batch, no_rows_W)[0])
 
     def _own(self, target: Forward, params: Params, cache: Cache) -> tuple[Forward, Params, Cache, Cache]:
         """The model's forward pass and parameters; the cache's layers of the target, and its own."""
@@ -113,12 +120,5 @@ class DraftModel(Speculation):
     def _groups(self, model: Model) -> tuple[int, ...]:
         """The cache group of the target for each of its own."""
         assert self.model is not None
-        found = [_group(window, model.config.windows) for window in self.model.config.windows]
+        found = [group_of(window, model.config.windows) for window in self.model.config.windows]
         return tuple(group for group in found if group is not None)
-
-
-def _group(window: int | None, windows: tuple[int | None, ...]) -> int | None:
-    """The smallest of the windows that holds what is seen through `window`."""
-    wide = {group: math.inf if held is None else held for group, held in enumerate(windows)}
-    enough = [group for group, held in wide.items() if held >= (math.inf if window is None else window)]
-    return min(enough, key=wide.__getitem__, default=None)

@@ -121,8 +121,9 @@ class Medusa(Speculation):
         """The hidden state after which the newest token of each slot was drawn, [B, D], before the final norm."""
         return np.zeros((slots, model.config.hidden_size), jnp.dtype(model.config.dtype))
 
-    def remember(self, memory: jax.Array, hidden_BD: jax.Array, emits_B: jax.Array) -> jax.Array:
-        return jnp.where(emits_B[:, None], hidden_BD, memory)
+    def remember(self, state: SlotState, hidden_TD: jax.Array, rows_Bd: jax.Array, taken_B: jax.Array) -> jax.Array:
+        newest_B1 = jnp.take_along_axis(rows_Bd, jnp.maximum(taken_B - 1, 0)[:, None], axis=1)
+        return jnp.where((taken_B > 0)[:, None], hidden_TD[newest_B1[:, 0]], state.memory)
 
     def propose(
         self, target: Forward, params: Params, needs: Needs, state: SlotState, cache: Cache
@@ -155,23 +156,37 @@ def head_logits(head: Head, normed_TD: jax.Array, own_VD: jax.Array) -> jax.Arra
     return jnp.einsum("TD,VD->TV", normed_TD, output_VD, preferred_element_type=jnp.float32)
 
 
-def sparse_tree(heads: int, nodes: int) -> tuple[tuple[int, ...], ...]:
+def sparse_tree(
+    heads: int, nodes: int, *, first: float = FIRST, later: float = LATER, branches: int | None = None
+) -> tuple[tuple[int, ...], ...]:
     """The `nodes` paths that are likeliest to be right (section 2.3.3 of the paper), by a rule of thumb for how good
     heads are. A path names of each head on it a token by its rank, 0 the likeliest; the paths to it come before it.
 
+    Args:
+        heads: tokens of the longest path.
+        first, later: how often the likeliest token of the first head is right, and of each after it how many times as
+            often.
+        branches: tokens of one head after the same ones, at most.
+
     Raises:
-        ValueError: there is no head.
+        ValueError: there is no head, or no tree of so many nodes.
     """
     if heads < 1:
         raise ValueError(f"heads = {heads} must be at least 1")
     found: list[tuple[int, ...]] = []
-    open_: list[tuple[float, tuple[int, ...]]] = [(-FIRST, (0,))]
+    open_: list[tuple[float, tuple[int, ...]]] = [(-first, (0,))]
     while len(found) < nodes:
+        if not open_:
+            raise ValueError(
+                f"num_speculative_tokens = {nodes} must be at most {len(found)}, the nodes of a tree of depth {heads} "
+                f"with {branches} branches"
+            )
         rate, path = heappop(open_)
         found.append(path)
-        heappush(open_, (rate * NEXT, (*path[:-1], path[-1] + 1)))
+        if branches is None or path[-1] + 1 < branches:
+            heappush(open_, (rate * NEXT, (*path[:-1], path[-1] + 1)))
         if len(path) < heads:
-            heappush(open_, (rate * FIRST * LATER ** len(path), (*path, 0)))
+            heappush(open_, (rate * first * later ** len(path), (*path, 0)))
     return tuple(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -13,8 +14,8 @@ from jaxinfer.decode.batch import Batch
 from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.slots import SlotState
-from jaxinfer.decode.tree import MOST_DRAFTS, Tree
-from jaxinfer.model import Model, ModelConfig, Params
+from jaxinfer.decode.tree import MOST_DRAFTS, GrownTree, Tree
+from jaxinfer.model import EagleHead, Model, ModelConfig, Params
 
 
 class Proposal(NamedTuple):
@@ -23,10 +24,12 @@ class Proposal(NamedTuple):
     Attributes:
         drafts_Bk: int32; of a tree its nodes.
         kept_BkV: where the tokens were drawn and not chosen for certain, what with: see `sampling.kept`.
+        parents_Bk: int32, of a grown tree which node each follows, as `Tree.parents`.
     """
 
     drafts_Bk: jax.Array
     kept_BkV: jax.Array | None = None
+    parents_Bk: jax.Array | None = None
 
 
 class Pool(NamedTuple):
@@ -64,11 +67,27 @@ class Loader(NamedTuple):
             model's own draft.
         tensors: gives the tensors of a safetensors file, by name, on the host and not read yet; of a folder or a
             Hugging Face id, and the file's name.
+        head: gives the head of EAGLE in a folder or of a Hugging Face id, for the target.
     """
 
     target: Model
     model: Callable[[str | Path | None], tuple[Model, Params]]
     tensors: Callable[[str | Path, str], dict[str, np.ndarray]]
+    head: Callable[[str | Path], tuple[EagleHead, Params]]
+
+
+class Observed(NamedTuple):
+    """A step with prompts in it, after the model's own pass.
+
+    Attributes:
+        batch: its tokens.
+        hidden_TD: their hidden states, before the final norm.
+        first_B: the first row of every slot; one past the last row for a slot that has none.
+    """
+
+    batch: Batch
+    hidden_TD: jax.Array
+    first_B: jax.Array
 
 
 class Speculation:
@@ -83,7 +102,7 @@ class Speculation:
     reads_text = False
 
     @property
-    def tree(self) -> Tree | None:
+    def tree(self) -> Tree | GrownTree | None:
         """Of `num_speculative_tokens` nodes: which of them follow which. None where each follows the one before."""
         return None
 
@@ -121,14 +140,17 @@ class Speculation:
         first axis is the slots, or None."""
         return None
 
-    def remember(self, memory: Any, hidden_BD: jax.Array, emits_B: jax.Array) -> Any:
+    def remember(self, state: SlotState, hidden_TD: jax.Array, rows_Bd: jax.Array, taken_B: jax.Array) -> Any:
         """The memory after a step of any kind. Only of a method that has one.
 
         Args:
-            hidden_BD: the hidden state after which the newest token of each slot was drawn, before the final norm.
-            emits_B: slots that have a new one; the others must keep what they have.
+            state: of the slots before the step. Of one that was not active a part of its prompt was computed, if any.
+            hidden_TD: hidden states of the step's rows, before the final norm.
+            rows_Bd: the rows of each slot, one after the other in its text: of what was proposed the path that was
+                taken, of a part of a prompt the last one.
+            taken_B: how many of them count; a slot of which none does must keep what it has.
         """
-        return memory
+        return state.memory
 
     def learn(self, memory: Any, tokens_BQ: jax.Array, drawn_BQ: jax.Array, taken_B: jax.Array) -> Any:
         """The memory after a step with proposals, once `remember` was asked. Only of a method that has one.
@@ -154,8 +176,12 @@ class Speculation:
         """
         raise NotImplementedError
 
-    def observe(self, target: Forward, params: Params, batch: Batch, cache: Cache) -> Cache:
-        """The cache after a step with prompts in it, of which the method may want to keep keys and values too."""
+    def observe(self, target: Forward, params: Params, state: SlotState, step: Observed, cache: Cache) -> Cache:
+        """The cache after a step with prompts in it, of which the method may want to keep keys and values too.
+
+        Args:
+            state: of the slots before the step.
+        """
         return cache
 
 
@@ -164,7 +190,7 @@ def drafts_of(speculation: Speculation | None) -> int:
     return 0 if speculation is None else speculation.num_speculative_tokens
 
 
-def tree_of(speculation: Speculation | None) -> Tree | None:
+def tree_of(speculation: Speculation | None) -> Tree | GrownTree | None:
     """The tree that a method proposes; None for a chain, and without a method.
 
     Raises:
@@ -172,7 +198,7 @@ def tree_of(speculation: Speculation | None) -> Tree | None:
     """
     if speculation is None or (tree := speculation.tree) is None:
         return None
-    if (nodes := len(tree.parents)) != (count := speculation.num_speculative_tokens):
+    if (nodes := tree.nodes) != (count := speculation.num_speculative_tokens):
         raise ValueError(f"tree has {nodes} nodes; it must have num_speculative_tokens = {count}")
     return None if tree.is_chain else tree
 
@@ -185,6 +211,13 @@ def depth_of(speculation: Speculation | None) -> int:
 def beyond_of(speculation: Speculation | None) -> int:
     """Tokens by which a slot needs more room for proposals than for the longest text that they may bring."""
     return 0 if (tree := tree_of(speculation)) is None else tree.beyond
+
+
+def group_of(window: int | None, windows: tuple[int | None, ...]) -> int | None:
+    """The smallest of a model's windows that holds what is seen through `window`, by its place; None if none does."""
+    wide = {group: math.inf if held is None else held for group, held in enumerate(windows)}
+    enough = [group for group, held in wide.items() if held >= (math.inf if window is None else window)]
+    return min(enough, key=wide.__getitem__, default=None)
 
 
 def check_drafts(count: object) -> None:

@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxinfer.decode import sampling
 from jaxinfer.decode.sampling import Needs, Sampled, SamplingState
 from jaxinfer.decode.slots import SlotState, advance_several
 from jaxinfer.decode.speculative.method import Proposal
-from jaxinfer.decode.tree import Tree
+from jaxinfer.decode.tree import Ancestry
 
 ACCEPTED, LEFT = 2, 3  # streams of draws, beside that of proposals
 
@@ -37,7 +36,7 @@ class Verified(NamedTuple):
 
 
 def verify(
-    state: SlotState, logits_WV: jax.Array, proposal: Proposal, needs: Needs, tree: Tree | None = None
+    state: SlotState, logits_WV: jax.Array, proposal: Proposal, needs: Needs, tree: Ancestry | None = None
 ) -> Verified:
     """Draws a token for every slot after the newest one and each proposed one, and takes those before and at the first
     that was not proposed.
@@ -47,16 +46,17 @@ def verify(
 
     Args:
         logits_WV: after the newest token and each proposed one, slot by slot, [B x (k + 1), V], not sharded.
-        tree: which of the tokens, none of them drawn, follows which; None where each follows the one before.
+        tree: which of the tokens, none of them drawn, follow which; None where each follows the one before.
     """
     drafts_Bk = proposal.drafts_Bk
     slots, queries = drafts_Bk.shape[0], drafts_Bk.shape[1] + 1
     if tree is None:
-        depth_Q, before_Qk = jnp.arange(queries, dtype=jnp.int32), jnp.tri(queries, queries - 1, -1, dtype=jnp.int32)
+        depth_BQ = jnp.arange(queries, dtype=jnp.int32)[None]
+        before_BQk = jnp.tri(queries, queries - 1, -1, dtype=jnp.int32)[None]
     else:
-        depth_Q, before_Qk = jnp.asarray(tree.depth_Q), jnp.asarray(tree.seen_QQ[:, 1:], jnp.int32)
-    index_BQ = state.index_B[:, None] + depth_Q[None]
-    after, index_W = expected(state.sampling, drafts_Bk, before_Qk), index_BQ.reshape(-1)
+        depth_BQ, before_BQk = jnp.asarray(tree.depth_BQ), jnp.asarray(tree.seen_BQQ[:, :, 1:], jnp.int32)
+    index_BQ = state.index_B[:, None] + depth_BQ
+    after, index_W = expected(state.sampling, drafts_Bk, before_BQk), index_BQ.reshape(-1)
     if proposal.kept_BkV is None:
         rows = sampling.sample(logits_WV, after, index_W, needs)
     else:
@@ -66,7 +66,7 @@ def verify(
     sampled = jax.tree.map(lambda x_W: jnp.moveaxis(x_W.reshape(slots, queries, *x_W.shape[1:]), 1, 0), rows)
     drawn_BQ = sampled.tokens_W.T
     if tree is None:
-        rows_Bd = jnp.broadcast_to(depth_Q[None], (slots, queries))
+        rows_Bd = jnp.broadcast_to(depth_BQ, (slots, queries))
         agreed_Bk = jnp.cumprod((drafts_Bk == drawn_BQ[:, :-1]).astype(jnp.int32), axis=1)
         wanted_B = agreed_Bk.sum(axis=1) + 1
     else:
@@ -77,26 +77,26 @@ def verify(
     return Verified(state, sampled, emits_dB, rows_Bd, drawn_BQ)
 
 
-def walk(drafts_Bk: jax.Array, drawn_BQ: jax.Array, tree: Tree) -> tuple[jax.Array, jax.Array]:
+def walk(drafts_Bk: jax.Array, drawn_BQ: jax.Array, tree: Ancestry) -> tuple[jax.Array, jax.Array]:
     """The path that the draws take: from the newest token to the node that is the token drawn after it, and so on.
 
     Returns:
         its rows, int32 [B, d], and how many of these were reached, int32 [B].
     """
-    parent_k = np.array(tree.parents) + 1  # its row
-    wrong_Bk = drafts_Bk != drawn_BQ[:, parent_k]
-    reached_BQ = ~(wrong_Bk[:, None] & tree.seen_QQ[None, :, 1:]).any(axis=2)
+    wrong_Bk = drafts_Bk != jnp.take_along_axis(drawn_BQ, jnp.asarray(tree.parent_Bk), axis=1)
+    reached_BQ = ~(wrong_Bk[:, None] & tree.seen_BQQ[:, :, 1:]).any(axis=2)
     # The deepest that was reached; of two equal tokens that follow the same one, either may have led there.
-    reached_depth_BQ = jnp.where(reached_BQ, tree.depth_Q[None], -1)
-    last_B = jax.lax.argmax(reached_depth_BQ, 1, jnp.int32)
-    return jnp.asarray(tree.rows_Qd)[last_B], reached_depth_BQ.max(axis=1) + 1
+    reached_depth_BQ = jnp.where(reached_BQ, tree.depth_BQ, -1)
+    last_B11 = jax.lax.argmax(reached_depth_BQ, 1, jnp.int32)[:, None, None]
+    rows_B1d = jnp.take_along_axis(jnp.asarray(tree.rows_BQd), last_B11, axis=1)
+    return rows_B1d[:, 0], reached_depth_BQ.max(axis=1) + 1
 
 
-def expected(state: SamplingState, drafts_Bk: jax.Array, before_Qk: jax.Array) -> SamplingState:
+def expected(state: SamplingState, drafts_Bk: jax.Array, before_BQk: jax.Array) -> SamplingState:
     """What the sampler would keep for each slot after some of the proposed tokens: a row for each draw, slot by slot.
 
     Args:
-        before_Qk: 1 where a token comes before a draw, else 0.
+        before_BQk: 1 where a token comes before a draw, else 0; given once if it is the same for all slots.
     """
     slots, drafts = drafts_Bk.shape
     rows = jax.tree.map(lambda x_B: jnp.repeat(x_B, drafts + 1, axis=0), state)
@@ -104,7 +104,7 @@ def expected(state: SamplingState, drafts_Bk: jax.Array, before_Qk: jax.Array) -
     shape = slots, drafts + 1, drafts
     counts_WV = rows.counts_BV.at[
         jnp.broadcast_to(row_BQ[:, :, None], shape), jnp.broadcast_to(drafts_Bk[:, None], shape)
-    ].add(jnp.broadcast_to(before_Qk[None], shape))
+    ].add(jnp.broadcast_to(before_BQk, shape))
     return replace(rows, counts_BV=counts_WV)
 
 

@@ -1,0 +1,265 @@
+"""A head that drafts features: of a tiny model whose next token follows from the one before, a good one can be made by
+hand."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfer import SamplingParams
+from jaxinfer.decode.sampling import Needs
+from jaxinfer.decode.speculative import Eagle, by_name
+from jaxinfer.engine import Options
+from jaxinfer.llm import LLM
+from jaxinfer.training.train import DenseRows
+from tests.engine.eagle_heads import by_hand, nearly_right, write_head
+from tests.engine.test_medusa import FOLLOWS, D, V, write
+from tests.engine.test_speculation import Alternating, answers
+from tests.engine.tiny import assert_clean, drawing_alike, tiny_folder
+
+OPTIONS = Options(
+    max_num_seqs=4, max_num_batched_tokens=64, page_size=8, num_pages=28, steps_per_dispatch=2, always_speculate=True
+)
+HEAD = nearly_right(D, rest=0.5)
+NODES, DEPTH = 9, 3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """Most of what it says follows from the last token."""
+    return write(tmp_path_factory.mktemp("model") / "model", tiny_folder(tmp_path_factory.getbasetemp()), rest=0.1)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory, model) -> LLM:
+    head = write_head(tmp_path_factory.mktemp("head"), HEAD, V)
+    return drawing_alike(LLM(model, options=replace(OPTIONS, speculation=Eagle(head, NODES, DEPTH, 3))))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Windowed(DenseRows):
+    """One row of a whole text, in layers some of which have a window."""
+
+    def attend(self, q_TKgH, k_TKH, v_TKH, state, group, scores, sinks_Kg):
+        place_T = self.positions_T
+        apart_TT = place_T[:, None] - place_T[None]
+        seen_TT = (apart_TT >= 0) & (apart_TT < (scores.window or len(place_T)))
+        scores_KgTT = jnp.einsum("TKgH,tKH->KgTt", q_TKgH, k_TKH) * scores.scale
+        weights_KgTT = jax.nn.softmax(jnp.where(seen_TT[None, None], scores_KgTT, -jnp.inf))
+        return jnp.einsum("KgTt,tKH->TKgH", weights_KgTT, v_TKH), state
+
+
+class Whole:
+    """What a text means to the model and to the head, computed anew, all of it at once."""
+
+    def __init__(self, llm: LLM, params: list[jax.Array], text_BT: np.ndarray):
+        model, own = llm.model, params[: len(llm.model.parameters)]
+
+        @jax.jit
+        def features(own, tokens_T):
+            hidden_TD, _, _ = model.forward(own, Windowed(tokens_T[None]), (None,) * model.config.num_layers)
+            return model.head(own, hidden_TD)[0]
+
+        with jax.set_mesh(model.mesh):
+            self.features_BTD = [np.asarray(features(own, jnp.asarray(text_T))) for text_T in text_BT]
+        arrays = dict(zip(model.parameters, own, strict=True))
+        self.embed_VD, self.head_VD = (np.asarray(arrays[name]) for name in ("embed.weight_VD", "head_VD"))
+        self.text_BT = text_BT
+
+    def keys(self, slot: int, length: int) -> np.ndarray:
+        return self._expected(slot, length, [], [])[1]
+
+    def proposed(self, slot: int, newest: int, choices: tuple[tuple[int, ...], ...]) -> list[int]:
+        """Of each path of ranks the token at its end, after the token at the place `newest`."""
+        found: dict[tuple[int, ...], tuple[list[int], list[np.ndarray]]] = {(): ([], [])}
+        for path in choices:
+            tokens, features = found[path[:-1]]
+            features = [*features, self._expected(slot, newest + 1, tokens, features)[0][-1]]
+            ranked = np.argsort(-(self.head_VD @ features[-1]), kind="stable")
+            found[path] = [*tokens, int(ranked[path[-1]])], features
+        return [found[path][0][-1] for path in choices]
+
+    def grown(self, slot: int, newest: int, method: Eagle) -> tuple[list[int], list[int]]:
+        """The tokens and parents of a dynamic tree after the token at the place `newest`."""
+        tried: list[tuple[float, int, list[int], list[np.ndarray]]] = []
+        level = [(0.0, -1, [], [])]
+        for _ in range(method.depth):
+            first = len(tried)
+            for value, node, tokens, features in level:
+                expected_D = self._expected(slot, newest + 1, tokens, features)[0][-1]
+                logprobs_V = np.asarray(jax.nn.log_softmax(self.head_VD @ expected_D))
+                for token in np.argsort(-logprobs_V)[: method.branches].tolist():
+                    tried.append((value + logprobs_V[token], node, [*tokens, token], [*features, expected_D]))
+            nodes = sorted(range(first, len(tried)), key=lambda node: -tried[node][0])[: method.branches]
+            level = [(tried[node][0], node, *tried[node][2:]) for node in nodes]
+        chosen = sorted(range(len(tried)), key=lambda node: -tried[node][0])[: method.num_speculative_tokens]
+        chosen.sort()
+        return [tried[node][2][-1] for node in chosen], [
+            -1 if tried[node][1] == -1 else chosen.index(tried[node][1]) for node in chosen
+        ]
+
+    def _expected(self, slot: int, length: int, tokens: list[int], features: list[np.ndarray]):
+        """Of the beginning of a text, and tokens that a head proposed with the features before them."""
+        ids_T = [*self.text_BT[slot, :length], *tokens]
+        before_TD = [np.zeros(D, np.float32), *self.features_BTD[slot][: length - 1], *features]
+        return by_hand(HEAD, self.embed_VD[ids_T], np.stack(before_TD))
+
+
+def test_keys_and_proposals_are_those_of_the_whole_text(llm, one_rectangle):
+    """After prompts in chunks, beside which others decode, and steps in which some of the proposals were right: the
+    head has seen the model's own features everywhere but behind the last step."""
+    engine, method = llm.engine, llm.engine.layout.speculation
+    assert isinstance(method, Eagle)
+    prompts = ["ab" * 9, "the cat", "0123456789" * 7]
+    params = [SamplingParams(temperature=0.3, seed=seed, max_tokens=24 - seed, ignore_eos=True) for seed in range(3)]
+    llm.generate(prompts, params)
+    assert engine.counters.drafts > engine.counters.accepted[0] > engine.counters.accepted[2] > 0
+    (_, group), runner = llm.model.config.windows, engine.runner
+    assert group is None
+    state, pages, params = runner.state, runner.cache[-1], runner.params
+    text_BT, length_B, table_BJ = (np.asarray(one) for one in (state.text_BT, state.length_B, state.tables[1]))
+    whole = Whole(llm, params, text_BT)
+    slots = np.flatnonzero(length_B)
+    assert len(slots) == 3
+    for slot in slots:
+        caught_up = length_B[slot] - DEPTH
+        places = table_BJ[slot, np.arange(caught_up) // 8], np.arange(caught_up) % 8
+        np.testing.assert_allclose(np.asarray(pages.k_PSKH)[places], whole.keys(slot, caught_up), atol=2e-5)
+
+    forward = engine.runner.programs.forward
+    state = replace(state, active_B=length_B > 0)
+    always, shapes = replace(method, dynamic=False), set()
+    with jax.set_mesh(llm.model.mesh):
+        grown, fixed = (
+            jax.device_get(
+                jax.jit(partial(one.propose, forward), static_argnums=1)(
+                    params, Needs("greedy", 0), state, runner.cache
+                )
+            )[0]
+            for one in (method, always)
+        )
+    for slot in slots:
+        assert fixed.drafts_Bk[slot].tolist() == whole.proposed(slot, length_B[slot], always.choices)
+        found = grown.drafts_Bk[slot].tolist(), grown.parents_Bk[slot].tolist()
+        assert found == whole.grown(slot, length_B[slot], method)
+        shapes.add(tuple(found[1]))
+    assert len(shapes) > 1
+    assert any(node >= 0 <= parents[node] for parents in shapes for node in parents)  # as deep as may be
+
+
+def test_a_head_never_changes_an_output(llm, model, one_rectangle):
+    """Greedy and sampled, preempted and shared."""
+    prompts = ["ab" * 9, "x", "0123456789" * 7, "z" * 33, "ab" * 9 + "c", "import os\nimport"]
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
+        SamplingParams(temperature=1.0, max_tokens=41, seed=1, ignore_eos=True),
+        SamplingParams(temperature=0.7, max_tokens=20, seed=2, presence_penalty=0.4),
+        SamplingParams(temperature=0.9, max_tokens=37, seed=3, stop_token_ids=[70, 71, 72]),
+        SamplingParams(temperature=0.0, repetition_penalty=1.2, max_tokens=30, ignore_eos=True),
+        SamplingParams(temperature=1.0, max_tokens=33, seed=5, ignore_eos=True),
+    ]
+    plain = drawing_alike(LLM(model, options=replace(OPTIONS, num_pages=None)))
+    before = llm.engine.counters.preemptions
+    assert answers(llm, prompts, params) == answers(plain, prompts, params)
+    assert llm.engine.counters.preemptions > before
+    assert llm.engine.metrics.prefix_hit_rate > 0
+    assert llm.engine.counters.tokens_per_draft > 1.5
+    assert_clean(llm)
+
+
+def test_a_head_that_is_right_brings_all_that_it_can(tmp_path, tmp_path_factory):
+    """A chain, on two devices, by a head with embeddings of its own; after prompts in chunks and shared, and after
+    steps without proposals."""
+    target = write(tmp_path / "table", tiny_folder(tmp_path_factory.getbasetemp()), rest=0.0)
+    options = replace(OPTIONS, num_pages=None)
+    tensors = nearly_right(D, rest=0.0)
+    plain = LLM(target, options=options)
+    arrays = dict(zip(plain.model.parameters, plain.engine.runner.params, strict=True))
+    tensors["embed_tokens.weight"] = np.asarray(arrays["embed.weight_VD"])
+    del tensors["fc.bias"]
+    head = write_head(tmp_path / "head", tensors, V)
+    speculation = Eagle(head, DEPTH, DEPTH, branches=1)
+    llm = drawing_alike(LLM(target, tensor_parallel_size=2, options=replace(options, speculation=speculation)))
+    assert llm.engine.layout.depth == DEPTH
+    llm.engine.gate = llm.engine.scheduler.gate = Alternating(llm.engine.layout, times=None)
+    greedy = SamplingParams(temperature=0.0, ignore_eos=True)
+    for prompt in ("ab" * 9, "abcabd" * 12, "abcabd" * 11 + "xyz"):
+        drafts, before = llm.engine.counters.drafts, llm.engine.counters.accepted or (0,) * DEPTH
+        (output,) = llm.generate([prompt], replace(greedy, max_tokens=1 + 2 * (1 + DEPTH) + 2 + 1 + DEPTH))
+        tokens = [*output.prompt_token_ids[-1:], *output.outputs[0].token_ids]
+        assert tokens[1:] == FOLLOWS[tokens[:-1]].tolist()
+        accepted = [new - old for new, old in zip(llm.engine.counters.accepted, before, strict=True)]
+        # The first is of the prompt; two steps with proposals, two without, and one more with.
+        assert [llm.engine.counters.drafts - drafts, *accepted] == [3] * (1 + DEPTH)
+    assert llm.engine.metrics.prefix_hit_rate > 0
+
+
+# --- the tree
+
+
+def test_levels_grow_the_tree():
+    """Each pass is over the nodes that have children, and every node is one of a row before it."""
+    for nodes, depth, branches in [(15, 5, 4), (9, 3, 3), (4, 4, 1), (5, 1, 5), (63, 6, 4)]:
+        method = Eagle("head", nodes, depth, branches, dynamic=False)
+        paths, before = [], [()]
+        for level in method.levels:
+            own = [(*before[parent], int(rank)) for parent, rank in zip(level.parent_n, level.rank_n, strict=True)]
+            paths += own
+            before = [own[place] for place in level.inner_m]
+        assert tuple(paths) == method.choices
+        assert (len(paths), before) == (nodes, [])
+        assert [path[:-1] for path in paths] == [
+            () if parent == -1 else paths[parent] for parent in method.tree.parents
+        ]
+        assert max(path[-1] for path in paths) < branches
+        rows = [level.rows for level in method.levels]
+        assert rows == sorted(rows)
+        assert rows[-1] == 1 + len({path[:-1] for path in paths} - {()})
+    assert Eagle("head", 4, branches=1).tree.is_chain
+
+
+# --- what is refused
+
+
+def test_heads_of_another_model_are_refused(tmp_path, model):
+    def refused(message: str, tensors: dict[str, np.ndarray], vocab: int = V, **fields) -> None:
+        head = write_head(tmp_path / "head", tensors, vocab, **fields)
+        with pytest.raises(ValueError, match=message):
+            LLM(model, options=replace(OPTIONS, speculation=Eagle(head)))
+
+    refused("has hidden_size 16; it must have the model's, 32", nearly_right(16, 0.1))
+    refused("has vocab_size 105; it must have the model's, 104", HEAD, 105)
+    refused("a head of 2 layers of LlamaForCausalLM; expected 1 layer", HEAD, num_hidden_layers=2)
+    without = {name: tensor for name, tensor in HEAD.items() if "k_proj" not in name}
+    refused(r"tensor 'layers.0.self_attn.k_proj.weight' of shape \(12, 32\) is missing", without)
+    refused("tensor 'layers.0.input_layernorm.weight' .* is unexpected", HEAD | {
+        "layers.0.input_layernorm.weight": np.ones(D, np.float32)
+    })  # fmt: skip
+    refused(r"tensor 'layers.0.mlp.up_proj.weight' has shape \(40, 31\); expected \(40, 32\)", HEAD | {
+        "layers.0.mlp.up_proj.weight": np.ones((40, 31), np.float32)
+    })  # fmt: skip
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        LLM(model, options=replace(OPTIONS, speculation=Eagle(tmp_path)))
+
+
+def test_settings_out_of_range_are_refused():
+    for settings, message in [
+        ({"num_speculative_tokens": 128}, "num_speculative_tokens = 128 must be"),
+        ({"depth": 0}, r"depth = 0 must be an integer in 1\.\.127"),
+        ({"branches": True}, "branches = True must be"),
+        ({"num_speculative_tokens": 7, "depth": 2, "branches": 2}, "num_speculative_tokens = 7 must be at most 6"),
+        (
+            {"num_speculative_tokens": 8, "depth": 3, "branches": 1},
+            "num_speculative_tokens = 8 must be at most 3, the nodes of a tree of depth 3 with 1 branches",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Eagle("head", **settings)
+    with pytest.raises(ValueError, match="speculate = 'eagle' needs a draft_model: the folder of its head"):
+        by_name("eagle")
+    assert by_name("eagle", 7, "head") == Eagle("head", 7)
