@@ -87,9 +87,9 @@ def walk(drafts_Bk: jax.Array, drawn_BQ: jax.Array, tree: Ancestry) -> tuple[jax
     reached_BQ = ~(wrong_Bk[:, None] & tree.seen_BQQ[:, :, 1:]).any(axis=2)
     # The deepest that was reached; of two equal tokens that follow the same one, either may have led there.
     reached_depth_BQ = jnp.where(reached_BQ, tree.depth_BQ, -1)
-    last_B11 = jax.lax.argmax(reached_depth_BQ, 1, jnp.int32)[:, None, None]
-    rows_B1d = jnp.take_along_axis(jnp.asarray(tree.rows_BQd), last_B11, axis=1)
-    return rows_B1d[:, 0], reached_depth_BQ.max(axis=1) + 1
+    last_B = jax.lax.argmax(reached_depth_BQ, 1, jnp.int32)
+    slot_B = jnp.arange(len(last_B), dtype=jnp.int32) if len(tree.rows_BQd) > 1 else 0
+    return jnp.asarray(tree.rows_BQd)[slot_B, last_B], reached_depth_BQ.max(axis=1) + 1
 
 
 def expected(state: SamplingState, drafts_Bk: jax.Array, before_BQk: jax.Array) -> SamplingState:
