@@ -81,6 +81,7 @@ def medusa(
     target: Annotated[
         str | None, typer.Option(help="Folder of a checkpoint or Hugging Face id; the demo model by default.")
     ] = None,
+    generated: _Generated = 0,
     heads: Annotated[int, integer(least=1, help="Tokens that are guessed after the next.")] = 3,
     steps: _Steps = 1200,
     batch: _Batch = 32,
@@ -94,7 +95,8 @@ def medusa(
 
     try:
         recipe = Recipe(steps=steps, batch=batch, seed=seed, weight_decay=0.1)
-        train_heads(output, checkpoint.resolve(DEMO if target is None else target), recipe, heads=heads)
+        folder = checkpoint.resolve(DEMO if target is None else target)
+        train_heads(output, folder, recipe, heads=heads, generated=generated)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -105,6 +107,7 @@ def eagle(
     target: Annotated[
         str | None, typer.Option(help="Folder of a checkpoint or Hugging Face id; the demo model by default.")
     ] = None,
+    generated: _Generated = 0,
     passes: Annotated[int, integer(least=1, help="Tokens that it drafts one after the other in training.")] = 3,
     steps: _Steps = 1200,
     batch: _Batch = 32,
@@ -118,6 +121,7 @@ def eagle(
 
     try:
         recipe = Recipe(steps=steps, batch=batch, seed=seed, weight_decay=0.1)
-        train_eagle(output, checkpoint.resolve(DEMO if target is None else target), recipe, passes=passes)
+        folder = checkpoint.resolve(DEMO if target is None else target)
+        train_eagle(output, folder, recipe, passes=passes, generated=generated)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

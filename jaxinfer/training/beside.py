@@ -16,8 +16,9 @@ from safetensors.numpy import save_file
 from jaxinfer import checkpoint
 from jaxinfer.model import Model, ModelConfig, Params, read_config
 from jaxinfer.parallel import make_mesh
-from jaxinfer.training.data import TokenData, held_out_rows, read_library, tokenize_library, whole_rows
+from jaxinfer.training.data import TokenData, held_out_rows, read_library, tokenize_library
 from jaxinfer.training.demo import check_output, training_log
+from jaxinfer.training.generated import check_text, generate_stream
 from jaxinfer.training.student import teacher_tokenizer
 from jaxinfer.training.train import Loss, Recipe, adamw, check_attention, compute_params, dispatches, initial_state
 
@@ -31,6 +32,7 @@ class Task:
         target: folder of the checkpoint of the model.
         config: the model's.
         recipe: whose row is at most the model's context.
+        generated: tokens that the model writes, to be read in the place of the library; 0 for none.
     """
 
     output: Path
@@ -38,18 +40,22 @@ class Task:
     config: ModelConfig
     data: TokenData
     recipe: Recipe
+    generated: int = 0
 
     def load(self) -> tuple[Model, Params]:
         """The model on one device, with its weights."""
         model = Model(self.config, make_mesh(devices=jax.devices()[:1]))
         return model, model.params(checkpoint.load(self.target, model))
 
-    def train(self, model: Model, params: Params, loss: Loss) -> tuple[Params, list[dict[str, float]]]:
-        """The master weights that began as `params`, and the reports."""
+    def train(self, model: Model, taught: Params, params: Params, loss: Loss) -> tuple[Params, list[dict[str, float]]]:
+        """The master weights that began as `params`, and the reports. `taught` are the model's."""
         optimizer, _ = adamw(self.recipe)
         reports: list[dict[str, float]] = []
+        text_T = self.data.train_T
+        if self.generated:
+            text_T = generate_stream(model, taught, text_T, self.generated, self.recipe.seed)
         with jax.set_mesh(model.mesh):
-            state, train_T = initial_state(params, optimizer), jax.device_put(self.data.train_T)
+            state, train_T = initial_state(params, optimizer), jax.device_put(text_T)
             begin = perf_counter()
             for step, params, trained in dispatches(optimizer, state, loss, train_T, self.recipe):  # noqa: B007, the last ones are returned
                 report = {"step": step, "loss": trained, "seconds": perf_counter() - begin}
@@ -81,18 +87,20 @@ class Task:
         self.output.mkdir(parents=True, exist_ok=True)
         save_file(tensors, self.output / file)
         (self.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        log = json.loads(training_log(params, self.recipe, [], target=self.target.name, held_out_right=right))
+        facts = {"target": self.target.name, "generated": self.generated, "held_out_right": right}
+        log = json.loads(training_log(params, self.recipe, [], **facts))
         text = json.dumps(log | {"reports": reports}, indent=2) + "\n"
         (self.output / "training_log.json").write_text(text)
 
 
-def prepare(output: Path, target: Path, recipe: Recipe, root: Path | None = None) -> Task:
+def prepare(output: Path, target: Path, recipe: Recipe, root: Path | None = None, generated: int = 0) -> Task:
     """
     Args:
         output: absent or an empty folder.
         target: folder of a checkpoint whose tokenizer has the token that ends a document of our text.
         recipe: whose row is cut to the target's context.
         root: the standard library, by default the interpreter's.
+        generated: see `Task`.
 
     Raises:
         ValueError: an argument is out of range, or nothing can be trained beside the target.
@@ -102,8 +110,8 @@ def prepare(output: Path, target: Path, recipe: Recipe, root: Path | None = None
     check_attention(f"the target {target}", config)
     data = tokenize_library(read_library(root), teacher_tokenizer(target))
     recipe = recipe.within(config.context)
-    whole_rows(len(data.train_T), recipe.row, recipe.batch)
-    return Task(output, target, config, data, recipe)
+    check_text(data.train_T, generated, recipe)
+    return Task(output, target, config, data, recipe, generated)
 
 
 def as_written(params: Params) -> list[np.ndarray]:

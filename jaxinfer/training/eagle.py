@@ -31,7 +31,7 @@ CHUNK = 1024  # tokens of vocabulary whose logits exist at a time
 
 
 def train_eagle(
-    output: Path, target: Path, recipe: Recipe, *, passes: int = 3, root: Path | None = None
+    output: Path, target: Path, recipe: Recipe, *, passes: int = 3, generated: int = 0, root: Path | None = None
 ) -> list[float]:
     """Trains a head of the sizes of one of the target's layers on one device and writes it to `output`, in bfloat16
     and the layout that `Eagle` reads. It has the target's embeddings.
@@ -41,6 +41,7 @@ def train_eagle(
       target: folder of a checkpoint whose tokenizer has the token that ends a document of our text.
       recipe: whose row is cut to the target's context.
       passes: tokens that it drafts one after the other in training.
+      generated: tokens that the target writes, to learn from in the place of the library; 0 for none.
       root: the standard library, by default the interpreter's.
 
     Returns:
@@ -51,12 +52,12 @@ def train_eagle(
     """
     if passes < 1:
         raise ValueError(f"passes = {passes} must be at least 1")
-    task = prepare(output, target, recipe, root)
+    task = prepare(output, target, recipe, root, generated)
     config = head_config(task.config)
     model, taught = task.load()
     head = EagleHead(read_eagle_config(config), model, embeds=False, bias=True)
     loss = eagle_loss(head, model, taught, passes)
-    params, reports = task.train(model, head.random_params(recipe.seed), loss)
+    params, reports = task.train(model, taught, head.random_params(recipe.seed), loss)
     right = task.held_out(model, partial(_right, head, model, passes), taught, compute_params(params))
     arrays = dict(zip(head.parameters, as_written(params), strict=True))
     task.write(FILE, dict(published(head, arrays)), config, params, reports, right)

@@ -8,6 +8,8 @@ import numpy as np
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Engine, Options, Request
 from jaxinfer.model import Model, Params
+from jaxinfer.training.data import whole_rows
+from jaxinfer.training.train import Recipe
 
 BEGUN = 64  # tokens of the library before what is written, or a quarter of a short context
 SLOTS, PAGE = 256, 64
@@ -43,6 +45,13 @@ def generate_stream(model: Model, params: Params, library_T: np.ndarray, tokens:
         for update in engine.step():
             texts[update.request.id] += update.tokens
     return np.concatenate(texts).astype(np.uint16)
+
+
+def check_text(library_T: np.ndarray, generated: int, recipe: Recipe) -> None:
+    """A ValueError where so many tokens that a model writes, or for 0 the library, make no batch."""
+    if generated < 0:
+        raise ValueError(f"generated = {generated} must be at least 0")
+    whole_rows(generated or len(library_T), recipe.row, recipe.batch)
 
 
 def _engine(model: Model, params: Params, pieces: int) -> Engine:

@@ -20,7 +20,7 @@ DECAY = 0.8  # of a head's part in the loss, from each head to the next, which i
 
 
 def train_heads(
-    output: Path, target: Path, recipe: Recipe, *, heads: int = 3, root: Path | None = None
+    output: Path, target: Path, recipe: Recipe, *, heads: int = 3, generated: int = 0, root: Path | None = None
 ) -> list[float]:
     """Trains heads on one device and writes them to `output`, in bfloat16 and the layout that `Medusa` reads.
 
@@ -28,6 +28,7 @@ def train_heads(
       output: absent or an empty folder.
       target: folder of a checkpoint whose tokenizer has the token that ends a document of our text.
       recipe: whose row is cut to the target's context.
+      generated: tokens that the target writes, to learn from in the place of the library; 0 for none.
       root: the standard library, by default the interpreter's.
 
     Returns:
@@ -38,11 +39,11 @@ def train_heads(
     """
     if heads < 1:
         raise ValueError(f"heads = {heads} must be at least 1")
-    task = prepare(output, target, recipe, root)
+    task = prepare(output, target, recipe, root, generated)
     if task.recipe.row < heads + 2:
         raise ValueError(f"row is {task.recipe.row}; it must be at least {heads + 2} for {heads} heads")
     model, taught = task.load()
-    params, reports = task.train(model, identities(model, heads), medusa_loss(model, taught))
+    params, reports = task.train(model, taught, identities(model, heads), medusa_loss(model, taught))
     right = task.held_out(model, partial(_right, model), taught, compute_params(params))
     facts = {"medusa_num_heads": heads, "medusa_num_layers": 1, "base_model_name_or_path": target.name}
     task.write(FILE, dict(zip(_names(heads), as_written(params), strict=True)), facts, params, reports, right)

@@ -16,7 +16,7 @@ import tokenizers
 from jaxinfer import checkpoint
 from jaxinfer.model import Model, ModelConfig, Params, read_config
 from jaxinfer.parallel import make_mesh
-from jaxinfer.training.data import end_of_text, read_library, tokenize_library, whole_rows
+from jaxinfer.training.data import end_of_text, read_library, tokenize_library
 from jaxinfer.training.demo import (
     TOKENIZER_FILES,
     check_output,
@@ -26,7 +26,7 @@ from jaxinfer.training.demo import (
     write_checkpoint,
 )  # fmt: skip
 from jaxinfer.training.distill import Head, Kind, distillation_loss
-from jaxinfer.training.generated import generate_stream
+from jaxinfer.training.generated import check_text, generate_stream
 from jaxinfer.training.train import DenseRows, Loss, Recipe, Report, check_attention, next_token, train
 
 # A divergence from the teacher, or the text alone: the same draft without distillation.
@@ -64,9 +64,7 @@ def train_student(
     config = hf_config(student_sizes(theirs, layers, width), end_of_text(tokenizer))
     data = tokenize_library(read_library(root), tokenizer)
     recipe = recipe.within(theirs.context)
-    if generated < 0:
-        raise ValueError(f"generated = {generated} must be at least 0")
-    whole_rows(generated or len(data.train_T), recipe.row, recipe.batch)
+    check_text(data.train_T, generated, recipe)
 
     student = Model(read_config(config), make_mesh(devices=jax.devices()[:1]), dtype="float32")
     loss = next_token(student)

@@ -82,6 +82,19 @@ def test_what_was_trained_proposes(trained, trained_eagle, target):
         assert counters.accepted[0] > 0.3 * counters.drafts
 
 
+def test_the_text_of_a_model_is_what_a_head_reads(target, library_root, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(beside, "generate_stream", lambda model, params, *given: np.full(given[1], 7, np.uint16))
+    monkeypatch.setattr(
+        beside,
+        "dispatches",
+        lambda optimizer, state, loss, text_T, recipe: read.append(text_T) or [(1, state.params, 0)],
+    )
+    train_heads(tmp_path / "heads", target, RECIPE, heads=1, generated=5000, root=library_root)
+    assert [text_T.tolist() for text_T in read] == [[7] * 5000]
+    assert json.loads((tmp_path / "heads" / "training_log.json").read_text())["generated"] == 5000
+
+
 def test_the_loss_is_that_of_later_tokens(make_model, random_params):
     """By hand, of heads that are the model's own: what the model says next, held against what stands later."""
     model = make_model()
@@ -148,6 +161,7 @@ def test_the_loss_is_of_features_and_of_what_they_mean(draft_head, random_params
         ({"heads": 15}, "row is 16; it must be at least 17 for 15 heads"),
         ({"recipe": replace(RECIPE, batch=10_000)}, "batch is 10000; a stream of .* gives at most"),
         ({"passes": 0}, "passes = 0 must be at least 1"),
+        ({"passes": 1, "generated": -1}, "generated = -1 must be at least 0"),
     ],
 )
 def test_a_wrong_argument_is_named_before_anything_is_computed(
