@@ -340,7 +340,8 @@ class Programs:
         cache, logits_WV, hidden_TD = self.forward(params, cache, batch, row_W)
         with jax.named_scope("sampling"):
             logits_WV = jax.sharding.reshard(logits_WV, P(None, None))
-            after, sampled, emits_dB, rows_Bd, drawn_BQ = verify(state, logits_WV, proposal, needs, tree)
+            verified = verify(state, logits_WV, proposal, needs, tree, method.typical)
+        after, sampled, emits_dB, rows_Bd, drawn_BQ = verified
         taken_B = emits_dB.sum(axis=0, dtype=jnp.int32)
         if tree is not None:
             cache = self._in_place(state, cache, rows_Bd, taken_B)

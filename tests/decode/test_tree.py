@@ -15,7 +15,7 @@ from jaxinfer.decode.batch import accepted_moves, make_drafted
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.slots import SlotState
 from jaxinfer.decode.speculative import Proposal, Tree, beyond_of, depth_of, drafts_of, tree_of, verify
-from jaxinfer.decode.speculative.verify import walk
+from jaxinfer.decode.speculative.verify import agreeing, walk
 from jaxinfer.decode.step import Layout, Programs
 from jaxinfer.decode.tree import Ancestry, GrownTree
 from jaxinfer.engine.request import Request
@@ -30,10 +30,8 @@ from tests.engine.tiny import CONFIG
 TREES = [Tree(PARENTS), Tree((-1,) * 5), Tree((-1, 0, 0, 1, 1, 3))]
 
 
-walked_at_once = jax.jit(walk)
+walked_at_once = jax.jit(lambda drafts_Bk, drawn_BQ, tree: walk(agreeing(drafts_Bk, drawn_BQ, tree), tree))
 laid_out = jax.jit(make_drafted, static_argnums=2)
-
-
 grown_ancestry = jax.jit(GrownTree.ancestry, static_argnums=0)
 
 

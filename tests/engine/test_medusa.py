@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from benchmarks.copying import Shut
 from jaxinfer import SamplingParams, checkpoint
 from jaxinfer.decode.sampling import pack
 from jaxinfer.decode.slots import Admission, admit, empty_slots, put_back, taken
-from jaxinfer.decode.speculative import Medusa, by_name
+from jaxinfer.decode.speculative import Medusa, Typical, by_name
 from jaxinfer.decode.speculative.medusa import FILE, FIRST, LATER, NEXT, read_heads, sparse_tree
 from jaxinfer.engine import Options
+from jaxinfer.engine.gate import Gate
 from jaxinfer.llm import LLM
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
@@ -119,6 +121,24 @@ def test_heads_never_change_an_output(one_rectangle, tmp_path, tiny):
     assert counters.accepted_by_position[0] > 0.5
     assert counters.accepted[-1] > 0
     assert_clean(llm)
+
+
+def test_typical_acceptance_takes_what_is_likely_enough(tmp_path, tiny):
+    """Here all that is not impossible, of requests that are drawn at random. Greedy ones stay as they are."""
+    folder = write(tmp_path / "model", tiny, rest=0.1)
+    lax = Medusa(folder, 8, typical=Typical(1e-9, 1e-9))
+    llm = drawing_alike(LLM(folder, options=replace(OPTIONS, speculation=lax)))
+    params = SamplingParams(temperature=1.0, max_tokens=1 + 3 * (1 + HEADS), seed=1, ignore_eos=True)
+    llm.generate(["ab" * 9, "x"], params)
+    counters = llm.engine.counters
+    assert (counters.drafts, *counters.accepted) == (2 * 3,) * (1 + HEADS)
+    llm.engine.gate = llm.engine.scheduler.gate = Shut(llm.engine.layout, times=None)
+    greedy = replace(params, temperature=0.0)
+    plain = answers(llm, ["ab" * 9, "x"], [greedy, params])
+    llm.engine.gate = llm.engine.scheduler.gate = Gate(llm.engine.layout, times=None)
+    found = answers(llm, ["ab" * 9, "x"], [greedy, params])
+    assert found[0] == plain[0]
+    assert found[1] != plain[1]
 
 
 def test_a_new_request_begins_without_a_memory():

@@ -31,6 +31,7 @@ from jaxinfer.decode.speculative.method import (
     Pool,
     Proposal,
     Speculation,
+    Typical,
     beyond_of,
     depth_of,
     drafts_of,
@@ -47,9 +48,8 @@ HEADS = {"eagle": "head", "medusa": "heads"}  # what those have that are made fo
 
 __all__ = [
     "METHODS", "MOST_DRAFTS", "DraftModel", "Eagle", "EarlyExit", "Loader", "Lookahead", "Medusa", "Observed", "Pass",
-    "Pool",
-    "PromptLookup", "Proposal", "Speculation", "Tree", "beyond_of", "by_name", "depth_of", "drafts_of", "tree_of",
-    "verify",
+    "Pool", "PromptLookup", "Proposal", "Speculation", "Tree", "Typical", "beyond_of", "by_name", "depth_of",
+    "drafts_of", "tree_of", "verify",
 ]  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.likeliest import likeliest
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.slots import SlotState
-from jaxinfer.decode.speculative.method import Loader, Proposal, Speculation, check_drafts
+from jaxinfer.decode.speculative.method import Loader, Proposal, Speculation, Typical, check_drafts
 from jaxinfer.decode.tree import Tree
 from jaxinfer.model import Model, Params
 
@@ -61,18 +61,23 @@ class Medusa(Speculation):
             so on, then the output matrix, `i.n.weight` with n blocks; without it the head has the model's own. Heads
             read the last hidden state after the model's final norm.
         num_speculative_tokens: nodes of the tree, 1..MOST_DRAFTS; see `sparse_tree`.
+        typical: takes more of what is proposed, and changes the distribution of outputs that are drawn at random; None
+            is exact.
         heads: once they are loaded.
 
     Raises:
-        ValueError: the number is out of range.
+        ValueError: a number is out of range.
     """
 
     checkpoint: str | Path
     num_speculative_tokens: int = 15
+    typical: Typical | None = None
     heads: tuple[Head, ...] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self):
         check_drafts(self.num_speculative_tokens)
+        if self.typical is not None:
+            self.typical.check()
 
     def loaded(self, loader: Loader) -> Self:
         method = replace(self, heads=read_heads(loader.tensors(self.checkpoint, FILE)))

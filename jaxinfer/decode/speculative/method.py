@@ -32,6 +32,25 @@ class Proposal(NamedTuple):
     parents_Bk: jax.Array | None = None
 
 
+class Typical(NamedTuple):
+    """Typical acceptance (Cai et al. 2024, "Medusa", arXiv 2401.10774, section 2.3.1): of a request that is drawn at
+    random a proposed token counts where the model gives it a probability above min(epsilon, delta exp(-H)), with H the
+    entropy in nats of what is drawn from. More tokens count, and outputs no longer have the model's distribution.
+    """
+
+    epsilon: float = 0.09
+    delta: float = 0.3
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: one of the two is not above 0 and at most 1.
+        """
+        for name, value in self._asdict().items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise ValueError(f"typical.{name} = {value!r} must be a number above 0, at most 1")
+
+
 class Pool(NamedTuple):
     """The keys and values of one layer that a method has beside the model's: in pages of the same numbers.
 
@@ -96,10 +115,12 @@ class Speculation:
     Attributes:
         num_speculative_tokens: k, proposed for each sequence in each step, 1..MOST_DRAFTS.
         reads_text: whether the slots keep their text.
+        typical: how proposed tokens count that are likely enough; None for those alone that are drawn.
     """
 
     num_speculative_tokens: int
     reads_text = False
+    typical: Typical | None = None
 
     @property
     def tree(self) -> Tree | GrownTree | None:

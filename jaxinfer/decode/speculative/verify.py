@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxinfer.decode import sampling
 from jaxinfer.decode.sampling import Needs, Sampled, SamplingState
 from jaxinfer.decode.slots import SlotState, advance_several
-from jaxinfer.decode.speculative.method import Proposal
-from jaxinfer.decode.tree import Ancestry
+from jaxinfer.decode.speculative.method import Proposal, Typical
+from jaxinfer.decode.tree import Ancestry, Tree
 
 ACCEPTED, LEFT = 2, 3  # streams of draws, beside that of proposals
 
@@ -36,13 +36,15 @@ class Verified(NamedTuple):
 
 
 def verify(
-    state: SlotState, logits_WV: jax.Array, proposal: Proposal, needs: Needs, tree: Ancestry | None = None
-) -> Verified:
+    state: SlotState, logits_WV: jax.Array, proposal: Proposal, needs: Needs, tree: Ancestry | None = None,
+    typical: Typical | None = None,
+) -> Verified:  # fmt: skip
     """Draws a token for every slot after the newest one and each proposed one, and takes those before and at the first
     that was not proposed.
 
     Every draw is plain decoding's own, with the penalties that the proposed tokens before it bring; or for proposals
-    that were drawn, what `accepted_or_left` says. A token that ends the output is the last one.
+    that were drawn, what `accepted_or_left` says; or with typical acceptance, what `likely_or_drawn` says. A token
+    that ends the output is the last one.
 
     Args:
         logits_WV: after the newest token and each proposed one, slot by slot, [B x (k + 1), V], not sharded.
@@ -57,12 +59,16 @@ def verify(
         depth_BQ, before_BQk = jnp.asarray(tree.depth_BQ), jnp.asarray(tree.seen_BQQ[:, :, 1:], jnp.int32)
     index_BQ = state.index_B[:, None] + depth_BQ
     after, index_W = expected(state.sampling, drafts_Bk, before_BQk), index_BQ.reshape(-1)
-    if proposal.kept_BkV is None:
+    if needs.level == "greedy" or (proposal.kept_BkV is None and typical is None):
         rows = sampling.sample(logits_WV, after, index_W, needs)
     else:
-        assert tree is None
         kept_WV = sampling.kept(logits_WV, after, index_W, needs)
-        rows = sampling.report(logits_WV, accepted_or_left(kept_WV, after, index_W, proposal), needs)
+        if typical is not None:
+            tokens_W = likely_or_drawn(kept_WV, after, index_W, drafts_Bk, tree or chain(queries - 1), typical)
+        else:
+            assert tree is None
+            tokens_W = accepted_or_left(kept_WV, after, index_W, proposal)
+        rows = sampling.report(logits_WV, tokens_W, needs)
     sampled = jax.tree.map(lambda x_W: jnp.moveaxis(x_W.reshape(slots, queries, *x_W.shape[1:]), 1, 0), rows)
     drawn_BQ = sampled.tokens_W.T
     if tree is None:
@@ -70,21 +76,25 @@ def verify(
         agreed_Bk = jnp.cumprod((drafts_Bk == drawn_BQ[:, :-1]).astype(jnp.int32), axis=1)
         wanted_B = agreed_Bk.sum(axis=1) + 1
     else:
-        rows_Bd, wanted_B = walk(drafts_Bk, drawn_BQ, tree)
+        rows_Bd, wanted_B = walk(agreeing(drafts_Bk, drawn_BQ, tree), tree)
         slot_1B = jnp.arange(slots, dtype=jnp.int32)[None]
         sampled = jax.tree.map(lambda x_QB: x_QB[rows_Bd.T, slot_1B], sampled)
     state, emits_dB = advance_several(state, sampled.tokens_W, wanted_B)
     return Verified(state, sampled, emits_dB, rows_Bd, drawn_BQ)
 
 
-def walk(drafts_Bk: jax.Array, drawn_BQ: jax.Array, tree: Ancestry) -> tuple[jax.Array, jax.Array]:
-    """The path that the draws take: from the newest token to the node that is the token drawn after it, and so on.
+def agreeing(drafts_Bk: jax.Array, drawn_BQ: jax.Array, tree: Ancestry) -> jax.Array:
+    """Which proposed tokens are what was drawn after the token that they follow, bool [B, k]."""
+    return drafts_Bk == jnp.take_along_axis(drawn_BQ, jnp.asarray(tree.parent_Bk), axis=1)
+
+
+def walk(right_Bk: jax.Array, tree: Ancestry) -> tuple[jax.Array, jax.Array]:
+    """The path from the newest token to a token that is right, and so on, as far as that goes.
 
     Returns:
         its rows, int32 [B, d], and how many of these were reached, int32 [B].
     """
-    wrong_Bk = drafts_Bk != jnp.take_along_axis(drawn_BQ, jnp.asarray(tree.parent_Bk), axis=1)
-    reached_BQ = ~(wrong_Bk[:, None] & tree.seen_BQQ[:, :, 1:]).any(axis=2)
+    reached_BQ = ~(~right_Bk[:, None] & tree.seen_BQQ[:, :, 1:]).any(axis=2)
     # The deepest that was reached; of two equal tokens that follow the same one, either may have led there.
     reached_depth_BQ = jnp.where(reached_BQ, tree.depth_BQ, -1)
     last_B = jax.lax.argmax(reached_depth_BQ, 1, jnp.int32)
@@ -142,3 +152,41 @@ def accepted_or_left(kept_WV: jax.Array, state: SamplingState, index_W: jax.Arra
     tokens_R = jnp.where(rows.temperature_B < sampling.GREEDY_BELOW, before(plain_W), tokens_R)
     last_B1 = plain_W.reshape(slots, drafts + 1)[:, drafts:]
     return jnp.concatenate([tokens_R.reshape(slots, drafts), last_B1], axis=1).reshape(-1)
+
+
+def likely_or_drawn(
+    kept_WV: jax.Array, state: SamplingState, index_W: jax.Array, drafts_Bk: jax.Array, tree: Ancestry,
+    typical: Typical,
+) -> jax.Array:  # fmt: skip
+    """The token of each row by typical acceptance: along the longest path of proposed tokens that are likely enough
+    the next one of the path, otherwise plain decoding's. In greedy rows the likeliest alone is likely enough.
+
+    Args:
+        kept_WV: see `sampling.kept`, for k + 1 rows of each slot.
+        state, index_W: of the rows.
+
+    Returns:
+        int32 [W].
+    """
+    slots, rows, vocab = len(drafts_Bk), drafts_Bk.shape[1] + 1, kept_WV.shape[1]
+    drawn_BQ = sampling.draw(kept_WV, state, index_W).reshape(slots, rows)
+    logp_WV = jax.nn.log_softmax(kept_WV)
+    entropy_W = -jnp.where(logp_WV > -jnp.inf, jnp.exp(logp_WV) * logp_WV, 0.0).sum(axis=1)
+    least_BQ = jnp.minimum(typical.epsilon, typical.delta * jnp.exp(-entropy_W)).reshape(slots, rows)
+    parent_Bk = jnp.broadcast_to(jnp.asarray(tree.parent_Bk), drafts_Bk.shape)
+    slot_B1 = jnp.arange(slots, dtype=jnp.int32)[:, None]
+    p_Bk = jnp.exp(logp_WV.reshape(slots, rows, vocab)[slot_B1, parent_Bk, drafts_Bk])
+    greedy_B1 = (state.temperature_B < sampling.GREEDY_BELOW).reshape(slots, rows)[:, :1]
+    right_Bk = jnp.where(
+        greedy_B1, agreeing(drafts_Bk, drawn_BQ, tree), p_Bk > jnp.take_along_axis(least_BQ, parent_Bk, axis=1)
+    )
+    rows_Bd, count_B = walk(right_Bk, tree)
+    place_1d = jnp.arange(1, rows_Bd.shape[1], dtype=jnp.int32)[None]
+    before_Bd = jnp.where(place_1d < count_B[:, None], rows_Bd[:, :-1], rows)
+    next_Bd = jnp.take_along_axis(drafts_Bk, jnp.maximum(rows_Bd[:, 1:] - 1, 0), axis=1)
+    return drawn_BQ.at[slot_B1, before_Bd].set(next_Bd, mode="drop").reshape(-1)
+
+
+def chain(drafts: int) -> Ancestry:
+    """Of tokens each of which follows the one before."""
+    return Tree(tuple(range(-1, drafts - 1))).ancestry
