@@ -285,12 +285,13 @@ class Replaying(Forward):
 
     def __call__(
         self, params: Params, cache: Cache, batch: Batch, rows_W: jax.Array
-    ) -> tuple[Cache, jax.Array, jax.Array]:
-        cache, logits_WV, hidden_TD = super().__call__(params, cache, batch, rows_W)
+    ) -> tuple[Cache, jax.Array, jax.Array, jax.Array]:
+        cache, logits_WV, hidden_TD, shown_TE = super().__call__(params, cache, batch, rows_W)
         text_W, place_W = batch.tokens_T[rows_W] // self.base, batch.positions_T[rows_W] + 1
         next_W = jnp.asarray(self.book_RT).at[text_W, place_W].get(mode="clip")
         row_W = jnp.arange(len(next_W), dtype=jnp.int32)
-        return cache, jax.sharding.reshard(logits_WV, P(None, None)).at[row_W, next_W].set(jnp.inf), hidden_TD
+        logits_WV = jax.sharding.reshard(logits_WV, P(None, None)).at[row_W, next_W].set(jnp.inf)
+        return cache, logits_WV, hidden_TD, shown_TE
 
 
 class Books(NamedTuple):

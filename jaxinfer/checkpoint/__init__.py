@@ -4,6 +4,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxinfer.checkpoint import files, huggingface, native
 from jaxinfer.checkpoint.hub import resolve
@@ -48,9 +50,40 @@ def load_head(folder: str | Path, target: Model) -> tuple[EagleHead, Params]:
             of another vocabulary or hidden size than the model.
     """
     folder = Path(folder)
-    config, names = read_eagle_config(folder), files.read_folder(folder).keys()
+    config, tensors = read_eagle_config(folder), files.read_folder(folder)
     for name in ("hidden_size", "vocab_size"):
         if (found := getattr(config, name)) != (expected := getattr(target.config, name)):
             raise ValueError(f"the head {folder} has {name} {found}; it must have the model's, {expected}")
-    head = EagleHead(config, target, embeds="embed_tokens.weight" in names, bias="fc.bias" in names)
-    return head, head.params(huggingface.load(folder, head))
+    third, output, d2t = "midlayer.hidden_norm.weight" in tensors, tensors.get("lm_head.weight"), tensors.get("d2t")
+    tokens = None
+    if third:
+        tokens = config.vocab_size if output is None else output.shape[0]
+    mapping_V = None if d2t is None or tokens is None else _token_map(d2t, tokens, config.vocab_size)
+    head = EagleHead(
+        config, target, embeds="embed_tokens.weight" in tensors, bias="fc.bias" in tensors, tokens=tokens,
+        maps=mapping_V is not None,
+    )  # fmt: skip
+    params = head.params(huggingface.load(folder, head))
+    if mapping_V is None:
+        return head, params
+    return head, [*params, jax.device_put(mapping_V, NamedSharding(target.mesh, P()))]
+
+
+def _token_map(d2t: files.Tensor, tokens: int, vocab: int) -> np.ndarray:
+    """How far the id of each of a head's tokens is from its id in the model, int32.
+
+    Raises:
+        ValueError: the tensor is none of so many integers, or leads out of the vocabulary.
+    """
+    if d2t.shape != (tokens,) or d2t.dtype not in ("I64", "I32"):
+        raise ValueError(
+            f"{d2t.file}: tensor 'd2t' is {d2t.dtype} of shape {d2t.shape}; expected integers of shape ({tokens},)"
+        )
+    dtype = {"I64": np.int64, "I32": np.int32}[d2t.dtype]
+    mapping_V = np.array(np.memmap(d2t.file, dtype, "r", d2t.offset, d2t.shape))
+    ids_V = mapping_V + np.arange(tokens)
+    if ids_V.min() < 0 or ids_V.max() >= vocab:
+        raise ValueError(
+            f"{d2t.file}: tensor 'd2t' leads to the tokens {ids_V.min()}..{ids_V.max()}; expected 0..{vocab - 1}"
+        )
+    return mapping_V.astype(np.int32)

@@ -106,6 +106,7 @@ _LAYER: dict[str, Table] = {
     "OlmoeForCausalLM": _QWEN_MOE,
     "GptOssForCausalLM": _GPT_OSS,
     "EagleHead": _LLAMA,
+    "Eagle3Head": _LLAMA,
 }
 
 
@@ -116,6 +117,10 @@ class _Outside:
     layer: str = "model.layers."
     embed: str = "model.embed_tokens"
     final_norm: str = "model.norm"
+
+    def prefix(self, index: str) -> str:
+        """What the names of a layer begin with."""
+        return f"{self.layer}{index}."
 
     def table(self) -> Table:
         return {
@@ -137,9 +142,21 @@ class _EagleOutside(_Outside):
         return super().table() | fc
 
 
+@dataclass(frozen=True)
+class _Eagle3Outside(_EagleOutside):
+    final_norm: str = "norm"
+
+    def prefix(self, index: str) -> str:
+        return "midlayer."
+
+    def table(self) -> Table:
+        return super().table() | _norms(embed_norm="midlayer.input_layernorm", feature_norm="midlayer.hidden_norm")
+
+
 _OUTSIDE = {
     "FalconForCausalLM": _Outside("transformer.h.", "transformer.word_embeddings", "transformer.ln_f"),
     "EagleHead": _EagleOutside(),
+    "Eagle3Head": _Eagle3Outside(),
 }
 
 # A multimodal checkpoint holds the language model under a prefix: as published, and as transformers 5 writes it.
@@ -152,7 +169,10 @@ _PREFIXES = {
 }
 # Tensors that carry nothing for inference: tables that rotary embeddings and causal masks are computed from anew.
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|\.(masked_bias|attn\.bias)$")
-_IGNORED_PARTS = {"Gemma3ForConditionalGeneration": re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")}
+_IGNORED_PARTS = {
+    "Gemma3ForConditionalGeneration": re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\."),
+    "Eagle3Head": re.compile(r"^(d2t|t2d)$"),  # integers: read apart, and the inverse
+}
 
 
 def rules(config: ModelConfig, paths: Iterable[str]) -> dict[str, Rule]:
@@ -171,7 +191,7 @@ def _full_rule(config: ModelConfig, outside: _Outside, path: str) -> Rule:
     table, ours, prefix, experts = outside.table(), path, "", 0
     if path.startswith("layers."):
         _, index, ours = path.split(".", 2)
-        table, prefix = _LAYER[config.architecture], f"{outside.layer}{index}."
+        table, prefix = _LAYER[config.architecture], outside.prefix(index)
         moe = config.layers[int(index)].moe
         experts = moe.num_experts if moe else 0
     if ours not in table:

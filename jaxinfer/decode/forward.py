@@ -22,6 +22,7 @@ class Forward:
         page_size, cache_dtype, attention: see `jaxinfer.decode.step.Layout`.
         layers: how many of the first layers run; all by default.
         views: which of a batch's views each cache group of the model has; its own by default.
+        taps: layers whose outputs a method of speculation is shown in the place of the last hidden states.
     """
 
     model: Model
@@ -30,16 +31,19 @@ class Forward:
     attention: str
     layers: int | None = None
     views: tuple[int, ...] | None = None
+    taps: tuple[int, ...] = ()
 
     def __call__(
         self, params: Params, cache: Cache, batch: Batch, rows_W: jax.Array
-    ) -> tuple[Cache, jax.Array, jax.Array]:
-        """The cache with the batch's keys and values, logits of some of its rows [W, V], hidden states of all."""
+    ) -> tuple[Cache, jax.Array, jax.Array, jax.Array]:
+        """The cache with the batch's keys and values, logits of some of its rows [W, V], hidden states of all, and
+        what of all a method is shown [T, E]: these, or the outputs of the tapped layers side by side."""
         if self.views is not None:
             batch = replace(batch, views=tuple(batch.views[view] for view in self.views))
         batch, own = self.scheduled(batch, self.model), self.own(params)
-        hidden_TD, _, cache = self.model.forward(own, batch, cache, self.layers)
-        return cache, self.model.logits(own, hidden_TD[rows_W]), hidden_TD
+        hidden_TD, tapped, cache = self.model.forward(own, batch, cache, self.layers, self.taps)
+        shown_TE = jnp.concatenate(tapped, axis=1) if tapped else hidden_TD
+        return cache, self.model.logits(own, hidden_TD[rows_W]), hidden_TD, shown_TE
 
     def own(self, params: Params) -> Params:
         """The model's parameters, which come before those of others."""

@@ -131,7 +131,8 @@ class Programs:
 
     def __init__(self, model: Model, layout: Layout):
         self.model, self.layout, self.traces = model, layout, Counter[str]()
-        self.forward = Forward(model, layout.page_size, layout.cache_dtype, layout.attention)
+        taps = () if layout.speculation is None else layout.speculation.taps(model)
+        self.forward = Forward(model, layout.page_size, layout.cache_dtype, layout.attention, taps=taps)
         self._tree, self._pools = tree_of(layout.speculation), pools_of(model, layout.speculation)
         donated = ("state", "cache")
         self._step = jax.jit(self._traced_step, static_argnames=("tokens", "decode"), donate_argnames=("cache",))
@@ -175,10 +176,10 @@ class Programs:
         """
         prompt = []
         with jax.set_mesh(self.model.mesh):
-            cache, logits_WV, rows, hidden_WD, tiles = self._step(params, state, cache, given.packed(), **given.sizes)
+            cache, logits_WV, rows, shown_WE, tiles = self._step(params, state, cache, given.packed(), **given.sizes)
             if masks is not None:
                 logits_WV = self._mask(logits_WV, masks())
-            state, sampled, emits_nW = self._sample(state, logits_WV, rows, hidden_WD, needs=needs)
+            state, sampled, emits_nW = self._sample(state, logits_WV, rows, shown_WE, needs=needs)
             if targets_T is not None:
                 targets = np.split(targets_T, range(SCORED, len(targets_T), SCORED))
                 prompt = [self._score(params, *tile) for tile in zip(tiles, targets, strict=True)]
@@ -270,22 +271,22 @@ class Programs:
         self.traces["step"] += 1
         given = StepInput.unpacked(packed, tokens, decode)
         batch, rows = make_batch(state, given, self.layout.page_size)
-        cache, logits_WV, hidden_TD = self.forward(params, cache, batch, rows.tokens_W)
+        cache, logits_WV, hidden_TD, shown_TE = self.forward(params, cache, batch, rows.tokens_W)
         if self.layout.speculation is not None:
-            step = Observed(batch, hidden_TD, first_rows(given, len(state.token_B)))
+            step = Observed(batch, shown_TE, first_rows(given, len(state.token_B)))
             cache = self.layout.speculation.observe(self.forward, params, state, step, cache)
         tiles = tuple(hidden_TD[at : at + SCORED] for at in range(0, tokens, SCORED))
-        hidden_WD = None if state.memory is None else hidden_TD[rows.tokens_W]
-        return cache, logits_WV, rows, hidden_WD, tiles
+        shown_WE = None if state.memory is None else shown_TE[rows.tokens_W]
+        return cache, logits_WV, rows, shown_WE, tiles
 
     def _traced_mask(self, logits_WV, words_BU):
         self.traces["mask"] += 1
         allowed_WV = jax.sharding.reshard(allowed(words_BU, logits_WV.shape[1]), jax.typeof(logits_WV).sharding)
         return jnp.where(allowed_WV, logits_WV, -jnp.inf)
 
-    def _traced_sample(self, state, logits_WV, rows, hidden_WD, *, needs):
+    def _traced_sample(self, state, logits_WV, rows, shown_WE, *, needs):
         self.traces["sample"] += 1
-        state, sampled = self._draw(state, logits_WV, rows, hidden_WD, needs)
+        state, sampled = self._draw(state, logits_WV, rows, shown_WE, needs)
         return state, jax.tree.map(lambda array: array[None], sampled), rows.emits_W[None]
 
     def _traced_score(self, params, hidden_TD, targets_T):
@@ -323,8 +324,8 @@ class Programs:
         """A step of a loop: a token for each slot that is active."""
         state, cache = carry
         batch, rows = make_rectangle(state, self.layout.page_size)
-        cache, logits_WV, hidden_TD = self.forward(params, cache, batch, rows.tokens_W)
-        state, sampled = self._draw(state, logits_WV, rows, hidden_TD, needs)
+        cache, logits_WV, _, shown_WE = self.forward(params, cache, batch, rows.tokens_W)
+        state, sampled = self._draw(state, logits_WV, rows, shown_WE, needs)
         return (state, cache), (sampled, rows.emits_W)
 
     def _speculative(self, params, needs: Needs, carry, _):
@@ -337,7 +338,7 @@ class Programs:
         tree = self._ancestry(proposal)
         batch = make_drafted(state, proposal.drafts_Bk, self.layout.page_size, tree)
         row_W = jnp.arange(len(batch.tokens_T), dtype=jnp.int32)
-        cache, logits_WV, hidden_TD = self.forward(params, cache, batch, row_W)
+        cache, logits_WV, _, shown_TE = self.forward(params, cache, batch, row_W)
         with jax.named_scope("sampling"):
             logits_WV = jax.sharding.reshard(logits_WV, P(None, None))
             verified = verify(state, logits_WV, proposal, needs, tree, method.typical)
@@ -346,7 +347,7 @@ class Programs:
         if tree is not None:
             cache = self._in_place(state, cache, rows_Bd, taken_B)
         flat_Bd = row_W.reshape(len(taken_B), -1)[:, :1] + rows_Bd
-        after = self._remember(state, after, hidden_TD, flat_Bd, taken_B)
+        after = self._remember(state, after, shown_TE, flat_Bd, taken_B)
         if after.memory is not None:
             with jax.named_scope("speculation"):
                 tokens_BQ = jnp.concatenate([state.token_B[:, None], proposal.drafts_Bk], axis=1)
@@ -368,28 +369,28 @@ class Programs:
 
     @jax.named_scope("sampling")
     def _draw(
-        self, state: SlotState, logits_WV: jax.Array, rows: Rows, hidden_WD: jax.Array | None, needs: Needs
+        self, state: SlotState, logits_WV: jax.Array, rows: Rows, shown_WE: jax.Array | None, needs: Needs
     ) -> tuple[SlotState, Sampled]:
         """The sampler's part.
 
         Args:
-            hidden_WD: the hidden state of each slot's last row, where a method of speculation may keep it.
+            shown_WE: of each slot's last row what a method of speculation is shown, where it may keep it.
         """
         whole_WV = jax.sharding.reshard(logits_WV, P(None, None))
         sampled = sampling.sample(whole_WV, state.sampling, state.index_B, needs)
         after = slots.advance(state, sampled, rows.emits_W, rows.lengths_W)
         row_W1, ran_W = jnp.arange(len(rows.lengths_W), dtype=jnp.int32)[:, None], rows.lengths_W > 0
-        return self._remember(state, after, hidden_WD, row_W1, ran_W.astype(jnp.int32)), sampled
+        return self._remember(state, after, shown_WE, row_W1, ran_W.astype(jnp.int32)), sampled
 
     def _remember(
-        self, before: SlotState, after: SlotState, hidden_TD: jax.Array | None, rows_Bd: jax.Array, taken_B: jax.Array
+        self, before: SlotState, after: SlotState, shown_TE: jax.Array | None, rows_Bd: jax.Array, taken_B: jax.Array
     ) -> SlotState:
         """The state after a step with what the method of speculation keeps of it, if it does."""
         if before.memory is None:
             return after
         assert self.layout.speculation is not None
-        assert hidden_TD is not None
-        return replace(after, memory=self.layout.speculation.remember(before, hidden_TD, rows_Bd, taken_B))
+        assert shown_TE is not None
+        return replace(after, memory=self.layout.speculation.remember(before, shown_TE, rows_Bd, taken_B))
 
 
 def pools_of(model: Model, speculation: Speculation | None) -> list[Pool]:

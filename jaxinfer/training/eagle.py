@@ -25,8 +25,9 @@ from jaxinfer.training.train import DenseRows, Loss, Recipe, compute_params
 
 FILE = "model.safetensors"
 # The parts of the loss: how far a feature is from the model's (smooth L1, the mean of its components), and what it
-# means from what the model's does (Kullback-Leibler, in nats).
-FEATURE, TOKEN = 1.0, 0.1
+# means from what the model's does (Kullback-Leibler, in nats). The paper has 1 and 0.1. The demo model's features are
+# large: after 75 steps of 1,024 tokens 10.9 % of the tokens were right so, 13.1 % with these, 12.8 % with 0.02 and 1.
+FEATURE, TOKEN = 0.1, 1.0
 CHUNK = 1024  # tokens of vocabulary whose logits exist at a time
 
 

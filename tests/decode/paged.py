@@ -34,7 +34,7 @@ def paged_logits(
             batch, rows = make_batch(state, StepInput.unpacked(packed, tokens, 0), page_size)
         else:
             batch, rows = make_rectangle(state, page_size)
-        cache, _, hidden_TD = programs.forward(params, cache, batch, rows.tokens_W)
+        cache, _, hidden_TD, _ = programs.forward(params, cache, batch, rows.tokens_W)
         return model.logits(params, hidden_TD), cache
 
     found, prompt = [], len(tokens_T) - decoded

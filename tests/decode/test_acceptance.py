@@ -46,7 +46,7 @@ class Table(Forward):
     """A model whose logits depend on the token before alone."""
 
     def __call__(self, params, cache, batch, rows_W):
-        return cache, params[0][batch.tokens_T[rows_W]], None
+        return cache, params[0][batch.tokens_T[rows_W]], None, None
 
 
 TABLE = Table(None, page_size=64, cache_dtype="", attention="")  # pyright: ignore[reportArgumentType]

@@ -12,13 +12,14 @@ import pytest
 from jaxinfer.decode import sampling
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.decode.speculative import DraftModel, EarlyExit, Lookahead, PromptLookup, Speculation
+from jaxinfer.decode.speculative import DraftModel, Eagle, EarlyExit, Lookahead, PromptLookup, Speculation
 from jaxinfer.decode.step import Layout, Programs
 from jaxinfer.engine.step_input import lay_out
 from jaxinfer.engine.warm_up import WARM
-from jaxinfer.model import Model, read_config
+from jaxinfer.model import EagleHead, Model, read_config, read_eagle_config
 from jaxinfer.parallel import make_mesh
 from tests.decode.branching import Branching
+from tests.engine import eagle_heads
 from tests.engine.tiny import CONFIG
 
 SLOTS, PAGE, CONTEXT, TOKENS, LAYERS = 8, 7, 77, 64, 2
@@ -116,6 +117,14 @@ def a_draft() -> DraftModel:
     return DraftModel("small", 3, model=model, params=list(model.parameters.values()))
 
 
+def a_head() -> Eagle:
+    """That grows another tree for each slot."""
+    sizes = {"head_dim": 22, "intermediate_size": 51}
+    fields = eagle_heads.config(FULL["hidden_size"], FULL["vocab_size"]) | sizes
+    head = EagleHead(read_eagle_config(fields), Model(read_config(FULL), make_mesh(1)), embeds=False, bias=True)
+    return Eagle("head", 8, 2, 3, head=head, params=list(head.parameters.values()))
+
+
 @pytest.mark.parametrize("needs", [sampling.GREEDY, sampling.UNFILTERED], ids=lambda needs: needs.level)
 @pytest.mark.parametrize(
     ("method", "config", "dtype"),
@@ -125,8 +134,9 @@ def a_draft() -> DraftModel:
         (a_draft(), FULL, "float32"),
         (Branching((-1, -1, 0)), ODD, "int8"),
         (Lookahead(3, 3, 1, 5), FULL, "float32"),
+        (a_head(), FULL, "float32"),
     ],
-    ids=["PromptLookup", "EarlyExit", "DraftModel", "Branching", "Lookahead"],
+    ids=["PromptLookup", "EarlyExit", "DraftModel", "Branching", "Lookahead", "Eagle"],
 )
 def test_a_loop_that_speculates_moves_no_cache_and_asks_no_host(method, config, dtype, needs):
     """Nor where the accepted tokens of a tree are brought to their places."""

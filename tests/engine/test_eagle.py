@@ -4,22 +4,25 @@ hand."""
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer import SamplingParams
+from jaxinfer import SamplingParams, checkpoint
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.speculative import Eagle, by_name
 from jaxinfer.engine import Options
 from jaxinfer.llm import LLM
+from jaxinfer.model import Model, read_config
+from jaxinfer.parallel import make_mesh
 from jaxinfer.training.train import DenseRows
-from tests.engine.eagle_heads import by_hand, nearly_right, write_head
+from tests.engine.eagle_heads import by_hand, features, nearly_right, nearly_right_third, ranked, write_head
 from tests.engine.test_medusa import FOLLOWS, D, V, write
 from tests.engine.test_speculation import Alternating, answers
-from tests.engine.tiny import assert_clean, drawing_alike, tiny_folder
+from tests.engine.tiny import CONFIG, assert_clean, drawing_alike, tiny_folder, write_checkpoint
 
 OPTIONS = Options(
     max_num_seqs=4, max_num_batched_tokens=64, page_size=8, num_pages=28, steps_per_dispatch=2, always_speculate=True
@@ -34,10 +37,31 @@ def model(tmp_path_factory) -> Path:
     return write(tmp_path_factory.mktemp("model") / "model", tiny_folder(tmp_path_factory.getbasetemp()), rest=0.1)
 
 
+def proposing(model: Path, folder: Path, tensors: dict[str, np.ndarray]) -> LLM:
+    head = write_head(folder, tensors, V)
+    return drawing_alike(LLM(model, options=replace(OPTIONS, speculation=Eagle(head, NODES, DEPTH, 3))))
+
+
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory, model) -> LLM:
-    head = write_head(tmp_path_factory.mktemp("head"), HEAD, V)
-    return drawing_alike(LLM(model, options=replace(OPTIONS, speculation=Eagle(head, NODES, DEPTH, 3))))
+    return proposing(model, tmp_path_factory.mktemp("head"), HEAD)
+
+
+@pytest.fixture(scope="module")
+def deep_model(tmp_path_factory) -> Path:
+    """Of so many layers that three of them can be read."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = CONFIG | {"num_hidden_layers": 4, "layer_types": kinds}
+    root = tmp_path_factory.mktemp("deep")
+    return write(root / "model", write_checkpoint(root / "source", config), rest=0.1)
+
+
+@pytest.fixture(scope="module")
+def third(deep_model) -> dict[str, np.ndarray]:
+    """The tensors of a head of EAGLE-3, which proposes some of the model's tokens."""
+    tensors = checkpoint.tensors(deep_model, "model.safetensors")
+    tokens_V = np.delete(np.arange(V), [5, 17, 18, 60])
+    return nearly_right_third(D, 0.3, np.asarray(tensors["model.embed_tokens.weight"]), FOLLOWS, tokens_V)
 
 
 @jax.tree_util.register_dataclass
@@ -57,16 +81,19 @@ class Windowed(DenseRows):
 class Whole:
     """What a text means to the model and to the head, computed anew, all of it at once."""
 
-    def __init__(self, llm: LLM, params: list[jax.Array], text_BT: np.ndarray):
+    def __init__(self, llm: LLM, tensors: dict[str, np.ndarray], params: list[jax.Array], text_BT: np.ndarray):
         model, own = llm.model, params[: len(llm.model.parameters)]
+        taps = (1, 1, 0) if "d2t" in tensors else ()
 
         @jax.jit
-        def features(own, tokens_T):
-            hidden_TD, _, _ = model.forward(own, Windowed(tokens_T[None]), (None,) * model.config.num_layers)
-            return model.head(own, hidden_TD)[0]
+        def shown(own, tokens_T):
+            cache = (None,) * model.config.num_layers
+            hidden_TD, tapped, _ = model.forward(own, Windowed(tokens_T[None]), cache, taps=taps)
+            return jnp.concatenate(tapped, axis=1) if taps else model.head(own, hidden_TD)[0]
 
         with jax.set_mesh(model.mesh):
-            self.features_BTD = [np.asarray(features(own, jnp.asarray(text_T))) for text_T in text_BT]
+            shown_BTE = [np.asarray(shown(own, jnp.asarray(text_T))) for text_T in text_BT]
+        self.tensors, self.features_BTD = tensors, [features(tensors, shown_TE) for shown_TE in shown_BTE]
         arrays = dict(zip(model.parameters, own, strict=True))
         self.embed_VD, self.head_VD = (np.asarray(arrays[name]) for name in ("embed.weight_VD", "head_VD"))
         self.text_BT = text_BT
@@ -78,10 +105,9 @@ class Whole:
         """Of each path of ranks the token at its end, after the token at the place `newest`."""
         found: dict[tuple[int, ...], tuple[list[int], list[np.ndarray]]] = {(): ([], [])}
         for path in choices:
-            tokens, features = found[path[:-1]]
-            features = [*features, self._expected(slot, newest + 1, tokens, features)[0][-1]]
-            ranked = np.argsort(-(self.head_VD @ features[-1]), kind="stable")
-            found[path] = [*tokens, int(ranked[path[-1]])], features
+            tokens, before = found[path[:-1]]
+            before = [*before, self._expected(slot, newest + 1, tokens, before)[0][-1]]
+            found[path] = [*tokens, ranked(self.tensors, before[-1], self.head_VD)[path[-1]][0]], before
         return [found[path][0][-1] for path in choices]
 
     def grown(self, slot: int, newest: int, method: Eagle) -> tuple[list[int], list[int]]:
@@ -90,11 +116,10 @@ class Whole:
         level = [(0.0, -1, [], [])]
         for _ in range(method.depth):
             first = len(tried)
-            for value, node, tokens, features in level:
-                expected_D = self._expected(slot, newest + 1, tokens, features)[0][-1]
-                logprobs_V = np.asarray(jax.nn.log_softmax(self.head_VD @ expected_D))
-                for token in np.argsort(-logprobs_V)[: method.branches].tolist():
-                    tried.append((value + logprobs_V[token], node, [*tokens, token], [*features, expected_D]))
+            for value, node, tokens, before in level:
+                expected_D = self._expected(slot, newest + 1, tokens, before)[0][-1]
+                for token, logprob in ranked(self.tensors, expected_D, self.head_VD)[: method.branches]:
+                    tried.append((value + logprob, node, [*tokens, token], [*before, expected_D]))
             nodes = sorted(range(first, len(tried)), key=lambda node: -tried[node][0])[: method.branches]
             level = [(tried[node][0], node, *tried[node][2:]) for node in nodes]
         chosen = sorted(range(len(tried)), key=lambda node: -tried[node][0])[: method.num_speculative_tokens]
@@ -103,14 +128,23 @@ class Whole:
             -1 if tried[node][1] == -1 else chosen.index(tried[node][1]) for node in chosen
         ]
 
-    def _expected(self, slot: int, length: int, tokens: list[int], features: list[np.ndarray]):
+    def _expected(self, slot: int, length: int, tokens: list[int], before: list[np.ndarray]):
         """Of the beginning of a text, and tokens that a head proposed with the features before them."""
         ids_T = [*self.text_BT[slot, :length], *tokens]
-        before_TD = [np.zeros(D, np.float32), *self.features_BTD[slot][: length - 1], *features]
-        return by_hand(HEAD, self.embed_VD[ids_T], np.stack(before_TD))
+        before_TD = [np.zeros(D, np.float32), *self.features_BTD[slot][: length - 1], *before]
+        return by_hand(self.tensors, self.embed_VD[ids_T], np.stack(before_TD))
 
 
 def test_keys_and_proposals_are_those_of_the_whole_text(llm, one_rectangle):
+    assert_those_of_the_whole_text(llm, HEAD)
+
+
+def test_keys_and_proposals_of_three_layers_are_those_of_the_whole_text(tmp_path, deep_model, third, one_rectangle):
+    """Of the layout of EAGLE-3, with a vocabulary of its own."""
+    assert_those_of_the_whole_text(proposing(deep_model, tmp_path, third), third)
+
+
+def assert_those_of_the_whole_text(llm: LLM, tensors: dict[str, np.ndarray]) -> None:
     """After prompts in chunks, beside which others decode, and steps in which some of the proposals were right: the
     head has seen the model's own features everywhere but behind the last step."""
     engine, method = llm.engine, llm.engine.layout.speculation
@@ -118,12 +152,12 @@ def test_keys_and_proposals_are_those_of_the_whole_text(llm, one_rectangle):
     prompts = ["ab" * 9, "the cat", "0123456789" * 7]
     params = [SamplingParams(temperature=0.3, seed=seed, max_tokens=24 - seed, ignore_eos=True) for seed in range(3)]
     llm.generate(prompts, params)
-    assert engine.counters.drafts > engine.counters.accepted[0] > engine.counters.accepted[2] > 0
+    assert engine.counters.drafts > engine.counters.accepted[0] > engine.counters.accepted[1] > 0, engine.counters
     (_, group), runner = llm.model.config.windows, engine.runner
     assert group is None
     state, pages, params = runner.state, runner.cache[-1], runner.params
     text_BT, length_B, table_BJ = (np.asarray(one) for one in (state.text_BT, state.length_B, state.tables[1]))
-    whole = Whole(llm, params, text_BT)
+    whole = Whole(llm, tensors, params, text_BT)
     slots = np.flatnonzero(length_B)
     assert len(slots) == 3
     for slot in slots:
@@ -245,6 +279,27 @@ def test_heads_of_another_model_are_refused(tmp_path, model):
     })  # fmt: skip
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         LLM(model, options=replace(OPTIONS, speculation=Eagle(tmp_path)))
+
+
+def test_heads_of_three_layers_are_refused_where_they_do_not_fit(tmp_path, model, deep_model, third):
+    def refused(message: str, changed: dict[str, np.ndarray], target: Path = deep_model) -> None:
+        head = write_head(tmp_path / "head", third | changed, V, architectures=["LlamaForCausalLMEagle3"])
+        with pytest.raises(ValueError, match=message):
+            LLM(target, options=replace(OPTIONS, speculation=Eagle(head)))
+
+    far = third["d2t"].copy()
+    far[-1] += 1
+    refused(r"tensor 'd2t' leads to the tokens 0\.\.104; expected 0\.\.103", {"d2t": far})
+    refused(r"tensor 'd2t' is I64 of shape \(99,\); expected integers of shape \(100,\)", {"d2t": far[1:]})
+    refused(r"tensor 'norm.weight' has shape \(31,\); expected \(32,\)", {"norm.weight": np.ones(31, np.float32)})
+    refused("reads three layers of a model of 4 or more, not of 2", {}, model)
+
+
+def test_three_layers_are_low_middle_and_high(tmp_path, deep_model, third):
+    target = Model(read_config(deep_model), make_mesh(1))
+    head, params = checkpoint.load_head(write_head(tmp_path / "head", third, V, draft_vocab_size=100), target)
+    assert len(params) == len(head.parameters) + 1
+    assert head.taps(SimpleNamespace(config=SimpleNamespace(num_layers=32))) == (1, 15, 28)
 
 
 def test_settings_out_of_range_are_refused():

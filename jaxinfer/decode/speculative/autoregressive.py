@@ -36,7 +36,7 @@ def draft(
     greedy = needs.level == "greedy"
 
     def step(state: SlotState, cache: Cache, batch: Batch, rows_W: jax.Array):
-        cache, logits_WV, _ = forward(params, cache, batch, rows_W)
+        cache, logits_WV, _, _ = forward(params, cache, batch, rows_W)
         logits_WV = jax.sharding.reshard(logits_WV, P(None, None))
         if greedy or coupled:
             kept_WV, sampled = None, sampling.sample(logits_WV, state.sampling, state.index_B, one)

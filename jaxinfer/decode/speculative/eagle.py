@@ -51,12 +51,12 @@ class Recent(NamedTuple):
     """What is kept of every slot.
 
     Attributes:
-        hidden_BdD: the hidden states, before the final norm, of the newest tokens in the cache of the model, at the
-            end those after which the newest token was drawn. One more than a step may accept.
+        shown_BdE: what features are made of, of the newest tokens in the cache of the model, at the end of that after
+            which the newest token was drawn. One more than a step may accept.
         known_B: how many of them are known, the last ones; at least one in a slot that decodes.
     """
 
-    hidden_BdD: jax.Array
+    shown_BdE: jax.Array
     known_B: jax.Array
 
 
@@ -84,8 +84,7 @@ class Eagle(Speculation):
 
     Attributes:
         checkpoint: a folder, or a Hugging Face id, with a `config.json` and a `model.safetensors` in the layout of the
-            published heads of EAGLE-1 and 2: `fc.weight`, of embedding and feature, perhaps `fc.bias`, and a layer
-            `layers.0` with Llama's names but no `input_layernorm`; `embed_tokens.weight`, or the model's own.
+            published heads of EAGLE-1 and 2, or in that of EAGLE-3; see `jaxinfer.model.eagle`.
         num_speculative_tokens: nodes of the tree, 1..MOST_DRAFTS.
         depth: of the longest path; each token of it takes a pass of the head.
         branches: tokens that may follow one, at most, and of a dynamic tree the nodes of a level that the next
@@ -198,20 +197,24 @@ class Eagle(Speculation):
         assert head is not None
         return [Pool(self._group(model), head.kv_slots, head.kv_slots_per_device, head.config.head_size)]
 
+    def taps(self, model: Model) -> tuple[int, ...]:
+        assert self.head is not None
+        return self.head.taps(model)
+
     def memory(self, model: Model, slots: int) -> Recent:
-        shape = slots, self.tree.depth + 1, model.config.hidden_size
+        shape = slots, self.tree.depth + 1, max(len(self.taps(model)), 1) * model.config.hidden_size
         hidden: jax.Array | np.ndarray = np.zeros(shape, jnp.dtype(model.config.dtype))
         return Recent(hidden, np.zeros(slots, np.int32))  # pyright: ignore[reportArgumentType], on the host
 
-    def remember(self, state: SlotState, hidden_TD: jax.Array, rows_Bd: jax.Array, taken_B: jax.Array) -> Recent:
+    def remember(self, state: SlotState, shown_TE: jax.Array, rows_Bd: jax.Array, taken_B: jax.Array) -> Recent:
         kept: Recent = state.memory
-        count = kept.hidden_BdD.shape[1]
-        joined_BnD = jnp.concatenate([kept.hidden_BdD, hidden_TD[rows_Bd]], axis=1)
+        count = kept.shown_BdE.shape[1]
+        joined_BnE = jnp.concatenate([kept.shown_BdE, shown_TE[rows_Bd]], axis=1)
         place_Bd = taken_B[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
         # What a part of a prompt ends with does not follow what an earlier part did.
         follows_B = jnp.where(state.active_B | (taken_B == 0), kept.known_B, 0)
         return Recent(
-            jnp.take_along_axis(joined_BnD, place_Bd[:, :, None], axis=1), jnp.minimum(follows_B + taken_B, count)
+            jnp.take_along_axis(joined_BnE, place_Bd[:, :, None], axis=1), jnp.minimum(follows_B + taken_B, count)
         )
 
     def propose(
@@ -224,7 +227,7 @@ class Eagle(Speculation):
         expected_BdD = expected_TD.reshape(slots, -1, expected_TD.shape[1])
         newest_B11 = jnp.maximum(recent.known_B - 1, 0)[:, None, None]
         outputs_B1D = jnp.take_along_axis(expected_BdD, newest_B11, axis=1)
-        before_B1D = self._features(target, params, recent.hidden_BdD[:, -1])[:, None]
+        before_B1D = self._features(target, params, recent.shown_BdE[:, -1])[:, None]
         growth = _Growth(self, target, params, state, pages, jnp.zeros((slots, 0), jnp.int32), before_B1D)
         proposal = (self._grown if self._grows else self._sparse)(growth, outputs_B1D)
         return proposal, (*cache[:-1], growth.pages)
@@ -273,9 +276,9 @@ class Eagle(Speculation):
         """The feature before a slot's first row is the one that is kept, and nothing where there is none: at the
         beginning of a text, and behind pages that another sequence has computed."""
         recent: Recent = state.memory
-        known_BD = self._features(target, params, recent.hidden_BdD[:, -1])
+        known_BD = self._features(target, params, recent.shown_BdE[:, -1])
         known_BD = jnp.where((recent.known_B > 0)[:, None], known_BD, 0)
-        before_TD = jnp.roll(self._features(target, params, step.hidden_TD), 1, axis=0)
+        before_TD = jnp.roll(self._features(target, params, step.shown_TE), 1, axis=0)
         features_TD = before_TD.at[step.first_B].set(known_BD, mode="drop")
         return (*cache[:-1], self._run(target, params, step.batch, features_TD, cache[-1])[1])
 
@@ -283,16 +286,16 @@ class Eagle(Speculation):
         """The newest tokens of each slot, as many as the features before them are known, with these; rows behind them
         are of no use, and neither are the keys and values that they write behind the newest token's."""
         assert state.text_BT is not None
-        hidden_BdD, known_B = state.memory
-        count = hidden_BdD.shape[1]
+        shown_BdE, known_B = state.memory
+        count = shown_BdE.shape[1]
         row_1d = jnp.arange(count, dtype=jnp.int32)[None]
         first_B = state.length_B + 1 - known_B
         place_Bd = jnp.minimum(first_B[:, None] + row_1d, state.text_BT.shape[1] - 1)
         tokens_Bd = jnp.take_along_axis(state.text_BT, place_Bd, axis=1)
         earlier = replace(state, token_B=tokens_Bd[:, 0], length_B=first_B)
         kept_Bd = jnp.minimum(count - known_B[:, None] + row_1d, count - 1)
-        own_BdD = jnp.take_along_axis(hidden_BdD, kept_Bd[:, :, None], axis=1)
-        features_TD = self._features(target, params, own_BdD.reshape(-1, own_BdD.shape[2]))
+        own_BdE = jnp.take_along_axis(shown_BdE, kept_Bd[:, :, None], axis=1)
+        features_TD = self._features(target, params, own_BdE.reshape(-1, own_BdE.shape[2]))
         return make_drafted(earlier, tokens_Bd[:, 1:], target.page_size), features_TD
 
     def _run(
@@ -304,8 +307,9 @@ class Eagle(Speculation):
         batch, weights = target.scheduled(batch, self.head), params[len(target.model.parameters) :]
         return self.head.forward(weights, target.model, target.own(params), batch, features_TD, pages)
 
-    def _features(self, target: Forward, params: Params, hidden_TD: jax.Array) -> jax.Array:
-        return target.model.head(target.own(params), hidden_TD)[0]
+    def _features(self, target: Forward, params: Params, shown_TE: jax.Array) -> jax.Array:
+        assert self.head is not None
+        return self.head.features(params[len(target.model.parameters) :], target.model, target.own(params), shown_TE)
 
     def _group(self, model: Model) -> int:
         """The cache group of the model that keeps all keys."""
@@ -337,11 +341,13 @@ class _Growth:
     def likeliest(self, features_BnD: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
         """The likeliest tokens after each feature, int32 [B, n, count], and before them their log-probabilities."""
         slots, nodes, width = features_BnD.shape
-        _, head_VD, cap = self.target.model.head(self.target.own(self.params), features_BnD[:0, 0])
-        features_TD = features_BnD.reshape(-1, width)
-        logits_TV = cap(jnp.einsum("TD,VD->TV", features_TD, head_VD, preferred_element_type=jnp.float32))
+        head, model, own = self.eagle.head, self.target.model, self.target.own(self.params)
+        assert head is not None
+        weights = self.params[len(model.parameters) :]
+        logits_TV = head.logits(weights, model, own, features_BnD.reshape(-1, width))
         logits_TV = jax.sharding.reshard(logits_TV, P(None, None))
         top_Tr, ids_Tr = likeliest(logits_TV, count)
+        ids_Tr = head.tokens(weights, ids_Tr)
         top_Tr -= jax.nn.logsumexp(logits_TV, axis=1, keepdims=True)
         return top_Tr.reshape(slots, nodes, count), ids_Tr.reshape(slots, nodes, count)
 

@@ -126,9 +126,9 @@ class Medusa(Speculation):
         """The hidden state after which the newest token of each slot was drawn, [B, D], before the final norm."""
         return np.zeros((slots, model.config.hidden_size), jnp.dtype(model.config.dtype))
 
-    def remember(self, state: SlotState, hidden_TD: jax.Array, rows_Bd: jax.Array, taken_B: jax.Array) -> jax.Array:
+    def remember(self, state: SlotState, shown_TE: jax.Array, rows_Bd: jax.Array, taken_B: jax.Array) -> jax.Array:
         newest_B1 = jnp.take_along_axis(rows_Bd, jnp.maximum(taken_B - 1, 0)[:, None], axis=1)
-        return jnp.where((taken_B > 0)[:, None], hidden_TD[newest_B1[:, 0]], state.memory)
+        return jnp.where((taken_B > 0)[:, None], shown_TE[newest_B1[:, 0]], state.memory)
 
     def propose(
         self, target: Forward, params: Params, needs: Needs, state: SlotState, cache: Cache

@@ -100,12 +100,12 @@ class Observed(NamedTuple):
 
     Attributes:
         batch: its tokens.
-        hidden_TD: their hidden states, before the final norm.
+        shown_TE: what of them a method is shown; see `Speculation.taps`.
         first_B: the first row of every slot; one past the last row for a slot that has none.
     """
 
     batch: Batch
-    hidden_TD: jax.Array
+    shown_TE: jax.Array
     first_B: jax.Array
 
 
@@ -161,12 +161,17 @@ class Speculation:
         first axis is the slots, or None."""
         return None
 
-    def remember(self, state: SlotState, hidden_TD: jax.Array, rows_Bd: jax.Array, taken_B: jax.Array) -> Any:
+    def taps(self, model: Model) -> tuple[int, ...]:
+        """Layers of the model whose outputs the method is shown, side by side; none for the last hidden states, before
+        the final norm."""
+        return ()
+
+    def remember(self, state: SlotState, shown_TE: jax.Array, rows_Bd: jax.Array, taken_B: jax.Array) -> Any:
         """The memory after a step of any kind. Only of a method that has one.
 
         Args:
             state: of the slots before the step. Of one that was not active a part of its prompt was computed, if any.
-            hidden_TD: hidden states of the step's rows, before the final norm.
+            shown_TE: of the step's rows what the method is shown; see `taps`.
             rows_Bd: the rows of each slot, one after the other in its text: of what was proposed the path that was
                 taken, of a part of a prompt the last one.
             taken_B: how many of them count; a slot of which none does must keep what it has.
