@@ -29,6 +29,7 @@ from jaxinfer.serve.responses import Answer, usage
 from jaxinfer.serve.worker import longest
 
 METHOD = "POST"
+_BEGINNING = b'{"id":"batch_req_'  # of every line that `append` writes
 
 
 class Line(BaseModel):
@@ -84,21 +85,40 @@ def done(path: Path) -> set[str]:
     """The `custom_id` of every line of an output file. A last line that a kill has cut short is taken off the file.
 
     Raises:
-        ValueError: a line before the last is no answer: the file is another's.
+        ValueError: a line is no answer, or what follows the last one is no beginning of one: the file is another's,
+            and stays as it is.
     """
     if not path.exists():
         return set()
-    whole, _, torn = path.read_bytes().rpartition(b"\n")
-    found = set()
-    for number, text in enumerate(whole.splitlines(), start=1):
-        try:
-            found.add(json.loads(text)["custom_id"])
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{path}, line {number}: it is no line of a batch's output") from None
+    whole, newline, torn = path.read_bytes().rpartition(b"\n")
+    lines = whole.split(b"\n") if newline else []
+    found = {_answered(path, number, line) for number, line in enumerate(lines, start=1)}
     if torn:
-        with path.open("r+b") as file:
-            file.truncate(len(whole) + 1 if whole else 0)
+        _cut(path, len(lines) + 1, torn)
     return found
+
+
+def _answered(path: Path, number: int, line: bytes) -> str:
+    """The `custom_id` of an output line."""
+    try:
+        told = json.loads(line)
+        if isinstance(told["custom_id"], str) and isinstance(told["response"]["status_code"], int):
+            return told["custom_id"]
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise _foreign(path, number)
+
+
+def _cut(path: Path, number: int, torn: bytes) -> None:
+    """Takes the beginning of an output line off the end of a file."""
+    if not torn.startswith(_BEGINNING[: len(torn)]):
+        raise _foreign(path, number)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - len(torn))
+
+
+def _foreign(path: Path, number: int) -> ValueError:
+    return ValueError(f"{path}, line {number}: it is no line of a batch's output")
 
 
 def answer_lines(llm: LLM, name: str, lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
