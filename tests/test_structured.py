@@ -12,7 +12,7 @@ import pytest
 from jaxinfer import LLM, SamplingParams, StructuredOutputsParams
 from jaxinfer.engine import Request
 from jaxinfer.engine.commit import read_row
-from jaxinfer.engine.constraints import BRIEFLY
+from jaxinfer.engine.constraints import BRIEFLY, THREADS
 from jaxinfer.structured import GrammarConstraint, Grammars
 from tests.engine.tiny import OPTIONS, assert_clean, assert_warm, drawing_alike, tiny_folder, warm_llm
 
@@ -229,6 +229,29 @@ def test_a_constraint_is_made_beside_the_steps(llm, monkeypatch):
     assert {index: (one.text, one.finish_reason) for index, one in rest.items()} == {
         0: ("a", "stop"), 1: ("", "error"), 3: ("c", "stop")
     }  # fmt: skip
+    assert_warm(llm)
+
+
+def test_masks_do_not_wait_for_constraints_that_are_made(llm, monkeypatch):
+    """However many of them there are."""
+    made, ended, count = threading.Event(), [], THREADS + 1
+
+    def slow(asked):
+        ended.append(made.wait(20))
+        return llm.intake.grammars.constraint(asked)
+
+    bound = llm.stream("ab", ask(regex="[a-z]{30}"))
+    first = next(bound).text
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.engine._constraints, "_constrain", slow)
+        for name in range(10**6, 10**6 + count):
+            llm.engine.add(Request(name, (1, 2), ask(regex="a"), llm.intake.limits.eos_ids, 0))
+        assert re.fullmatch("[a-z]{30}", first + "".join(piece.text for piece in bound))
+        assert not ended
+        made.set()
+        while llm.engine.busy:
+            llm.engine.step()
+    assert ended == [True] * count
     assert_warm(llm)
 
 

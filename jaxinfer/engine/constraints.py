@@ -15,7 +15,7 @@ from jaxinfer.decode.structured_params import StructuredOutputsParams
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.sequence import Sequence
 
-THREADS = 8  # that make constraints and their masks: both leave Python's lock alone
+THREADS = 8  # that make constraints, and as many that make masks: both leave Python's lock alone
 BRIEFLY = 0.01  # seconds that an idle engine waits at a time, before whoever drives it may add or abort something
 TOGETHER = 8  # masks that one of them makes: most take 20 us, and a thread is no sooner there
 
@@ -50,6 +50,8 @@ class Constraints:
     def __init__(self, constrain: Constrain | None):
         self._constrain = constrain
         self._pool = futures.ThreadPoolExecutor(THREADS, "jaxinfer-constraints")
+        # A step waits for masks: they must not queue behind constraints, each of which may take seconds.
+        self._masking = futures.ThreadPoolExecutor(THREADS, "jaxinfer-masks")
         self._making: dict[int, tuple[Request, futures.Future[Constraint]]] = {}
 
     def __contains__(self, request_id: int) -> bool:
@@ -96,7 +98,7 @@ class Constraints:
         words_BU = no_masks(slots, vocab)
         constrained = [one for one in drawing if one.constraint is not None and not one.finished]
         together = [constrained[at : at + TOGETHER] for at in range(0, len(constrained), TOGETHER)]
-        for sequence, words_U in zip(constrained, chain(*self._pool.map(_masks, together)), strict=True):
+        for sequence, words_U in zip(constrained, chain(*self._masking.map(_masks, together)), strict=True):
             words_BU[sequence.slot] = words_U
         return words_BU
 
