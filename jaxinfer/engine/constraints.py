@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxinfer.decode.masks import no_masks
 from jaxinfer.decode.structured_params import StructuredOutputsParams
-from jaxinfer.engine.request import Request
+from jaxinfer.engine.request import Request, Update
 from jaxinfer.engine.sequence import Sequence
 
 THREADS = 8  # that make constraints, and as many that make masks: both leave Python's lock alone
@@ -26,7 +26,8 @@ class Constraint(Protocol):
     """Says which tokens may follow those of one output.
 
     Attributes:
-        failed: why it can say no more; its mask then allows only the end of the output, which is an `error`.
+        failed: why it can say no more, in a sentence; its mask then allows only the end of the output, whose reason
+            is `constraint`.
     """
 
     failed: str | None
@@ -80,18 +81,22 @@ class Constraints:
             self.drop(request.id)
         return dropped
 
-    def ready(self, wait: bool) -> Iterator[tuple[Request, Constraint | None]]:
-        """Requests whose constraint is made, or cannot be (None); waits for one on demand, but never for long."""
+    def ready(self, wait: bool) -> Iterator[tuple[Request, Constraint | Update]]:
+        """Requests whose constraint is made, or with what is to be told where it cannot be; waits for one on demand,
+        but never for long."""
         if wait and self._making:
             making = [making for _, making in self._making.values()]
             futures.wait(making, BRIEFLY, return_when=futures.FIRST_COMPLETED)
         for request, making in [entry for entry in self._making.values() if entry[1].done()]:
             del self._making[request.id]
             try:
-                yield request, making.result()
-            except Exception as error:  # of this request alone: the others go on
-                logger.warning("request %d has no constraint: %s", request.id, error)
-                yield request, None
+                made = making.result()
+            except ValueError as error:
+                made = Update(request, (), (), None, "constraint", problem=str(error))
+            except Exception:  # of this request alone: the others go on
+                logger.exception("the constraint of request %d cannot be made", request.id)
+                made = Update(request, (), (), None, "error")
+            yield request, made
 
     def masks(self, drawing: Iterable[Sequence], slots: int, vocab: int) -> np.ndarray:
         """The masks of all slots, uint32 [B, U], for a step in which these sequences draw a token."""

@@ -156,11 +156,11 @@ class Engine:
     def _welcome(self) -> None:
         """Queues the requests whose constraints are ready; those that cannot have one are told so."""
         idle = not self.scheduler.sequences and not self._in_flight
-        for request, constraint in self._constraints.ready(wait=idle):
-            if constraint is None:
-                self._updates.append(Update(request, (), (), None, "error"))
+        for request, made in self._constraints.ready(wait=idle):
+            if isinstance(made, Update):
+                self._updates.append(made)
             else:
-                self.scheduler.add(request, constraint)
+                self.scheduler.add(request, made)
 
     def _expire(self) -> None:
         """Ends the requests that have waited too long, be it for their constraint."""
@@ -306,4 +306,5 @@ class Engine:
             self.scheduler.finish(sequence)
         prompt = tuple(sequence.prompt_logprobs) if scored else None
         queued = sequence.queued if first else None
-        return Update(sequence.request, drawn.tokens, drawn.logprobs, prompt, drawn.reason, queued, corrected)
+        problem = sequence.constraint.failed if drawn.reason == "constraint" and sequence.constraint else None
+        return Update(sequence.request, drawn.tokens, drawn.logprobs, prompt, drawn.reason, queued, corrected, problem)

@@ -95,7 +95,7 @@ def _handler(service: Service, endpoint: Endpoint) -> Callable[[Request], Awaita
         body, arrived = await read(request, endpoint.body), time.monotonic()
         asked, answer = await asyncio.to_thread(endpoint.asked, body, service.prompts, service.name)
         prompts, params = asked
-        group = service.client.start(prompts, params, body.priority or 0, arrived)
+        group = service.client.start(prompts, params, body.priority or 0, arrived, body.spelled)
         used = sum(map(len, prompts))
         try:
             if body.stream:

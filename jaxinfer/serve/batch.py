@@ -47,6 +47,7 @@ class Work:
     """A request that runs.
 
     Attributes:
+        spelled: names of fields in its body, where they are others than the sampler's.
         priority: the lower, the sooner it runs.
         left: prompts of its body that have no output yet.
         outputs: what came of each prompt.
@@ -55,6 +56,7 @@ class Work:
     line: Line
     asked: Asked
     answer: Answer
+    spelled: dict[str, str]
     priority: int = 0
     left: int = 0
     outputs: dict[int, list[CompletionOutput]] = field(default_factory=dict)
@@ -160,13 +162,13 @@ def _read(line: Line, name: str, prompts: Prompts) -> Work:
     if body.stream:
         raise ApiError(400, "stream is true; a batch is answered whole", param="stream")
     asked, answer = endpoint.asked(body, prompts, name)
-    return Work(line, asked, answer, body.priority or 0, left=len(asked[0]))
+    return Work(line, asked, answer, body.spelled, body.priority or 0, left=len(asked[0]))
 
 
 def _answer(work: Work) -> tuple[int, dict[str, Any]]:
     """Status and body: an error where the engine gave up any of the outputs."""
     for output in chain(*work.outputs.values()):
-        if (error := given_up(output.finish_reason)) is not None:
+        if (error := given_up(output.finish_reason, output.problem, work.spelled)) is not None:
             return error.status, error.body
     return 200, _body(work)
 

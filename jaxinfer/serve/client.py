@@ -32,11 +32,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Group:
-    """The continuations that one HTTP request asked for, by their index among its choices."""
+    """The continuations that one HTTP request asked for, by their index among its choices.
+
+    Attributes:
+        started: when the caller asked, by `time.monotonic`.
+        spelled: names of fields that the caller used, where they are others than the sampler's.
+    """
 
     client: Client
     continuations: list[Continuation]
     started: float
+    spelled: dict[str, str] = field(default_factory=dict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     error: ApiError | None = None
 
@@ -118,13 +124,15 @@ class Client:
     # --- requests out
 
     def start(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, priority: int = 0, arrived: float | None = None
-    ) -> Group:
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, priority: int = 0,
+        arrived: float | None = None, spelled: dict[str, str] | None = None,
+    ) -> Group:  # fmt: skip
         """Queues the n continuations of every prompt; those of the first prompt come first.
 
         Args:
             priority: the lower, the sooner the engine lets them run.
             arrived: when the caller asked, by `time.monotonic`; by default now.
+            spelled: as in `Group`.
 
         Raises:
             ApiError: they are more than the queue has room for, now or ever, or the server takes none any more.
@@ -134,7 +142,7 @@ class Client:
         for ids in prompts:
             seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
             requests += self.intake.requests(self._ids, ids, params, seed, priority, arrived)
-        group = Group(self, [], arrived)
+        group = Group(self, [], arrived, spelled or {})
         for index, request in enumerate(requests):
             group.continuations.append(Continuation.start(request, index, self.intake.tokenizer))
             self._running[request.id] = _Running(group, group.continuations[-1])
@@ -193,7 +201,7 @@ class Client:
         match message:
             case Refused():
                 if (running := self._running.pop(message.id, None)) is not None:
-                    self._fail(running.group, refused([message.message], "prompt"))
+                    self._fail(running.group, refused([message.message], "prompt", running.group.spelled))
             case Step():
                 self.metrics.hold(message.engine)
                 now = time.monotonic()
@@ -213,7 +221,7 @@ class Client:
             self._fail(group, ApiError(500, "the text of this request cannot be made", code="internal_error"))
             return False
         self._time(running, entry, now)
-        if (error := given_up(continuation.finish_reason)) is not None:
+        if (error := given_up(continuation.finish_reason, continuation.problem, group.spelled)) is not None:
             self._ended(entry.id, continuation)
             self._fail(group, error)
             return False

@@ -78,6 +78,12 @@ BAD = {  # path, body, status, param, words of the message
                 "unclosed character class"),
     "a huge regex": (COMPLETION, {"prompt": "a", "structured_outputs": {"regex": "a" * 300_000}}, 400,
                      "structured_outputs", "300000 characters; at most 262144"),
+    "a regex that grows too large": (COMPLETION, {"prompt": "a", "max_tokens": 60, "structured_outputs": {
+        "regex": "(a{1000}){1000}{1000}"}}, 400, "structured_outputs", "too many expressions"),
+    "a schema that grows too large": (CHAT, {"messages": MESSAGES, "max_tokens": 60, "response_format": {
+        "type": "json_schema", "json_schema": {"name": "a", "schema": {
+            "type": "string", "pattern": "^(a{1000}){1000}{1000}$"}}}}, 400, "response_format",
+                                      "too many expressions"),
     "a grammar": (COMPLETION, {"prompt": "a", "structured_outputs": {"grammar": "start: nothing"}}, 400,
                   "structured_outputs", 'unknown name: "nothing"'),
     "no choice": (COMPLETION, {"prompt": "a", "structured_outputs": {"choice": []}}, 400, "structured_outputs",
