@@ -9,7 +9,8 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -117,11 +118,26 @@ class Client:
         self._send, self._max_num_seqs, self._capacity = send, max_num_seqs, max_num_seqs + max_waiting
         self._running: dict[int, _Running] = {}
         self._groups: set[Group] = set()
+        self._kept = 0  # places
         self._ids, self._seeds = count(), np.random.default_rng()
         self._mean_seconds = 1.0
         self.closed: ApiError | None = None
 
     # --- requests out
+
+    @contextmanager
+    def places(self, wanted: int) -> Iterator[None]:
+        """Keeps places for continuations while their prompts are tokenized; `start` takes them after that.
+
+        Raises:
+            ApiError: as `start`.
+        """
+        self._check_room(wanted)
+        self._kept += wanted
+        try:
+            yield
+        finally:
+            self._kept -= wanted
 
     def start(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, priority: int = 0,
@@ -158,13 +174,13 @@ class Client:
             raise ApiError(
                 400, f"prompts times n are {wanted}; this server takes at most {self._capacity} at once", param="n"
             )
-        waiting = len(self._running) + wanted - self._max_num_seqs
-        if len(self._running) + wanted > self._capacity:
-            rounds = waiting / self._max_num_seqs
+        taken = len(self._running) + self._kept
+        if taken + wanted > self._capacity:
+            rounds = (taken + wanted - self._max_num_seqs) / self._max_num_seqs
             seconds = min(_LONGEST_RETRY, max(1, math.ceil(rounds * self._mean_seconds)))
             raise ApiError(
                 429,
-                f"the queue is full: {len(self._running)} requests run or wait, at most {self._capacity} may; "
+                f"the queue is full: {taken} requests run or wait, at most {self._capacity} may; "
                 f"try again in {seconds} s",
                 code="queue_full",
                 headers={"Retry-After": str(seconds)},
