@@ -182,10 +182,10 @@ class Worker:
 def _device() -> tuple[str, str, int]:
     import jax
 
-    from jaxinfer.machine import device_memory
+    from jaxinfer.engine.memory import memory_of
 
     device = jax.devices()[0]
-    return device.device_kind, device.platform, device_memory(device.memory_stats())
+    return device.device_kind, device.platform, memory_of(device)
 
 
 def _first_line(error: Exception) -> str:

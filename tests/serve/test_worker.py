@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import re
 import subprocess
 import sys
 import threading
@@ -17,7 +18,10 @@ from jaxinfer.cli.room import memory_lines
 from jaxinfer.cli.serve import WarmUpBar
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Counters, Metrics, Request, Update, Warmed, WarmUp
-from jaxinfer.engine.memory import NoRoomError
+from jaxinfer.engine.memory import NoRoomError, fitting_pages
+from jaxinfer.llm import DEMO
+from jaxinfer.model import Model, read_config
+from jaxinfer.parallel import make_mesh
 from jaxinfer.serve import worker
 from jaxinfer.serve.messages import Abort, Add, Failed, Ready, Refused, Setup, Step, Stop, Tokens, Warming
 from jaxinfer.serve.server import wait_until_ready
@@ -211,6 +215,15 @@ def test_out_of_memory_tells_the_plan(monkeypatch, error):
     lines = "\n".join(memory_lines(Setup(None, LLM_ARGUMENTS, OPTIONS), ("a card", "gpu", 20_000_000)))
     assert "2 x 64 tokens take" in lines
     assert "would fit: no cache at all" in lines
+
+
+def test_as_many_pages_as_would_fit_do_fit():
+    """What the plan of the command says is what the engine holds them to."""
+    setup = Setup(None, LLM_ARGUMENTS, OPTIONS)
+    lines = "\n".join(memory_lines(setup, worker._device()))
+    pages = int(re.search(r"which are ([\d,]+) pages", lines)[1].replace(",", ""))
+    model = Model(read_config(DEMO), make_mesh(1))
+    assert fitting_pages(model, 16, model.config.dtype, (pages + 5,)) == (pages,)
 
 
 def test_the_http_process_imports_no_jax():
