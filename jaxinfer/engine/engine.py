@@ -99,10 +99,15 @@ class Engine:
             self.scheduler.add(request)
 
     def abort(self, request_id: int) -> None:
-        """Drops a request wherever it is; one that ended already is left alone."""
-        self._constraints.drop(request_id)
-        if (slot := self.scheduler.drop(request_id)) is not None:
-            self.runner.release([slot])
+        """Drops a request wherever it is; one that ended already is left alone. Where that fails, all ends that a step
+        that fails ends."""
+        try:
+            self._constraints.drop(request_id)
+            if (slot := self.scheduler.drop(request_id)) is not None:
+                self.runner.release([slot])
+        except BaseException:
+            self._start_afresh()
+            raise
 
     @property
     def busy(self) -> bool:

@@ -204,7 +204,7 @@ def test_who_waits_for_a_constraint_waits():
     engine = fake_engine(replace(OPTIONS, max_num_seqs=1, max_waiting_time=5.0), 160, (None,))
     engine.scheduler.clock = clock = Clock()
     making = [Future() for _ in range(3)]
-    engine._constraints._pool = SimpleNamespace(submit=lambda *_: making[len(engine._constraints)], map=map)
+    engine._constraints._pool = SimpleNamespace(submit=lambda *_: making[len(engine._constraints)])
     bound = {"structured_outputs": StructuredOutputsParams(regex="a"), "ignore_eos": False}
     for number in range(3):
         engine.add(request(number, 8, 40, **bound))
@@ -351,6 +351,23 @@ def test_what_can_never_run_is_refused():
         engine.add(request(1, 5, 5, priority=0.5))
     run(engine, {})
     engine.add(request(0, 5, 5))
+
+
+def test_an_abort_that_fails_ends_all_that_runs_and_the_engine_goes_on(monkeypatch):
+    def fails(slots):
+        raise ZeroDivisionError("planted")
+
+    engine = fake_engine(OPTIONS, 160, (None,))
+    for number in range(2):
+        engine.add(request(number, 8, 40))
+    engine.step()
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.runner, "release", fails)
+        with pytest.raises(ZeroDivisionError):
+            engine.abort(0)
+    assert [(update.request.id, update.finish_reason) for update in engine.step()] == [(1, "abort")]
+    assert not engine.busy
+    assert ends(engine, [request(0, 8, 40)]) == [0]
 
 
 def test_metrics_say_what_there_is():

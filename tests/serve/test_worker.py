@@ -50,6 +50,7 @@ class Engine:
     errors: list = field(default_factory=list)
     left: dict = field(default_factory=dict)
     steps: int = 0
+    refusals: list = field(default_factory=list)  # errors of `abort`
 
     @property
     def metrics(self):
@@ -67,6 +68,8 @@ class Engine:
         self.left[request.id] = [request, request.params.max_tokens]
 
     def abort(self, name):
+        if self.refusals:
+            raise self.refusals.pop(0)
         self.left.pop(name, None)
 
     def step(self):
@@ -145,6 +148,22 @@ def test_the_host_may_fail_now_and_then(failures, code):
     assert ended == code
     assert (said[-1] == Step((Tokens(1, (7,), (), None, "length"),), held(0))) == (not code)
     assert isinstance(said[-1], Failed) == bool(code)
+
+
+def test_an_abort_that_fails_is_a_step_that_fails(caplog):
+    """On the device the engine is given up, on the host only after some in a row."""
+    code, said = run(
+        Engine(refusals=[jax.errors.JaxRuntimeError("INTERNAL: broken")]), Add((request(1),)), Abort((1,))
+    )
+    assert code == 1
+    assert said[-1].message == "the device failed: INTERNAL: broken"
+    bugs = [ZeroDivisionError("a bug")] * worker.FAILURES
+    code, said = run(Engine(refusals=bugs[:-1]), Add((request(1), request(2))), Abort((1, 2, 1)))
+    assert code == 0
+    assert {entry.id for step in said for entry in step.tokens} == {2}
+    code, said = run(Engine(refusals=bugs), Add((request(1),)), Abort((1, 2, 1)))
+    assert code == 1
+    assert said[-1].message == "3 steps in a row failed: a bug"
 
 
 def test_what_the_cache_holds_is_asked_of_the_engine():
