@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -63,13 +64,13 @@ class Work:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The requests of a file.
+    """The requests of a file in UTF-8, with or without a byte order mark.
 
     Raises:
         ValueError: a line is none, by number and field, or has the `custom_id` of another.
     """
     lines: dict[str, Line] = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, text in enumerate(path.read_bytes().removeprefix(BOM_UTF8).split(b"\n"), start=1):
         if not text.strip():
             continue
         try:

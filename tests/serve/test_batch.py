@@ -147,6 +147,22 @@ def test_a_file_of_other_lines_is_refused_by_its_line(tmp_path, text, words):
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_file_in_another_encoding_is_refused_by_its_line(tmp_path, encoding):
+    path = tmp_path / "in.jsonl"
+    texts = [json.dumps(line(name, prompt="é"), ensure_ascii=False) for name in ("a", "b")]
+    path.write_text(texts[0] + "\n", encoding="utf-8")
+    path.write_bytes(path.read_bytes() + texts[1].encode(encoding))
+    with pytest.raises(ValueError, match=r"in\.jsonl, line 2: .* is not valid JSON"):
+        read_lines(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    path = write(tmp_path / "in.jsonl", [line("a", prompt="abc")])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [each.custom_id for each in read_lines(path)] == ["a"]
+
+
 def test_line_separators_within_a_prompt_end_no_line(tmp_path):
     path, prompt = tmp_path / "in.jsonl", "a\u2028b\u2029c\x85d"
     path.write_text(json.dumps(line("a", prompt=prompt), ensure_ascii=False) + "\r\n", encoding="utf-8")
