@@ -33,6 +33,7 @@ BAD = {  # path, body, status, param, words of the message
     "many": (COMPLETION, {"prompt": "a", "n": 1000}, 400, "n", "at most 8 at once"),
     "an unknown field": (COMPLETION, {"prompt": "a", "tempereature": 1}, 400, "tempereature", "not a field"),
     "a seed": (COMPLETION, {"prompt": "a", "seed": -1}, 400, "seed", "seed = -1 must be"),
+    "a long stop string": (COMPLETION, {"prompt": "a", "stop": "a" * 5000}, 400, "stop", "at most 1024 characters"),
     "a stop string": (COMPLETION, {"prompt": "a", "stop": [""]}, 400, "stop", "not empty"),
     "many stop strings": (COMPLETION, {"prompt": "a", "stop": ["a"] * 33}, 400, "stop", "at most 32 strings"),
     "stop of another type": (COMPLETION, {"prompt": "a", "stop": {"a": 1}}, 400, "stop", "valid string or "),
