@@ -199,6 +199,13 @@ def test_who_waits_too_long_is_told():
     assert engine.counters.timeouts == 1
 
 
+def test_without_a_limit_nobody_looks_how_long_others_wait():
+    plans = scheduler()
+    plans.add(request(0, 8, 8))
+    plans.waiting = None  # which therefore is not looked through
+    assert plans.expired() == []
+
+
 def test_who_waits_for_a_constraint_waits():
     """Of three of the same age one never gets its own, one no slot after it, and one is in time."""
     engine = fake_engine(replace(OPTIONS, max_num_seqs=1, max_waiting_time=5.0), 160, (None,))
