@@ -26,6 +26,7 @@ class Continuation:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    problem: str | None = None
     sent: tuple[int, int] = (0, 0)  # tokens and characters that `piece` has handed out
 
     @classmethod
@@ -46,7 +47,7 @@ class Continuation:
                 return
         if update.finish_reason is not None and not self._show(self.decoder.flush()):
             self.text += self.checker.flush()
-            self.finish_reason = update.finish_reason
+            self.finish_reason, self.problem = update.finish_reason, update.problem
             if update.finish_reason == "stop" and not self._at_own_end():
                 self.stop_reason = self.token_ids[-1]
 
@@ -66,7 +67,9 @@ class Continuation:
         """What there is from a given token and character on; all of it by default."""
         logprobs = self.logprobs[token:] if self.request.params.logprobs is not None else None
         text, token_ids = self.text[character:], self.token_ids[token:]
-        return CompletionOutput(self.index, text, token_ids, logprobs, self.finish_reason, self.stop_reason)
+        return CompletionOutput(
+            self.index, text, token_ids, logprobs, self.finish_reason, self.stop_reason, self.problem
+        )
 
     def piece(self) -> CompletionOutput | None:
         """What came since the last piece, if anything did."""

@@ -51,11 +51,21 @@ class Intake:
         """Token ids of a prompt.
 
         Raises:
-            ValueError: it is neither valid text nor a list of integers.
+            ValueError: it is neither valid text nor a list of integers, or as `encode`.
         """
         if not isinstance(prompt, str):
             return _checked_ids(prompt)
-        return self.tokenizer.encode(prompt) if prompt else []  # a lone beginning-of-sequence token is no prompt
+        return self.encode(prompt) if prompt else []  # a lone beginning-of-sequence token is no prompt
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, as `Tokenizer.encode` gives them.
+
+        Raises:
+            ValueError: it is no valid text, or so long that it cannot fit, and is not tokenized therefore.
+        """
+        if (least := self.tokenizer.least_tokens(text)) >= self.limits.context:
+            raise ValueError(self._too_long(f"at least {least}"))
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def problems(self, ids: Sequence[int], params: SamplingParams | None) -> list[str]:
         """What the model cannot serve of a prompt, and of its parameters unless they are already refused (None)."""
@@ -65,16 +75,17 @@ class Intake:
         wrong = [(at, i) for at, i in enumerate(ids) if not 0 <= i < vocab]
         found = first_few([f"token id {i} at position {at} must be in 0..{vocab - 1}" for at, i in wrong])
         if len(ids) >= context:
-            found.append(
-                f"the prompt has {len(ids)} tokens; at most {context - 1} leave room in a context of {context}"
-            )
-            return found
+            return [*found, self._too_long(str(len(ids)))]
         if params is None:
             return found
         found += params.problems(vocab, context, len(ids))
         if params.structured_outputs is not None and (problem := self.grammars.problem(params.structured_outputs)):
             found.append(problem)
         return found
+
+    def _too_long(self, tokens: str) -> str:
+        context = self.limits.context
+        return f"the prompt has {tokens} tokens; at most {context - 1} leave room in a context of {context}"
 
     def requests(
         self, names: Iterator[int], ids: Sequence[int], params: SamplingParams, seed: int, priority: int,

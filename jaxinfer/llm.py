@@ -202,7 +202,7 @@ class LLM:
         several = is_list(messages) and len(messages) > 0 and not isinstance(messages[0], Mapping)
 
         def encode(conversation: Sequence[Mapping[str, Any]]) -> list[int]:
-            return self.tokenizer.encode(template.render(conversation), add_special_tokens=False)
+            return self.intake.encode(template.render(conversation), add_special_tokens=False)
 
         return self._answer("conversation", messages if several else [messages], sampling_params, encode, progress)
 

@@ -19,10 +19,11 @@ class CompletionOutput:
         logprobs: one entry per new token, where `SamplingParams.logprobs` asks for them.
         finish_reason: `stop` at the end of the sequence, a stop token or a stop string; `length` at `max_tokens`;
             `abort` where a failed step took the request's cache with it; `timeout` where it waited longer than
-            `Options.max_waiting_time`; `error` where the host failed at this request alone, as its log says; None in a
-            stream that goes on.
+            `Options.max_waiting_time`; `constraint` where `structured_outputs` cannot be followed to an end; `error`
+            where the host failed at this request alone, as its log says; None in a stream that goes on.
         stop_reason: the stop string or stop token that ended it; None at the model's own end of
             sequence, unless `ignore_eos` leaves that to `stop_token_ids`.
+        problem: a sentence that says why, where the reason is `constraint`.
     """
 
     index: int
@@ -31,6 +32,7 @@ class CompletionOutput:
     logprobs: list[TokenLogprobs] | None
     finish_reason: FinishReason | None
     stop_reason: int | str | None = None
+    problem: str | None = None
 
     @property
     def cumulative_logprob(self) -> float | None:

@@ -28,9 +28,14 @@ logger = logging.getLogger(__name__)
 class GrammarConstraint:
     """Which tokens may follow those of one output; see `jaxinfer.engine.constraints.Constraint`."""
 
-    def __init__(self, matcher: LLMatcher, end_U: np.ndarray):
+    def __init__(self, matcher: LLMatcher, end_U: np.ndarray, useless: str):
+        """Args:
+        matcher: of nothing yet.
+        end_U: uint32, the mask that allows the end of the sequence alone.
+        useless: how a sentence begins that says why it cannot be used.
+        """
         self.failed: str | None = None
-        self._matcher, self._end_U = matcher, end_U
+        self._matcher, self._end_U, self._useless = matcher, end_U, useless
 
     def mask(self) -> np.ndarray:
         """uint32 [U]. Where nothing can follow, the end of the sequence can."""
@@ -44,8 +49,8 @@ class GrammarConstraint:
             self._fail(_said(self._matcher.get_error()))
 
     def _fail(self, reason: str) -> None:
-        logger.warning("a grammar cannot go on: %s", reason)
-        self.failed = reason
+        self.failed = self._useless + reason
+        logger.warning("a grammar cannot go on: %s", self.failed)
 
 
 class Grammars:
@@ -82,20 +87,20 @@ class Grammars:
             raise ValueError("structured_outputs has no llguidance here; install jaxinfer[structured]")
         if not self._eos_ids:
             raise ValueError("structured_outputs has no end here: the model has no end-of-sequence token")
-        return GrammarConstraint(self._compiled(asked.kind, asked.text).deep_copy(), self._end_U)
+        matcher = self._compiled(asked.kind, asked.text).deep_copy()
+        return GrammarConstraint(matcher, self._end_U, _useless(asked.kind))
 
     def _compile(self, kind: str, text: str) -> LLMatcher:
-        """A matcher of nothing yet. Its first mask is computed here, where what is too large is found out."""
+        """A matcher of nothing yet. Its first mask is computed here, where most of what is too large is found out."""
         from llguidance import LLMatcher
 
-        useless = f"structured_outputs has {_NAMED[kind]} that cannot be used: "
         try:
             matcher = LLMatcher(self._tokens, _grammar(kind, text), log_level=0)
         except ValueError as error:
-            raise ValueError(useless + _said(str(error))) from None
+            raise ValueError(_useless(kind) + _said(str(error))) from None
         _, problem = _next(matcher, len(self._end_U))
         if problem is not None:
-            raise ValueError(useless + problem)
+            raise ValueError(_useless(kind) + problem)
         return matcher
 
     @cached_property
@@ -121,6 +126,10 @@ _NAMED = {
     "choice": "a choice",
     "grammar": "a grammar",
 }
+
+
+def _useless(kind: str) -> str:
+    return f"structured_outputs has {_NAMED[kind]} that cannot be used: "
 
 
 def _grammar(kind: str, text: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 from jaxinfer import LLM, SamplingParams, StructuredOutputsParams
 from jaxinfer.engine import Request
 from jaxinfer.engine.commit import read_row
-from jaxinfer.engine.constraints import BRIEFLY
+from jaxinfer.engine.constraints import BRIEFLY, THREADS
 from jaxinfer.structured import GrammarConstraint, Grammars
 from tests.engine.tiny import OPTIONS, assert_clean, assert_warm, drawing_alike, tiny_folder, warm_llm
 
@@ -27,6 +27,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 REGEXES = [r"[a-z]{2,9}@[a-z]{1,9}\.(com|org)", r"\d{4}-(0[1-9]|1[0-2])", r"(é|a/b|\n){3}", r"(yes|no)!?"]
+GROWING = "(a{1000}){1000}{1000}"  # to more than llguidance has room for, at the second token
 GRAMMAR = 'root ::= "a" root "b" | "c"'
 LARK = 'start: "(" start ")" | /[xyz]/'
 
@@ -203,19 +204,31 @@ def test_a_constraint_that_fails_ends_its_request_alone(llm, monkeypatch):
         patched.setattr(GrammarConstraint, "accept", fails)
         bound, other = llm.generate(["ab", "ab"], [ask(regex="[a-z]{30}"), free])
         (failed,) = bound.outputs
-        assert (failed.finish_reason, len(failed.token_ids)) == ("error", 4)
+        assert (failed.finish_reason, len(failed.token_ids)) == ("constraint", 4)
+        assert failed.problem == "structured_outputs has a regex that cannot be used: planted"
         assert [(one.text, one.finish_reason) for one in other.outputs] == expected[0]
     assert_warm(llm)
 
 
+def test_a_grammar_that_grows_too_large_says_so(llm):
+    """Its first mask is made without trouble: the end comes with a later one."""
+    (output,) = llm.generate("ab", ask(regex=GROWING))
+    (failed,) = output.outputs
+    assert (failed.finish_reason, failed.stop_reason) == ("constraint", None)
+    assert failed.problem is not None
+    assert failed.problem.startswith("structured_outputs has a regex that cannot be used: ")
+    assert failed.problem.endswith("too many expressions constructed")
+    assert_warm(llm)
+
+
 def test_a_constraint_is_made_beside_the_steps(llm, monkeypatch):
-    """Who needs none is not held up; and one that cannot be made ends its request."""
+    """Who needs none is not held up; and one that cannot be made ends its request, be it by a bug."""
     made, grammars = threading.Event(), llm.intake.grammars
 
     def slow(asked):
         assert made.wait(60)
-        if asked.regex == "b":
-            raise ValueError("planted")
+        if asked.regex != "a":
+            raise (ValueError if asked.regex == "b" else ZeroDivisionError)("planted")
         return grammars.constraint(asked)
 
     monkeypatch.setattr(llm.engine._constraints, "_constrain", slow)
@@ -226,9 +239,32 @@ def test_a_constraint_is_made_beside_the_steps(llm, monkeypatch):
     assert llm.engine.metrics.waiting == 3
     made.set()
     rest = {index: output.outputs[0] for index, output in outputs}
-    assert {index: (one.text, one.finish_reason) for index, one in rest.items()} == {
-        0: ("a", "stop"), 1: ("", "error"), 3: ("c", "stop")
+    assert {index: (one.text, one.finish_reason, one.problem) for index, one in rest.items()} == {
+        0: ("a", "stop", None), 1: ("", "constraint", "planted"), 3: ("", "error", None)
     }  # fmt: skip
+    assert_warm(llm)
+
+
+def test_masks_do_not_wait_for_constraints_that_are_made(llm, monkeypatch):
+    """However many of them there are."""
+    made, ended, count = threading.Event(), [], THREADS + 1
+
+    def slow(asked):
+        ended.append(made.wait(20))
+        return llm.intake.grammars.constraint(asked)
+
+    bound = llm.stream("ab", ask(regex="[a-z]{30}"))
+    first = next(bound).text
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.engine._constraints, "_constrain", slow)
+        for name in range(10**6, 10**6 + count):
+            llm.engine.add(Request(name, (1, 2), ask(regex="a"), llm.intake.limits.eos_ids, 0))
+        assert re.fullmatch("[a-z]{30}", first + "".join(piece.text for piece in bound))
+        assert not ended
+        made.set()
+        while llm.engine.busy:
+            llm.engine.step()
+    assert ended == [True] * count
     assert_warm(llm)
 
 

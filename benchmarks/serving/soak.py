@@ -23,7 +23,7 @@ from benchmarks.serving.online import events
 OPTIONS = ("--max-num-seqs=8", "--max-num-batched-tokens=128", "--max-waiting=16", "--max-model-len=256", "--port=0")
 LONGEST_PROMPT, MOST_TOKENS = 120, 64
 VOCABULARY = 1000  # prompts are token ids below it; every model has more
-COMPILED = "jaxinfer_compiled_programs"
+COMPILED = "jaxinfer_compiled_programs_total"
 FLAT = 1.05  # of the memory after a tenth of the requests, at most at the end
 QUIET = 60.0  # seconds that a server has to settle
 

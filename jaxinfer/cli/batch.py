@@ -48,6 +48,8 @@ def batch(
 
     keep_compiled()
     try:
+        if answers.exists() and answers.samefile(requests):
+            raise ValueError(f"{answers} is the file of requests; give another one for the answers")
         lines = read_lines(requests)
         earlier = done(answers)
         left = [line for line in lines if line.custom_id not in earlier]

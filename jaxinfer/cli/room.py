@@ -20,10 +20,11 @@ def memory_lines(setup: Setup, device: tuple[str, str, int]) -> Iterator[str]:
         device: its kind, its platform, and bytes of its memory.
     """
     from jaxinfer import checkpoint
+    from jaxinfer.engine.memory import DEVICE_FRACTION, HOST_FRACTION, cache_room
     from jaxinfer.llm import DEMO
     from jaxinfer.model import read_config
 
-    kind, _, memory = device
+    kind, platform, memory = device
     config = read_config(checkpoint.resolve(DEMO if setup.model is None else setup.model))
     context, sequences = setup.llm["max_model_len"] or config.context, setup.options["max_num_seqs"]
     dtype = setup.llm["dtype"] or config.dtype
@@ -31,16 +32,18 @@ def memory_lines(setup: Setup, device: tuple[str, str, int]) -> Iterator[str]:
     hardware = replace(find_by_device(kind) or find_hardware("h200"), memory=memory)  # of which memory alone counts
     plan = plan_memory(
         config, hardware, sequences, context, Precision.all_in(dtype, setup.options["cache_dtype"]),
-        devices, page_size, setup.options["max_num_batched_tokens"],
+        devices, page_size, setup.options["max_num_batched_tokens"], DEVICE_FRACTION,
     )  # fmt: skip
-    yield f"  memory of {kind}: {si(memory, 'B')}, of which {si(plan.reserved, 'B')} are left to the runtime"
+    room = max(0, cache_room(memory, plan.weights + plan.activations, platform))
+    at_most = f"{HOST_FRACTION:.1%} for the cache" if platform == "cpu" else f"{DEVICE_FRACTION:.0%} for all of these"
+    yield f"  memory of {kind}: {si(memory, 'B')}, at most {at_most}"
     yield f"  weights: {si(plan.weights, 'B')}; activations: {si(plan.activations, 'B')}"
     if (pages := setup.options["num_pages"]) is not None:
         yield f"  cache: {pages:,} pages of {page_size} tokens take {si(pages * page_size * plan.per_token, 'B')}"
     else:
         yield f"  cache: {sequences} x {context:,} tokens take {si(sequences * plan.per_sequence, 'B')}"
-    yield f"  left for the cache: {si(max(0, plan.cache), 'B')}"
-    tokens = int(plan.cache // plan.per_token)
+    yield f"  left for the cache: {si(room, 'B')}"
+    tokens = int(room // plan.per_token)
     if tokens < page_size:
         yield "  would fit: no cache at all; use more devices (--tensor-parallel) or a smaller --dtype"
         return

@@ -103,8 +103,7 @@ def serve(
     except ModuleNotFoundError as error:
         raise typer.BadParameter(f"{error.name} is not installed: pip install 'jaxinfer[serve]'") from error
     _check_tls(ssl_certfile, ssl_keyfile)
-    if api_key == "":
-        raise typer.BadParameter("api_key is empty; leave it out, or give one")
+    _check_key(api_key)
     setup = Setup(
         model,
         {
@@ -161,6 +160,16 @@ class WarmUpBar:
         self._bar.update(self._task, total=warming.total, advance=1, description=warming.warmed.name)
         if self._bar.finished:
             self._bar.stop()
+
+
+def _check_key(key: str | None) -> None:
+    """Refuses a key that no caller could send: a header has ASCII alone, and none of the spaces at its ends."""
+    if key == "":
+        raise typer.BadParameter("api_key is empty; leave it out, or give one")
+    if key is not None and not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise typer.BadParameter(
+            "api_key must be printable ASCII, without spaces at its ends, as a header can hold it"
+        )
 
 
 def _check_tls(certfile: str | None, keyfile: str | None) -> None:

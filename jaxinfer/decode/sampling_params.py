@@ -12,6 +12,7 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_STOP_TOKEN_IDS = 32
 MAX_STOP_STRINGS = 32  # each is looked for in every new piece of text
+MAX_STOP_LENGTH = 1024  # characters: what may be the beginning of one is looked through again with every new piece
 _REPORTED = 8
 
 GREEDY_BELOW = 1e-5
@@ -37,7 +38,7 @@ class SamplingParams:
         time that it occurs there.
       logit_bias: token id to a value added to its logit.
       seed: makes the request reproducible; None lets the engine draw one.
-      stop: a string or strings that end the output.
+      stop: a string or strings that end the output, of at most 1024 characters each.
       stop_token_ids: tokens that end the output, besides the model's own end of sequence.
       ignore_eos: go on past the model's own end of sequence.
       logprobs, prompt_logprobs: report each new (prompt) token's log-probability, and this many of the
@@ -195,8 +196,8 @@ def _is_unicode(text: str) -> bool:
 
 
 _STOP_STRING = _Rule(
-    "a string that is not empty and is valid Unicode (no lone surrogates)",
-    lambda v: isinstance(v, str) and v != "" and _is_unicode(v),
+    f"a string that is not empty, has at most {MAX_STOP_LENGTH} characters and is valid Unicode (no lone surrogates)",
+    lambda v: isinstance(v, str) and 0 < len(v) <= MAX_STOP_LENGTH and _is_unicode(v),
 )
 _ITEM_RULES: dict[str, tuple[_Rule, Callable[[SamplingParams], Iterable[Any]]]] = {
     "logit_bias": (_BIAS_ENTRY, lambda params: (params.logit_bias or {}).items()),

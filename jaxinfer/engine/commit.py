@@ -43,7 +43,7 @@ def read_row(output: StepOutput, row: int, sequence: Sequence) -> Row:
         if reason:
             break
     if reason == "stop" and sequence.constraint is not None and sequence.constraint.failed:
-        reason = "error"
+        reason = "constraint"
     sequence.tokens += tokens
     return Row(tuple(tokens), tuple(logprobs), reason)
 

@@ -99,10 +99,15 @@ class Engine:
             self.scheduler.add(request)
 
     def abort(self, request_id: int) -> None:
-        """Drops a request wherever it is; one that ended already is left alone."""
-        self._constraints.drop(request_id)
-        if (slot := self.scheduler.drop(request_id)) is not None:
-            self.runner.release([slot])
+        """Drops a request wherever it is; one that ended already is left alone. Where that fails, all ends that a step
+        that fails ends."""
+        try:
+            self._constraints.drop(request_id)
+            if (slot := self.scheduler.drop(request_id)) is not None:
+                self.runner.release([slot])
+        except BaseException:
+            self._start_afresh()
+            raise
 
     @property
     def busy(self) -> bool:
@@ -156,11 +161,11 @@ class Engine:
     def _welcome(self) -> None:
         """Queues the requests whose constraints are ready; those that cannot have one are told so."""
         idle = not self.scheduler.sequences and not self._in_flight
-        for request, constraint in self._constraints.ready(wait=idle):
-            if constraint is None:
-                self._updates.append(Update(request, (), (), None, "error"))
+        for request, made in self._constraints.ready(wait=idle):
+            if isinstance(made, Update):
+                self._updates.append(made)
             else:
-                self.scheduler.add(request, constraint)
+                self.scheduler.add(request, made)
 
     def _expire(self) -> None:
         """Ends the requests that have waited too long, be it for their constraint."""
@@ -306,4 +311,5 @@ class Engine:
             self.scheduler.finish(sequence)
         prompt = tuple(sequence.prompt_logprobs) if scored else None
         queued = sequence.queued if first else None
-        return Update(sequence.request, drawn.tokens, drawn.logprobs, prompt, drawn.reason, queued, corrected)
+        problem = sequence.constraint.failed if drawn.reason == "constraint" and sequence.constraint else None
+        return Update(sequence.request, drawn.tokens, drawn.logprobs, prompt, drawn.reason, queued, corrected, problem)

@@ -6,7 +6,7 @@ from jaxinfer.cache import page_bytes
 from jaxinfer.decode.speculative import Speculation, beyond_of
 from jaxinfer.decode.step import Layout, pools_of
 from jaxinfer.engine.options import Options
-from jaxinfer.machine import host_memory
+from jaxinfer.machine import device_memory
 from jaxinfer.model import Model
 from jaxinfer.roofline import most_pages
 
@@ -105,8 +105,21 @@ def share_room(room: float, sizes: list[int], wanted: tuple[int, ...]) -> tuple[
     return tuple(counts)
 
 
-def _room(device) -> float:
+def memory_of(device) -> int:
+    """Bytes that programs can have on a device; its share, where it is the host."""
     stats = device.memory_stats()
-    if stats is None:  # the CPU backend counts nothing
-        return HOST_FRACTION * host_memory() / device.client.device_count()
-    return DEVICE_FRACTION * stats["bytes_limit"] - stats["bytes_in_use"]
+    return device_memory(stats) // (device.client.device_count() if stats is None else 1)
+
+
+def cache_room(memory: float, used: float, platform: str) -> float:
+    """Bytes of a device that the cache may take.
+
+    Args:
+        memory: all that programs can have there.
+        used: by weights and whatever else; of no account where the device is the host, which counts nothing.
+    """
+    return HOST_FRACTION * memory if platform == "cpu" else DEVICE_FRACTION * memory - used
+
+
+def _room(device) -> float:
+    return cache_room(memory_of(device), (device.memory_stats() or {}).get("bytes_in_use", 0), device.platform)

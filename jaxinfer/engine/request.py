@@ -9,7 +9,7 @@ from typing import Literal
 
 from jaxinfer.decode.sampling_params import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
+FinishReason = Literal["stop", "length", "abort", "timeout", "constraint", "error"]
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,11 @@ class Update:
         prompt_logprobs: one entry per prompt token, with the update of the first token; None for the first.
         finish_reason: `stop` after an end-of-sequence or stop token, `length` at `max_tokens`, `abort` where a
             failed step took the request's cache with it, `timeout` where it waited longer than
-            `Options.max_waiting_time` and never ran, `error` where the host failed at this request alone; None goes
-            on.
+            `Options.max_waiting_time` and never ran, `constraint` where what the output must look like cannot be, or
+            not with what it has so far, `error` where the host failed at this request alone; None goes on.
         queued: seconds from the request's arrival to its first slot, with the update of the first token.
         corrected: which of the tokens stand where another was proposed.
+        problem: a sentence that says why, where the reason is `constraint`.
     """
 
     request: Request
@@ -78,3 +79,4 @@ class Update:
     finish_reason: FinishReason | None
     queued: float | None = None
     corrected: tuple[int, ...] = ()
+    problem: str | None = None

@@ -104,6 +104,8 @@ class Scheduler:
 
     def expired(self) -> list[Sequence]:
         """Ends those that have waited too long for their first slot, and returns them."""
+        if self.options.max_waiting_time is None:
+            return []
         late = [sequence for sequence in self.waiting if sequence.queued is None and self.late(sequence.request)]
         for sequence in late:
             self.finish(sequence)

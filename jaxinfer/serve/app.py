@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from jaxinfer.serve.errors import ApiError
 from jaxinfer.serve.http import EventStream, HangUp, key_check, read, unless_gone
 from jaxinfer.serve.prompts import Prompts
 from jaxinfer.serve.protocol import TokenizeBody
+from jaxinfer.serve.readers import Readers
 from jaxinfer.serve.responses import DONE, Answer, event, usage
 
 PAGE = Path(__file__).parent / "page.html"
@@ -45,6 +45,7 @@ class Service:
     client: Client
     prompts: Prompts
     created: int
+    readers: Readers = field(default_factory=Readers)
 
 
 def make_app(service: Service, api_key: str | None = None) -> FastAPI:
@@ -58,9 +59,10 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
 
     @app.post("/tokenize", dependencies=guarded)
     async def tokenize(request: Request) -> Response:
-        body = await read(request, TokenizeBody)
+        body, size = await read(request, TokenizeBody)
         check_model(body.model, service.name)
-        ids, limits = await asyncio.to_thread(service.prompts.tokens, body), service.prompts.intake.limits
+        reading = service.readers.run(body, size, service.prompts.tokens, body)
+        ids, limits = await unless_gone(request, reading), service.prompts.intake.limits
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": limits.context})
 
     @app.get("/v1/models", dependencies=guarded)
@@ -92,10 +94,11 @@ def _handler(service: Service, endpoint: Endpoint) -> Callable[[Request], Awaita
     """Answers requests to one endpoint, whole or as a stream."""
 
     async def handle(request: Request) -> Response:
-        body, arrived = await read(request, endpoint.body), time.monotonic()
-        asked, answer = await asyncio.to_thread(endpoint.asked, body, service.prompts, service.name)
-        prompts, params = asked
-        group = service.client.start(prompts, params, body.priority or 0, arrived)
+        (body, size), arrived = await read(request, endpoint.body), time.monotonic()
+        with service.client.places(body.continuations):
+            reading = service.readers.run(body, size, endpoint.asked, body, service.prompts, service.name)
+            (prompts, params), answer = await unless_gone(request, reading)
+        group = service.client.start(prompts, params, body.priority or 0, arrived, body.spelled)
         used = sum(map(len, prompts))
         try:
             if body.stream:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -29,6 +30,7 @@ from jaxinfer.serve.responses import Answer, usage
 from jaxinfer.serve.worker import longest
 
 METHOD = "POST"
+_BEGINNING = b'{"id":"batch_req_'  # of every line that `append` writes
 
 
 class Line(BaseModel):
@@ -46,6 +48,7 @@ class Work:
     """A request that runs.
 
     Attributes:
+        spelled: names of fields in its body, where they are others than the sampler's.
         priority: the lower, the sooner it runs.
         left: prompts of its body that have no output yet.
         outputs: what came of each prompt.
@@ -54,19 +57,20 @@ class Work:
     line: Line
     asked: Asked
     answer: Answer
+    spelled: dict[str, str]
     priority: int = 0
     left: int = 0
     outputs: dict[int, list[CompletionOutput]] = field(default_factory=dict)
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The requests of a file.
+    """The requests of a file in UTF-8, with or without a byte order mark.
 
     Raises:
         ValueError: a line is none, by number and field, or has the `custom_id` of another.
     """
     lines: dict[str, Line] = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, text in enumerate(path.read_bytes().removeprefix(BOM_UTF8).split(b"\n"), start=1):
         if not text.strip():
             continue
         try:
@@ -84,21 +88,40 @@ def done(path: Path) -> set[str]:
     """The `custom_id` of every line of an output file. A last line that a kill has cut short is taken off the file.
 
     Raises:
-        ValueError: a line before the last is no answer: the file is another's.
+        ValueError: a line is no answer, or what follows the last one is no beginning of one: the file is another's,
+            and stays as it is.
     """
     if not path.exists():
         return set()
-    whole, _, torn = path.read_bytes().rpartition(b"\n")
-    found = set()
-    for number, text in enumerate(whole.splitlines(), start=1):
-        try:
-            found.add(json.loads(text)["custom_id"])
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{path}, line {number}: it is no line of a batch's output") from None
+    whole, newline, torn = path.read_bytes().rpartition(b"\n")
+    lines = whole.split(b"\n") if newline else []
+    found = {_answered(path, number, line) for number, line in enumerate(lines, start=1)}
     if torn:
-        with path.open("r+b") as file:
-            file.truncate(len(whole) + 1 if whole else 0)
+        _cut(path, len(lines) + 1, torn)
     return found
+
+
+def _answered(path: Path, number: int, line: bytes) -> str:
+    """The `custom_id` of an output line."""
+    try:
+        told = json.loads(line)
+        if isinstance(told["custom_id"], str) and isinstance(told["response"]["status_code"], int):
+            return told["custom_id"]
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise _foreign(path, number)
+
+
+def _cut(path: Path, number: int, torn: bytes) -> None:
+    """Takes the beginning of an output line off the end of a file."""
+    if not torn.startswith(_BEGINNING[: len(torn)]):
+        raise _foreign(path, number)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - len(torn))
+
+
+def _foreign(path: Path, number: int) -> ValueError:
+    return ValueError(f"{path}, line {number}: it is no line of a batch's output")
 
 
 def answer_lines(llm: LLM, name: str, lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
@@ -140,13 +163,13 @@ def _read(line: Line, name: str, prompts: Prompts) -> Work:
     if body.stream:
         raise ApiError(400, "stream is true; a batch is answered whole", param="stream")
     asked, answer = endpoint.asked(body, prompts, name)
-    return Work(line, asked, answer, body.priority or 0, left=len(asked[0]))
+    return Work(line, asked, answer, body.spelled, body.priority or 0, left=len(asked[0]))
 
 
 def _answer(work: Work) -> tuple[int, dict[str, Any]]:
     """Status and body: an error where the engine gave up any of the outputs."""
     for output in chain(*work.outputs.values()):
-        if (error := given_up(output.finish_reason)) is not None:
+        if (error := given_up(output.finish_reason, output.problem, work.spelled)) is not None:
             return error.status, error.body
     return 200, _body(work)
 

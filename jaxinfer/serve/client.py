@@ -9,7 +9,8 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -32,11 +33,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Group:
-    """The continuations that one HTTP request asked for, by their index among its choices."""
+    """The continuations that one HTTP request asked for, by their index among its choices.
+
+    Attributes:
+        started: when the caller asked, by `time.monotonic`.
+        spelled: names of fields that the caller used, where they are others than the sampler's.
+    """
 
     client: Client
     continuations: list[Continuation]
     started: float
+    spelled: dict[str, str] = field(default_factory=dict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     error: ApiError | None = None
 
@@ -111,20 +118,37 @@ class Client:
         self._send, self._max_num_seqs, self._capacity = send, max_num_seqs, max_num_seqs + max_waiting
         self._running: dict[int, _Running] = {}
         self._groups: set[Group] = set()
+        self._kept = 0  # places
         self._ids, self._seeds = count(), np.random.default_rng()
         self._mean_seconds = 1.0
         self.closed: ApiError | None = None
 
     # --- requests out
 
+    @contextmanager
+    def places(self, wanted: int) -> Iterator[None]:
+        """Keeps places for continuations while their prompts are tokenized; `start` takes them after that.
+
+        Raises:
+            ApiError: as `start`.
+        """
+        self._check_room(wanted)
+        self._kept += wanted
+        try:
+            yield
+        finally:
+            self._kept -= wanted
+
     def start(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, priority: int = 0, arrived: float | None = None
-    ) -> Group:
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, priority: int = 0,
+        arrived: float | None = None, spelled: dict[str, str] | None = None,
+    ) -> Group:  # fmt: skip
         """Queues the n continuations of every prompt; those of the first prompt come first.
 
         Args:
             priority: the lower, the sooner the engine lets them run.
             arrived: when the caller asked, by `time.monotonic`; by default now.
+            spelled: as in `Group`.
 
         Raises:
             ApiError: they are more than the queue has room for, now or ever, or the server takes none any more.
@@ -134,7 +158,7 @@ class Client:
         for ids in prompts:
             seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
             requests += self.intake.requests(self._ids, ids, params, seed, priority, arrived)
-        group = Group(self, [], arrived)
+        group = Group(self, [], arrived, spelled or {})
         for index, request in enumerate(requests):
             group.continuations.append(Continuation.start(request, index, self.intake.tokenizer))
             self._running[request.id] = _Running(group, group.continuations[-1])
@@ -150,13 +174,13 @@ class Client:
             raise ApiError(
                 400, f"prompts times n are {wanted}; this server takes at most {self._capacity} at once", param="n"
             )
-        waiting = len(self._running) + wanted - self._max_num_seqs
-        if len(self._running) + wanted > self._capacity:
-            rounds = waiting / self._max_num_seqs
+        taken = len(self._running) + self._kept
+        if taken + wanted > self._capacity:
+            rounds = (taken + wanted - self._max_num_seqs) / self._max_num_seqs
             seconds = min(_LONGEST_RETRY, max(1, math.ceil(rounds * self._mean_seconds)))
             raise ApiError(
                 429,
-                f"the queue is full: {len(self._running)} requests run or wait, at most {self._capacity} may; "
+                f"the queue is full: {taken} requests run or wait, at most {self._capacity} may; "
                 f"try again in {seconds} s",
                 code="queue_full",
                 headers={"Retry-After": str(seconds)},
@@ -193,7 +217,7 @@ class Client:
         match message:
             case Refused():
                 if (running := self._running.pop(message.id, None)) is not None:
-                    self._fail(running.group, refused([message.message], "prompt"))
+                    self._fail(running.group, refused([message.message], "prompt", running.group.spelled))
             case Step():
                 self.metrics.hold(message.engine)
                 now = time.monotonic()
@@ -213,7 +237,7 @@ class Client:
             self._fail(group, ApiError(500, "the text of this request cannot be made", code="internal_error"))
             return False
         self._time(running, entry, now)
-        if (error := given_up(continuation.finish_reason)) is not None:
+        if (error := given_up(continuation.finish_reason, continuation.problem, group.spelled)) is not None:
             self._ended(entry.id, continuation)
             self._fail(group, error)
             return False

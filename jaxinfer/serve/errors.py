@@ -62,8 +62,18 @@ def refused(problems: Sequence[str], param: str, spelled: dict[str, str] | None 
     return ApiError(400, message, param=field, code="context_length_exceeded" if too_long else None)
 
 
-def given_up(reason: FinishReason | None) -> ApiError | None:
-    """What is told of an output that the engine gave up; None where it goes on, or came to its end."""
+def given_up(
+    reason: FinishReason | None, problem: str | None = None, spelled: dict[str, str] | None = None
+) -> ApiError | None:
+    """What is told of an output that the engine gave up; None where it goes on, or came to its end.
+
+    Args:
+        problem: of the output: why, where the reason is `constraint`.
+        spelled: as in `refused`.
+    """
+    if reason == "constraint":
+        assert problem is not None
+        return refused([problem], "structured_outputs", spelled)
     if reason == "abort":
         return ApiError(500, "the engine failed while the request ran; try again", code="aborted")
     if reason == "error":

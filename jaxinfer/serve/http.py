@@ -40,8 +40,8 @@ class HangUp(Exception):
     """The caller is gone."""
 
 
-async def read[Body: BaseModel](request: Request, kind: type[Body]) -> Body:
-    """The JSON body of a request.
+async def read[Body: BaseModel](request: Request, kind: type[Body]) -> tuple[Body, int]:
+    """The JSON body of a request, and how many bytes it has.
 
     Raises:
         ApiError: it is too large, has too many parts, is no JSON, or none of `kind`.
@@ -67,7 +67,7 @@ async def read[Body: BaseModel](request: Request, kind: type[Body]) -> Body:
         message = f"the body has more than {MAX_PARTS} strings, lists and objects, or {MAX_VALUES} values"
         raise ApiError(413, message, code="body_too_large")
     try:
-        return kind.model_validate_json(bytes(body))
+        return kind.model_validate_json(bytes(body)), size
     except ValidationError as error:
         raise malformed(error, BODY_FIELDS) from None
 

@@ -115,17 +115,21 @@ class Tokens:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None
     finish_reason: FinishReason | None
     queued: float | None = None
+    problem: str | None = None
 
     @classmethod
     def of(cls, update: Update) -> Tokens:
         return cls(
             update.request.id, update.tokens, update.logprobs, update.prompt_logprobs, update.finish_reason,
-            update.queued,
+            update.queued, update.problem,
         )  # fmt: skip
 
     def update(self, request: Request) -> Update:
         """The update again, of the request that `id` names."""
-        return Update(request, self.tokens, self.logprobs, self.prompt_logprobs, self.finish_reason, self.queued)
+        return Update(
+            request, self.tokens, self.logprobs, self.prompt_logprobs, self.finish_reason, self.queued,
+            problem=self.problem,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -2,31 +2,58 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from jaxinfer import engine
 
 _LATENCY = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0)
 _BETWEEN = (0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
+_Figures = dict[str, tuple[str, Callable[[engine.Metrics], float]]]
 
-_OF_THE_ENGINE = {
-    "running_requests": "Sequences that the engine runs.",
-    "waiting_requests": "Sequences that wait for a slot or for pages.",
-    "cache_pages": "Pages of the cache.",
-    "cache_pages_used": "Pages of the cache that sequences hold.",
-    "cache_pages_cached": "Pages that nobody holds, whose text can be found.",
-    "prefix_queried_tokens": "Tokens of texts that were looked for in the cache, since the start.",
-    "prefix_found_tokens": "Of them, tokens that were found.",
-    "preemptions": "Sequences that gave their pages back before they had ended, since the start.",
-    "drafts": "Proposals of tokens to a sequence, since the start.",
-    "accepted_tokens": "Proposed tokens that were right, since the start.",
-    "compiled_programs": "Programs that were traced, since the start.",
+# How the engine is.
+_GAUGES: _Figures = {
+    "running_requests": ("Sequences that the engine runs.", lambda now: now.running),
+    "waiting_requests": ("Sequences that wait for a slot or for pages.", lambda now: now.waiting),
+    "cache_pages": ("Pages of the cache.", lambda now: now.pages_total),
+    "cache_pages_used": ("Pages of the cache that sequences hold.", lambda now: now.pages_used),
+    "cache_pages_cached": ("Pages that nobody holds, whose text can be found.", lambda now: now.pages_cached),
+    "wasted_slots": ("Slots of used pages that hold no token.", lambda now: now.wasted_slots),
+}
+# What it has done since it began.
+_COUNTERS: _Figures = {
+    "prefix_queried_tokens": ("Tokens looked for in the cache.", lambda now: now.counters.prefix_queries),
+    "prefix_found_tokens": ("Of them, tokens that were found.", lambda now: now.counters.prefix_hits),
+    "evictions": ("Cached pages that were taken away for other texts.", lambda now: now.evictions),
+    "preemptions": ("Sequences that gave pages back before they had ended.", lambda now: now.counters.preemptions),
+    "timeouts": ("Requests that waited too long.", lambda now: now.counters.timeouts),
+    "drafts": ("Proposals of tokens to a sequence.", lambda now: now.counters.drafts),
+    "accepted_tokens": ("Proposed tokens that were right.", lambda now: sum(now.counters.accepted)),
+    "compiled_programs": ("Programs that were traced.", lambda now: now.compilations),
 }
 
 
+class _OfTheEngine(Collector):
+    """The engine's own figures, as it told them last."""
+
+    now: engine.Metrics | None = None
+
+    def collect(self) -> Iterator[Metric]:
+        if self.now is None:
+            return
+        for name, (text, value) in _GAUGES.items():
+            yield GaugeMetricFamily(f"jaxinfer_{name}", text, value(self.now))
+        for name, (text, value) in _COUNTERS.items():
+            yield CounterMetricFamily(f"jaxinfer_{name}", text, value(self.now))
+
+
 class Metrics:
-    """Counters, gauges and histograms of one server, in a registry of their own."""
+    """Counters and histograms of one server, and what its engine tells, in a registry of their own."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
@@ -40,25 +67,12 @@ class Metrics:
             "time_between_tokens_seconds", "Mean over the tokens that one step brought.", _BETWEEN
         )
         self.whole = self._histogram("request_seconds", "From queue to last token.", _LATENCY)
-        self._engine = {name: self._gauge(name, text) for name, text in _OF_THE_ENGINE.items()}
+        self._engine = _OfTheEngine()
+        self.registry.register(self._engine)
 
     def hold(self, engine: engine.Metrics) -> None:
-        """Sets the gauges to how the engine is."""
-        figures = {
-            "running_requests": engine.running,
-            "waiting_requests": engine.waiting,
-            "cache_pages": engine.pages_total,
-            "cache_pages_used": engine.pages_used,
-            "cache_pages_cached": engine.pages_cached,
-            "prefix_queried_tokens": engine.counters.prefix_queries,
-            "prefix_found_tokens": engine.counters.prefix_hits,
-            "preemptions": engine.counters.preemptions,
-            "drafts": engine.counters.drafts,
-            "accepted_tokens": sum(engine.counters.accepted),
-            "compiled_programs": engine.compilations,
-        }
-        for name, value in figures.items():
-            self._engine[name].set(value)
+        """Takes how the engine is, and what it has done."""
+        self._engine.now = engine
 
     def page(self) -> bytes:
         """All figures in Prometheus's text format."""
@@ -66,9 +80,6 @@ class Metrics:
 
     def _counter(self, name: str, text: str, labels: list[str] | None = None) -> Counter:
         return Counter(f"jaxinfer_{name}", text, labels or [], registry=self.registry)
-
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"jaxinfer_{name}", text, registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"jaxinfer_{name}", text, registry=self.registry, buckets=buckets)

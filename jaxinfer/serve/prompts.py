@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Prompts:
         return encoded, params
 
     def chat(self, body: ChatBody) -> Asked:
-        ids = self._encode_chat(body)
+        ids = self._encode_chat(body, self.intake.encode)
         params = body.sampling_params(self.longest - len(ids))
         self._check(ids, params, "messages", body.spelled)
         return [ids], params
@@ -51,7 +51,7 @@ class Prompts:
         if body.messages is not None and body.prompt is not None:
             raise ApiError(400, "give a prompt or messages, not both", param="prompt")
         if body.messages is not None:
-            return self._encode_chat(body)
+            return self._encode_chat(body, self.intake.tokenizer.encode)
         if body.prompt is None:
             raise ApiError(400, "prompt is missing", param="prompt", code="missing_field")
         return self.intake.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
@@ -60,18 +60,18 @@ class Prompts:
         try:
             return self.intake.tokens(prompt)
         except ValueError as error:
-            raise ApiError(400, str(error), param="prompt") from error
+            raise refused([str(error)], "prompt") from error
 
-    def _encode_chat(self, body: ChatBody | TokenizeBody) -> list[int]:
+    def _encode_chat(self, body: ChatBody | TokenizeBody, encode: Callable[..., list[int]]) -> list[int]:
         variables: dict[str, Any] = body.chat_template_kwargs
         messages = conversation(body.messages or [], variables)
         if isinstance(self.template, str):
             raise ApiError(400, self.template, param="messages", code="no_chat_template")
         try:
             text = self.template.render(messages, add_generation_prompt=body.add_generation_prompt, **variables)
-            return self.intake.tokenizer.encode(text, add_special_tokens=False)
+            return encode(text, add_special_tokens=False)
         except ValueError as error:
-            raise ApiError(400, str(error), param="messages") from error
+            raise refused([str(error)], "messages") from error
 
     def _check(self, ids: Sequence[int], params: SamplingParams, param: str, spelled: dict[str, str]) -> None:
         if problems := self.intake.problems(ids, params):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
 
-from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.decode.sampling_params import MAX_N, SamplingParams
 from jaxinfer.decode.structured_params import StructuredOutputsParams
 from jaxinfer.serve.errors import ApiError, refused
 
@@ -117,6 +117,15 @@ class SamplingBody(_Body):
         """Fields that have another name here than in `SamplingParams`, by that."""
         return {} if self.response_format is None else {"structured_outputs": "response_format"}
 
+    @property
+    def continuations(self) -> int:
+        """How many are asked for; an n that none can have is refused later, and counts as one."""
+        return self.n if self.n is not None and 1 <= self.n <= MAX_N else 1
+
+    @property
+    def structured(self) -> bool:
+        return self.response_format is not None or self.structured_outputs is not None
+
     def sampling_params(self, default_max_tokens: int) -> SamplingParams:
         """How to sample.
 
@@ -176,6 +185,10 @@ class CompletionBody(SamplingBody):
 
     def _logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def continuations(self) -> int:
+        return len(self.prompts) * super().continuations
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -10,7 +10,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -109,6 +110,10 @@ def longest(engine: Engine, context: int) -> int:
     return low
 
 
+class _GivenUpError(Exception):
+    """The engine cannot go on; says why."""
+
+
 class Worker:
     """Drives an engine by the messages in `inbox`, and answers with `send`."""
 
@@ -119,10 +124,13 @@ class Worker:
 
     def run(self) -> int:
         """Works until it is told to stop (0), or the engine cannot go on (1)."""
-        self._tell([])
-        while self._take():
-            if not self._step():
-                return 1
+        try:
+            self._tell([])
+            while self._take():
+                self._step()
+        except _GivenUpError as error:
+            self._send(Failed("device", str(error), _device()))
+            return 1
         return 0
 
     def _take(self) -> bool:
@@ -141,7 +149,8 @@ class Worker:
     def _obey(self, message: Add | Abort) -> None:
         if isinstance(message, Abort):
             for name in message.ids:
-                self._engine.abort(name)
+                with self._surviving():
+                    self._engine.abort(name)
             return
         for request in message.requests:
             try:
@@ -151,26 +160,33 @@ class Worker:
                     logger.exception("request %d cannot be queued", request.id)
                 self._send(Refused(request.id, str(error)))
 
-    def _step(self) -> bool:
-        """Runs the engine once and tells what that brought; False where it cannot go on."""
+    def _step(self) -> None:
+        """Runs the engine once and tells what that brought."""
+        updates = None
+        with self._surviving():
+            updates = self._engine.step()
+        if updates is not None:
+            self._failures = 0
+            self._tell([Tokens.of(update) for update in updates])
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """For what the engine does: where that fails on the host it has begun afresh, and goes on.
+
+        Raises:
+            _GivenUpError: the device failed, or the host again and again.
+        """
         import jax
 
         try:
-            updates = self._engine.step()
+            yield
         except jax.errors.JaxRuntimeError as error:
-            self._send(Failed("device", f"the device failed: {_first_line(error)}", _device()))
-            return False
+            raise _GivenUpError(f"the device failed: {_first_line(error)}") from error
         except Exception as error:
             logger.exception("a step failed; what ran is aborted")
             self._failures += 1
-            if self._failures < FAILURES:
-                return True
-            self._send(Failed("device", f"{FAILURES} steps in a row failed: {_first_line(error)}", _device()))
-            return False
-        self._failures = 0
-        tokens = [Tokens.of(update) for update in updates]
-        self._tell(tokens)
-        return True
+            if self._failures == FAILURES:
+                raise _GivenUpError(f"{FAILURES} steps in a row failed: {_first_line(error)}") from error
 
     def _tell(self, tokens: list[Tokens]) -> None:
         now = self._engine.metrics
@@ -182,10 +198,10 @@ class Worker:
 def _device() -> tuple[str, str, int]:
     import jax
 
-    from jaxinfer.machine import device_memory
+    from jaxinfer.engine.memory import memory_of
 
     device = jax.devices()[0]
-    return device.device_kind, device.platform, device_memory(device.memory_stats())
+    return device.device_kind, device.platform, memory_of(device)
 
 
 def _first_line(error: Exception) -> str:

@@ -3,11 +3,13 @@
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
 import tokenizers
 
+from jaxinfer.text.bounds import longest_token
 from jaxinfer.text.files import check_text, read_json, special_token_file, special_tokens
 
 
@@ -79,6 +81,14 @@ class Tokenizer:
             return ids
         begun = _post_processor_adds(self.backend, self.bos_id)
         return [self.bos_id] * self.adds_bos + ids[begun:]
+
+    def least_tokens(self, text: str) -> int:
+        """Tokens that a text has at the least, without tokenizing it; 0 where that cannot be told."""
+        return 0 if self._longest is None else -(-len(text.encode(errors="surrogatepass")) // self._longest)
+
+    @cached_property
+    def _longest(self) -> int | None:
+        return longest_token(self.backend)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens are left out, bytes that are no UTF-8 become U+FFFD."""

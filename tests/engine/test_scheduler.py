@@ -2,12 +2,13 @@
 
 from concurrent.futures import Future
 from dataclasses import replace
-from random import Random
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from benchmarks.serving.workload import WORKLOADS
+from jaxinfer.cli.plan import MODELS
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import Layout
 from jaxinfer.decode.structured_params import StructuredOutputsParams
@@ -15,6 +16,8 @@ from jaxinfer.engine import Options, Request
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.sequence import Chunk, Sequence
 from jaxinfer.engine.step_input import lay_out, next_tokens
+from jaxinfer.model import read_config
+from jaxinfer.roofline import find_hardware, plan_memory
 from tests.engine.fake import Chain, Told, fake_engine, gather, run
 
 OPTIONS = Options(max_num_seqs=4, max_num_batched_tokens=64, page_size=4, num_pages=41, steps_per_dispatch=3)
@@ -199,12 +202,19 @@ def test_who_waits_too_long_is_told():
     assert engine.counters.timeouts == 1
 
 
+def test_without_a_limit_nobody_looks_how_long_others_wait():
+    plans = scheduler()
+    plans.add(request(0, 8, 8))
+    plans.waiting = None  # which therefore is not looked through
+    assert plans.expired() == []
+
+
 def test_who_waits_for_a_constraint_waits():
     """Of three of the same age one never gets its own, one no slot after it, and one is in time."""
     engine = fake_engine(replace(OPTIONS, max_num_seqs=1, max_waiting_time=5.0), 160, (None,))
     engine.scheduler.clock = clock = Clock()
     making = [Future() for _ in range(3)]
-    engine._constraints._pool = SimpleNamespace(submit=lambda *_: making[len(engine._constraints)], map=map)
+    engine._constraints._pool = SimpleNamespace(submit=lambda *_: making[len(engine._constraints)])
     bound = {"structured_outputs": StructuredOutputsParams(regex="a"), "ignore_eos": False}
     for number in range(3):
         engine.add(request(number, 8, 40, **bound))
@@ -313,31 +323,38 @@ def test_a_window_pool_need_not_hold_the_whole_text():
     assert ends(engine, [request(0, 100, 50), request(1, 30, 20)]) == [0, 1]
 
 
-def test_under_four_percent_of_the_pool_is_wasted():
-    """32 sequences of 200 to 2000 tokens on pages of 64, in a pool that they nearly fill."""
-    options = Options(max_num_seqs=32, max_num_batched_tokens=8192, page_size=64, num_pages=661, steps_per_dispatch=8)
-    layout = Layout(32, 64, (661,), 2048, "float32")
-    random, plans = Random(0), Scheduler(layout, (None,), options)
-    wasted, used = [], []
-    for number in range(96):
-        prompt = random.randint(100, 1000)
-        plans.add(request(number, prompt, random.randint(100, 1000)))
+def use_and_waste(pages: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of a pool of so many pages of 64, the fractions in use and in use without a token, after every program for 256
+    requests of 200 to 2048 tokens that come at once."""
+    options = Options(max_num_seqs=256, max_num_batched_tokens=8192, page_size=64, num_pages=pages + 1)
+    plans = Scheduler(Layout(256, 64, (pages + 1,), 2048, "float32"), (None,), options)
+    found = []
+    for number, (prompt, output) in enumerate(WORKLOADS["256 requests"].sizes):
+        plans.add(request(number, prompt, output))
     while plans.sequences:
         plan = plans.schedule()
         for sequence in (*plan.decoding, *(chunk.sequence for chunk in plan.chunks)):
             sequence.in_flight -= 1
         for sequence in list(plans.sequences.values()):
-            sequence.tokens = list(sequence.request.prompt_ids) + [0] * min(
-                sequence.scheduled, sequence.request.params.max_tokens
-            )
+            most = sequence.request.params.max_tokens
+            sequence.tokens += [0] * (min(sequence.scheduled, most) - sequence.outputs)
             if sequence.all_scheduled:
                 plans.finish(sequence)
-        if len(plans.running) == 32:
-            wasted.append(plans.paging.waste(list(plans.running.values())) / (660 * 64))
-            used.append(plans.paging.pools[0].used / 660)
-    assert len(used) > 100
-    assert np.mean(used) > 0.7
-    assert max(wasted) < 0.04
+        found.append((plans.paging.pools[0].used, plans.paging.waste(list(plans.running.values())) / 64))
+    used, wasted = np.transpose(found) / pages
+    return used, wasted
+
+
+def test_under_four_percent_of_the_pool_is_wasted():
+    """At any moment of what an H200 has beside Llama-3-8B; on the average of a pool that they just fill."""
+    h200 = plan_memory(read_config(MODELS / "llama-3-8b"), find_hardware("h200"), 256, 2048, page_size=64, chunk=8192)
+    used, wasted = use_and_waste(int(h200.cache // (64 * h200.per_token)))
+    assert max(used) > 0.2
+    assert max(wasted) < 0.01
+    used, wasted = use_and_waste(2880)
+    assert max(used) > 0.99
+    assert np.mean(wasted[used > 0.7]) < 0.04
+    assert max(wasted) < 0.05
 
 
 def test_what_can_never_run_is_refused():
@@ -351,6 +368,23 @@ def test_what_can_never_run_is_refused():
         engine.add(request(1, 5, 5, priority=0.5))
     run(engine, {})
     engine.add(request(0, 5, 5))
+
+
+def test_an_abort_that_fails_ends_all_that_runs_and_the_engine_goes_on(monkeypatch):
+    def fails(slots):
+        raise ZeroDivisionError("planted")
+
+    engine = fake_engine(OPTIONS, 160, (None,))
+    for number in range(2):
+        engine.add(request(number, 8, 40))
+    engine.step()
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.runner, "release", fails)
+        with pytest.raises(ZeroDivisionError):
+            engine.abort(0)
+    assert [(update.request.id, update.finish_reason) for update in engine.step()] == [(1, "abort")]
+    assert not engine.busy
+    assert ends(engine, [request(0, 8, 40)]) == [0]
 
 
 def test_metrics_say_what_there_is():

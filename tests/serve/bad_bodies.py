@@ -33,6 +33,7 @@ BAD = {  # path, body, status, param, words of the message
     "many": (COMPLETION, {"prompt": "a", "n": 1000}, 400, "n", "at most 8 at once"),
     "an unknown field": (COMPLETION, {"prompt": "a", "tempereature": 1}, 400, "tempereature", "not a field"),
     "a seed": (COMPLETION, {"prompt": "a", "seed": -1}, 400, "seed", "seed = -1 must be"),
+    "a long stop string": (COMPLETION, {"prompt": "a", "stop": "a" * 5000}, 400, "stop", "at most 1024 characters"),
     "a stop string": (COMPLETION, {"prompt": "a", "stop": [""]}, 400, "stop", "not empty"),
     "many stop strings": (COMPLETION, {"prompt": "a", "stop": ["a"] * 33}, 400, "stop", "at most 32 strings"),
     "stop of another type": (COMPLETION, {"prompt": "a", "stop": {"a": 1}}, 400, "stop", "valid string or "),
@@ -78,6 +79,12 @@ BAD = {  # path, body, status, param, words of the message
                 "unclosed character class"),
     "a huge regex": (COMPLETION, {"prompt": "a", "structured_outputs": {"regex": "a" * 300_000}}, 400,
                      "structured_outputs", "300000 characters; at most 262144"),
+    "a regex that grows too large": (COMPLETION, {"prompt": "a", "max_tokens": 60, "structured_outputs": {
+        "regex": "(a{1000}){1000}{1000}"}}, 400, "structured_outputs", "too many expressions"),
+    "a schema that grows too large": (CHAT, {"messages": MESSAGES, "max_tokens": 60, "response_format": {
+        "type": "json_schema", "json_schema": {"name": "a", "schema": {
+            "type": "string", "pattern": "^(a{1000}){1000}{1000}$"}}}}, 400, "response_format",
+                                      "too many expressions"),
     "a grammar": (COMPLETION, {"prompt": "a", "structured_outputs": {"grammar": "start: nothing"}}, 400,
                   "structured_outputs", 'unknown name: "nothing"'),
     "no choice": (COMPLETION, {"prompt": "a", "structured_outputs": {"choice": []}}, 400, "structured_outputs",

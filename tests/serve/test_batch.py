@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic_core import to_json
 from typer.testing import CliRunner
 
 from jaxinfer.cli import app
@@ -17,6 +18,7 @@ from tests.engine.tiny import assert_clean, tiny_folder, warm_llm
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True}
 DRAWN: dict[str, Any] = {"temperature": 0.7, "seed": 3}
 MESSAGES = [{"role": "user", "content": "hello"}]
+ANSWERED = '{"id":"batch_req_1","custom_id":"a","response":{"status_code":200,"body":{}},"error":null}\n'
 
 
 @pytest.fixture
@@ -145,20 +147,37 @@ def test_a_file_of_other_lines_is_refused_by_its_line(tmp_path, text, words):
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_file_in_another_encoding_is_refused_by_its_line(tmp_path, encoding):
+    path = tmp_path / "in.jsonl"
+    texts = [json.dumps(line(name, prompt="é"), ensure_ascii=False) for name in ("a", "b")]
+    path.write_text(texts[0] + "\n", encoding="utf-8")
+    path.write_bytes(path.read_bytes() + texts[1].encode(encoding))
+    with pytest.raises(ValueError, match=r"in\.jsonl, line 2: .* is not valid JSON"):
+        read_lines(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    path = write(tmp_path / "in.jsonl", [line("a", prompt="abc")])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [each.custom_id for each in read_lines(path)] == ["a"]
+
+
 def test_line_separators_within_a_prompt_end_no_line(tmp_path):
     path, prompt = tmp_path / "in.jsonl", "a\u2028b\u2029c\x85d"
     path.write_text(json.dumps(line("a", prompt=prompt), ensure_ascii=False) + "\r\n", encoding="utf-8")
     assert [each.body["prompt"] for each in read_lines(path)] == [prompt]
 
 
-def test_a_kill_loses_nothing_and_repeats_nothing(llm, tmp_path):
+@pytest.mark.parametrize("cut", [1, 9, 60, -1])
+def test_a_kill_loses_nothing_and_repeats_nothing(llm, tmp_path, cut):
     lines = [line(str(i), prompt="abc", max_tokens=1 + i) for i in range(7)]
     asked, told = read_lines(write(tmp_path / "in.jsonl", lines)), tmp_path / "out.jsonl"
     running = answer_lines(llm, "tiny", asked)
     with told.open("a") as file:
         for _ in range(3):
             append(file, next(running))
-        file.write('{"id": "batch_req_1", "custom_id": "6", "resp')  # the kill came here
+        file.write(to_json(next(running)).decode()[:cut])  # the kill came here
     running.close()
     earlier = done(told)
     assert len(earlier) == 3
@@ -172,12 +191,34 @@ def test_a_kill_loses_nothing_and_repeats_nothing(llm, tmp_path):
     assert_clean(llm)
 
 
-def test_a_file_that_is_no_output_is_left_alone(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("one\ntwo\nthree", 1),
+        ("one", 1),
+        ("\n", 1),
+        ('{"custom_id": "a"}\n', 1),
+        ('["custom_id", "response"]\n', 1),
+        (ANSWERED + ANSWERED[:-1] + "\n\n", 3),
+        (ANSWERED + json.dumps(line("b", prompt="abc")), 2),
+    ],
+)
+def test_a_file_that_is_no_output_is_left_alone(tmp_path, text, number):
     path = tmp_path / "notes.txt"
-    path.write_text("one\ntwo\nthree")
-    with pytest.raises(ValueError, match=r"notes\.txt, line 1: it is no line of a batch's output"):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"notes\.txt, line {number}: it is no line of a batch's output"):
         done(path)
-    assert path.read_text() == "one\ntwo\nthree"
+    assert path.read_text() == text
+
+
+def test_answers_do_not_go_into_the_file_of_requests(tmp_path):
+    asked = write(tmp_path / "in.jsonl", [line("a", prompt="abc"), line("b", prompt="abc")])
+    (tmp_path / "link.jsonl").symlink_to(asked)
+    before = asked.read_bytes()
+    result = CliRunner().invoke(app, ["batch", str(asked), str(tmp_path / "link.jsonl")])
+    assert result.exit_code == 2
+    assert "give another one for the answers" in result.output
+    assert asked.read_bytes() == before
     assert done(tmp_path / "absent.jsonl") == set()
 
 
@@ -190,7 +231,8 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
 
 def test_the_command_does_what_is_left(tmp_path_factory, tmp_path):
     asked = write(tmp_path / "in.jsonl", [line("a", prompt="abc"), line("b", prompt="abc", n=0)])
-    told = write(tmp_path / "out.jsonl", [{"custom_id": "a"}])
+    told = tmp_path / "out.jsonl"
+    told.write_text(ANSWERED)
     folder = str(tiny_folder(tmp_path_factory.getbasetemp()))
     command = ["batch", str(asked), str(told), "--model", folder, "--max-num-seqs", "2"]
     result = CliRunner().invoke(app, command)

@@ -53,6 +53,25 @@ def test_what_the_engine_gave_up_is_an_error(reason, status, words):
     asyncio.run(ask())
 
 
+@pytest.mark.parametrize("field", ["structured_outputs", "response_format"])
+def test_a_structure_that_cannot_go_on_is_the_callers(field):
+    """By the field that the caller gave."""
+
+    async def ask():
+        client, _ = made()
+        spelled = {} if field == "structured_outputs" else {"structured_outputs": field}
+        group = client.start([[1]], PARAMS, spelled=spelled)
+        problem = "structured_outputs has a regex that cannot be used: it is too large"
+        client.receive(step(Tokens(0, (0,), (), None, "constraint", problem=problem)))
+        with pytest.raises(ApiError) as caught:
+            await group.outputs()
+        assert (caught.value.status, caught.value.param) == (400, field)
+        assert caught.value.message == f"{field} has a regex that cannot be used: it is too large"
+        assert client.idle
+
+    asyncio.run(ask())
+
+
 def test_a_text_that_cannot_be_made_ends_no_other(monkeypatch, caplog):
     async def ask():
         client, sent = made()

@@ -2,6 +2,32 @@
 
 import re
 
+from jaxinfer.engine import Counters
+from jaxinfer.engine import Metrics as EngineMetrics
+from jaxinfer.serve.metrics import Metrics
+
+GROWING = {
+    "prefix_queried_tokens": 4, "prefix_found_tokens": 5, "evictions": 9, "preemptions": 2, "timeouts": 3, "drafts": 8,
+    "accepted_tokens": 7, "compiled_programs": 11,
+}  # fmt: skip
+
+
+def test_what_only_grows_is_a_counter_and_all_else_of_the_engine_a_gauge():
+    """All that the engine tells is there."""
+    metrics = Metrics()
+    counters = Counters(preemptions=2, timeouts=3, prefix_queries=4, prefix_hits=5, drafts=8, accepted=(5, 2))
+    metrics.hold(EngineMetrics(counters, 21, 22, 23, 24, 25, evictions=9, wasted_slots=10, compilations=11))
+    lines = metrics.page().decode().splitlines()
+    for name, value in GROWING.items():
+        assert f"# TYPE jaxinfer_{name}_total counter" in lines
+        assert f"jaxinfer_{name}_total {float(value)}" in lines
+    gauges = {line.split()[2]: line for line in lines if line.endswith(" gauge")}
+    found = {name: metrics.registry.get_sample_value(name) for name in gauges if not name.endswith("_created")}
+    assert found == {
+        "jaxinfer_waiting_requests": 21, "jaxinfer_running_requests": 22, "jaxinfer_cache_pages": 23,
+        "jaxinfer_cache_pages_used": 24, "jaxinfer_cache_pages_cached": 25, "jaxinfer_wasted_slots": 10,
+    }  # fmt: skip
+
 
 def test_metrics_count_what_was_asked(server, client):
     server.wait_for(running_requests=0)

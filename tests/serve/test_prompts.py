@@ -1,20 +1,23 @@
 """What a checkpoint's chat template does to its callers."""
 
+import re
+
 import pytest
 
 from jaxinfer.intake import Intake, Limits
 from jaxinfer.llm import DEMO
 from jaxinfer.serve.errors import ApiError
 from jaxinfer.serve.prompts import Prompts
-from jaxinfer.serve.protocol import ChatBody
+from jaxinfer.serve.protocol import ChatBody, CompletionBody, TokenizeBody
 from jaxinfer.text import ChatTemplate, Tokenizer
 from jaxinfer.text.chat import _environment
 
 MESSAGES = [{"role": "user", "content": "hello"}]
+INTAKE = Intake(Tokenizer.from_folder(DEMO), Limits(4096, 1024, (0,)))
 
 
 def answer(template):
-    prompts = Prompts(Intake(Tokenizer.from_folder(DEMO), Limits(4096, 1024, (0,))), template, 1024)
+    prompts = Prompts(INTAKE, template, 1024)
     return prompts.chat(ChatBody.model_validate({"messages": MESSAGES}))
 
 
@@ -32,6 +35,30 @@ def test_a_template_that_fails(source, words):
     with pytest.raises(ApiError, match=words) as caught:
         answer(template)
     assert (caught.value.status, caught.value.param) == (400, "messages")
+
+
+@pytest.mark.parametrize("param", ["prompt", "messages"])
+def test_a_text_that_cannot_fit_is_not_tokenized(monkeypatch, param):
+    """Except where only its tokens are asked for."""
+    prompts, text = Prompts(INTAKE, ChatTemplate.from_folder(DEMO), 1024), "a b " * 20_000
+    count = len(prompts.tokens(TokenizeBody(prompt=text)))
+    messages = [{"role": "user", "content": text}]
+    read = {
+        "prompt": lambda: prompts.completion(CompletionBody(prompt=[text])),
+        "messages": lambda: prompts.chat(ChatBody.model_validate({"messages": messages})),
+    }[param]
+    assert len(prompts.tokens(TokenizeBody.model_validate({"messages": messages}))) > count
+    with monkeypatch.context() as patched:
+        patched.setattr(Tokenizer, "encode", None)
+        with pytest.raises(ApiError) as caught:
+            read()
+    found = re.fullmatch(
+        r"the prompt has at least (\d+) tokens; at most 1023 leave .* context of 1024", str(caught.value)
+    )
+    assert found is not None
+    assert 1024 <= int(found[1]) <= count
+    assert (caught.value.status, caught.value.param) == (400, param)
+    assert caught.value.code == "context_length_exceeded"
 
 
 def test_a_checkpoint_without_a_template():

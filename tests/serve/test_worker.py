@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import re
 import subprocess
 import sys
 import threading
@@ -17,7 +18,10 @@ from jaxinfer.cli.room import memory_lines
 from jaxinfer.cli.serve import WarmUpBar
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Counters, Metrics, Request, Update, Warmed, WarmUp
-from jaxinfer.engine.memory import NoRoomError
+from jaxinfer.engine.memory import NoRoomError, fitting_pages
+from jaxinfer.llm import DEMO
+from jaxinfer.model import Model, read_config
+from jaxinfer.parallel import make_mesh
 from jaxinfer.serve import worker
 from jaxinfer.serve.messages import Abort, Add, Failed, Ready, Refused, Setup, Step, Stop, Tokens, Warming
 from jaxinfer.serve.server import wait_until_ready
@@ -46,6 +50,7 @@ class Engine:
     errors: list = field(default_factory=list)
     left: dict = field(default_factory=dict)
     steps: int = 0
+    refusals: list = field(default_factory=list)  # errors of `abort`
 
     @property
     def metrics(self):
@@ -63,6 +68,8 @@ class Engine:
         self.left[request.id] = [request, request.params.max_tokens]
 
     def abort(self, name):
+        if self.refusals:
+            raise self.refusals.pop(0)
         self.left.pop(name, None)
 
     def step(self):
@@ -143,6 +150,22 @@ def test_the_host_may_fail_now_and_then(failures, code):
     assert isinstance(said[-1], Failed) == bool(code)
 
 
+def test_an_abort_that_fails_is_a_step_that_fails(caplog):
+    """On the device the engine is given up, on the host only after some in a row."""
+    code, said = run(
+        Engine(refusals=[jax.errors.JaxRuntimeError("INTERNAL: broken")]), Add((request(1),)), Abort((1,))
+    )
+    assert code == 1
+    assert said[-1].message == "the device failed: INTERNAL: broken"
+    bugs = [ZeroDivisionError("a bug")] * worker.FAILURES
+    code, said = run(Engine(refusals=bugs[:-1]), Add((request(1), request(2))), Abort((1, 2, 1)))
+    assert code == 0
+    assert {entry.id for step in said for entry in step.tokens} == {2}
+    code, said = run(Engine(refusals=bugs), Add((request(1),)), Abort((1, 2, 1)))
+    assert code == 1
+    assert said[-1].message == "3 steps in a row failed: a bug"
+
+
 def test_what_the_cache_holds_is_asked_of_the_engine():
     engine = SimpleNamespace(problems=lambda request: ["no"] if request.capacity > 37 else [])
     assert worker.longest(engine, 64) == 37
@@ -211,6 +234,15 @@ def test_out_of_memory_tells_the_plan(monkeypatch, error):
     lines = "\n".join(memory_lines(Setup(None, LLM_ARGUMENTS, OPTIONS), ("a card", "gpu", 20_000_000)))
     assert "2 x 64 tokens take" in lines
     assert "would fit: no cache at all" in lines
+
+
+def test_as_many_pages_as_would_fit_do_fit():
+    """What the plan of the command says is what the engine holds them to."""
+    setup = Setup(None, LLM_ARGUMENTS, OPTIONS)
+    lines = "\n".join(memory_lines(setup, worker._device()))
+    pages = int(re.search(r"which are ([\d,]+) pages", lines)[1].replace(",", ""))
+    model = Model(read_config(DEMO), make_mesh(1))
+    assert fitting_pages(model, 16, model.config.dtype, (pages + 5,)) == (pages,)
 
 
 def test_the_http_process_imports_no_jax():
