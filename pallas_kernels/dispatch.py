@@ -4,15 +4,32 @@ import functools
 import logging
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.core
 
 KERNEL = "mosaic_gpu"  # the name that the kernels have among the implementations
 CUDNN = "cudnn"
 FALLBACK = "xla"
 HOPPER, AMPERE = (9, 0), (8, 0)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why an implementation does not take an argument that the op allows."""
+
+    argument: str
+    found: object
+    allowed: str
+
+    def __str__(self) -> str:
+        return f"{self.argument} is {self.found}; allowed: {self.allowed}"
+
+
 # Why an implementation cannot take an input, None if it can, by its name: the one to be preferred first.
-Refusals = Mapping[str, str | None]
+Refusals = Mapping[str, Refusal | str | None]
 NO_REFUSALS: Refusals = {KERNEL: None, CUDNN: None}
 logger = logging.getLogger("pallas_kernels")
 
@@ -31,6 +48,19 @@ def choose[Op: Callable](op: str, implementation: str, available: Mapping[str, O
     if reason := refusals.get(implementation) or _wrong_gpu(implementation):
         raise ValueError(f"implementation={implementation!r} of {op} cannot run: {reason}")
     return available[implementation]
+
+
+def require_here(op: str, implementation: str, *arguments: Any) -> None:
+    """Of an implementation asked for by name: that it runs on what is here.
+
+    A call that is traced is let through, since its program may be lowered for a GPU elsewhere, or be interpreted.
+
+    Raises:
+      ValueError: names the op, and says why it does not run.
+    """
+    traced = any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(arguments))
+    if not traced and (reason := cannot_run(implementation)):
+        raise ValueError(f"implementation={implementation!r} of {op} cannot run: {reason}")
 
 
 def preferred(op: str, refusals: Refusals) -> str:
@@ -56,7 +86,7 @@ def cannot_run(implementation: str) -> str | None:
     """Why an implementation does not run on what is here, whatever it is given; None if it does.
 
     Where there is no NVIDIA GPU, `choose` still gives a kernel that is asked for by name, since a program may be
-    lowered for a GPU elsewhere: it is running it here that fails.
+    lowered for a GPU elsewhere: it is running it here that `require_here` refuses.
     """
     if compute_capability() is None and implementation in NO_REFUSALS:
         return _no_gpu()

@@ -8,7 +8,7 @@ import jax
 
 from pallas_kernels import checks, dispatch
 from pallas_kernels.blockwise import Options, PagedKV
-from pallas_kernels.flash_decoding import cudnn, mosaic_gpu, reference, xla
+from pallas_kernels.flash_decoding import config, cudnn, mosaic_gpu, reference, xla
 from pallas_kernels.flash_decoding.schedule import Schedule
 from pallas_kernels.flash_decoding.tree import check_tree_mask, pack_tree_mask
 from pallas_kernels.flash_decoding.units import Shape
@@ -85,9 +85,13 @@ def flash_decoding(
     if tree_mask_BQW is not None:
         check_tree_mask(tree_mask_BQW, *q_BQNH.shape[:2])
     if schedule is not None:
+        given = f"a {type(schedule).__name__}"
+        checks.require(isinstance(schedule, Schedule), "schedule", given, "None or what `plan` gives")
         shape = Shape.of(q_BQNH, kv, page_table_BJ)
         schedule.check(slots=shape.slots, queries=shape.queries, window=window, units=shape.units)
     run = _choose(q_BQNH, kv, options, tree_mask_BQW is not None, implementation)
+    arrays = kv, page_table_BJ, lengths_B, sinks_N, tree_mask_BQW, schedule
+    dispatch.require_here("flash_decoding", implementation, q_BQNH, *arrays)
     if run is mosaic_gpu.flash_decoding:
         run = partial(run, schedule=schedule)
     out_BQNH, lse_BQN = run(q_BQNH, kv, page_table_BJ, lengths_B, sinks_N, options, tree_mask_BQW)
@@ -136,7 +140,7 @@ def _check_slots(q_BQNH: jax.Array, lengths_B: jax.Array) -> None:
 
 def _choose(q_BQNH: jax.Array, kv: PagedKV, options: Options, tree: bool, implementation: str) -> Callable:
     refusals = {
-        dispatch.KERNEL: mosaic_gpu.unsupported(q_BQNH, kv),
+        dispatch.KERNEL: config.unsupported(q_BQNH, kv),
         dispatch.CUDNN: cudnn.unsupported(q_BQNH, options, tree),
     }
     if implementation == "auto":

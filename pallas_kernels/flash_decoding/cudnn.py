@@ -6,18 +6,19 @@ import jax
 
 from pallas_kernels import cudnn
 from pallas_kernels.blockwise import Options
+from pallas_kernels.dispatch import Refusal
 from pallas_kernels.flash_decoding import xla
 
 flash_decoding = partial(xla.flash_decoding, attend=cudnn.attend)
 
 
-def unsupported(q_BQNH: jax.Array, options: Options, tree: bool) -> str | None:
+def unsupported(q_BQNH: jax.Array, options: Options, tree: bool) -> Refusal | str | None:
     """Why cuDNN cannot take an input that the public op allows; None if it can."""
     if tree:
-        return "tree_mask is an array; allowed: None, the causal mask"
+        return Refusal("tree_mask", "an array", "None, the causal mask")
     queries = q_BQNH.shape[1]
     if options.window is not None and queries > 1:  # its rows before the first query would be most of the work
-        return f"window is {options.window} with {queries} queries in a slot; allowed: None, or one query"
+        return Refusal("window", f"{options.window} with {queries} queries in a slot", "None, or one query")
     return cudnn.unsupported(q_BQNH, options)
 
 

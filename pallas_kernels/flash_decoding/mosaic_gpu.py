@@ -23,7 +23,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import dispatch
 from pallas_kernels.blockwise import Options, PagedKV
 from pallas_kernels.checks import require
-from pallas_kernels.flash_decoding import config as configs
 from pallas_kernels.flash_decoding.choice import choose
 from pallas_kernels.flash_decoding.config import ROWS, Config
 from pallas_kernels.flash_decoding.consumer import clear_empty, compute, join_own
@@ -68,11 +67,6 @@ def plan(lengths_B: jax.Array, shape: Shape, window: int | None, config: Config 
     return make_schedule(
         lengths_B, queries=shape.queries, window=window, units=shape.units, stretches=config.stretches
     )
-
-
-def unsupported(q_BQNH: jax.Array, kv: PagedKV) -> str | None:
-    """Why the kernel cannot take an input that the public op allows; None if it can."""
-    return configs.unsupported(q_BQNH.dtype.name, kv.k_PSKH.dtype.name, q_BQNH.shape[-1], kv.page_size)
 
 
 # Jitted, so that the layers of a model share one trace.

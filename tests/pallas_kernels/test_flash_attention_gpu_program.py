@@ -220,8 +220,8 @@ def test_no_array_grows_with_the_page_table(kv_dtype):
     ("change", "reason"),
     [
         ({"dtype": jnp.float32}, "q.dtype is float32; allowed: bfloat16, float16"),
-        ({"head_size": 80}, "head size is 80; allowed: 64, 96, 128, 256"),
-        ({"page_size": 24}, "pages hold 24 tokens"),
+        ({"head_size": 80}, r"q.shape is \(300, 4, 80\); allowed: head sizes 64, 96, 128, 256"),
+        ({"page_size": 24}, r"k_pages.shape is \(9, 24, 2, 64\); allowed: slots of a page: multiples of 8"),
         ({"kv_dtype": jnp.float8_e5m2}, "k_pages.dtype is float8_e5m2; allowed: bfloat16, int8, float8_e4m3fn"),
         ({"scale": -1.0}, "scale is -1.0; allowed: above 0"),
     ],
