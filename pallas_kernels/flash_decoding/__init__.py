@@ -71,10 +71,10 @@ def flash_decoding(
       ValueError: names the argument, what it is and what is allowed; before any device work. An implementation
         asked for by name says what it cannot take.
 
-    The kernel ("mosaic_gpu", Hopper) reads every page once, spread evenly over the multiprocessors whatever the
-    lengths. Memory beyond the result is independent of the pool (xla and cudnn: a copy of the keys and values in
-    sight, of 8192 keys per slot at most). Source: FlashDecoding (Dao et al. 2023); pages as in PagedAttention (Kwon
-    et al. 2023).
+    The kernel ("mosaic_gpu", Hopper) reads every page once for each 64 query rows of a KV head, of which there are
+    Q * N / K, spread evenly over the multiprocessors whatever the lengths. Memory beyond the result is independent of
+    the pool (xla and cudnn: a copy of the keys and values in sight, of 8192 keys per slot at most). Source:
+    FlashDecoding (Dao et al. 2023); pages as in PagedAttention (Kwon et al. 2023).
     """
     kv = PagedKV(k_pages_PSKH, v_pages_PSKH, k_scales_PKS, v_scales_PKS)
     options = Options(scale, window, soft_cap)
