@@ -27,6 +27,11 @@ class Refusal:
     def __str__(self) -> str:
         return f"{self.argument} is {self.found}; allowed: {self.allowed}"
 
+    @property
+    def of_any(self) -> str:
+        """The same of every such argument: what `auto` says once, whatever sizes come after."""
+        return f"not with this {self.argument}; allowed: {self.allowed}"
+
 
 # Why an implementation cannot take an input, None if it can, by its name: the one to be preferred first.
 Refusals = Mapping[str, Refusal | str | None]
@@ -71,14 +76,14 @@ def preferred(op: str, refusals: Refusals) -> str:
 
 
 def automatic(refusals: Refusals = NO_REFUSALS) -> tuple[str, str]:
-    """The implementation that `auto` stands for here, and why it is none of those before it."""
+    """The implementation that `auto` stands for here, and why it is none of those before it, without sizes."""
     if compute_capability() is None:
         return FALLBACK, _no_gpu()
     against = []
     for name, refusal in refusals.items():
         if (reason := _wrong_gpu(name) or refusal) is None:
             return name, "; ".join(against) or "written for this GPU"
-        against.append(f"{name}: {reason}")
+        against.append(f"{name}: {reason.of_any if isinstance(reason, Refusal) else reason}")
     return FALLBACK, "; ".join(against)
 
 

@@ -207,7 +207,7 @@ A100, L4, T4, H200 = (8, 0), (8, 9), (7, 5), (9, 0)
     ("gpu", "op", "change", "choice"),
     [
         (H200, flash_attention, {}, "mosaic_gpu: written for this GPU"),
-        (H200, flash_attention, {"head_size": 40}, "cudnn: mosaic_gpu: q.shape .*; allowed: head sizes 64"),
+        (H200, flash_attention, {"head_size": 40}, "cudnn: mosaic_gpu: not with this q.shape; allowed: head sizes 64"),
         (
             A100,
             flash_attention,
@@ -215,7 +215,7 @@ A100, L4, T4, H200 = (8, 0), (8, 9), (7, 5), (9, 0)
             "cudnn: mosaic_gpu: the kernels need compute capability 9.0, and this GPU has 8.0",
         ),
         (L4, flash_decoding, {}, "cudnn: mosaic_gpu: the kernels need compute capability 9.0, and this GPU has 8.9"),
-        (L4, flash_attention, {"soft_cap": 5.0}, "xla: mosaic_gpu: .* 8.9; cudnn: soft_cap is 5.0; allowed: None"),
+        (L4, flash_attention, {"soft_cap": 5.0}, "xla: .* 8.9; cudnn: not with this soft_cap; allowed: None"),
         (
             T4,
             flash_decoding,
@@ -244,7 +244,7 @@ def test_by_name_on_the_wrong_gpu_it_says_so(cudnn_here, monkeypatch):
 
 @pytest.mark.parametrize(
     ("op", "shape", "words"),
-    [(flash_attention, (511, 4, 64), "511"), (flash_decoding, (1, 1, 4, 64), "one sequence")],
+    [(flash_attention, (511, 4, 64), "below 512 queries"), (flash_decoding, (1, 1, 4, 64), "one sequence")],
 )
 def test_what_is_faster_in_xla_is_left_to_it(op, shape, words):
     slower = sys.modules[f"{op.__module__}.cudnn"].slower

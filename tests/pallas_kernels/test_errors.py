@@ -9,7 +9,7 @@ import pytest
 from pallas_kernels import dispatch
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_decoding import flash_decoding
-from pallas_kernels.streaming_matmul import streaming_matmul, streaming_mlp
+from pallas_kernels.streaming_matmul import streaming_matmul, streaming_mlp, takes
 
 SCALES = jnp.ones((5, 2, 4), jnp.float32)
 BYTES = jnp.ones((5, 4, 2, 8), jnp.int8)
@@ -144,6 +144,17 @@ def test_values_are_not_looked_at_under_a_trace():
     table = arguments.pop("page_table_RJ") + 99
     traced = jax.eval_shape(lambda table: flash_attention(**arguments, page_table_RJ=table), table)
     assert traced.shape == (6, 4, 8)
+
+
+def test_auto_says_once_for_all_sizes_why_it_is_not_the_kernel(caplog, monkeypatch):
+    monkeypatch.setattr(dispatch, "compute_capability", lambda: dispatch.HOPPER)
+    w = jax.ShapeDtypeStruct((256, 192), jnp.bfloat16)
+    with caplog.at_level(logging.INFO, "pallas_kernels"):
+        for tokens in (65, 66, 67):
+            assert not takes(jax.ShapeDtypeStruct((tokens, 256), jnp.bfloat16), w)
+    assert [record.getMessage() for record in caplog.records] == [
+        "streaming_matmul runs as xla: mosaic_gpu: not with this x.shape; allowed: at most 64 tokens"
+    ]
 
 
 def test_auto_says_once_what_it_chose(caplog):
