@@ -61,7 +61,8 @@ def flash_decoding(
         give the same result.
       schedule: from `plan`, for the same lengths, queries, heads and window; the layers of a step share one. None
         makes one here. Only the kernel needs it.
-      implementation: as there; "cudnn" takes a window only with one query, and "auto" leaves one slot to XLA.
+      implementation: as there; "cudnn" takes a window only with one query, and "auto" leaves one slot with up to 8192
+        keys in sight, as many as the window and the page table allow, to XLA instead of cuDNN.
       The others: as for `pallas_kernels.flash_attention.flash_attention`.
 
     Returns:
@@ -89,7 +90,7 @@ def flash_decoding(
         checks.require(isinstance(schedule, Schedule), "schedule", given, "None or what `plan` gives")
         shape = Shape.of(q_BQNH, kv, page_table_BJ)
         schedule.check(slots=shape.slots, queries=shape.queries, window=window, units=shape.units)
-    run = _choose(q_BQNH, kv, options, tree_mask_BQW is not None, implementation)
+    run = _choose(q_BQNH, kv, page_table_BJ, options, tree_mask_BQW is not None, implementation)
     arrays = kv, page_table_BJ, lengths_B, sinks_N, tree_mask_BQW, schedule
     dispatch.require_here("flash_decoding", implementation, q_BQNH, *arrays)
     if run is mosaic_gpu.flash_decoding:
@@ -128,7 +129,7 @@ def plan(
     checks.check_options(options)
     checks.check_layout(q_BQNH, k_pages_PSKH, page_table_BJ, lengths_B)
     _check_slots(q_BQNH, lengths_B)
-    if _choose(q_BQNH, kv, options, False, implementation) is not mosaic_gpu.flash_decoding:
+    if _choose(q_BQNH, kv, page_table_BJ, options, False, implementation) is not mosaic_gpu.flash_decoding:
         return None
     return mosaic_gpu.plan(lengths_B, Shape.of(q_BQNH, kv, page_table_BJ), window)
 
@@ -138,11 +139,15 @@ def _check_slots(q_BQNH: jax.Array, lengths_B: jax.Array) -> None:
     checks.require(q_BQNH.shape[0] == slots, "q.shape", q_BQNH.shape, f"one row for each of the {slots} slots")
 
 
-def _choose(q_BQNH: jax.Array, kv: PagedKV, options: Options, tree: bool, implementation: str) -> Callable:
+def _choose(
+    q_BQNH: jax.Array, kv: PagedKV, table_BJ: jax.Array, options: Options, tree: bool, implementation: str
+) -> Callable:
     refusals = {
         dispatch.KERNEL: config.unsupported(q_BQNH, kv),
         dispatch.CUDNN: cudnn.unsupported(q_BQNH, options, tree),
     }
     if implementation == "auto":
-        refusals[dispatch.CUDNN] = refusals[dispatch.CUDNN] or cudnn.slower(q_BQNH)
+        keys = table_BJ.shape[1] * kv.page_size
+        in_sight = min(keys, options.window + q_BQNH.shape[1] - 1) if options.window else keys
+        refusals[dispatch.CUDNN] = refusals[dispatch.CUDNN] or cudnn.slower(q_BQNH, in_sight)
     return dispatch.choose("flash_decoding", implementation, IMPLEMENTATIONS, refusals)

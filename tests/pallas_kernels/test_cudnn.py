@@ -128,10 +128,11 @@ def test_quantized_pages_are_value_times_scale(attend):
 
 
 def arguments(op, change: dict, dtype=jnp.bfloat16) -> tuple[dict, dict]:
-    """Shapes of a problem of two sequences, and its static options."""
+    """Shapes of a problem of two sequences unless `slots` says how many, and its static options."""
+    sizes = {name: change[name] for name in ("queries", "cache") if name in change}
     problem = {
         flash_attention: prefill.Problem(HEADS, 2, 1024),
-        flash_decoding: decoding.Problem(HEADS, 2, 1024, queries=change.get("queries", 1), cache=change.get("cache")),
+        flash_decoding: decoding.Problem(HEADS, change.get("slots", 2), change.get("keys", 1024), **sizes),
     }[op]
     arrays = jax.eval_shape(lambda key: problem.arguments(key, jnp.dtype(dtype)), jax.random.key(0))
     if "head_size" in change:
@@ -242,14 +243,25 @@ def test_by_name_on_the_wrong_gpu_it_says_so(cudnn_here, monkeypatch):
         called(flash_decoding, {})
 
 
+def test_few_queries_are_left_to_xla():
+    slower = sys.modules["pallas_kernels.flash_attention.cudnn"].slower
+    assert "below 512 queries" in slower(jax.ShapeDtypeStruct((511, 4, 64), jnp.bfloat16))
+    assert slower(jax.ShapeDtypeStruct((512, 4, 64), jnp.bfloat16)) is None
+
+
 @pytest.mark.parametrize(
-    ("op", "shape", "words"),
-    [(flash_attention, (511, 4, 64), "below 512 queries"), (flash_decoding, (1, 1, 4, 64), "one sequence")],
+    ("change", "choice"),
+    [
+        ({"slots": 1, "keys": 8192}, "xla: .* one sequence of up to 8192 keys"),
+        ({"slots": 1, "keys": 8193}, "cudnn"),
+        ({"slots": 1, "keys": 131_072}, "cudnn"),
+        ({"slots": 1, "keys": 131_072, "window": 4096}, "xla"),
+        ({"slots": 2, "keys": 8192}, "cudnn"),
+    ],
 )
-def test_what_is_faster_in_xla_is_left_to_it(op, shape, words):
-    slower = sys.modules[f"{op.__module__}.cudnn"].slower
-    assert words in slower(jax.ShapeDtypeStruct(shape, jnp.bfloat16))
-    assert slower(jax.ShapeDtypeStruct((shape[0] + 1, *shape[1:]), jnp.bfloat16)) is None
+def test_one_sequence_of_few_keys_is_left_to_xla(cudnn_here, monkeypatch, change, choice):
+    found = ran(monkeypatch, A100, flash_decoding, change)
+    assert re.match(choice, found), found
 
 
 GPU_CASES = {
