@@ -8,6 +8,7 @@ array grows with queries times keys.
 Masked scores and values are selected away, never multiplied by zero: unused slots may hold NaN.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 Attend = Callable[..., tuple[jax.Array, jax.Array]]  # `attend` below, or what stands for it
 # Stands for minus infinity where differences are taken: -inf minus -inf would be NaN.
 LOWEST = -1e30
+LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,15 @@ def _finish(softmax: Softmax, sinks_N: jax.Array | None, dtype: jnp.dtype) -> tu
     lse_BKgQ = jnp.where(seen_BKgQ, max_BKgQ + jnp.log(sum_BKgQ), -jnp.inf)
     out_BQNH = out_BKgQH.astype(dtype).transpose(0, 3, 1, 2, 4).reshape(B, Q, K * g, H)
     return out_BQNH, lse_BKgQ.transpose(0, 3, 1, 2).reshape(B, Q, K * g)
+
+
+def log2_size(scales: jax.Array) -> jax.Array:
+    """Of the scales of values, for a softmax whose weights are multiplied by them and then rounded to float16: it is
+    taken relative to the largest product, so that none exceeds 1 and those that count are not subnormal.
+
+    Bounded, so that a weight relative to a product with a scale of 0 is a finite number.
+    """
+    return jnp.log(jnp.maximum(jnp.abs(scales), 2.0**-64)) * LOG2E
 
 
 def share(part_lse: jax.Array, whole_lse: jax.Array) -> jax.Array:

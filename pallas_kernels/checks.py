@@ -5,6 +5,9 @@ under a trace there is nothing to look at.
 """
 
 import math
+import numbers
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.core
@@ -15,11 +18,24 @@ from pallas_kernels.blockwise import Options, PagedKV
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZED_DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
+MOST_WINDOW = 2**30  # positions less a window stay within 32 bits
 
 
 def require(condition: bool, argument: str, found: object, allowed: str) -> None:
     if not condition:
         raise ValueError(f"{argument} is {found}; allowed: {allowed}")
+
+
+def require_array(name: str, given: object) -> None:
+    """Or what has a shape and a dtype as an array has."""
+    require(hasattr(given, "shape") and hasattr(given, "dtype"), name, f"a {type(given).__name__}", "an array")
+
+
+def require_number(name: str, given: object, valid: Callable[[Any], bool], allowed: str) -> None:
+    """Of Python or NumPy: an array would not be known when the program is traced."""
+    number = isinstance(given, numbers.Real) and not isinstance(given, bool)
+    found = f"an array of shape {given.shape}" if isinstance(given, jax.Array) else repr(given)
+    require(number and valid(given), name, found, allowed)
 
 
 def check_attention(
@@ -30,6 +46,7 @@ def check_attention(
     _require_values("page_table", table_BJ, 0, kv.k_PSKH.shape[0] - 1, "pages of the pool")
     _check_values(kv)
     if sinks_N is not None:
+        require_array("sinks", sinks_N)
         heads = (q.shape[-2],)
         _require_dtype("sinks", sinks_N, COMPUTE_DTYPES)
         require(sinks_N.shape == heads, "sinks.shape", sinks_N.shape, f"{heads}, one per query head")
@@ -37,6 +54,8 @@ def check_attention(
 
 def check_layout(q: jax.Array, k_PSKH: jax.Array, table_BJ: jax.Array, lengths_B: jax.Array) -> None:
     """Checks what says how many keys there are and of which queries; of the pages only shape and dtype matter."""
+    for name, array in {"k_pages": k_PSKH, "page_table": table_BJ, "lengths": lengths_B}.items():
+        require_array(name, array)
     _require_dtype("q", q, COMPUTE_DTYPES)
     _check_keys(k_PSKH, *q.shape[-2:])
     _require_rank("page_table", table_BJ, 2)
@@ -50,20 +69,24 @@ def check_layout(q: jax.Array, k_PSKH: jax.Array, table_BJ: jax.Array, lengths_B
 
 
 def check_options(options: Options) -> None:
-    scale, window, soft_cap = options.scale, options.window, options.soft_cap
-    require(math.isfinite(scale), "scale", scale, "a finite number")
-    whole = isinstance(window, int | np.integer) and window >= 1
-    require(window is None or whole, "window", window, "None or a whole number, at least 1")
-    require(soft_cap is None or 0 < soft_cap < math.inf, "soft_cap", soft_cap, "None or a finite number above 0")
+    require_number("scale", options.scale, math.isfinite, "a finite number")
+    if options.window is not None:
+        whole = lambda window: isinstance(window, int | np.integer) and window in range(1, MOST_WINDOW + 1)  # noqa: E731
+        require_number("window", options.window, whole, f"None or a whole number from 1 to {MOST_WINDOW}")
+    if options.soft_cap is not None:
+        above_0 = lambda cap: 0 < cap < math.inf  # noqa: E731
+        require_number("soft_cap", options.soft_cap, above_0, "None or a finite number above 0")
 
 
 def check_queries(q: jax.Array, axes: str) -> None:
+    require_array("q", q)
     _require_rank("q", q, len(axes))
     require(min(q.shape) >= 1, "q.shape", q.shape, f"every one of the axes {axes} at least 1")
 
 
 def check_ragged(cu_q_R1: jax.Array, lengths_R: jax.Array, tokens: int) -> None:
     """Checks the borders of ragged queries: they start at 0, do not fall, and end within the tokens."""
+    require_array("cu_q", cu_q_R1)
     _require_dtype("cu_q", cu_q_R1, ("int32",))
     borders = (lengths_R.shape[0] + 1,)
     require(cu_q_R1.shape == borders, "cu_q.shape", cu_q_R1.shape, f"{borders}, one more than lengths")
@@ -90,6 +113,7 @@ def _check_keys(k: jax.Array, heads: int, head_size: int) -> None:
 def _check_values(kv: PagedKV) -> None:
     """And the scales of both."""
     k, v = kv.k_PSKH, kv.v_PSKH
+    require_array("v_pages", v)
     require(v.shape == k.shape, "v_pages.shape", v.shape, f"{k.shape}, as k_pages")
     require(v.dtype == k.dtype, "v_pages.dtype", v.dtype, f"{k.dtype}, as k_pages")
     quantized = k.dtype.name in QUANTIZED_DTYPES
@@ -97,6 +121,7 @@ def _check_values(kv: PagedKV) -> None:
         need = f"an array for pages of {k.dtype}" if quantized else f"None for pages of {k.dtype}"
         require((scale is not None) == quantized, name, "None" if scale is None else "an array", need)
         if scale is not None:
+            require_array(name, scale)
             _require_dtype(name, scale, ("float32",))
             P, S, K, _ = k.shape
             require(scale.shape == (P, K, S), f"{name}.shape", scale.shape, f"{(P, K, S)}, the axes PKS of k_pages")

@@ -22,20 +22,20 @@ from pallas_kernels.blockwise import Options, PagedKV, as_moved, ceil_div, share
 DTYPES = ("bfloat16", "float16")
 
 
-def unsupported(q: jax.Array, options: Options) -> str | None:
+def unsupported(q: jax.Array, options: Options) -> dispatch.Refusal | str | None:
     """Why cuDNN cannot take an input that the public ops allow; None if it can."""
     head_size = q.shape[-1]
     largest = 256 if (dispatch.compute_capability() or dispatch.AMPERE) >= dispatch.HOPPER else 128
     if fused.cuda_versions is None:  # pyright: ignore[reportPrivateImportUsage]
         return "JAX finds no cuDNN here"
     if q.dtype.name not in DTYPES:
-        return f"q.dtype is {q.dtype}; allowed: {', '.join(DTYPES)}"
+        return dispatch.Refusal("q.dtype", q.dtype, ", ".join(DTYPES))
     if head_size % 8 or head_size > largest:
-        return f"the head size is {head_size}; allowed: multiples of 8 up to {largest}"
+        return dispatch.Refusal("q.shape", q.shape, f"head sizes that are multiples of 8 up to {largest}")
     if options.soft_cap is not None:
-        return f"soft_cap is {options.soft_cap}; allowed: None"
+        return dispatch.Refusal("soft_cap", options.soft_cap, "None")
     if options.scale <= 0:
-        return f"scale is {options.scale}; allowed: above 0"
+        return dispatch.Refusal("scale", options.scale, "above 0")
     return None
 
 

@@ -4,15 +4,37 @@ import functools
 import logging
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.core
 
 KERNEL = "mosaic_gpu"  # the name that the kernels have among the implementations
 CUDNN = "cudnn"
 FALLBACK = "xla"
 HOPPER, AMPERE = (9, 0), (8, 0)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why an implementation does not take an argument that the op allows."""
+
+    argument: str
+    found: object
+    allowed: str
+
+    def __str__(self) -> str:
+        return f"{self.argument} is {self.found}; allowed: {self.allowed}"
+
+    @property
+    def of_any(self) -> str:
+        """The same of every such argument: what `auto` says once, whatever sizes come after."""
+        return f"not with this {self.argument}; allowed: {self.allowed}"
+
+
 # Why an implementation cannot take an input, None if it can, by its name: the one to be preferred first.
-Refusals = Mapping[str, str | None]
+Refusals = Mapping[str, Refusal | str | None]
 NO_REFUSALS: Refusals = {KERNEL: None, CUDNN: None}
 logger = logging.getLogger("pallas_kernels")
 
@@ -33,6 +55,19 @@ def choose[Op: Callable](op: str, implementation: str, available: Mapping[str, O
     return available[implementation]
 
 
+def require_here(op: str, implementation: str, *arguments: Any) -> None:
+    """Of an implementation asked for by name: that it runs on what is here.
+
+    A call that is traced is let through, since its program may be lowered for a GPU elsewhere, or be interpreted.
+
+    Raises:
+      ValueError: names the op, and says why it does not run.
+    """
+    traced = any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(arguments))
+    if not traced and (reason := cannot_run(implementation)):
+        raise ValueError(f"implementation={implementation!r} of {op} cannot run: {reason}")
+
+
 def preferred(op: str, refusals: Refusals) -> str:
     """What `auto` stands for on this input; says so once."""
     implementation, reason = automatic(refusals)
@@ -41,14 +76,14 @@ def preferred(op: str, refusals: Refusals) -> str:
 
 
 def automatic(refusals: Refusals = NO_REFUSALS) -> tuple[str, str]:
-    """The implementation that `auto` stands for here, and why it is none of those before it."""
+    """The implementation that `auto` stands for here, and why it is none of those before it, without sizes."""
     if compute_capability() is None:
         return FALLBACK, _no_gpu()
     against = []
     for name, refusal in refusals.items():
         if (reason := _wrong_gpu(name) or refusal) is None:
             return name, "; ".join(against) or "written for this GPU"
-        against.append(f"{name}: {reason}")
+        against.append(f"{name}: {reason.of_any if isinstance(reason, Refusal) else reason}")
     return FALLBACK, "; ".join(against)
 
 
@@ -56,7 +91,7 @@ def cannot_run(implementation: str) -> str | None:
     """Why an implementation does not run on what is here, whatever it is given; None if it does.
 
     Where there is no NVIDIA GPU, `choose` still gives a kernel that is asked for by name, since a program may be
-    lowered for a GPU elsewhere: it is running it here that fails.
+    lowered for a GPU elsewhere: it is running it here that `require_here` refuses.
     """
     if compute_capability() is None and implementation in NO_REFUSALS:
         return _no_gpu()

@@ -88,7 +88,8 @@ class Case[P: Problem]:
     def compiling(self) -> Iterator[Future]:
         yield self.generate
         for started in self.runs.values():
-            yield from [] if isinstance(started, str) else (future for future in started if future is not None)
+            if not isinstance(started, str):
+                yield from (future for future in (started.prepare, started.program) if future is not None)
         if self.expected is not None:
             yield self.expected
 
@@ -161,8 +162,8 @@ def time_started(
         return started
 
     def timed() -> Timing:
-        program = started.program.result()
-        return time_call(program, make_copies(started, generate.result(), bench.l2), bench.effort, check)
+        copies = make_copies(started, generate.result(), bench.l2)
+        return time_call(started.program.result(), started.compile_single, copies, bench.effort, check)
 
     return attempt(timed)
 

@@ -117,7 +117,8 @@ def measure(name: str, bench: Bench, rounds: int) -> Iterator[Record]:
     for _ in range(rounds):
         for variant, run in started.items():
             check = partial(agreement.check, variant)
-            times[variant].append(time_call(run.program.result(), copies, bench.effort, check).median)
+            timing = time_call(run.program.result(), run.compile_single, copies, bench.effort, check)
+            times[variant].append(timing.median)
     for variant, seconds in times.items():
         ratios = sorted(mine / whole for mine, whole in zip(seconds, times[WHOLE], strict=True))
         case, spread = f"{op.OP.case(name)} {variant}", (min(seconds) * 1e6, max(seconds) * 1e6, rounds)

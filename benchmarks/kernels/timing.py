@@ -3,7 +3,9 @@
 The arguments of consecutive calls are different copies, enough of them that twice the L2 cache passes between two
 calls on the same one: K and V, or a weight, come from memory, as in a model whose layers each have their own.
 A sample is as many programs as fill a few milliseconds, dispatched back to back, with one wait at the end. Nothing is
-subtracted. A program that the device runs faster than the host dispatches it would show the host's time.
+subtracted. A program that the device runs faster than the host dispatches it would show the host's time. Where calls
+are so long that ten such samples would take more than a few seconds, a sample is some programs of one call: beside a
+call of 10 ms the gap after it is nothing.
 
 Triton's do_bench, with which other systems are often timed, overwrites the L2 before each call and puts events around
 single launches: its gaps are those between a launch and an event, ours those within a compiled program.
@@ -25,15 +27,14 @@ from benchmarks.kernels.op import Arguments, Run
 
 CALLS = 20
 MOST_BYTES = 2**34  # of all copies
-FEWEST_SAMPLES = 3
 
 
 @dataclass(frozen=True)
 class Effort:
     """Samples of a timing, the least seconds that one of them takes, and about the most that they take together.
 
-    The last makes samples fewer, but never fewer than FEWEST_SAMPLES: XLA's attention to 32,768 keys takes seconds for
-    one program.
+    The last makes samples shorter, down to a single call, but not fewer: XLA's attention to 32,768 keys takes seconds
+    for a program of 20 calls.
     """
 
     samples: int = 10
@@ -51,11 +52,15 @@ class Timing:
     samples: int
 
 
+Program = Callable[[Sequence[Arguments]], list[jax.Array]]
+
+
 class Started(NamedTuple):
     """A run that is being compiled, by other threads: timing waits until they are done."""
 
     prepare: Future[Callable[[Arguments], Arguments]] | None
-    program: Future[Callable[[Sequence[Arguments]], list[jax.Array]]]
+    program: Future[Program]
+    compile_single: Callable[[], Program]  # the same of one call, which few runs need
 
 
 def start(run: Run, shapes: Arguments, pool: Executor) -> Started:
@@ -64,7 +69,9 @@ def start(run: Run, shapes: Arguments, pool: Executor) -> Started:
     if run.prepare is not None:
         prepare = compiled(run.prepare, shapes, pool)
         shapes = jax.eval_shape(run.prepare, shapes)
-    return Started(prepare, compiled(make_program(run), [shapes] * CALLS, pool))
+    program = make_program(run)
+    compile_single = lambda: jax.jit(program).lower([shapes]).compile()  # noqa: E731
+    return Started(prepare, compiled(program, [shapes] * CALLS, pool), compile_single)
 
 
 def compiled(function: Callable, shapes: Any, pool: Executor) -> Future:
@@ -96,7 +103,7 @@ def make_copies(started: Started, generate: Callable[[jax.Array], Arguments], l2
     return jax.block_until_ready([first, *(copy(n) for n in range(1, num_copies(copy_bytes, l2)))])
 
 
-def make_program(run: Run) -> Callable[[Sequence[Arguments]], list[jax.Array]]:
+def make_program(run: Run) -> Program:
     """A program that calls `run` once on each of the arguments, one call after the other.
 
     Three things keep XLA from making less of it. Every call has parameters of its own, also where the same copy is
@@ -118,30 +125,35 @@ def make_program(run: Run) -> Callable[[Sequence[Arguments]], list[jax.Array]]:
 
 
 def time_call(
-    program: Callable[[Sequence[Arguments]], list[jax.Array]],
+    program: Program,
+    compile_single: Callable[[], Program],
     copies: list[Arguments],
     effort: Effort,
     check: Callable[[jax.Array], None],
 ) -> Timing:
     """Gives the output on the first copy to `check`, which may raise, and times."""
     turns = math.ceil(len(copies) / CALLS)  # programs until every copy was passed
-    windows = [[copies[(n * CALLS + i) % len(copies)] for i in range(CALLS)] for n in range(turns)]
 
-    def sample(programs: int) -> float:
+    def sample(run: Program, calls: int, programs: int, first: int = 0) -> float:
+        """Of programs of so many calls, from a copy on."""
+        windows = [[copies[(first + n * calls + i) % len(copies)] for i in range(calls)] for n in range(programs)]
         outputs = None
         start = time.perf_counter()
-        for n in range(programs):
+        for window in windows:
             del outputs  # its memory serves the next program, whose addresses then stay the same
-            outputs = program(windows[n % turns])
+            outputs = run(window)
         jax.block_until_ready(outputs)
-        return (time.perf_counter() - start) / (programs * CALLS)
+        return (time.perf_counter() - start) / (programs * calls)
 
-    check(program(windows[0])[0])
-    first = sample(1)
-    programs = max(turns, math.ceil(effort.seconds / (first * CALLS)))
+    check(program([copies[i % len(copies)] for i in range(CALLS)])[0])
+    call = sample(program, CALLS, 1)
+    programs = max(turns, math.ceil(effort.seconds / (call * CALLS)))
     programs = math.ceil(programs / turns) * turns
-    seconds = [first] if programs == 1 else []
-    in_time = int(effort.most_seconds / (programs * CALLS * first))
-    samples = max(min(effort.samples, in_time), FEWEST_SAMPLES)
-    seconds += [sample(programs) for _ in range(samples - len(seconds))]
+    if effort.samples * programs * CALLS * call <= effort.most_seconds:
+        seconds = [sample(program, CALLS, programs) for _ in range(effort.samples)]
+    else:
+        single = compile_single()
+        jax.block_until_ready(single(copies[:1]))
+        calls = max(1, int(effort.most_seconds / (effort.samples * call)))
+        seconds = [sample(single, 1, calls, n * calls) for n in range(effort.samples)]
     return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds))

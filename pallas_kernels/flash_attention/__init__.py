@@ -86,5 +86,6 @@ def flash_attention(
     if implementation == "auto":
         refusals[dispatch.CUDNN] = refusals[dispatch.CUDNN] or cudnn.slower(q_TNH)
     run = dispatch.choose("flash_attention", implementation, IMPLEMENTATIONS, refusals)
+    dispatch.require_here("flash_attention", implementation, q_TNH, kv, page_table_RJ, cu_q_R1, lengths_R, sinks_N)
     out_TNH, lse_TN = run(q_TNH, kv, page_table_RJ, cu_q_R1, lengths_R, sinks_N, options)
     return (out_TNH, lse_TN) if return_lse else out_TNH

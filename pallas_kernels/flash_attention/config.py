@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tuned
 from pallas_kernels.blockwise import Options, PagedKV, ceil_div
+from pallas_kernels.dispatch import Refusal
 
 MAX_SHARED_BYTES = 227 * 1024  # of a block on Hopper
 ALIGNMENT = 1024  # of every buffer
@@ -106,21 +107,21 @@ def candidates(q_TNH: jax.Array, kv: PagedKV) -> list[Config]:
     ]
 
 
-def unsupported(q_TNH: jax.Array, kv: PagedKV, options: Options) -> str | None:
+def unsupported(q_TNH: jax.Array, kv: PagedKV, options: Options) -> Refusal | None:
     """Why the kernel cannot take an input that the public op allows; None if it can."""
     dtype, kv_dtype, head_size, page_size = q_TNH.dtype, kv.k_PSKH.dtype, q_TNH.shape[-1], kv.page_size
     if dtype.name not in DTYPES:
-        return f"q.dtype is {dtype}; allowed: {', '.join(DTYPES)}"
+        return Refusal("q.dtype", dtype, ", ".join(DTYPES))
     if kv_dtype != dtype and kv_dtype.name not in QUANTIZED_DTYPES:
-        return f"k_pages.dtype is {kv_dtype}; allowed: {', '.join((dtype.name, *QUANTIZED_DTYPES))}"
+        return Refusal("k_pages.dtype", kv_dtype, ", ".join((dtype.name, *QUANTIZED_DTYPES)))
     if head_size not in HEAD_SIZES:
-        return f"the head size is {head_size}; allowed: {', '.join(map(str, HEAD_SIZES))}"
+        return Refusal("q.shape", q_TNH.shape, f"head sizes {', '.join(map(str, HEAD_SIZES))}")
     config = choose(q_TNH, kv)
     if not _fits_pages(config, page_size):
         allowed = f"multiples of 8 that divide {config.block_kv}, and multiples of {config.block_kv}"
-        return f"pages hold {page_size} tokens; allowed: {allowed}"
+        return Refusal("k_pages.shape", kv.k_PSKH.shape, f"slots of a page: {allowed}")
     if options.scale <= 0:
-        return f"scale is {options.scale}; allowed: above 0"
+        return Refusal("scale", options.scale, "above 0")
     return None
 
 

@@ -13,11 +13,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.blockwise import LOWEST, Options
+from pallas_kernels.blockwise import LOG2E, LOWEST, Options, log2_size
 from pallas_kernels.flash_attention import schedule
 from pallas_kernels.flash_attention.config import CONSUMERS, TMA_ALIGNMENT
 from pallas_kernels.flash_attention.schedule import ROW_ALIGNMENT, Blocks, Tile
-from pallas_kernels.flash_attention.shared import LOG2E, Meeting, Problem, Refs, Signals
+from pallas_kernels.flash_attention.shared import Meeting, Problem, Refs, Signals
 
 LAYOUT_QC = plgpu.Layout.WGMMA
 LAYOUT_Q, LAYOUT_C = LAYOUT_QC.reduce(1), LAYOUT_QC.reduce(0)
@@ -87,7 +87,9 @@ def _attend(problem, smem, signals, warpgroup, tile, keys: Blocks, position, don
                 hopper.complete(slot_of(i))
             return _row_softmax(problem.options, distance, masked, scores_QC, max_Q, sum_Q8)
         scales = (plgpu.load(smem["scales"].at[kind, slot_of(i)], layout=LAYOUT_C) for kind in range(2))
-        results = _row_softmax(problem.options, distance, masked, scores_QC, max_Q, sum_Q8, *scales)
+        results = _row_softmax(
+            problem.options, distance, masked, scores_QC, max_Q, sum_Q8, *scales, in_float16=q.dtype == jnp.float16
+        )
         signals.k_free.send(slot_of(i))
         return results
 
@@ -180,11 +182,17 @@ class Products:
         return pl.run_state(body)((plgpu.WGMMAAccumulatorRef.init(softmax.values_QH), *placeholders))
 
 
-def _row_softmax(options: Options, distance, masked: bool, scores_QC, max_Q, sum_Q8, k_scale_C=None, v_scale_C=None):
+def _row_softmax(
+    options: Options, distance, masked: bool, scores_QC, max_Q, sum_Q8, k_scale_C=None, v_scale_C=None, *,
+    in_float16: bool = False,
+):  # fmt: skip
     """Takes a block into the softmax: new maximum and sum, the decay of what came before, the block's weights.
 
     `distance` is the first row's position less the first key's. A row that has seen nothing keeps the maximum
     LOWEST, against which a masked score weighs exactly 0. The scales of what is masked may be NaN.
+
+    A weight is multiplied by the scale of its value before it is rounded. Where that is to float16 (`in_float16`) the
+    maximum is over these products, which it keeps in its range; bfloat16 has that of the scales.
     """
     scale, visible_QC, shape = options.scale * LOG2E, None, scores_QC.shape
     if k_scale_C is not None:
@@ -199,7 +207,13 @@ def _row_softmax(options: Options, distance, masked: bool, scores_QC, max_Q, sum
         if options.window is not None:
             visible_QC &= key_QC > lax.broadcast_in_dim(last_Q - options.window, shape, [0])
         scores_QC = jnp.where(visible_QC, scores_QC, -jnp.inf)
-    new_max_Q = jnp.maximum(max_Q, scores_QC.max(axis=1) * scale)
+    if v_scale_C is not None and in_float16:
+        products_QC = scores_QC * scale + lax.broadcast_in_dim(log2_size(v_scale_C), shape, [1])
+        products_QC = products_QC if visible_QC is None else jnp.where(visible_QC, products_QC, -jnp.inf)
+        largest_Q = products_QC.max(axis=1)
+    else:
+        largest_Q = scores_QC.max(axis=1) * scale
+    new_max_Q = jnp.maximum(max_Q, largest_Q)
     decay_Q = jnp.exp2(max_Q - new_max_Q)
     p_QC = jnp.exp2(scores_QC * scale - lax.broadcast_in_dim(new_max_Q, shape, [0]))
     parts = (p_QC[:, column : column + PARTIAL_SUMS] for column in range(0, shape[1], PARTIAL_SUMS))

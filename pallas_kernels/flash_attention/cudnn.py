@@ -22,5 +22,5 @@ flash_attention = partial(
 def slower(q_TNH: jax.Array) -> str | None:
     """Why XLA is the better choice, although cuDNN could run; None if it is not."""
     if len(q_TNH) < FEWEST_QUERIES:
-        return f"XLA is preferred below {FEWEST_QUERIES} queries, and there are {len(q_TNH)}"
+        return f"XLA is preferred below {FEWEST_QUERIES} queries"
     return None

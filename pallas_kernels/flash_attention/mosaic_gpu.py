@@ -17,11 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.blockwise import Options, PagedKV, share
+from pallas_kernels.blockwise import LOG2E, Options, PagedKV, share
 from pallas_kernels.flash_attention import consumer, producer, schedule
 from pallas_kernels.flash_attention.config import CONSUMERS, Config, choose, for_few_queries, result_dtype, scratch
 from pallas_kernels.flash_attention.schedule import ROW_ALIGNMENT, Tile
-from pallas_kernels.flash_attention.shared import LOG2E, Problem, Refs, Signals
+from pallas_kernels.flash_attention.shared import Problem, Refs, Signals
 from pallas_kernels.lowered import once
 
 PRODUCER = CONSUMERS  # the last warpgroup

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,8 +12,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper
 from pallas_kernels.blockwise import Options
 from pallas_kernels.flash_attention.config import CONSUMERS, Config
-
-LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax
 
 from pallas_kernels import checks, dispatch
 from pallas_kernels.blockwise import Options, PagedKV
-from pallas_kernels.flash_decoding import cudnn, mosaic_gpu, reference, xla
+from pallas_kernels.flash_decoding import config, cudnn, mosaic_gpu, reference, xla
 from pallas_kernels.flash_decoding.schedule import Schedule
 from pallas_kernels.flash_decoding.tree import check_tree_mask, pack_tree_mask
 from pallas_kernels.flash_decoding.units import Shape
@@ -61,7 +61,8 @@ def flash_decoding(
         give the same result.
       schedule: from `plan`, for the same lengths, queries, heads and window; the layers of a step share one. None
         makes one here. Only the kernel needs it.
-      implementation: as there; "cudnn" takes a window only with one query, and "auto" leaves one slot to XLA.
+      implementation: as there; "cudnn" takes a window only with one query, and "auto" leaves one slot with up to 8192
+        keys in sight, as many as the window and the page table allow, to XLA instead of cuDNN.
       The others: as for `pallas_kernels.flash_attention.flash_attention`.
 
     Returns:
@@ -71,10 +72,10 @@ def flash_decoding(
       ValueError: names the argument, what it is and what is allowed; before any device work. An implementation
         asked for by name says what it cannot take.
 
-    The kernel ("mosaic_gpu", Hopper) reads every page once, spread evenly over the multiprocessors whatever the
-    lengths. Memory beyond the result is independent of the pool (xla and cudnn: a copy of the keys and values in
-    sight, of 8192 keys per slot at most). Source: FlashDecoding (Dao et al. 2023); pages as in PagedAttention (Kwon
-    et al. 2023).
+    The kernel ("mosaic_gpu", Hopper) reads every page once for each 64 query rows of a KV head, of which there are
+    Q * N / K, spread evenly over the multiprocessors whatever the lengths. Memory beyond the result is independent of
+    the pool (xla and cudnn: a copy of the keys and values in sight, of 8192 keys per slot at most). Source:
+    FlashDecoding (Dao et al. 2023); pages as in PagedAttention (Kwon et al. 2023).
     """
     kv = PagedKV(k_pages_PSKH, v_pages_PSKH, k_scales_PKS, v_scales_PKS)
     options = Options(scale, window, soft_cap)
@@ -85,9 +86,13 @@ def flash_decoding(
     if tree_mask_BQW is not None:
         check_tree_mask(tree_mask_BQW, *q_BQNH.shape[:2])
     if schedule is not None:
+        given = f"a {type(schedule).__name__}"
+        checks.require(isinstance(schedule, Schedule), "schedule", given, "None or what `plan` gives")
         shape = Shape.of(q_BQNH, kv, page_table_BJ)
         schedule.check(slots=shape.slots, queries=shape.queries, window=window, units=shape.units)
-    run = _choose(q_BQNH, kv, options, tree_mask_BQW is not None, implementation)
+    run = _choose(q_BQNH, kv, page_table_BJ, options, tree_mask_BQW is not None, implementation)
+    arrays = kv, page_table_BJ, lengths_B, sinks_N, tree_mask_BQW, schedule
+    dispatch.require_here("flash_decoding", implementation, q_BQNH, *arrays)
     if run is mosaic_gpu.flash_decoding:
         run = partial(run, schedule=schedule)
     out_BQNH, lse_BQN = run(q_BQNH, kv, page_table_BJ, lengths_B, sinks_N, options, tree_mask_BQW)
@@ -124,7 +129,7 @@ def plan(
     checks.check_options(options)
     checks.check_layout(q_BQNH, k_pages_PSKH, page_table_BJ, lengths_B)
     _check_slots(q_BQNH, lengths_B)
-    if _choose(q_BQNH, kv, options, False, implementation) is not mosaic_gpu.flash_decoding:
+    if _choose(q_BQNH, kv, page_table_BJ, options, False, implementation) is not mosaic_gpu.flash_decoding:
         return None
     return mosaic_gpu.plan(lengths_B, Shape.of(q_BQNH, kv, page_table_BJ), window)
 
@@ -134,11 +139,15 @@ def _check_slots(q_BQNH: jax.Array, lengths_B: jax.Array) -> None:
     checks.require(q_BQNH.shape[0] == slots, "q.shape", q_BQNH.shape, f"one row for each of the {slots} slots")
 
 
-def _choose(q_BQNH: jax.Array, kv: PagedKV, options: Options, tree: bool, implementation: str) -> Callable:
+def _choose(
+    q_BQNH: jax.Array, kv: PagedKV, table_BJ: jax.Array, options: Options, tree: bool, implementation: str
+) -> Callable:
     refusals = {
-        dispatch.KERNEL: mosaic_gpu.unsupported(q_BQNH, kv),
+        dispatch.KERNEL: config.unsupported(q_BQNH, kv),
         dispatch.CUDNN: cudnn.unsupported(q_BQNH, options, tree),
     }
     if implementation == "auto":
-        refusals[dispatch.CUDNN] = refusals[dispatch.CUDNN] or cudnn.slower(q_BQNH)
+        keys = table_BJ.shape[1] * kv.page_size
+        in_sight = min(keys, options.window + q_BQNH.shape[1] - 1) if options.window else keys
+        refusals[dispatch.CUDNN] = refusals[dispatch.CUDNN] or cudnn.slower(q_BQNH, in_sight)
     return dispatch.choose("flash_decoding", implementation, IMPLEMENTATIONS, refusals)

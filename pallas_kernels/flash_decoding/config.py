@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+import jax
+
+from pallas_kernels.blockwise import PagedKV
+from pallas_kernels.dispatch import Refusal
+
 TILE_KEYS = 64  # keys of a tile
 ROWS = 64  # query rows of a CTA: the least that a warpgroup's matrix product takes
 HEAD_SIZES = (64, 96, 128, 256)
@@ -42,14 +47,15 @@ class Config:
         return self.ctas * self.pipelines
 
 
-def unsupported(dtype: str, kv_dtype: str, head_size: int, page_size: int) -> str | None:
+def unsupported(q_BQNH: jax.Array, kv: PagedKV) -> Refusal | None:
     """Why the kernel cannot take an input that the public op allows; None if it can."""
+    dtype, kv_dtype, page_size = q_BQNH.dtype.name, kv.k_PSKH.dtype.name, kv.page_size
     if dtype not in DTYPES:
-        return f"q.dtype is {dtype}; allowed: {', '.join(DTYPES)}"
+        return Refusal("q.dtype", dtype, ", ".join(DTYPES))
     if kv_dtype not in (dtype, *QUANTIZED_DTYPES):
-        return f"k_pages.dtype is {kv_dtype}; allowed: {', '.join((dtype, *QUANTIZED_DTYPES))}"
-    if head_size not in HEAD_SIZES:
-        return f"the head size is {head_size}; allowed: {', '.join(map(str, HEAD_SIZES))}"
+        return Refusal("k_pages.dtype", kv_dtype, ", ".join((dtype, *QUANTIZED_DTYPES)))
+    if q_BQNH.shape[-1] not in HEAD_SIZES:
+        return Refusal("q.shape", q_BQNH.shape, f"head sizes {', '.join(map(str, HEAD_SIZES))}")
     if page_size % TILE_KEYS and (TILE_KEYS % page_size or page_size % 8):
-        return f"pages hold {page_size} tokens; allowed: 8, 16, 32 and multiples of {TILE_KEYS}"
+        return Refusal("k_pages.shape", kv.k_PSKH.shape, f"slots of a page: 8, 16, 32 and multiples of {TILE_KEYS}")
     return None

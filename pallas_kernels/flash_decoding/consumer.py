@@ -1,6 +1,5 @@
 """The warpgroups of the decode kernel that compute: attention of a unit's rows to its tiles, and its results."""
 
-import math
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -11,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.blockwise import LOWEST, Options
+from pallas_kernels.blockwise import LOG2E, LOWEST, Options, log2_size
 from pallas_kernels.flash_decoding import quantized
 from pallas_kernels.flash_decoding.config import ROWS, TILE_KEYS, Config
 from pallas_kernels.flash_decoding.merge import join, with_sink
@@ -20,7 +19,6 @@ from pallas_kernels.flash_decoding.shared import Inputs, Outputs, Part, Scratch,
 from pallas_kernels.flash_decoding.tree import WORD, first_new_tile
 from pallas_kernels.flash_decoding.units import Shape
 
-LOG2_E = math.log2(math.e)
 SCORES = plgpu.Layout.WGMMA
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 
@@ -165,7 +163,7 @@ def _quantized_tile(
     v_scale = plgpu.load(scratch.v_scales.at[stage], layout=quantized.BY_KEY)
     key = plgpu.broadcasted_iota(jnp.int32, v_scale.shape, 0, layout=quantized.BY_KEY)
     v_scale = jnp.where(mask.seen.of(key), v_scale, 0.0)
-    products = scores + lax.broadcast_in_dim(quantized.log2_size(v_scale), scores.shape, [0])
+    products = scores + lax.broadcast_in_dim(log2_size(v_scale), scores.shape, [0])
     largest = quantized.over_keys("max", products, meeting, config.interpretable)
     new_maximum = jnp.maximum(maximum, largest)
     decay = jnp.exp2(maximum - new_maximum)
@@ -206,8 +204,8 @@ def _product_meanwhile(a, b, columns: int, work, config: Config) -> tuple[jax.Ar
 def _scaled(scores: jax.Array, options: Options) -> jax.Array:
     """In base 2, so that an exponential is one instruction."""
     if options.soft_cap is None:
-        return scores * (options.scale * LOG2_E)
-    return jnp.tanh(scores * (options.scale / options.soft_cap)) * (options.soft_cap * LOG2_E)
+        return scores * (options.scale * LOG2E)
+    return jnp.tanh(scores * (options.scale / options.soft_cap)) * (options.soft_cap * LOG2E)
 
 
 class _Seen(NamedTuple):
@@ -360,7 +358,7 @@ def _normalized(values, maximum, total) -> tuple[jax.Array, jax.Array]:
     """The mean of the values and the natural log-sum-exp; 0 and -inf in rows that saw nothing."""
     seen = total > 0
     inverse = jnp.where(seen, 1 / total, 0.0)
-    lse = jnp.where(seen, maximum * (1 / LOG2_E) + jnp.log(total), -jnp.inf)
+    lse = jnp.where(seen, maximum * (1 / LOG2E) + jnp.log(total), -jnp.inf)
     return values * lax.broadcast_in_dim(inverse, values.shape, [0]), lse
 
 

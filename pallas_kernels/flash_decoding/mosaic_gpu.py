@@ -1,10 +1,10 @@
-"""`flash_decoding` on Hopper: the pages stream through shared memory, and every byte of them is read once.
+"""`flash_decoding` on Hopper: the pages stream through shared memory, each once for up to 64 query rows.
 
 A CTA has two pipelines. In each, one warpgroup issues the copies (TMA) of a stretch of keys and values, tile after
 tile, into a ring of buffers in shared memory, and another multiplies; while one pipeline ends a unit, the other goes
 on. The query rows of a unit, all heads that share a KV head and all queries of the slot, are the rows of one matrix
-product, so that the heads of a group share one read of the keys. schedule.py says who reads what, and merge.py what
-becomes of units that several of them read.
+product, so that the heads of a group share one read of the keys. More than 64 rows are several units, each of which
+reads all of the keys. schedule.py says who reads what, and merge.py what becomes of units that several of them read.
 
 There a pipeline waits for what those of other CTAs leave, so all CTAs must be on the GPU together: they are no more
 than multiprocessors, and no two launches may run beside each other, which XLA's one stream of computations keeps.
@@ -23,7 +23,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import dispatch
 from pallas_kernels.blockwise import Options, PagedKV
 from pallas_kernels.checks import require
-from pallas_kernels.flash_decoding import config as configs
 from pallas_kernels.flash_decoding.choice import choose
 from pallas_kernels.flash_decoding.config import ROWS, Config
 from pallas_kernels.flash_decoding.consumer import clear_empty, compute, join_own
@@ -68,11 +67,6 @@ def plan(lengths_B: jax.Array, shape: Shape, window: int | None, config: Config 
     return make_schedule(
         lengths_B, queries=shape.queries, window=window, units=shape.units, stretches=config.stretches
     )
-
-
-def unsupported(q_BQNH: jax.Array, kv: PagedKV) -> str | None:
-    """Why the kernel cannot take an input that the public op allows; None if it can."""
-    return configs.unsupported(q_BQNH.dtype.name, kv.k_PSKH.dtype.name, q_BQNH.shape[-1], kv.page_size)
 
 
 # Jitted, so that the layers of a model share one trace.

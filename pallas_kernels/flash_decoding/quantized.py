@@ -11,7 +11,6 @@ those of the result be put in order at the end. Here a thread's share of a key a
 value 4, where the head is wide enough.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -164,11 +163,6 @@ def value_registers(
             for half, pair in enumerate(_convert(_transposed(words, rows), dtype)):
                 registers[_place(group, half, eight)] = pair
     return registers
-
-
-def log2_size(scales: jax.Array) -> jax.Array:
-    """Bounded, so that a weight relative to a product with a scale of 0 is a finite number."""
-    return jnp.log(jnp.maximum(jnp.abs(scales), 2.0**-64)) * math.log2(math.e)
 
 
 def store_by_row(values: jax.Array, memory, interpretable: bool) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.blockwise import Tree, ceil_div, visible_in_tree
-from pallas_kernels.checks import require
+from pallas_kernels.checks import require, require_array
 from pallas_kernels.flash_decoding.config import TILE_KEYS
 from pallas_kernels.flash_decoding.units import Shape, rows_of_queries
 
@@ -24,7 +24,14 @@ DTYPES = ("uint32", "int32")
 
 
 def pack_tree_mask(seen_BQC: jax.Array) -> jax.Array:
-    """Whether each query sees each of the new keys, [B, Q, Q], as the words tree_mask_BQW that the op takes."""
+    """Whether each query sees each of the new keys, [B, Q, Q] of bool, as the words tree_mask_BQW that the op takes.
+
+    Raises:
+      ValueError: names what is wrong with the array, and what is allowed.
+    """
+    require_array("seen", seen_BQC)
+    require(seen_BQC.ndim == 3, "seen.shape", seen_BQC.shape, "the axes BQQ")
+    require(seen_BQC.dtype == bool, "seen.dtype", seen_BQC.dtype, "bool")
     padding = -seen_BQC.shape[-1] % WORD
     seen_BQC = jnp.pad(seen_BQC, ((0, 0), (0, 0), (0, padding)))
     bits_BQWb = seen_BQC.reshape(*seen_BQC.shape[:2], -1, WORD).astype(jnp.uint32)
@@ -48,6 +55,7 @@ def check_tree_mask(tree_mask_BQW: jax.Array, slots: int, queries: int) -> None:
     Raises:
       ValueError: names what is wrong with the mask, and what is allowed.
     """
+    require_array("tree_mask", tree_mask_BQW)
     require(tree_mask_BQW.dtype.name in DTYPES, "tree_mask.dtype", tree_mask_BQW.dtype, ", ".join(DTYPES))
     shape = (slots, queries, ceil_div(queries, WORD))
     require(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.streaming_matmul import mosaic_gpu, reference, xla
-from pallas_kernels.streaming_matmul.arguments import Arguments, check
+from pallas_kernels.streaming_matmul.arguments import Arguments, check, result_dtype
 from pallas_kernels.streaming_matmul.config import Shape, slower
 from pallas_kernels.streaming_matmul.mlp import MLPArguments, check_mlp, compose
 
@@ -68,13 +68,15 @@ def streaming_matmul(
 
     Source: split of the contraction over blocks as in Stream-K (Osama et al. 2023), of equal parts.
     """
-    dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    dtype = result_dtype(x, out_dtype)
     arguments = Arguments(x, w, expert_A, norm_scale_D, bias, residual_MN, w_axes, norm_eps, dtype)
     check(arguments)
     refusal = mosaic_gpu.unsupported(arguments)
     if implementation == "auto":
         refusal = refusal or slower(Shape.of(arguments))
-    return dispatch.choose(NAME, implementation, IMPLEMENTATIONS, {dispatch.KERNEL: refusal})(arguments)
+    run = dispatch.choose(NAME, implementation, IMPLEMENTATIONS, {dispatch.KERNEL: refusal})
+    dispatch.require_here(NAME, implementation, arguments)
+    return run(arguments)
 
 
 def takes(
@@ -91,7 +93,7 @@ def takes(
     The arguments are those of `streaming_matmul`. Only their shapes and dtypes count: x and w may be
     `jax.ShapeDtypeStruct`.
     """
-    arguments = Arguments(x, w, None, norm_scale_D, bias, residual_MN, w_axes, 0.0, jnp.dtype(x.dtype))
+    arguments = Arguments(x, w, None, norm_scale_D, bias, residual_MN, w_axes, 0.0, result_dtype(x, None))
     check(arguments)
     refusal = mosaic_gpu.unsupported(arguments) or slower(Shape.of(arguments))
     return dispatch.preferred(NAME, {dispatch.KERNEL: refusal}) == dispatch.KERNEL
@@ -115,7 +117,7 @@ def streaming_mlp(
     Args:
       x_MD: the residual stream; float32, bfloat16 or float16. All weights are in its dtype.
       up_DcF: c = 2, the gate first.
-      norm_scale_D: of the RMSNorm, with `norm_eps`.
+      norm_scale_D: of the RMSNorm, with `norm_eps`; there is always one.
       attended_ME, o_ED: the heads' outputs and their projection; without them h = x.
       implementation: "mosaic_gpu" (Hopper; bfloat16; M up to 32; multiples of 64, D from 128 and E and F from 1024),
         "xla", "reference", or "auto".
@@ -129,7 +131,9 @@ def streaming_mlp(
     arguments = MLPArguments(x_MD, up_DcF, down_FD, norm_scale_D, attended_ME, o_ED, norm_eps)
     check_mlp(arguments)
     refusals = {dispatch.KERNEL: mosaic_gpu.unsupported_mlp(arguments)}
-    return dispatch.choose(MLP, implementation, MLP_IMPLEMENTATIONS, refusals)(arguments)
+    run = dispatch.choose(MLP, implementation, MLP_IMPLEMENTATIONS, refusals)
+    dispatch.require_here(MLP, implementation, arguments)
+    return run(arguments)
 
 
 def takes_mlp(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.checks import COMPUTE_DTYPES, require
+from pallas_kernels.checks import COMPUTE_DTYPES, require, require_array, require_number
 
 # Orders of the weight's axes: c holds a gate and its up projection, E one weight for each expert.
 W_AXES = ("DN", "ND", "DcN", "EDN", "END", "EDcN")
@@ -70,11 +71,23 @@ def pad[Given: (jax.Array, jax.Array | None)](given: Given, tokens: int) -> Give
     return jax.tree.map(lambda x: jnp.pad(x, (*((0, 0),) * (x.ndim - 2), (0, tokens), (0, 0))), given)
 
 
+def result_dtype(x: jax.Array, out_dtype: Any) -> jnp.dtype:
+    """`out_dtype`, or that of x if it is None. Raises ValueError for what is none."""
+    require_array("x", x)
+    if out_dtype is None:
+        return jnp.dtype(x.dtype)
+    try:
+        return jnp.dtype(out_dtype)
+    except TypeError:
+        raise ValueError(f"out_dtype is {out_dtype!r}; allowed: {', '.join(COMPUTE_DTYPES)}") from None
+
+
 def check(arguments: Arguments) -> None:
     """Raises ValueError for what no implementation takes."""
     x, w, w_axes, eps = arguments.x, arguments.w, arguments.w_axes, arguments.norm_eps
     require(w_axes in W_AXES, "w_axes", repr(w_axes), ", ".join(W_AXES))
     for name, array, axes in (("x", x, "AMD" if arguments.of_experts else "MD"), ("w", w, w_axes)):
+        require_array(name, array)
         require(array.ndim == len(axes), f"{name}.shape", array.shape, f"the axes {axes}")
         require(min(array.shape) >= 1, f"{name}.shape", array.shape, f"every one of the axes {axes} at least 1")
         _require_dtype(name, array.dtype, COMPUTE_DTYPES)
@@ -84,8 +97,8 @@ def check(arguments: Arguments) -> None:
         require(w.shape[-2] == 2, "w.shape", w.shape, "c = 2: the gate and the up projection")
     _check_experts(arguments)
     _check_extras(arguments)
-    require(0 <= eps < math.inf, "norm_eps", eps, "a finite number, at least 0")
-    _require_dtype("out", arguments.out_dtype, COMPUTE_DTYPES)
+    require_number("norm_eps", eps, lambda eps: 0 <= eps < math.inf, "a finite number, at least 0")
+    require(arguments.out_dtype.name in COMPUTE_DTYPES, "out_dtype", arguments.out_dtype, ", ".join(COMPUTE_DTYPES))
 
 
 def _check_experts(arguments: Arguments) -> None:
@@ -95,6 +108,7 @@ def _check_experts(arguments: Arguments) -> None:
     require((expert_A is not None) == arguments.of_experts, "expert", found, need)
     if expert_A is None:
         return
+    require_array("expert", expert_A)
     require(expert_A.shape == x.shape[:1], "expert.shape", expert_A.shape, f"{x.shape[:1]}, one for each group of x")
     _require_dtype("expert", expert_A.dtype, ("int32",))
     if not isinstance(expert_A, jax.core.Tracer | jax.ShapeDtypeStruct):
@@ -113,6 +127,7 @@ def _check_extras(arguments: Arguments) -> None:
     }
     for name, (array, shape) in expected.items():
         if array is not None:
+            require_array(name, array)
             require(array.shape == shape, f"{name}.shape", array.shape, f"{shape}")
             _require_dtype(name, array.dtype, COMPUTE_DTYPES)
     if arguments.of_experts:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tuned
 from pallas_kernels.checks import require
-from pallas_kernels.dispatch import FALLBACK
+from pallas_kernels.dispatch import FALLBACK, Refusal
 from pallas_kernels.streaming_matmul.arguments import Arguments
 from pallas_kernels.streaming_matmul.weights import Tiles
 
@@ -226,18 +226,19 @@ class MLPConfig:
         return math.ceil(config.tiles(shape) * config.split / (CLUSTER * self.clusters)) * config.steps(shape)
 
 
-def row_refusal(shapes: Sequence[Shape]) -> str | None:
-    """Why products that each can be a launch cannot be one together; None if they can."""
-    if shapes[0].tokens > MAX_TOKENS_OF_ROW:
-        return f"x has {shapes[0].tokens} tokens; at most {MAX_TOKENS_OF_ROW}"
-    shallow = MLPConfig(2, MOST_CLUSTERS)
-    for name, shape, config in zip("EDF"[-len(shapes) :], shapes, shallow.of(shapes), strict=True):
+def row_refusal(row: Sequence[Arguments], weights: Mapping[str, str]) -> Refusal | None:
+    """Why products that each can be a launch cannot be one together; None if they can. `weights` are the names of
+    their weights, and of the axis along which each is multiplied."""
+    shapes, shallow = [Shape.of(product) for product in row], MLPConfig(2, MOST_CLUSTERS)
+    for (name, axis), product, shape, config in zip(weights.items(), row, shapes, shallow.of(shapes), strict=True):
         least = shallow.stages * config.split * config.tile_d
         if shape.hidden < least:
             blocks = "a block" if config.split == 1 else f"each of {config.split} blocks"
-            return f"{name} is {shape.hidden}; at least {least}, {shallow.stages} tiles for {blocks}"
+            allowed = f"{axis} at least {least}, {shallow.stages} tiles for {blocks}"
+            return Refusal(f"{name}.shape", product.w.shape, allowed)
     if not _fits(shallow, shapes):
-        return f"{shallow.stages} tiles of a weight do not fit the shared memory beside the norm's scale"
+        allowed = f"a D that leaves shared memory for {shallow.stages} tiles of a weight beside the norm's scale"
+        return Refusal("up.shape", row[-2].w.shape, allowed)
     return None
 
 
@@ -346,4 +347,4 @@ def slower(shape: Shape) -> str | None:
     """Why XLA is the better choice, although the kernel could run; None if it is not."""
     if tuned.find(TUNED, tuning_key(shape)) != FALLBACK:
         return None
-    return f"XLA is faster at {shape.tokens} tokens times a weight {shape.w_axes} of {shape.hidden} x {shape.outputs}"
+    return "XLA is faster at such sizes, as measured"

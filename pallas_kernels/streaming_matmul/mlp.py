@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.checks import require
+from pallas_kernels.checks import require, require_array
 from pallas_kernels.streaming_matmul.arguments import Arguments, check, pad
 
 
@@ -74,13 +74,16 @@ def check_mlp(arguments: MLPArguments) -> None:
     """Raises ValueError for what no implementation takes; errors name the op's own arguments."""
     x, up, down = arguments.x_MD, arguments.up_DcF, arguments.down_FD
     for name, array, axes in (("x", x, "MD"), ("up", up, "DcF"), ("down", down, "FD")):
+        require_array(name, array)
         require(array.ndim == len(axes), f"{name}.shape", array.shape, f"the axes {axes}")
+    require_array("norm_scale", arguments.norm_scale_D)
     expected = {"up": (up, (x.shape[1], 2, up.shape[2])), "down": (down, (up.shape[2], x.shape[1]))}
     attended, o = arguments.attended_ME, arguments.o_ED
     given = "None" if attended is None else "an array"
     require((attended is None) == (o is None), "attended", given, "an array with o, None without")
     if attended is not None and o is not None:
         for name, array, axes in (("attended", attended, "ME"), ("o", o, "ED")):
+            require_array(name, array)
             require(array.ndim == len(axes), f"{name}.shape", array.shape, f"the axes {axes}")
         expected["attended"] = (attended, (x.shape[0], o.shape[0]))
         expected["o"] = (o, (o.shape[0], x.shape[1]))

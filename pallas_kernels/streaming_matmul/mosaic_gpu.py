@@ -18,12 +18,14 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Refusal
 from pallas_kernels.lowered import once
 from pallas_kernels.streaming_matmul import xla
 from pallas_kernels.streaming_matmul.arguments import Arguments
 from pallas_kernels.streaming_matmul.block import Block
 from pallas_kernels.streaming_matmul.config import (
     MAX_TOKENS,
+    MAX_TOKENS_OF_ROW,
     ROWS,
     SMEM_OF_BLOCK,
     SMS,
@@ -82,21 +84,24 @@ def _varying_as(y: jax.Array, operands: Iterable[jax.Array]) -> jax.Array:
     return lax.pcast(y, tuple(axes), to="varying") if axes else y
 
 
-def unsupported(arguments: Arguments) -> str | None:
-    """Why the kernel cannot take these arguments; None if it can."""
-    shape = Shape.of(arguments)
+def unsupported(arguments: Arguments, w: str = "w", axes: str = "DN") -> Refusal | None:
+    """Why the kernel cannot take these arguments; None if it can. `w` and `axes` are what the op calls the weight, and
+    those along and beside which it is multiplied."""
+    shape, w_shape = Shape.of(arguments), arguments.w.shape
     if shape.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"x is {shape.dtype}; the tensor cores take bfloat16 and float16"
+        return Refusal("x.dtype", shape.dtype, "bfloat16, float16, which the tensor cores take")
     if shape.tokens > MAX_TOKENS:
-        return f"x has {shape.tokens} tokens; at most {MAX_TOKENS}"
+        return Refusal("x.shape", arguments.x.shape, f"at most {MAX_TOKENS} tokens")
     if shape.hidden % 64 or shape.hidden < 128:
-        return f"D is {shape.hidden}; a multiple of 64, from 128"
+        return Refusal(f"{w}.shape", w_shape, f"{axes[0]} a multiple of 64, from 128")
     if shape.outputs % 64:
-        return f"N is {shape.outputs}; a multiple of 64"
+        return Refusal(f"{w}.shape", w_shape, f"{axes[1]} a multiple of 64")
     if shape.norm_dtype is not None and shape.dtype == jnp.float16:
-        return "x is float16 and normed; x times its scale, before the norm divides it, may exceed float16"
+        why = "x times its scale, before the norm divides it, may exceed float16"
+        return Refusal("norm_scale", "an array", f"None where x is float16: {why}")
     if smem_bytes((config_for(shape), shape)) > SMEM_OF_BLOCK:
-        return f"D is {shape.hidden}; the norm's scale leaves no shared memory for two tiles of the weight"
+        beside = "shared memory for two tiles of the weight beside the norm's scale"
+        return Refusal(f"{w}.shape", w_shape, f"a {axes[0]} that leaves {beside}")
     return None
 
 
@@ -129,14 +134,18 @@ def _derivative_of_row(
     return _row(config, arguments), tangent
 
 
-def unsupported_mlp(arguments: MLPArguments) -> str | None:
+def unsupported_mlp(arguments: MLPArguments) -> Refusal | str | None:
     """Why the kernel cannot take these arguments; None if it can."""
     if (found := dispatch.multiprocessors()) < SMS:
         return f"this GPU has {found} multiprocessors; at least {SMS}, since all blocks wait for each other"
+    if arguments.tokens > MAX_TOKENS_OF_ROW:
+        return Refusal("x.shape", arguments.x_MD.shape, f"at most {MAX_TOKENS_OF_ROW} tokens")
     row = products(arguments)
-    if refusal := next(filter(None, map(unsupported, row)), None):
-        return refusal
-    return row_refusal([Shape.of(product) for product in row])
+    weights = {"o": "ED", "up": "DF", "down": "FD"} if len(row) == 3 else {"up": "DF", "down": "FD"}
+    for product, (w, axes) in zip(row, weights.items(), strict=True):
+        if refusal := unsupported(product, w, axes):
+            return refusal
+    return row_refusal(row, {w: axes[0] for w, axes in weights.items()})
 
 
 @dataclass(frozen=True)

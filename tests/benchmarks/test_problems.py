@@ -19,7 +19,8 @@ PROMISED = {
     ],
     "flash_decoding": [
         *(f"llama-3-8b {x}{pages}" for x in SHAPES for pages in ("", " pages of 16")),
-        "llama-3-8b 64x4096 8 queries",
+        *(f"llama-3-8b 64x4096 {queries}" for queries in ("8 queries", "64 queries", "tree of 64", "120 queries")),
+        "llama-3-8b 1x8192 120 queries",
         "llama-3-8b 64 from 128 to 32768",
         "llama-3-8b 64x4096 int8",
         "llama-3-8b 64x4096 fp8",
@@ -73,6 +74,9 @@ def test_every_problem_traces(op, name):
         ("flash_decoding", "llama-3-8b 1x131072 pages of 16", 4 * 131072 * 32 * 128 / 1e9, 131072 * 4096),
         # Eight queries see 4089 to 4096 keys; the keys are read once.
         ("flash_decoding", "llama-3-8b 64x4096 8 queries", 4 * 64 * 32740 * 32 * 128 / 1e9, 64 * 4096 * 4096),
+        # Sixty-four see 4033 to 4096; in a binary tree their paths are 1, 2 x 2, 4 x 3, ... keys, 328 in all.
+        ("flash_decoding", "llama-3-8b 64x4096 64 queries", 4 * 64 * 260128 * 32 * 128 / 1e9, 64 * 4096 * 4096),
+        ("flash_decoding", "llama-3-8b 64x4096 tree of 64", 4 * 64 * 258376 * 32 * 128 / 1e9, 64 * 4096 * 4096),
         # A byte a number and a float32 scale a head: 2 x 8 x (128 + 4) bytes a key.
         ("flash_decoding", "llama-3-8b 64x4096 int8", 4 * 64 * 4096 * 32 * 128 / 1e9, 64 * 4096 * 2112),
         ("flash_decoding", "llama-3-8b 64x4096 fp8", 4 * 64 * 4096 * 32 * 128 / 1e9, 64 * 4096 * 2112),

@@ -2,6 +2,7 @@
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -89,17 +90,18 @@ def test_each_call_waits_for_the_one_before():
 
 
 def passed(monkeypatch, num: int, effort: Effort) -> tuple[list[int], timing.Timing]:
-    """The copies that `time_call` passes to calls, in order, and what it makes of a clock of one second a program."""
+    """The copies that `time_call` passes to calls, in order, and what it makes of a clock of one second a sample."""
     seen, clock = [], iter(range(10**6))
 
-    def program(window):
-        assert len(window) == CALLS
+    def program(calls, window):
+        assert len(window) == calls
         seen.extend(copy["n"] for copy in window)
         return window
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(timing.jax, "block_until_ready", lambda outputs: outputs)
-    found = time_call(program, [{"n": n} for n in range(num)], effort, lambda output: None)
+    whole, single = (partial(program, calls) for calls in (CALLS, 1))
+    found = time_call(whole, lambda: single, [{"n": n} for n in range(num)], effort, lambda output: None)
     return seen, found
 
 
@@ -115,15 +117,28 @@ def test_copies_take_turns_from_program_to_program(monkeypatch, num):
 
 def test_the_output_of_the_first_copy_is_checked():
     copies, outputs = make_copies(started(PRODUCT), random_product, l2=1), []
-    found = time_call(jax.jit(make_program(PRODUCT)), copies, Effort(samples=5, seconds=0), outputs.append)
+    run = started(PRODUCT)
+    found = time_call(run.program.result(), run.compile_single, copies, Effort(samples=5, seconds=0), outputs.append)
     np.testing.assert_allclose(outputs[0], copies[0]["x"] @ copies[0]["w"], rtol=1e-6, atol=1e-6)
     assert 0 < found.low <= found.median <= found.high
     assert jnp.isfinite(found.median)
 
 
-@pytest.mark.parametrize(("most_seconds", "samples"), [(1e9, 10), (5.0, 5), (1.0, 3)])
-def test_what_is_slow_gets_fewer_samples(monkeypatch, most_seconds, samples):
-    """A program takes a second of this clock; the one that shows it is a sample too."""
-    seen, found = passed(monkeypatch, 1, Effort(10, seconds=0.02, most_seconds=most_seconds))
-    assert found.samples == samples
-    assert len(seen) == (1 + samples) * CALLS
+@pytest.mark.parametrize(("most_seconds", "calls"), [(10.0, CALLS), (9.9, 19), (1.0, 2), (0.5, 1), (0.0, 1)])
+def test_what_is_slow_gets_fewer_calls_in_a_sample_and_as_many_samples(monkeypatch, most_seconds, calls):
+    """By this clock the first program takes a second."""
+    seen, found = passed(monkeypatch, 3, Effort(10, seconds=0.02, most_seconds=most_seconds))
+    assert found.samples == 10
+    assert found.median == 1 / calls
+    before = 2 * CALLS + (calls < CALLS)  # what compiles, and what shows how long a call takes
+    assert len(seen) == before + 10 * calls
+    if calls < CALLS:
+        assert seen[before:] == [n % 3 for n in range(10 * calls)]
+
+
+def test_a_long_call_is_timed_alone():
+    copies, run = make_copies(started(PRODUCT), random_product, l2=1), started(PRODUCT)
+    effort = Effort(samples=10, seconds=0, most_seconds=0)
+    found = time_call(run.program.result(), run.compile_single, copies, effort, lambda output: None)
+    assert found.samples == 10
+    assert 0 < found.low <= found.median <= found.high

@@ -3,7 +3,7 @@
 Every slot and page that no query sees holds NaN, as do the padding rows of q.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +142,14 @@ def quantized_pages(inputs: Inputs, dtype, kv_dtype) -> PagedKV:
     inputs.q = inputs.q.astype(dtype).astype(np.float32)
     (k, v), (k_scales, v_scales) = inputs.quantize(kv_dtype)
     return PagedKV(k, v, k_scales, v_scales)
+
+
+def with_value_scales(inputs: Inputs, kv: PagedKV, sizes_S: np.ndarray) -> PagedKV:
+    """The same pages with the scales of values times one number for each slot of a page; so the oracle sees them."""
+    for _, v in inputs.kv:
+        v *= np.resize(sizes_S, len(v))[:, None, None]
+    assert kv.v_scales_PKS is not None
+    return replace(kv, v_scales_PKS=kv.v_scales_PKS * sizes_S[None, None])
 
 
 def random_paths(rng: np.random.Generator, sequences: int, queries: int) -> np.ndarray:

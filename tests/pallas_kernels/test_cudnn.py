@@ -128,10 +128,11 @@ def test_quantized_pages_are_value_times_scale(attend):
 
 
 def arguments(op, change: dict, dtype=jnp.bfloat16) -> tuple[dict, dict]:
-    """Shapes of a problem of two sequences, and its static options."""
+    """Shapes of a problem of two sequences unless `slots` says how many, and its static options."""
+    sizes = {name: change[name] for name in ("queries", "cache") if name in change}
     problem = {
         flash_attention: prefill.Problem(HEADS, 2, 1024),
-        flash_decoding: decoding.Problem(HEADS, 2, 1024, queries=change.get("queries", 1), cache=change.get("cache")),
+        flash_decoding: decoding.Problem(HEADS, change.get("slots", 2), change.get("keys", 1024), **sizes),
     }[op]
     arrays = jax.eval_shape(lambda key: problem.arguments(key, jnp.dtype(dtype)), jax.random.key(0))
     if "head_size" in change:
@@ -168,8 +169,8 @@ REFUSED = {
     "dtype": (flash_attention, {}, "q.dtype is float32; allowed: bfloat16, float16", jnp.float32),
     "soft cap": (flash_attention, {"soft_cap": 50.0}, "soft_cap is 50.0; allowed: None", jnp.bfloat16),
     "scale": (flash_decoding, {"scale": -1.0}, "scale is -1.0; allowed: above 0", jnp.bfloat16),
-    "large heads": (flash_decoding, {"head_size": 256}, "the head size is 256; allowed: .* up to 128", jnp.float16),
-    "odd heads": (flash_attention, {"head_size": 20}, "the head size is 20; allowed: multiples of 8", jnp.float16),
+    "large heads": (flash_decoding, {"head_size": 256}, r"q.shape is \(.*, 256\); allowed: .* up to 128", jnp.float16),
+    "odd heads": (flash_attention, {"head_size": 20}, r"q.shape is \(.*, 20\); allowed: .*les of 8", jnp.float16),
     "window": (flash_decoding, {"window": 9, "queries": 2}, "window is 9 with 2 queries in a slot", jnp.bfloat16),
 }
 
@@ -207,7 +208,7 @@ A100, L4, T4, H200 = (8, 0), (8, 9), (7, 5), (9, 0)
     ("gpu", "op", "change", "choice"),
     [
         (H200, flash_attention, {}, "mosaic_gpu: written for this GPU"),
-        (H200, flash_attention, {"head_size": 40}, "cudnn: mosaic_gpu: the head size is 40"),
+        (H200, flash_attention, {"head_size": 40}, "cudnn: mosaic_gpu: not with this q.shape; allowed: head sizes 64"),
         (
             A100,
             flash_attention,
@@ -215,7 +216,7 @@ A100, L4, T4, H200 = (8, 0), (8, 9), (7, 5), (9, 0)
             "cudnn: mosaic_gpu: the kernels need compute capability 9.0, and this GPU has 8.0",
         ),
         (L4, flash_decoding, {}, "cudnn: mosaic_gpu: the kernels need compute capability 9.0, and this GPU has 8.9"),
-        (L4, flash_attention, {"soft_cap": 5.0}, "xla: mosaic_gpu: .* 8.9; cudnn: soft_cap is 5.0; allowed: None"),
+        (L4, flash_attention, {"soft_cap": 5.0}, "xla: .* 8.9; cudnn: not with this soft_cap; allowed: None"),
         (
             T4,
             flash_decoding,
@@ -242,14 +243,25 @@ def test_by_name_on_the_wrong_gpu_it_says_so(cudnn_here, monkeypatch):
         called(flash_decoding, {})
 
 
+def test_few_queries_are_left_to_xla():
+    slower = sys.modules["pallas_kernels.flash_attention.cudnn"].slower
+    assert "below 512 queries" in slower(jax.ShapeDtypeStruct((511, 4, 64), jnp.bfloat16))
+    assert slower(jax.ShapeDtypeStruct((512, 4, 64), jnp.bfloat16)) is None
+
+
 @pytest.mark.parametrize(
-    ("op", "shape", "words"),
-    [(flash_attention, (511, 4, 64), "511"), (flash_decoding, (1, 1, 4, 64), "one sequence")],
+    ("change", "choice"),
+    [
+        ({"slots": 1, "keys": 8192}, "xla: .* one sequence of up to 8192 keys"),
+        ({"slots": 1, "keys": 8193}, "cudnn"),
+        ({"slots": 1, "keys": 131_072}, "cudnn"),
+        ({"slots": 1, "keys": 131_072, "window": 4096}, "xla"),
+        ({"slots": 2, "keys": 8192}, "cudnn"),
+    ],
 )
-def test_what_is_faster_in_xla_is_left_to_it(op, shape, words):
-    slower = sys.modules[f"{op.__module__}.cudnn"].slower
-    assert words in slower(jax.ShapeDtypeStruct(shape, jnp.bfloat16))
-    assert slower(jax.ShapeDtypeStruct((shape[0] + 1, *shape[1:]), jnp.bfloat16)) is None
+def test_one_sequence_of_few_keys_is_left_to_xla(cudnn_here, monkeypatch, change, choice):
+    found = ran(monkeypatch, A100, flash_decoding, change)
+    assert re.match(choice, found), found
 
 
 GPU_CASES = {

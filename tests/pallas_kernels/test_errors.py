@@ -9,6 +9,7 @@ import pytest
 from pallas_kernels import dispatch
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_decoding import flash_decoding
+from pallas_kernels.streaming_matmul import streaming_matmul, streaming_mlp, takes
 
 SCALES = jnp.ones((5, 2, 4), jnp.float32)
 BYTES = jnp.ones((5, 4, 2, 8), jnp.int8)
@@ -55,9 +56,22 @@ WRONG = {
     "falling borders": ({"cu_q_R1": ints(0, 4, 3)}, "cu_q"),
     "borders beyond the tokens": ({"cu_q_R1": ints(0, 4, 7)}, r"cu_q\[-1\] is 7"),
     "window": ({"window": 0}, "window is 0"),
-    "half a key": ({"window": 2.5}, "window is 2.5; allowed: None or a whole number"),
+    "half a key": ({"window": 2.5}, "window is 2.5; allowed: None or a whole number from 1 to"),
+    "window beyond 32 bits": ({"window": 2**40}, f"window is {2**40}; allowed"),
+    "window that is none": ({"window": True}, "window is True; allowed"),
     "soft cap": ({"soft_cap": 0.0}, "soft_cap is 0"),
+    "soft cap in an array": ({"soft_cap": jnp.ones(())}, r"soft_cap is an array of shape \(\); allowed"),
     "scale": ({"scale": float("nan")}, "scale is nan"),
+    "no scale": ({"scale": None}, "scale is None; allowed: a finite number"),
+    "scale in words": ({"scale": "a"}, "scale is 'a'; allowed: a finite number"),
+    "scale in an array": ({"scale": jnp.ones(())}, r"scale is an array of shape \(\); allowed: a finite number"),
+    "no q": ({"q_TNH": None}, "q is a NoneType; allowed: an array"),
+    "pages in a list": ({"k_pages_PSKH": [1.0]}, "k_pages is a list; allowed: an array"),
+    "values in a list": ({"v_pages_PSKH": [1.0]}, "v_pages is a list; allowed: an array"),
+    "lengths in a list": ({"lengths_R": [4, 12]}, "lengths is a list; allowed: an array"),
+    "table in a list": ({"page_table_RJ": [[0]]}, "page_table is a list; allowed: an array"),
+    "borders in a list": ({"cu_q_R1": [0, 4, 6]}, "cu_q is a list; allowed: an array"),
+    "sinks in a list": ({"sinks_N": [0.0]}, "sinks is a list; allowed: an array"),
     "sinks": ({"sinks_N": jnp.ones((2,), jnp.float32)}, "sinks.shape"),
     "implementation": ({"implementation": "mosaic"}, "mosaic.*allowed: auto, mosaic_gpu, cudnn, xla, reference"),
 }
@@ -82,7 +96,10 @@ def test_the_unchanged_arguments_are_right():
         ({"q_BQNH": jnp.ones((2, 1, 3, 8), jnp.float32)}, "k_pages.shape"),
         ({"page_table_BJ": ints([0, 1, 2], [0, 5, 0])}, r"page_table .*\[5\].* 0 to 4"),
         ({"lengths_B": ints(4, 13)}, "lengths"),
+        ({"lengths_B": [4, 12]}, "lengths is a list; allowed: an array"),
         ({"window": 0}, "window is 0"),
+        ({"schedule": "x"}, "schedule is a str; allowed: None or what `plan` gives"),
+        ({"tree_mask_BQW": [0]}, "tree_mask is a list; allowed: an array"),
         ({"implementation": "cuda"}, "implementation='cuda' of flash_decoding"),
     ],
 )
@@ -100,11 +117,44 @@ def test_decoding_names_what_is_wrong(change, message):
         flash_decoding(**(arguments | change))
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what a CPU does")
+@pytest.mark.parametrize("op", [flash_attention, flash_decoding, streaming_matmul, streaming_mlp])
+def test_a_kernel_asked_for_by_name_says_that_there_is_no_gpu(op):
+    def ones(*shape):
+        return jnp.ones(shape, jnp.bfloat16)
+
+    pages, table, ten = ones(2, 16, 1, 64), ints([0]), ints(10)
+    arguments = {
+        flash_attention: {"q_TNH": ones(4, 2, 64), "cu_q_R1": ints(0, 4), "lengths_R": ten, "page_table_RJ": table},
+        flash_decoding: {"q_BQNH": ones(1, 4, 2, 64), "lengths_B": ten, "page_table_BJ": table},
+        streaming_matmul: {"x": ones(3, 128), "w": ones(128, 64)},
+        streaming_mlp: {"x_MD": ones(1, 1024), "up_DcF": ones(1024, 2, 1024), "down_FD": ones(1024, 1024)},
+    }[op]
+    if op in (flash_attention, flash_decoding):
+        arguments |= {"k_pages_PSKH": pages, "v_pages_PSKH": pages, "scale": 0.5}
+    if op is streaming_mlp:
+        arguments |= {"norm_scale_D": ones(1024)}
+    reason = "no kernel written for the backend 'cpu' exists"
+    with pytest.raises(ValueError, match=f"implementation='mosaic_gpu' of {op.__name__} cannot run: {reason}"):
+        op(**arguments, implementation="mosaic_gpu")
+
+
 def test_values_are_not_looked_at_under_a_trace():
     arguments = prefill_arguments()
     table = arguments.pop("page_table_RJ") + 99
     traced = jax.eval_shape(lambda table: flash_attention(**arguments, page_table_RJ=table), table)
     assert traced.shape == (6, 4, 8)
+
+
+def test_auto_says_once_for_all_sizes_why_it_is_not_the_kernel(caplog, monkeypatch):
+    monkeypatch.setattr(dispatch, "compute_capability", lambda: dispatch.HOPPER)
+    w = jax.ShapeDtypeStruct((256, 192), jnp.bfloat16)
+    with caplog.at_level(logging.INFO, "pallas_kernels"):
+        for tokens in (65, 66, 67):
+            assert not takes(jax.ShapeDtypeStruct((tokens, 256), jnp.bfloat16), w)
+    assert [record.getMessage() for record in caplog.records] == [
+        "streaming_matmul runs as xla: mosaic_gpu: not with this x.shape; allowed: at most 64 tokens"
+    ]
 
 
 def test_auto_says_once_what_it_chose(caplog):

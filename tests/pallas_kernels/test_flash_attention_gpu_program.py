@@ -29,7 +29,7 @@ from pallas_kernels.flash_attention.config import (
     scratch,
     shared_bytes,
 )
-from tests.pallas_kernels.cases import ATOL, Case, Inputs, assert_close, oracle, two_roundings
+from tests.pallas_kernels.cases import ATOL, Case, Inputs, assert_close, oracle, two_roundings, with_value_scales
 from tests.pallas_kernels.gpu_program import array_shapes, interpreted, lower
 from tests.pallas_kernels.on_a_gpu import LSE_ATOL, Launch, assert_exact, launches, untuned
 
@@ -130,6 +130,29 @@ def test_interpreted_quantized_pages(kv_dtype, dtype, head_size):
         check(Launch(case, dtype, kv_dtype), config=INTERPRETED)
 
 
+def check_small_scales(launch: Launch, lse_atol: float, **config):
+    """With scales of values from 0 to where float16 has few steps, in pages of 32: weights are rounded relative to the
+    largest of their products with them."""
+    sizes_S = 1e-4 * 10.0 ** np.linspace(-20, 0, 32, dtype=np.float32)
+    sizes_S[::5] = 0
+    inputs, kv = launch.arrays()
+    kv = with_value_scales(inputs, kv, sizes_S)
+    out, lse = run(mosaic_gpu.flash_attention, inputs, launch.dtype, kv, **config)
+    exact_out, exact_lse = oracle(inputs)
+    # Of half an eps each: of weights, of outputs, and of outputs that are subnormal.
+    largest_value = max(np.abs(v).max() for _, v in inputs.kv)
+    assert_close([out], [exact_out], atol=float(jnp.finfo(launch.dtype).eps) * largest_value + 2.0**-25)
+    assert_close([lse], [exact_lse], lse_atol)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_small_scales_are_no_danger_to_float16():
+    """In each part of the keys."""
+    case = Case((150, 30), (70, 30), g=1, page_size=32, kv_heads=1, head_size=64, window=90, sinks=True)
+    with interpreted():
+        check_small_scales(Launch(case, jnp.float16, "int8"), ATOL, config=replace(INTERPRETED, splits=2))
+
+
 PLAIN = {"scale": 0.1}
 EVERYTHING = {"scale": 0.1, "window": 100, "soft_cap": 30.0}
 
@@ -197,8 +220,8 @@ def test_no_array_grows_with_the_page_table(kv_dtype):
     ("change", "reason"),
     [
         ({"dtype": jnp.float32}, "q.dtype is float32; allowed: bfloat16, float16"),
-        ({"head_size": 80}, "head size is 80; allowed: 64, 96, 128, 256"),
-        ({"page_size": 24}, "pages hold 24 tokens"),
+        ({"head_size": 80}, r"q.shape is \(300, 4, 80\); allowed: head sizes 64, 96, 128, 256"),
+        ({"page_size": 24}, r"k_pages.shape is \(9, 24, 2, 64\); allowed: slots of a page: multiples of 8"),
         ({"kv_dtype": jnp.float8_e5m2}, "k_pages.dtype is float8_e5m2; allowed: bfloat16, int8, float8_e4m3fn"),
         ({"scale": -1.0}, "scale is -1.0; allowed: above 0"),
     ],
@@ -306,3 +329,12 @@ def test_on_a_gpu_as_exact_as_xla_and_the_same_twice(name):
     launch = LAUNCHES[name]
     lse_atol = LSE_ATOL if launch.kv_dtype is None or launch.case.soft_cap else ATOL
     assert_exact(launch, run, mosaic_gpu.flash_attention, untuned(xla.flash_attention), lse_atol=lse_atol)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_dtype", QUANTIZED_DTYPES)
+def test_small_scales_on_a_gpu_are_no_danger_to_float16(kv_dtype):
+    """In the program of the launch."""
+    launch = LAUNCHES[f"split keys in pages of 32, {kv_dtype}"]
+    assert launch.dtype == jnp.float16
+    check_small_scales(launch, LSE_ATOL)

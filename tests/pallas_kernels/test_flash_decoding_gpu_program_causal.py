@@ -73,8 +73,11 @@ def test_lowers_for_a_gpu_as_one_kernel(name):
     ("change", "reason"),
     [
         ({"dtype": jnp.float32}, "q.dtype is float32; allowed: bfloat16, float16"),
-        ({"head_size": 80}, "head size is 80; allowed: 64, 96, 128, 256"),
-        ({"page_size": 24}, "pages hold 24 tokens; allowed: 8, 16, 32 and multiples of 64"),
+        ({"head_size": 80}, r"q.shape is \(.*, 80\); allowed: head sizes 64, 96, 128, 256"),
+        (
+            {"page_size": 24},
+            r"k_pages.shape is \(9, 24, 2, 128\); allowed: slots of a page: 8, 16, 32 and multiples of 64",
+        ),
         ({"kv_dtype": jnp.float16}, "k_pages.dtype is float16; allowed: bfloat16, int8, float8_e4m3fn"),
     ],
 )

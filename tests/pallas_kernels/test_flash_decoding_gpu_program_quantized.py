@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT, TiledLayout
 
-from pallas_kernels.blockwise import PagedKV
 from pallas_kernels.flash_decoding import quantized
 from pallas_kernels.flash_decoding.config import HEAD_SIZES, QUANTIZED_DTYPES, TILE_KEYS
-from tests.pallas_kernels.cases import ATOL, Inputs, assert_close, oracle, quantized_pages
+from tests.pallas_kernels.cases import ATOL, Inputs, assert_close, oracle, quantized_pages, with_value_scales
 from tests.pallas_kernels.flash_decoding_program import (
     CAUSAL,
     KERNEL,
@@ -68,12 +67,9 @@ def test_scales_of_any_size_are_no_danger_to_float16():
     kv = quantized_pages(inputs, jnp.bfloat16, "int8")
     sizes_S = 10.0 ** np.linspace(-20, 20, 64, dtype=np.float32)
     sizes_S[::5] = 0
-    v_scales = kv.v_scales_PKS * sizes_S[None, None]
-    for _, v in inputs.kv:
-        v *= np.resize(sizes_S, len(v))[:, None, None]
+    kv = with_value_scales(inputs, kv, sizes_S)
     exact_out, exact_lse = oracle(inputs)
     with interpreted():
-        kv = PagedKV(kv.k_PSKH, kv.v_PSKH, kv.k_scales_PKS, v_scales)
         out, lse = run(KERNEL, inputs, jnp.bfloat16, kv, config=interpretable(stretches))
     np.testing.assert_allclose(np.asarray(out, np.float64), exact_out, rtol=0, atol=0.01 * np.abs(exact_out).max())
     assert_close([lse], [exact_lse])

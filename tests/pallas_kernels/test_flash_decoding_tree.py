@@ -123,6 +123,19 @@ def test_a_mask_that_cannot_be_is_named(mask, message, implementation):
         flash_decoding(*given, scale=1.0, tree_mask_BQW=mask, implementation=implementation)
 
 
+@pytest.mark.parametrize(
+    ("seen", "message"),
+    [
+        (jnp.ones((Q, Q), jnp.bool_), r"seen.shape is \(6, 6\); allowed: the axes BQQ"),
+        (jnp.ones((B, Q, Q), jnp.int32), "seen.dtype is int32; allowed: bool"),
+        ([True], "seen is a list; allowed: an array"),
+    ],
+)
+def test_what_cannot_be_packed_is_named(seen, message):
+    with pytest.raises(ValueError, match=message):
+        pack_tree_mask(seen)
+
+
 def test_more_queries_than_a_mask_may_have():
     _, *given = arguments(np.random.default_rng(0), (9,) * B)
     q, mask = jnp.zeros((B, 129, N, H), jnp.float32), jnp.zeros((B, 129, 5), jnp.uint32)

@@ -153,26 +153,30 @@ WRONG = {
     "dtype of w": ({"w": floats(128, 128, dtype=F16)}, "w.dtype is float16; allowed: bfloat16"),
     "scale": ({"norm_scale_D": floats(64)}, r"norm_scale.shape .*\(128,\)"),
     "eps": ({"norm_eps": -1.0}, "norm_eps is -1.0"),
+    "no eps": ({"norm_eps": None}, "norm_eps is None; allowed: a finite number"),
     "bias": ({"bias": floats(2, 128)}, r"bias.shape .*\(128,\)"),
     "bias of two halves": (GATED | {"bias": floats(64)}, r"bias.shape .*\(2, 64\)"),
     "dtype of the bias": ({"bias": floats(128, dtype=INT32)}, "bias.dtype is int32"),
     "residual": ({"residual_MN": floats(128, 3)}, r"residual.shape .*\(3, 128\)"),
-    "dtype of the result": ({"out_dtype": INT32}, "out.dtype is int32"),
+    "dtype of the result": ({"out_dtype": INT32}, "out_dtype is int32"),
+    "no dtype": ({"out_dtype": "float33"}, "out_dtype is 'float33'; allowed: float32"),
+    "no x": ({"x": None}, "x is a NoneType; allowed: an array"),
+    "bias in a list": ({"bias": [1.0]}, "bias is a list; allowed: an array"),
     "implementation": ({"implementation": "cuda"}, "implementation='cuda' of streaming_matmul does not exist"),
 }
 BEYOND_THE_KERNEL = {
-    "float32": ({"x": floats(3, 128, dtype=F32), "w": floats(128, 128, dtype=F32)}, "x is float32"),
-    "tokens": ({"x": floats(65, 128)}, "x has 65 tokens; at most 64"),
-    "D": ({"x": floats(3, 136), "w": floats(136, 128)}, "D is 136"),
-    "small D": ({"x": floats(3, 64), "w": floats(64, 128)}, "D is 64; a multiple of 64, from 128"),
-    "N": ({"w": floats(128, 100)}, "N is 100"),
+    "float32": ({"x": floats(3, 128, dtype=F32), "w": floats(128, 128, dtype=F32)}, "x.dtype is float32"),
+    "tokens": ({"x": floats(65, 128)}, r"x.shape is \(65, 128\); allowed: at most 64 tokens"),
+    "D": ({"x": floats(3, 136), "w": floats(136, 128)}, r"w.shape is \(136, 128\); allowed: D a multiple of 64"),
+    "small D": ({"x": floats(3, 64), "w": floats(64, 128)}, r"w.shape is \(64, 128\); allowed: D .*, from 128"),
+    "N": ({"w": floats(128, 100)}, r"w.shape is \(128, 100\); allowed: N a multiple of 64"),
     "a norm's scale of 240 KB": (
         {"x": floats(3, 61440), "w": floats(61440, 128), "norm_scale_D": floats(61440, dtype=F32)},
-        "D is 61440; the norm's scale leaves no shared memory",
+        r"w.shape is \(61440, 128\); allowed: a D that leaves shared memory",
     ),
     "normed float16": (
         {"x": floats(3, 128, dtype=F16), "w": floats(128, 128, dtype=F16), "norm_scale_D": floats(128)},
-        "x is float16 and normed",
+        "norm_scale is an array; allowed: None where x is float16",
     ),
 }
 

@@ -168,6 +168,8 @@ GIVEN = {
         ({"o_ED": floats(1024, 512)}, r"o.shape .*\(1024, 1024\)"),
         ({"down_FD": floats(2048, 1024, dtype=jnp.float32)}, "down.dtype is float32; allowed: bfloat16, as x"),
         ({"norm_eps": -1.0}, "norm_eps is -1.0"),
+        ({"norm_scale_D": None}, "norm_scale is a NoneType; allowed: an array"),
+        ({"down_FD": [1.0]}, "down is a list; allowed: an array"),
         ({"implementation": "cuda"}, "implementation='cuda' of streaming_mlp does not exist"),
     ],
 )
@@ -186,10 +188,10 @@ def evaluate(change: dict) -> jax.ShapeDtypeStruct:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x_MD": floats(33, 1024), "attended_ME": floats(33, 1024)}, "33 tokens; at most 32"),
+        ({"x_MD": floats(33, 1024), "attended_ME": floats(33, 1024)}, r"x.shape is \(33, 1024\); .* 32 tokens"),
         (
             {"up_DcF": floats(1024, 2, 512), "down_FD": floats(512, 1024)},
-            r"F is 512; at least 1024, 2 tiles for each of 2 blocks",
+            r"down.shape is \(512, 1024\); allowed: F at least 1024, 2 tiles for each of 2 blocks",
         ),
     ],
 )

@@ -44,7 +44,7 @@ def configured(problem: Problem, config: Config) -> Run:
         q_BQNH, k_PSKH, v_PSKH, table_BJ, lengths_B = (arguments[name] for name in (*_PAGED, "lengths_B"))
         kv = PagedKV(k_PSKH, v_PSKH, arguments.get("k_scales_PKS"), arguments.get("v_scales_PKS"))
         return mosaic_gpu.flash_decoding(
-            q_BQNH, kv, table_BJ, lengths_B, arguments.get("sinks_N"), options,
+            q_BQNH, kv, table_BJ, lengths_B, arguments.get("sinks_N"), options, arguments.get("tree_mask_BQW"),
             schedule=arguments["schedule"], config=config,
         )[0]  # fmt: skip
 
@@ -89,7 +89,7 @@ def _paged(arguments: Arguments) -> attention.Paged:
 
 
 def _refuse(who: str, problem: Problem, **options: object) -> None:
-    attention.refuse(who, quantized_cache=problem.cache, sinks=problem.heads.sinks, **options)
+    attention.refuse(who, quantized_cache=problem.cache, sinks=problem.heads.sinks, tree=problem.tree, **options)
     window = problem.heads.window
     if window is not None and window < problem.length:
         raise Unsupported(f"{who} counts a window from the first key on, not from the last")
