@@ -143,7 +143,7 @@ def test_the_loss_is_of_features_and_of_what_they_mean(draft_head, random_params
     taught, tokens_BS = random_params(model), np.random.default_rng(0).integers(0, 300, (2, 10)).astype(np.int32)
     with jax.set_mesh(model.mesh):
         own_TD, found = jax.jit(drafted, static_argnums=(0, 1, 2))(head, model, 3, taught, params, tokens_BS[:, :-1])
-        nats = float(eagle_loss(head, model, taught, 3)(params, jnp.asarray(tokens_BS)))
+        nats = float(jax.jit(eagle_loss(head, model, taught, 3))(params, jnp.asarray(tokens_BS)))
         _, head_VD, _ = model.head(taught, own_TD)
     expected = []
     for expected_TD in found:
