@@ -14,6 +14,7 @@ KERNEL = "mosaic_gpu"  # the name that the kernels have among the implementation
 CUDNN = "cudnn"
 FALLBACK = "xla"
 HOPPER, AMPERE = (9, 0), (8, 0)
+MULTIPROCESSORS = 132  # of an H100 or H200 (SXM)
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,9 @@ def _wrong_gpu(implementation: str) -> str | None:
     return None
 
 
-def multiprocessors(default: int = 132) -> int:
-    """Of the GPU that programs run on; `default`, those of an H100 or H200, where there is none."""
-    return jax.devices()[0].core_count if jax.default_backend() == "gpu" else default
+def multiprocessors() -> int:
+    """Of the GPU that programs run on; those of an H100 or H200 where there is none."""
+    return jax.devices()[0].core_count if jax.default_backend() == "gpu" else MULTIPROCESSORS
 
 
 @functools.cache

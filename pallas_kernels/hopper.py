@@ -1,20 +1,34 @@
-"""Instructions of Hopper that Pallas does not expose. The interpreter cannot run them.
+"""What kernels have of Hopper: its sizes, and instructions that Pallas does not expose.
 
-Named barriers: a CUDA block has 16, in which warpgroups meet by one instruction. An mbarrier instead counts every
-thread's arrival in shared memory (PTX ISA, `bar`).
+The interpreter cannot run the instructions. Named barriers: a CUDA block has 16, in which warpgroups meet by one of
+them. An mbarrier instead counts every thread's arrival in shared memory (PTX ISA, `bar`).
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import vector
 
+SHARED_BYTES = 227 * 1024  # the most shared memory that a block can have
+BUFFER_ALIGNMENT = 1024  # bytes, of every buffer in it, as Mosaic GPU places them
+# What both attention kernels take.
+HEAD_SIZES = (64, 96, 128, 256)
+DTYPES = ("bfloat16", "float16")
+QUANTIZED_DTYPES = ("int8", "float8_e4m3fn")  # of pages
 WARPGROUP = 128  # threads
 FIRST_BARRIER = 5  # 0 is the block's own, 1 to 4 are those that Mosaic GPU gives to warpgroups
 BARRIERS = 16
+
+
+def buffer_bytes(shape: Sequence[int], dtype: Any) -> int:
+    """Of the shared memory that a buffer takes."""
+    return math.ceil(math.prod(shape) * jnp.dtype(dtype).itemsize / BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT
 
 
 def arrive(barrier: int | jax.Array, threads: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,16 +13,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import tuned
 from pallas_kernels.blockwise import Options, PagedKV, ceil_div
 from pallas_kernels.dispatch import Refusal
+from pallas_kernels.hopper import (
+    BUFFER_ALIGNMENT,
+    DTYPES,
+    HEAD_SIZES,
+    QUANTIZED_DTYPES,
+    SHARED_BYTES,
+    buffer_bytes,
+)
 
-MAX_SHARED_BYTES = 227 * 1024  # of a block on Hopper
-ALIGNMENT = 1024  # of every buffer
 TMA_ALIGNMENT = 128  # in shared memory
 CONSUMERS = 2  # warpgroups that compute
 MAX_SPLITS = 16
 BLOCKS_OF_A_PART = 8  # at least, on average, for a part to be worth its merge
-HEAD_SIZES = (64, 96, 128, 256)
-DTYPES = ("bfloat16", "float16")
-QUANTIZED_DTYPES = ("int8", "float8_e4m3fn")
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def candidates(q_TNH: jax.Array, kv: PagedKV) -> list[Config]:
         for config in itertools.starmap(Config, sizes)
         if _fits_pages(config, kv.page_size)
         and config.block_q * (head_size + 1.5 * config.block_kv) <= 200 * 128  # registers: values, scores, weights
-        and shared_bytes(scratch(config, head_size, kv.page_size, q_TNH.dtype, kv.k_PSKH.dtype)) <= MAX_SHARED_BYTES
+        and shared_bytes(scratch(config, head_size, kv.page_size, q_TNH.dtype, kv.k_PSKH.dtype)) <= SHARED_BYTES
     ]
 
 
@@ -179,8 +181,7 @@ def result_dtype(config: Config, dtype: jnp.dtype) -> jnp.dtype:
 def shared_bytes(types: dict) -> int:
     """Shared memory that `scratch` takes; barriers have 1 KB in all."""
     buffers = jax.tree.leaves(types, is_leaf=lambda x: isinstance(x, plgpu.Barrier))
-    sizes = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in buffers if not isinstance(x, plgpu.Barrier))
-    return ALIGNMENT + sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+    return BUFFER_ALIGNMENT + sum(buffer_bytes(x.shape, x.dtype) for x in buffers if not isinstance(x, plgpu.Barrier))
 
 
 def _rows(shape: tuple[int, ...], dtype: jnp.dtype):

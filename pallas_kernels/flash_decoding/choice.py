@@ -1,39 +1,35 @@
 """Which config a problem gets: the shared memory that one takes, those that fit, and the choice among them."""
 
 import itertools
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tuned
-from pallas_kernels.blockwise import ceil_div
 from pallas_kernels.flash_decoding.config import Config
 from pallas_kernels.flash_decoding.shared import scratch_memory
 from pallas_kernels.flash_decoding.units import Shape
+from pallas_kernels.hopper import BUFFER_ALIGNMENT, SHARED_BYTES, buffer_bytes
 
-SHARED_MEMORY = 227 * 1024  # bytes that one CTA can have on Hopper
-ALIGNMENT = 1024  # of every buffer
 MOST_STAGES = 6
 TUNED = Path(__file__).with_name("tuned.json")
 
 
 def shared_memory(shape: Shape, config: Config) -> int:
-    """Bytes of shared memory of one CTA; ALIGNMENT stands for all barriers, and for what reductions need."""
+    """Bytes of shared memory of one CTA; BUFFER_ALIGNMENT stands for all barriers, and for what reductions need."""
 
     def size(buffer) -> int:
         if isinstance(buffer, plgpu.Barrier):
             return 0
         if isinstance(buffer, plgpu.RefUnion):
             return max(map(size, buffer.refs))
-        return ceil_div(math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize, ALIGNMENT) * ALIGNMENT
+        return buffer_bytes(buffer.shape, buffer.dtype)
 
     kinds = (plgpu.Barrier, plgpu.RefUnion)
     buffers = jax.tree.leaves(scratch_memory(shape, config), is_leaf=lambda x: isinstance(x, kinds))
-    return 2 * ALIGNMENT + sum(map(size, buffers))
+    return 2 * BUFFER_ALIGNMENT + sum(map(size, buffers))
 
 
 def tuning_key(shape: Shape) -> str:
@@ -44,7 +40,7 @@ def candidates(shape: Shape, multiprocessors: int) -> list[Config]:
     """What a search should time: all that fit."""
     sizes = itertools.product(range(2, MOST_STAGES + 1), (1, 2), (1, 2))
     found = (Config(multiprocessors, *size) for size in sizes)
-    return [config for config in found if shared_memory(shape, config) <= SHARED_MEMORY]
+    return [config for config in found if shared_memory(shape, config) <= SHARED_BYTES]
 
 
 def choose(shape: Shape, multiprocessors: int) -> Config:
@@ -55,8 +51,8 @@ def choose(shape: Shape, multiprocessors: int) -> Config:
     found = tuned.find(TUNED, tuning_key(shape))
     if isinstance(found, dict):
         config = replace(Config(**found), ctas=multiprocessors)
-        if shared_memory(shape, config) <= SHARED_MEMORY:  # it was measured with few query rows, and more take more
+        if shared_memory(shape, config) <= SHARED_BYTES:  # it was measured with few query rows, and more take more
             return config
     sizes = itertools.product((2, 1), (2, 1), range(MOST_STAGES, 1, -1))
     wanted = (Config(multiprocessors, stages, buffers, pipelines) for pipelines, buffers, stages in sizes)
-    return next(config for config in wanted if shared_memory(shape, config) <= SHARED_MEMORY)
+    return next(config for config in wanted if shared_memory(shape, config) <= SHARED_BYTES)

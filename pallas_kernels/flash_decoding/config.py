@@ -6,12 +6,10 @@ import jax
 
 from pallas_kernels.blockwise import PagedKV
 from pallas_kernels.dispatch import Refusal
+from pallas_kernels.hopper import DTYPES, HEAD_SIZES, QUANTIZED_DTYPES
 
 TILE_KEYS = 64  # keys of a tile
 ROWS = 64  # query rows of a CTA: the least that a warpgroup's matrix product takes
-HEAD_SIZES = (64, 96, 128, 256)
-DTYPES = ("bfloat16", "float16")
-QUANTIZED_DTYPES = ("int8", "float8_e4m3fn")
 
 
 @dataclass(frozen=True)

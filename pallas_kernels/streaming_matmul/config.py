@@ -11,20 +11,17 @@ import jax.numpy as jnp
 
 from pallas_kernels import tuned
 from pallas_kernels.checks import require
-from pallas_kernels.dispatch import FALLBACK, Refusal
+from pallas_kernels.dispatch import FALLBACK, MULTIPROCESSORS, Refusal
+from pallas_kernels.hopper import SHARED_BYTES, buffer_bytes
 from pallas_kernels.streaming_matmul.arguments import Arguments
 from pallas_kernels.streaming_matmul.weights import Tiles
 
 MAX_TOKENS = 64
 MAX_TOKENS_OF_ROW = 32  # that leave room for a ring of tiles beside x
 ROWS = 64  # of D, the least that a tile has; the norm works on so many at once
-# One H100 or H200 (SXM): streaming multiprocessors, and the shared memory of one and of one block of it.
-SMS = 132
-SMEM_OF_SM = 228 * 1024
-SMEM_OF_BLOCK = 227 * 1024
+SMEM_OF_SM = 228 * 1024  # shared memory of a multiprocessor; a block has SHARED_BYTES of it
 # What a block takes besides its buffers: the system's 1 KB, barriers, and the scratch of a sum across warps.
 SMEM_OVERHEAD = 1024 + 1024 + 2048
-ALIGNMENT = 1024  # of every buffer, as Mosaic GPU places them
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,7 @@ class Config:
         steps = self.steps(shape)
         require(self.stages <= steps, "stages", self.stages, f"at most the {steps} tiles that a block multiplies")
         used = smem_bytes((self, shape))
-        require(used <= SMEM_OF_BLOCK, "shared memory of the config", used, f"at most {SMEM_OF_BLOCK} bytes")
+        require(used <= SHARED_BYTES, "shared memory of the config", used, f"at most {SHARED_BYTES} bytes")
 
 
 @dataclass(frozen=True)
@@ -145,7 +142,7 @@ class Buffer:
 
     @property
     def bytes(self) -> int:
-        return math.ceil(math.prod(self.shape) * jnp.dtype(self.dtype).itemsize / ALIGNMENT) * ALIGNMENT
+        return buffer_bytes(self.shape, self.dtype)
 
 
 def buffers(config: Config, shape: Shape) -> dict[str, Buffer]:
@@ -180,7 +177,7 @@ def smem_bytes(*problems: tuple[Config, Shape]) -> int:
 
 
 CLUSTER = 2  # blocks of one, in a launch of a row of products
-MOST_CLUSTERS = SMS // CLUSTER
+MOST_CLUSTERS = MULTIPROCESSORS // CLUSTER
 
 
 @dataclass(frozen=True)
@@ -216,7 +213,7 @@ class MLPConfig:
         for config, shape in problems:
             config.check(shape)
         used = smem_bytes(*problems)
-        require(used <= SMEM_OF_BLOCK, "shared memory of the config", used, f"at most {SMEM_OF_BLOCK} bytes")
+        require(used <= SHARED_BYTES, "shared memory of the config", used, f"at most {SHARED_BYTES} bytes")
 
     def steps(self, shapes: Sequence[Shape]) -> int:
         """Tiles that the busiest block multiplies."""
@@ -252,7 +249,7 @@ def mlp_config_for(shapes: Sequence[Shape]) -> MLPConfig:
 def _fits(config: MLPConfig, shapes: Sequence[Shape]) -> bool:
     problems = list(zip(config.of(shapes), shapes, strict=True))
     deep = all(config.stages <= each.steps(shape) for each, shape in problems)
-    return deep and smem_bytes(*problems) <= SMEM_OF_BLOCK
+    return deep and smem_bytes(*problems) <= SHARED_BYTES
 
 
 # Blocks that keep the memory busy, and how far the tiles may fall short of dividing among them evenly.
@@ -280,19 +277,19 @@ def heuristic(shape: Shape) -> Config:
 def _even(shape: Shape, tile_n: int, split: int) -> Config | None:
     """The config of such tiles, where they divide evenly among enough blocks."""
     tile_d = 128 if tile_n == 64 else 64
-    rounds = math.ceil(shape.groups * math.ceil(shape.columns / tile_n) * split / SMS)
+    rounds = math.ceil(shape.groups * math.ceil(shape.columns / tile_n) * split / MULTIPROCESSORS)
     if (split > 1 and rounds > 1) or shape.hidden < 2 * split * tile_d:
         return None
     config = Config(tile_n, tile_d, 2, split, rounds)
     if config.blocks(shape) < FEWEST_BLOCKS or config.busy(shape) < LEAST_BUSY:
         return None
     config = deepest(config, shape)
-    return config if smem_bytes((config, shape)) <= SMEM_OF_BLOCK else None
+    return config if smem_bytes((config, shape)) <= SHARED_BYTES else None
 
 
 def deepest(config: Config, shape: Shape, *, blocks_of_sm: int = 1, streamed: int = STREAMED_BYTES) -> Config:
     """The config with as many stages as the shared memory takes and as are worth it, at least two."""
-    budget = min(SMEM_OF_BLOCK, SMEM_OF_SM // blocks_of_sm)
+    budget = min(SHARED_BYTES, SMEM_OF_SM // blocks_of_sm)
     tile_bytes = config.tile_n * config.tile_d * shape.dtype.itemsize
     for stages in range(min(config.steps(shape), streamed // tile_bytes), 2, -1):
         deeper = replace(config, stages=stages)
@@ -312,12 +309,13 @@ def _candidates(shape: Shape) -> Iterator[Config]:
             continue
         tiles = shape.groups * math.ceil(shape.columns / tile_n)
         for blocks_of_sm, streamed in itertools.product((1, 2), (64 * 1024, STREAMED_BYTES, 192 * 1024)):
-            rounds = math.ceil(tiles * split / (SMS * blocks_of_sm))
+            rounds = math.ceil(tiles * split / (MULTIPROCESSORS * blocks_of_sm))
             if split > 1 and rounds > 1:
                 continue
             config = Config(tile_n, tile_d, 2, split, rounds)
             config = deepest(config, shape, blocks_of_sm=blocks_of_sm, streamed=streamed)
-            if smem_bytes((config, shape)) <= SMEM_OF_SM // blocks_of_sm - 1024 and config.blocks(shape) >= SMS // 3:
+            fits = smem_bytes((config, shape)) <= SMEM_OF_SM // blocks_of_sm - 1024
+            if fits and config.blocks(shape) >= MULTIPROCESSORS // 3:
                 yield config
 
 
@@ -338,7 +336,7 @@ def config_for(shape: Shape) -> Config:
 
 def _fitting(config: Config, shape: Shape) -> Config:
     """What a norm or a residual takes of the shared memory is not there for stages."""
-    while config.stages > 2 and smem_bytes((config, shape)) > SMEM_OF_BLOCK:
+    while config.stages > 2 and smem_bytes((config, shape)) > SHARED_BYTES:
         config = replace(config, stages=config.stages - 1)
     return config
 

@@ -18,7 +18,8 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.dispatch import Refusal
+from pallas_kernels.dispatch import MULTIPROCESSORS, Refusal
+from pallas_kernels.hopper import SHARED_BYTES
 from pallas_kernels.lowered import once
 from pallas_kernels.streaming_matmul import xla
 from pallas_kernels.streaming_matmul.arguments import Arguments
@@ -27,8 +28,6 @@ from pallas_kernels.streaming_matmul.config import (
     MAX_TOKENS,
     MAX_TOKENS_OF_ROW,
     ROWS,
-    SMEM_OF_BLOCK,
-    SMS,
     Buffer,
     Config,
     MLPConfig,
@@ -99,7 +98,7 @@ def unsupported(arguments: Arguments, w: str = "w", axes: str = "DN") -> Refusal
     if shape.norm_dtype is not None and shape.dtype == jnp.float16:
         why = "x times its scale, before the norm divides it, may exceed float16"
         return Refusal("norm_scale", "an array", f"None where x is float16: {why}")
-    if smem_bytes((config_for(shape), shape)) > SMEM_OF_BLOCK:
+    if smem_bytes((config_for(shape), shape)) > SHARED_BYTES:
         beside = "shared memory for two tiles of the weight beside the norm's scale"
         return Refusal(f"{w}.shape", w_shape, f"a {axes[0]} that leaves {beside}")
     return None
@@ -136,8 +135,9 @@ def _derivative_of_row(
 
 def unsupported_mlp(arguments: MLPArguments) -> Refusal | str | None:
     """Why the kernel cannot take these arguments; None if it can."""
-    if (found := dispatch.multiprocessors()) < SMS:
-        return f"this GPU has {found} multiprocessors; at least {SMS}, since all blocks wait for each other"
+    if (found := dispatch.multiprocessors()) < MULTIPROCESSORS:
+        least = f"at least {MULTIPROCESSORS}, since all blocks wait for each other"
+        return f"this GPU has {found} multiprocessors; {least}"
     if arguments.tokens > MAX_TOKENS_OF_ROW:
         return Refusal("x.shape", arguments.x_MD.shape, f"at most {MAX_TOKENS_OF_ROW} tokens")
     row = products(arguments)

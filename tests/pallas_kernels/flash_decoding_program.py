@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.blockwise import Options, PagedKV
 from pallas_kernels.flash_decoding import cudnn, flash_decoding, mosaic_gpu, xla
-from pallas_kernels.flash_decoding.config import QUANTIZED_DTYPES, Config
+from pallas_kernels.flash_decoding.config import Config
+from pallas_kernels.hopper import QUANTIZED_DTYPES
 from tests.pallas_kernels.cases import Case, Inputs, assert_close, oracle, two_roundings
 from tests.pallas_kernels.gpu_program import lower
 from tests.pallas_kernels.on_a_gpu import Launch, assert_exact, untuned

@@ -19,9 +19,6 @@ from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 from pallas_kernels.blockwise import Options, PagedKV
 from pallas_kernels.flash_attention import flash_attention, mosaic_gpu, xla
 from pallas_kernels.flash_attention.config import (
-    HEAD_SIZES,
-    MAX_SHARED_BYTES,
-    QUANTIZED_DTYPES,
     Config,
     candidates,
     choose,
@@ -29,6 +26,7 @@ from pallas_kernels.flash_attention.config import (
     scratch,
     shared_bytes,
 )
+from pallas_kernels.hopper import HEAD_SIZES, QUANTIZED_DTYPES, SHARED_BYTES
 from tests.pallas_kernels.cases import ATOL, Case, Inputs, assert_close, oracle, two_roundings, with_value_scales
 from tests.pallas_kernels.gpu_program import array_shapes, interpreted, lower
 from tests.pallas_kernels.on_a_gpu import LSE_ATOL, Launch, assert_exact, launches, untuned
@@ -243,7 +241,7 @@ def test_every_config_that_may_be_used_fits(head_size, kv_dtype, page_size):
     possible = candidates(q, PagedKV(k, k, scales, scales))
     assert choose(q, PagedKV(k, k, scales, scales)) in possible
     for config in (*possible, *(replace(config, splits=2) for config in possible)):
-        assert shared_bytes(scratch(config, head_size, page_size, q.dtype, k.dtype)) <= MAX_SHARED_BYTES
+        assert shared_bytes(scratch(config, head_size, page_size, q.dtype, k.dtype)) <= SHARED_BYTES
 
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)

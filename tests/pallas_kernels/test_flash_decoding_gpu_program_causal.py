@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.flash_decoding import flash_decoding, plan
-from pallas_kernels.flash_decoding.choice import SHARED_MEMORY, candidates, choose, shared_memory
-from pallas_kernels.flash_decoding.config import HEAD_SIZES, QUANTIZED_DTYPES, TILE_KEYS, Config
+from pallas_kernels.flash_decoding.choice import candidates, choose, shared_memory
+from pallas_kernels.flash_decoding.config import TILE_KEYS, Config
 from pallas_kernels.flash_decoding.units import Shape
+from pallas_kernels.hopper import HEAD_SIZES, QUANTIZED_DTYPES, SHARED_BYTES
 from tests.pallas_kernels.cases import Inputs
 from tests.pallas_kernels.flash_decoding_program import (
     CAUSAL,
@@ -93,7 +94,7 @@ def test_the_chosen_config_fits(head_size, kv_dtype, queries):
     shape = Shape(3, queries, 2, 2, head_size, 16, 9, jnp.dtype(jnp.bfloat16), jnp.dtype(kv_dtype))
     config = choose(shape, 132)
     assert config in candidates(shape, 132)
-    assert shared_memory(shape, config) <= SHARED_MEMORY
+    assert shared_memory(shape, config) <= SHARED_BYTES
     # By Little's law, 4.5 TB/s through 132 multiprocessors at a latency of 1 us are 34 KB under way to each.
     assert 2 * config.pipelines * config.stages * TILE_KEYS * head_size * shape.kv_dtype.itemsize >= 48 * 1024
 

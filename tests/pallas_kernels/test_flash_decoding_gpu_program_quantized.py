@@ -6,7 +6,8 @@ import pytest
 from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT, TiledLayout
 
 from pallas_kernels.flash_decoding import quantized
-from pallas_kernels.flash_decoding.config import HEAD_SIZES, QUANTIZED_DTYPES, TILE_KEYS
+from pallas_kernels.flash_decoding.config import TILE_KEYS
+from pallas_kernels.hopper import HEAD_SIZES, QUANTIZED_DTYPES
 from tests.pallas_kernels.cases import ATOL, Inputs, assert_close, oracle, quantized_pages, with_value_scales
 from tests.pallas_kernels.flash_decoding_program import (
     CAUSAL,

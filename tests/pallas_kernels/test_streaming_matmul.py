@@ -84,7 +84,7 @@ def test_configs_fit(name, tokens):
     chosen = configs.heuristic(shape)
     for config in [*found, chosen, configs.config_for(shape)]:
         config.check(shape)
-    assert configs.FEWEST_BLOCKS <= chosen.blocks(shape) <= configs.SMS
+    assert configs.FEWEST_BLOCKS <= chosen.blocks(shape) <= configs.MULTIPROCESSORS
     assert chosen.busy(shape) >= configs.LEAST_BUSY
 
 
@@ -118,7 +118,7 @@ def test_shared_memory_is_what_the_launch_takes(case, monkeypatch):
     """The compiler tells what it would take when that is too much."""
     given = jax.eval_shape(lambda: arguments(replace(case, hidden=32768)))
     config = replace(case.config, stages=32, exchange="smem")
-    monkeypatch.setattr(configs, "SMEM_OF_BLOCK", 1 << 30)
+    monkeypatch.setattr(configs, "SHARED_BYTES", 1 << 30)
     with pytest.raises(ValueError, match="exceeds available shared memory") as error:
         lower(lambda given: mosaic_gpu.streaming_matmul(given, config=config), given)
     (taken,) = re.findall(r"\bsmem_bytes=(\d+)", str(error.value))

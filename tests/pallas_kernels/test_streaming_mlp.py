@@ -109,7 +109,7 @@ def test_all_blocks_fit_the_card_and_most_work_all_the_time(tokens):
     config = configs.mlp_config_for(shapes)
     assert config is not None
     config.check(shapes)
-    assert configs.CLUSTER * config.clusters <= configs.SMS
+    assert configs.CLUSTER * config.clusters <= configs.MULTIPROCESSORS
     tiles = sum(c.tiles(shape) * c.steps(shape) * c.split for c, shape in zip(config.of(shapes), shapes, strict=True))
     assert tiles / (configs.CLUSTER * config.clusters * config.steps(shapes)) >= 0.9
 
@@ -131,7 +131,7 @@ def test_shared_memory_is_what_the_launch_takes(monkeypatch):
     """The compiler tells what it would take when that is too much."""
     given = jax.eval_shape(lambda: arguments(16, 16384, 32768, 16384))
     config = MLPConfig(stages=16, clusters=64)
-    monkeypatch.setattr(configs, "SMEM_OF_BLOCK", 1 << 30)
+    monkeypatch.setattr(configs, "SHARED_BYTES", 1 << 30)
     with pytest.raises(ValueError, match="exceeds available shared memory") as error:
         lower(lambda given: mosaic_gpu.streaming_mlp(given, config=config), given)
     (taken,) = re.findall(r"\bsmem_bytes=(\d+)", str(error.value))
