@@ -48,6 +48,8 @@ DEMO = Path(__file__).parent / "assets" / "demo"
 """The checkpoint that ships with the package: a small model of Python code."""
 DRAFT = DEMO.with_name("draft")
 """A smaller one that drafts for it."""
+MEDUSA, EAGLE = DEMO.with_name("medusa"), DEMO.with_name("eagle")
+"""Heads that draft for it: Medusa's, and one of EAGLE."""
 
 
 class LLM:
@@ -99,7 +101,7 @@ class LLM:
         self.intake = Intake(self.tokenizer, Limits(config.vocab_size, self.model.context, eos_ids))
         params = self.model.params(checkpoint.load(self.folder, self.model))
         if options is not None and options.speculation is not None:
-            loader = Loader(self.model, self._load_beside, checkpoint.tensors, self._load_head)
+            loader = Loader(self.model, self._load_beside, self._tensors, self._load_head)
             options = replace(options, speculation=options.speculation.loaded(loader))
         constrain = self.intake.grammars.constraint if self.intake.grammars.possible else None
         self.engine = Engine(self.model, params, options, constrain)
@@ -126,8 +128,11 @@ class LLM:
         model = Model(config, self.model.mesh, self.model.context, self.model.config.dtype)
         return model, model.params(checkpoint.load(folder, model))
 
-    def _load_head(self, name: str | Path) -> tuple[EagleHead, Params]:
-        return checkpoint.load_head(checkpoint.resolve(name), self.model)
+    def _tensors(self, name: str | Path | None, file: str) -> dict[str, np.ndarray]:
+        return checkpoint.tensors(MEDUSA if name is None else name, file)
+
+    def _load_head(self, name: str | Path | None) -> tuple[EagleHead, Params]:
+        return checkpoint.load_head(checkpoint.resolve(EAGLE if name is None else name), self.model)
 
     def generate(
         self,

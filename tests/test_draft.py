@@ -1,4 +1,4 @@
-"""The draft that ships with the demo model."""
+"""The draft and the heads that ship with the demo model."""
 
 import json
 import math
@@ -7,44 +7,61 @@ import pytest
 from safetensors import safe_open
 
 from jaxinfer import SamplingParams
-from jaxinfer.decode.speculative import DraftModel
+from jaxinfer.decode.speculative import DraftModel, Eagle, Medusa
 from jaxinfer.engine import Options
-from jaxinfer.llm import DEMO, DRAFT, LLM
+from jaxinfer.llm import DEMO, DRAFT, EAGLE, LLM, MEDUSA
 from tests.engine.tiny import tiny_folder
 from tests.golden.load import load_demo
 
-NEW = 32
+NEW, NAMES = 32, ["draft", "medusa", "eagle"]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
 
 
-def test_it_is_what_its_log_says():
-    log = json.loads((DRAFT / "training_log.json").read_text())
-    with safe_open(DRAFT / "model.safetensors", "numpy") as file:
+@pytest.mark.parametrize("folder", [DRAFT, MEDUSA, EAGLE], ids=lambda folder: folder.name)
+def test_it_is_what_its_log_says(folder):
+    log, card = json.loads((folder / "training_log.json").read_text()), (folder / "README.md").read_text()
+    (tensors,) = folder.glob("*.safetensors")
+    with safe_open(tensors, "numpy") as file:
         counted = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     assert log["parameters"] == counted
-    assert (log["teacher"], log["kind"]) == ("demo", "forward-kl")
-    card = (DRAFT / "README.md").read_text()
-    last = log["reports"][-1]
-    for said in (
-        f"{last['loss']:.3f} nats",
-        f"{last['held_out_per_byte']:.3f} nats per byte",
-        f"{last['step']:,} steps",
-    ):
-        assert said in card
-    assert (DRAFT / "tokenizer.json").read_bytes() == (DEMO / "tokenizer.json").read_bytes()
-    assert sum(path.stat().st_size for path in DRAFT.iterdir()) < 4e6
+    last, said = log["reports"][-1], [f"{log['reports'][-1]['step']:,} steps"]
+    if folder == DRAFT:
+        assert (log["teacher"], log["kind"]) == ("demo", "forward-kl")
+        said += [f"{last['loss']:.3f} nats", f"{last['held_out_per_byte']:.3f} nats per byte"]
+        assert (DRAFT / "tokenizer.json").read_bytes() == (DEMO / "tokenizer.json").read_bytes()
+    else:
+        assert log["target"] == "demo"
+        said += [", ".join(f"{100 * one:.1f}" for one in log["held_out_right"])]
+    assert [words for words in said if words not in card] == []
 
 
-def test_what_it_proposes_is_often_right_and_changes_nothing():
+def test_all_that_drafts_is_small():
+    assert sum(path.stat().st_size for folder in (DRAFT, MEDUSA, EAGLE) for path in folder.iterdir()) < 15e6
+
+
+@pytest.mark.parametrize(("method", "right"), [(DraftModel(), 0.3), (Medusa(), 0.3), (Eagle(), 0.3)], ids=NAMES)
+def test_what_it_proposes_is_often_right_and_changes_nothing(method, right):
     """The text is what transformers writes with the model alone."""
-    options = Options(max_num_seqs=4, speculation=DraftModel(), always_speculate=True)
+    options = Options(max_num_seqs=4, speculation=method, always_speculate=True)
     llm, golden = LLM(dtype="float32", max_model_len=256, options=options), load_demo()
     for output, theirs in zip(llm.generate(golden.prompts[:4], GREEDY), golden.sequences, strict=False):
         assert output.prompt_token_ids + output.outputs[0].token_ids == theirs[: len(output.prompt_token_ids) + NEW]
-    assert llm.engine.counters.accepted_by_position[0] > 0.3
+    assert llm.engine.counters.accepted_by_position[0] > right
 
 
-def test_it_drafts_for_no_other_model(tmp_path_factory):
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (DraftModel(), r"the tokenizer of .*draft differs from that of .* it must be the same"),
+        (
+            Medusa(),
+            r"head 0 of the demo model's own has a linear\.weight of shape \(384, 384\); for this model, of hidden ",
+        ),
+        (Eagle(), "384"),
+    ],
+    ids=NAMES,
+)
+def test_it_drafts_for_no_other_model(method, message, tmp_path_factory):
     folder = tiny_folder(tmp_path_factory.getbasetemp())
-    with pytest.raises(ValueError, match=r"the tokenizer of .*draft differs from that of .* it must be the same"):
-        LLM(folder, options=Options(max_num_seqs=1, speculation=DraftModel()))
+    with pytest.raises(ValueError, match=message):
+        LLM(folder, options=Options(max_num_seqs=1, speculation=method))

@@ -15,8 +15,8 @@ SPECULATE = (
     "of the text), medusa (what heads on its last hidden state say) or eagle (what a layer on its hidden states says)."
 )
 DRAFT = (
-    "The smaller model of draft: a folder or a Hugging Face id, with the same tokenizer; the demo model has one. Or "
-    "the heads of medusa, or the head of eagle."
+    "The smaller model of draft, with the same tokenizer, the heads of medusa or the head of eagle: a folder or a "
+    "Hugging Face id; the demo model has its own of each."
 )
 ALWAYS = "Propose tokens also where plain decoding is predicted to be faster."
 PROPOSED = "Tokens of a proposal; the method's own number by default."

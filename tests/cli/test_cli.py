@@ -154,7 +154,6 @@ def test_convert_keeps_every_bit(tmp_path):
         (["train", "medusa", "new", "--heads", "0"], "Invalid value for '--heads': 0 must be an integer, at least 1"),
         (["train", "eagle", str(DEMO)], "demo is not empty; it must be absent or an empty folder"),
         (["train", "eagle", "new", "--passes", "0"], "Invalid value for '--passes': 0 must be an integer, at least 1"),
-        (["generate", "a", "--speculate", "medusa"], "speculate = 'medusa' needs a draft_model"),
         (["train", "distill", "new", "--kind", "kl"], "kind = 'kl' must be one of cross-entropy, forward-kl"),
         (["train", "distill", "new", "--batch", "0"], "Invalid value for '--batch': 0 must be an integer, at least 1"),
         (["fly"], "No such command 'fly'"),

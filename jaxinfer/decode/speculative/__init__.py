@@ -44,7 +44,6 @@ METHODS: dict[str, type[Speculation]] = {
     "draft": DraftModel, "eagle": Eagle, "early-exit": EarlyExit, "lookup": PromptLookup, "lookahead": Lookahead,
     "medusa": Medusa,
 }  # fmt: skip
-HEADS = {"eagle": "head", "medusa": "heads"}  # what those have that are made for one model
 
 __all__ = [
     "METHODS", "MOST_DRAFTS", "DraftModel", "Eagle", "EarlyExit", "Loader", "Lookahead", "Medusa", "Observed", "Pass",
@@ -61,7 +60,7 @@ def by_name(
     Args:
         num_speculative_tokens: of each proposal; the method's own number by default. See `Lookahead.of_size`.
         draft_model: the checkpoint of "draft", see `DraftModel`; the heads of "medusa", see `Medusa`; or the head of
-            "eagle", see `Eagle`.
+            "eagle", see `Eagle`. The demo model's own by default.
 
     Raises:
         ValueError: there is no such method, or it has no use for one of the settings, or not for this value.
@@ -73,9 +72,7 @@ def by_name(
         return None
     if name not in METHODS:
         raise ValueError(f"speculate = {name!r} must be one of {', '.join(METHODS)}")
-    if name in HEADS and draft_model is None:
-        raise ValueError(f"speculate = {name!r} needs a draft_model: the folder of its {HEADS[name]}")
-    if draft_model is not None and name not in ("draft", *HEADS):
+    if draft_model is not None and name not in ("draft", "eagle", "medusa"):
         raise ValueError(f"draft_model = {draft_model!r} has no use where speculate = {name!r}")
     if name == "lookahead" and num_speculative_tokens is not None:
         return Lookahead.of_size(num_speculative_tokens)

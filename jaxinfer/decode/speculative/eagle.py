@@ -83,8 +83,9 @@ class Eagle(Speculation):
     """Proposes a tree of the tokens that a draft head says to be the likeliest.
 
     Attributes:
-        checkpoint: a folder, or a Hugging Face id, with a `config.json` and a `model.safetensors` in the layout of the
-            published heads of EAGLE-1 and 2, or in that of EAGLE-3; see `jaxinfer.model.eagle`.
+        checkpoint: a folder, or a Hugging Face id; None is the head that ships for the demo model. It has a
+            `config.json` and a `model.safetensors` in the layout of the published heads of EAGLE-1 and 2, or in that
+            of EAGLE-3; see `jaxinfer.model.eagle`.
         num_speculative_tokens: nodes of the tree, 1..MOST_DRAFTS.
         depth: of the longest path; each token of it takes a pass of the head.
         branches: tokens that may follow one, at most, and of a dynamic tree the nodes of a level that the next
@@ -97,7 +98,7 @@ class Eagle(Speculation):
         ValueError: one of them is out of range.
     """
 
-    checkpoint: str | Path
+    checkpoint: str | Path | None = None
     num_speculative_tokens: int = 15
     depth: int = 5
     branches: int = 4

@@ -31,6 +31,7 @@ from jaxinfer.decode.tree import Tree
 from jaxinfer.model import Model, Params
 
 FILE = "medusa_lm_head.safetensors"
+OWN = "the demo model's own"  # in errors
 _NAME = re.compile(r"(\d+)\.(\d+)\.(linear\.weight|linear\.bias|weight)")
 # How often a head's likeliest token is right is taken to be FIRST for the first head, LATER times as often for each
 # after it, and NEXT times as often for the token that comes next in likelihood: a rule of thumb, to choose a tree by.
@@ -56,7 +57,8 @@ class Medusa(Speculation):
     """Proposes a tree of the likeliest tokens of each head.
 
     Attributes:
-        checkpoint: a folder with the file FILE, or a Hugging Face id. Its tensors have the names of FasterDecoding's
+        checkpoint: a folder with the file FILE, or a Hugging Face id; None are the heads that ship for the demo model.
+            Its tensors have the names of FasterDecoding's
             `medusa_lm_head.pt`: of head i the blocks `i.0.linear.weight`, `i.0.linear.bias`, `i.1.linear.weight` and
             so on, then the output matrix, `i.n.weight` with n blocks; without it the head has the model's own. Heads
             read the last hidden state after the model's final norm.
@@ -69,7 +71,7 @@ class Medusa(Speculation):
         ValueError: a number is out of range.
     """
 
-    checkpoint: str | Path
+    checkpoint: str | Path | None = None
     num_speculative_tokens: int = 15
     typical: Typical | None = None
     heads: tuple[Head, ...] | None = field(default=None, repr=False, compare=False)
@@ -86,7 +88,7 @@ class Medusa(Speculation):
 
     def check(self, model: Model) -> None:
         if self.heads is None:
-            raise ValueError(f"the heads {self.checkpoint} are not loaded; `LLM` loads them")
+            raise ValueError(f"the heads {self.checkpoint or OWN} are not loaded; `LLM` loads them")
         D, V = model.config.hidden_size, model.config.vocab_size
         for index, head in enumerate(self.heads):
             found = [("linear.weight", weight_DD.shape, (D, D)) for weight_DD, _ in head.blocks]
@@ -96,8 +98,8 @@ class Medusa(Speculation):
             for name, shape, expected in found:
                 if shape != expected:
                     raise ValueError(
-                        f"head {index} of {self.checkpoint} has a {name} of shape {shape}; for this model, of hidden "
-                        f"size {D} and {V} tokens, it must be {expected}"
+                        f"head {index} of {self.checkpoint or OWN} has a {name} of shape {shape}; for this model, of "
+                        f"hidden size {D} and {V} tokens, it must be {expected}"
                     )
 
     @cached_property

@@ -82,17 +82,17 @@ class Loader(NamedTuple):
 
     Attributes:
         target: the model that is to be served.
-        model: gives a checkpoint by its name, for the mesh, context and tokenizer of the target; None is the demo
-            model's own draft.
-        tensors: gives the tensors of a safetensors file, by name, on the host and not read yet; of a folder or a
-            Hugging Face id, and the file's name.
-        head: gives the head of EAGLE in a folder or of a Hugging Face id, for the target.
+        model: gives a checkpoint, a folder or a Hugging Face id, for the mesh, context and tokenizer of the target;
+            for None the demo model's own draft.
+        tensors: gives the tensors of a file of a checkpoint, by name, on the host and not read yet; for None those of
+            the demo model's own heads.
+        head: gives the head of EAGLE of a checkpoint, for the target; for None the demo model's own.
     """
 
     target: Model
     model: Callable[[str | Path | None], tuple[Model, Params]]
-    tensors: Callable[[str | Path, str], dict[str, np.ndarray]]
-    head: Callable[[str | Path], tuple[EagleHead, Params]]
+    tensors: Callable[[str | Path | None, str], dict[str, np.ndarray]]
+    head: Callable[[str | Path | None], tuple[EagleHead, Params]]
 
 
 class Observed(NamedTuple):
