@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxinfer import checkpoint
@@ -83,7 +84,8 @@ class LLM:
             seed: of the requests that name none.
             warm_up: compile now whatever requests can meet, so that none waits for a compiler: the programs of the
                 model, for the sizes of prompts and of decoding, and small ones; where llguidance is installed those of
-                structured outputs too. Without it each program is compiled when a request first needs it.
+                structured outputs too. A terminal shows how many are ready. Without it each program is compiled when
+                a request first needs it.
             options: of the engine. Its default is made for throughput: a long prompt may hold up the tokens of others.
                 Who streams them beside such prompts bounds that with `max_slowdown`, as `jaxinfer serve` does.
 
@@ -106,7 +108,7 @@ class LLM:
         constrain = self.intake.grammars.constraint if self.intake.grammars.possible else None
         self.engine = Engine(self.model, params, options, constrain)
         if warm_up:
-            self.engine.warm_up()
+            _warm_up(self.engine)
         self._seeds, self._ids = np.random.default_rng(seed), count()
         self._running: dict[int, tuple[Continuation, deque[Continuation]]] = {}
         self.watch: Callable[[list[Update]], None] | None = None
@@ -331,6 +333,13 @@ class LLM:
         for continuation in continuations:
             if self._running.pop(continuation.request.id, None) is not None:
                 self.engine.abort(continuation.request.id)
+
+
+def _warm_up(engine: Engine) -> None:
+    console = Console(stderr=True)
+    with Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("compiling")
+        engine.warm_up(lambda warmed, total: bar.update(task, total=total, advance=1, description=warmed.name))
 
 
 def _check_arguments(

@@ -1,20 +1,23 @@
 """`LLM` from the outside: text, reasons to stop, log-probabilities, streams, and what an interruption leaves."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy.special import log_softmax
 
 import jaxinfer
 from jaxinfer.continuation import Continuation
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Request, TokenLogprobs, Update
-from jaxinfer.llm import LLM
+from jaxinfer.llm import LLM, _warm_up
 from jaxinfer.outputs import CompletionOutput
 from jaxinfer.text import IncrementalDecoder, StopChecker
 from tests.engine.tiny import BOS, CHARACTERS, CONFIG, CONTEXT, EOS, assert_clean, assert_warm, warm_llm
@@ -35,6 +38,15 @@ def llm(tmp_path_factory):
     shared = warm_llm(tmp_path_factory.getbasetemp())
     yield shared
     assert_warm(shared)
+
+
+def test_a_terminal_shows_how_many_programs_are_ready(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr("jaxinfer.llm.Console", lambda stderr: Console(file=shown, force_terminal=True, width=100))
+    ready = [SimpleNamespace(name=f"program {number}") for number in (1, 2)]
+    _warm_up(SimpleNamespace(warm_up=lambda progress: [progress(one, len(ready)) for one in ready]))
+    assert "program 2" in shown.getvalue()
+    assert "2/2" in shown.getvalue()
 
 
 @pytest.fixture

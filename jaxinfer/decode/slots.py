@@ -27,8 +27,8 @@ class SlotState:
         tables: page table of every cache group, [B, J].
         sampling: what the sampler keeps.
         text_BT: tokens of the prompt and the output, each at its position; None where nobody reads them.
-        memory: what a method of speculation keeps, zeros in a slot of whose request nothing is
-            computed; None for nothing.
+        memory: what a method of speculation keeps, zeros in a slot of whose request nothing is computed; None for
+            nothing.
     """
 
     token_B: jax.Array
