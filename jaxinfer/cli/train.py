@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -88,17 +89,9 @@ def medusa(
     seed: Annotated[int, integer(least=0, help="Of the order of the text.")] = 0,
 ) -> None:
     """Train Medusa heads for a model, for `--speculate medusa`: minutes on an H100, most of a day on a CPU."""
-    from jaxinfer import checkpoint
-    from jaxinfer.llm import DEMO
     from jaxinfer.training.heads import train_heads
-    from jaxinfer.training.train import Recipe
 
-    try:
-        recipe = Recipe(steps=steps, batch=batch, seed=seed, weight_decay=0.1)
-        folder = checkpoint.resolve(DEMO if target is None else target)
-        train_heads(output, folder, recipe, heads=heads, generated=generated)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    _train_beside(train_heads, output, target, steps, batch, seed, heads=heads, generated=generated)
 
 
 @train_app.command()
@@ -114,14 +107,21 @@ def eagle(
     seed: _Seed = 0,
 ) -> None:
     """Train a draft head for a model, for `--speculate eagle`: minutes on an H100, most of a day on a CPU."""
+    from jaxinfer.training.eagle import train_eagle
+
+    _train_beside(train_eagle, output, target, steps, batch, seed, passes=passes, generated=generated)
+
+
+def _train_beside(
+    train: Callable[..., object], output: Path, target: str | None, steps: int, batch: int, seed: int, **settings: int
+) -> None:
+    """Trains what is made for one model, which stays as it is."""
     from jaxinfer import checkpoint
     from jaxinfer.llm import DEMO
-    from jaxinfer.training.eagle import train_eagle
     from jaxinfer.training.train import Recipe
 
     try:
         recipe = Recipe(steps=steps, batch=batch, seed=seed, weight_decay=0.1)
-        folder = checkpoint.resolve(DEMO if target is None else target)
-        train_eagle(output, folder, recipe, passes=passes, generated=generated)
+        train(output, checkpoint.resolve(DEMO if target is None else target), recipe, **settings)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -20,8 +20,8 @@ from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from jaxinfer.training.train import DenseRows
 from tests.engine.eagle_heads import by_hand, features, nearly_right, nearly_right_third, ranked, write_head
-from tests.engine.test_medusa import FOLLOWS, D, V, write
-from tests.engine.test_speculation import Alternating, answers
+from tests.engine.test_medusa import FOLLOWS, D, V, assert_all_is_right, write
+from tests.engine.test_speculation import answers
 from tests.engine.tiny import CONFIG, assert_clean, drawing_alike, tiny_folder, write_checkpoint
 
 OPTIONS = Options(
@@ -219,18 +219,7 @@ def test_a_head_that_is_right_brings_all_that_it_can(tmp_path, tmp_path_factory)
     head = write_head(tmp_path / "head", tensors, V)
     speculation = Eagle(head, DEPTH, DEPTH, branches=1)
     llm = drawing_alike(LLM(target, tensor_parallel_size=2, options=replace(options, speculation=speculation)))
-    assert llm.engine.layout.depth == DEPTH
-    llm.engine.gate = llm.engine.scheduler.gate = Alternating(llm.engine.layout, times=None)
-    greedy = SamplingParams(temperature=0.0, ignore_eos=True)
-    for prompt in ("ab" * 9, "abcabd" * 12, "abcabd" * 11 + "xyz"):
-        drafts, before = llm.engine.counters.drafts, llm.engine.counters.accepted or (0,) * DEPTH
-        (output,) = llm.generate([prompt], replace(greedy, max_tokens=1 + 2 * (1 + DEPTH) + 2 + 1 + DEPTH))
-        tokens = [*output.prompt_token_ids[-1:], *output.outputs[0].token_ids]
-        assert tokens[1:] == FOLLOWS[tokens[:-1]].tolist()
-        accepted = [new - old for new, old in zip(llm.engine.counters.accepted, before, strict=True)]
-        # The first is of the prompt; two steps with proposals, two without, and one more with.
-        assert [llm.engine.counters.drafts - drafts, *accepted] == [3] * (1 + DEPTH)
-    assert llm.engine.metrics.prefix_hit_rate > 0
+    assert_all_is_right(llm, DEPTH)
 
 
 # --- the tree

@@ -82,12 +82,9 @@ def tiny(tmp_path_factory) -> Path:
     return tiny_folder(tmp_path_factory.getbasetemp())
 
 
-def test_heads_that_are_right_bring_all_that_they_can(tmp_path, tiny):
-    """After prompts, in chunks and shared, after steps with proposals, and after steps without: the hidden state is
-    that of the newest token. On two devices, each with its part of the output matrices."""
-    folder = write(tmp_path / "table", tiny, rest=0.0)
-    llm = drawing_alike(LLM(folder, tensor_parallel_size=2, options=replace(OPTIONS, speculation=Medusa(folder, 8))))
-    (depth,) = {llm.engine.layout.depth, HEADS}
+def assert_all_is_right(llm: LLM, depth: int) -> None:
+    """Of what is proposed after prompts, in chunks and shared, after steps with proposals and after steps without."""
+    assert llm.engine.layout.depth == depth
     llm.engine.gate = llm.engine.scheduler.gate = Alternating(llm.engine.layout, times=None)
     greedy = SamplingParams(temperature=0.0, ignore_eos=True)
     for prompt in ("ab" * 9, "abcabd" * 12, "abcabd" * 11 + "xyz"):
@@ -99,6 +96,14 @@ def test_heads_that_are_right_bring_all_that_they_can(tmp_path, tiny):
         # The first is of the prompt; two steps with proposals, two without, and one more with.
         assert [llm.engine.counters.drafts - drafts, *accepted] == [3] * (1 + depth)
     assert llm.engine.metrics.prefix_hit_rate > 0
+
+
+def test_heads_that_are_right_bring_all_that_they_can(tmp_path, tiny):
+    """After prompts, in chunks and shared, after steps with proposals, and after steps without: the hidden state is
+    that of the newest token. On two devices, each with its part of the output matrices."""
+    folder = write(tmp_path / "table", tiny, rest=0.0)
+    llm = drawing_alike(LLM(folder, tensor_parallel_size=2, options=replace(OPTIONS, speculation=Medusa(folder, 8))))
+    assert_all_is_right(llm, HEADS)
 
 
 def test_heads_never_change_an_output(one_rectangle, tmp_path, tiny):
