@@ -12,7 +12,8 @@ os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.environ
 if find_spec("jax_cuda13_plugin") is None:
     # Small problems take longer to compile than to run. Of XLA's own passes only the one is left out that makes two
     # kernels of a long sum: it has no part in what the tests read in compiled HLO, which is copies and collectives.
-    # Its older emitters give LLVM the same fusions in a quarter of the time; the new ones make a compiler for each.
+    # The older emitters of JAX 0.11's XLA give LLVM the same fusions in a quarter of the time; the new ones make a
+    # compiler for each. In JAX 0.12 there are no older ones, and the option is ignored.
     os.environ["XLA_FLAGS"] += (
         " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         " --xla_disable_hlo_passes=tree_reduction_rewriter --xla_cpu_parallel_codegen_split_count=1"
