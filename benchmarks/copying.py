@@ -1,4 +1,5 @@
-"""Text that copies: a model edits files, and a larger one of random weights writes the same, token for token."""
+"""Text that copies, or goes on with a draft model beside it: recorded of a small model, and written again, token for
+token, by a larger one of random weights."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def medusa(
     seed: Annotated[int, integer(least=0, help="Of the order of the text.")] = 0,
 ) -> None:
     """Train Medusa heads for a model, for `--speculate medusa`: minutes on an H100, most of a day on a CPU."""
-    from jaxinfer.training.heads import train_heads
+    from jaxinfer.training.medusa import train_heads
 
     _train_beside(train_heads, output, target, steps, batch, seed, heads=heads, generated=generated)
 

@@ -49,6 +49,10 @@ class Forward:
         """The model's parameters, which come before those of others."""
         return params[: len(self.model.parameters)]
 
+    def others(self, params: Params) -> Params:
+        """Those of a method of speculation, which come behind the model's."""
+        return params[len(self.model.parameters) :]
+
     def scheduled(self, batch: Batch, network: Network) -> Batch:
         """The batch, whose views are those of the network's cache groups, with what its layers have in common."""
         config, each = network.config, network.kv_slots_per_device

@@ -20,7 +20,7 @@ from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from jaxinfer.training.train import DenseRows
 from tests.engine.eagle_heads import by_hand, features, nearly_right, nearly_right_third, ranked, write_head
-from tests.engine.test_medusa import FOLLOWS, D, V, assert_all_is_right, write
+from tests.engine.test_medusa import FOLLOWS, PARAMS, PROMPTS, D, V, assert_all_is_right, write
 from tests.engine.test_speculation import answers
 from tests.engine.tiny import CONFIG, assert_clean, drawing_alike, tiny_folder, write_checkpoint
 
@@ -188,18 +188,9 @@ def assert_those_of_the_whole_text(llm: LLM, tensors: dict[str, np.ndarray]) -> 
 
 def test_a_head_never_changes_an_output(llm, model, one_rectangle):
     """Greedy and sampled, preempted and shared."""
-    prompts = ["ab" * 9, "x", "0123456789" * 7, "z" * 33, "ab" * 9 + "c", "import os\nimport"]
-    params = [
-        SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
-        SamplingParams(temperature=1.0, max_tokens=41, seed=1, ignore_eos=True),
-        SamplingParams(temperature=0.7, max_tokens=20, seed=2, presence_penalty=0.4),
-        SamplingParams(temperature=0.9, max_tokens=37, seed=3, stop_token_ids=[70, 71, 72]),
-        SamplingParams(temperature=0.0, repetition_penalty=1.2, max_tokens=30, ignore_eos=True),
-        SamplingParams(temperature=1.0, max_tokens=33, seed=5, ignore_eos=True),
-    ]
     plain = drawing_alike(LLM(model, options=replace(OPTIONS, num_pages=None)))
     before = llm.engine.counters.preemptions
-    assert answers(llm, prompts, params) == answers(plain, prompts, params)
+    assert answers(llm, PROMPTS, PARAMS) == answers(plain, PROMPTS, PARAMS)
     assert llm.engine.counters.preemptions > before
     assert llm.engine.metrics.prefix_hit_rate > 0
     assert llm.engine.counters.tokens_per_draft > 1.5

@@ -32,6 +32,17 @@ OPTIONS = Options(
     max_num_seqs=4, max_num_batched_tokens=64, page_size=8, num_pages=20, steps_per_dispatch=2, always_speculate=True
 )
 
+# Greedy and sampled, of all lengths, two of which begin alike.
+PROMPTS = ["ab" * 9, "x", "0123456789" * 7, "z" * 33, "ab" * 9 + "c", "import os\nimport"]
+PARAMS = [
+    SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
+    SamplingParams(temperature=1.0, max_tokens=41, seed=1, ignore_eos=True),
+    SamplingParams(temperature=0.7, max_tokens=20, seed=2, presence_penalty=0.4),
+    SamplingParams(temperature=0.9, max_tokens=37, seed=3, stop_token_ids=[70, 71, 72]),
+    SamplingParams(temperature=0.0, repetition_penalty=1.2, max_tokens=30, ignore_eos=True),
+    SamplingParams(temperature=1.0, max_tokens=33, seed=5, ignore_eos=True),
+]
+
 
 def outputs(normed_VD: np.ndarray, ahead: int) -> np.ndarray:
     """The matrix for which after each token the likeliest is the one `ahead` of it: a sum of outer products, in which
@@ -110,17 +121,8 @@ def test_heads_never_change_an_output(one_rectangle, tmp_path, tiny):
     """Greedy and sampled, preempted and shared: where the rest of the model has a say, too."""
     folder = write(tmp_path / "model", tiny, rest=0.1)
     llm = drawing_alike(LLM(folder, options=replace(OPTIONS, speculation=Medusa(folder))))
-    prompts = ["ab" * 9, "x", "0123456789" * 7, "z" * 33, "ab" * 9 + "c", "import os\nimport"]
-    params = [
-        SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
-        SamplingParams(temperature=1.0, max_tokens=41, seed=1, ignore_eos=True),
-        SamplingParams(temperature=0.7, max_tokens=20, seed=2, presence_penalty=0.4),
-        SamplingParams(temperature=0.9, max_tokens=37, seed=3, stop_token_ids=[70, 71, 72]),
-        SamplingParams(temperature=0.0, repetition_penalty=1.2, max_tokens=30, ignore_eos=True),
-        SamplingParams(temperature=1.0, max_tokens=33, seed=5, ignore_eos=True),
-    ]
     plain = drawing_alike(LLM(folder, options=replace(OPTIONS, num_pages=None)))
-    assert answers(llm, prompts, params) == answers(plain, prompts, params)
+    assert answers(llm, PROMPTS, PARAMS) == answers(plain, PROMPTS, PARAMS)
     counters = llm.engine.counters
     assert counters.preemptions > 0
     assert counters.accepted_by_position[0] > 0.5

@@ -16,7 +16,7 @@ from jaxinfer.llm import LLM
 from jaxinfer.training import beside
 from jaxinfer.training.demo import fit, prepare
 from jaxinfer.training.eagle import FEATURE, TOKEN, drafted, eagle_loss, train_eagle
-from jaxinfer.training.heads import DECAY, identities, medusa_loss, train_heads
+from jaxinfer.training.medusa import DECAY, identities, medusa_loss, train_heads
 from jaxinfer.training.train import DenseRows, Recipe
 from tests.engine.eagle_heads import by_hand, nearly_right, write_head
 

@@ -115,7 +115,7 @@ class DraftModel(Speculation):
         assert self.model is not None
         forward = replace(target, model=self.model, views=self._groups(target.model))
         layers = target.model.config.num_layers
-        return forward, params[len(target.model.parameters) :], cache[:layers], cache[layers:]
+        return forward, target.others(params), cache[:layers], cache[layers:]
 
     def _groups(self, model: Model) -> tuple[int, ...]:
         """The cache group of the target for each of its own."""

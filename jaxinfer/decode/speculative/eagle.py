@@ -31,6 +31,7 @@ from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.slots import SlotState
 from jaxinfer.decode.speculative.medusa import sparse_tree
 from jaxinfer.decode.speculative.method import (
+    OWN,
     Loader,
     Observed,
     Pass,
@@ -127,19 +128,18 @@ class Eagle(Speculation):
 
     def check(self, model: Model) -> None:
         if self.head is None:
-            raise ValueError(f"the head {self.checkpoint} is not loaded; `LLM` loads it")
+            raise ValueError(f"the head {self.checkpoint or OWN} is not loaded; `LLM` loads it")
         if group_of(None, model.config.windows) is None:
             raise ValueError(
-                f"the head {self.checkpoint} attends to all tokens; the model keeps no more keys than those in its "
-                f"windows, {model.config.windows}"
+                f"the head {self.checkpoint or OWN} attends to all tokens; the model keeps no more keys than "
+                f"those in its windows, {model.config.windows}"
             )
 
     @cached_property
     def choices(self) -> tuple[tuple[int, ...], ...]:
         """Of a tree that is always the same the ranks on the path to each node, level by level."""
-        paths = sparse_tree(
-            self.depth, self.num_speculative_tokens, first=RIGHT, later=1.0, branches=self.branches
-        )  # fmt: skip
+        settings = {"first": RIGHT, "later": 1.0, "branches": self.branches}
+        paths = sparse_tree(self.depth, self.num_speculative_tokens, **settings)
         return tuple(sorted(paths, key=len))
 
     @property
@@ -305,12 +305,12 @@ class Eagle(Speculation):
         """The features that the head expects of a batch of the model's, and its pages."""
         assert self.head is not None
         batch = replace(batch, views=(batch.views[self._group(target.model)],))
-        batch, weights = target.scheduled(batch, self.head), params[len(target.model.parameters) :]
+        batch, weights = target.scheduled(batch, self.head), target.others(params)
         return self.head.forward(weights, target.model, target.own(params), batch, features_TD, pages)
 
     def _features(self, target: Forward, params: Params, shown_TE: jax.Array) -> jax.Array:
         assert self.head is not None
-        return self.head.features(params[len(target.model.parameters) :], target.model, target.own(params), shown_TE)
+        return self.head.features(target.others(params), target.model, target.own(params), shown_TE)
 
     def _group(self, model: Model) -> int:
         """The cache group of the model that keeps all keys."""
@@ -344,7 +344,7 @@ class _Growth:
         slots, nodes, width = features_BnD.shape
         head, model, own = self.eagle.head, self.target.model, self.target.own(self.params)
         assert head is not None
-        weights = self.params[len(model.parameters) :]
+        weights = self.target.others(self.params)
         logits_TV = head.logits(weights, model, own, features_BnD.reshape(-1, width))
         logits_TV = jax.sharding.reshard(logits_TV, P(None, None))
         top_Tr, ids_Tr = likeliest(logits_TV, count)

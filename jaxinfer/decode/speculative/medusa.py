@@ -26,12 +26,11 @@ from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.likeliest import likeliest
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.slots import SlotState
-from jaxinfer.decode.speculative.method import Loader, Proposal, Speculation, Typical, check_drafts
+from jaxinfer.decode.speculative.method import OWN, Loader, Proposal, Speculation, Typical, check_drafts
 from jaxinfer.decode.tree import Tree
 from jaxinfer.model import Model, Params
 
 FILE = "medusa_lm_head.safetensors"
-OWN = "the demo model's own"  # in errors
 _NAME = re.compile(r"(\d+)\.(\d+)\.(linear\.weight|linear\.bias|weight)")
 # How often a head's likeliest token is right is taken to be FIRST for the first head, LATER times as often for each
 # after it, and NEXT times as often for the token that comes next in likelihood: a rule of thumb, to choose a tree by.
@@ -135,7 +134,7 @@ class Medusa(Speculation):
     def propose(
         self, target: Forward, params: Params, needs: Needs, state: SlotState, cache: Cache
     ) -> tuple[Proposal, Cache]:
-        heads = jax.tree.unflatten(jax.tree.structure(self.heads), params[len(target.model.parameters) :])
+        heads = jax.tree.unflatten(jax.tree.structure(self.heads), target.others(params))
         normed_BD, head_VD, _ = target.model.head(target.own(params), state.memory)
         ranked = [
             _likeliest(head, normed_BD, head_VD, 1 + max(path[place] for path in self.choices if len(path) > place))

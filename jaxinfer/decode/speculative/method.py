@@ -17,6 +17,8 @@ from jaxinfer.decode.slots import SlotState
 from jaxinfer.decode.tree import MOST_DRAFTS, GrownTree, Tree
 from jaxinfer.model import EagleHead, Model, ModelConfig, Params
 
+OWN = "the demo model's own"  # heads without another name, in errors
+
 
 class Proposal(NamedTuple):
     """Tokens that may follow the newest one of each slot; any for a slot that is not active.
