@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import TimeoutException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -45,7 +46,12 @@ def page(browser, server):
 
 
 def wait(page, condition, seconds=30):
-    return WebDriverWait(page, seconds, 0.05).until(condition)
+    """Until the condition holds; a failure says what the page shows."""
+    try:
+        return WebDriverWait(page, seconds, 0.05).until(condition)
+    except TimeoutException:
+        log = page.get_log("browser")
+        pytest.fail(f"after {seconds} s the page shows {page.find_element(By.TAG_NAME, 'body').text!r}, its log {log}")
 
 
 def send(page, text, **fields):
