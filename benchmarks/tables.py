@@ -113,6 +113,11 @@ BESIDE = {
 }
 STARTS = {f"llama-3-8b {start} start": f"{start} start" for start in ("first", "second")}
 PROGRAMS = {("llama-3-8b first start", metric): metric for metric in ("programs", "kernels")}
+READY = {f"llama-3-8b server, {start} start": f"{start} start" for start in ("first", "second")}
+PARTS = {
+    ("llama-3-8b server, second start", metric): f"of the second start, {metric}"
+    for metric in ("HTTP process", "imports", "device", "weights and cache", "warm-up")
+}
 PREFILL = {
     **{f"flash_attention llama-3-8b {x}": x for x in ("4x2048", "2x4096", "1x8192", "1x16384", "1x32768")},
     "flash_attention mistral-7b 1x32768": "1x32768, window 4096",
@@ -168,6 +173,7 @@ TABLES = {
     "throughput": Table("output throughput", "tokens/s", THROUGHPUT, IN_AND_OUT, names=SERVING_NAMES),
     "beside-a-prompt": Table("decode step", "ms a step of 16 sequences", STEADY, BESIDE, names=SERVING_NAMES),
     "warm-up": Table("warm-up", "seconds to get ready", STARTS, PROGRAMS, names=SERVING_NAMES),
+    "ready": Table("ready", "seconds from the start of the process", READY, PARTS, names=SERVING_NAMES),
     "prefill-kernel": Table("arithmetic", "prefill, TFLOP/s", PREFILL, variants=SHUFFLED, names=KERNEL_NAMES),
     "decoding-kernel": Table("time", "decoding, us", DECODING, variants=PAGES_OF_16, names=KERNEL_NAMES),
     "decoding-options": Table("time", "decoding, us", OPTIONS, names=KERNEL_NAMES),

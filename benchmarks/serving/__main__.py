@@ -3,6 +3,7 @@
     python -m benchmarks.serving offline [--model llama-3-8b] [--batches 1 16 64 256] [--static]
     python -m benchmarks.serving latency [--model llama-3-8b]
     python -m benchmarks.serving online --url http://127.0.0.1:8000/v1 --model NAME [--rates 1 2 4 8] [--key KEY]
+    python -m benchmarks.serving ready FOLDER [--model llama-3-8b]
     python -m benchmarks.serving soak [--requests 10000] [--rate 20]
 
 Offline: requests that are all there at once, greedy, no stop, through the engine on random normal weights: decoding
@@ -14,6 +15,8 @@ sequences with contexts of 1,000 while a prompt of 32,768 tokens comes.
 Online: a workload, "256 requests" by default, arriving at each rate (a Poisson process), at any OpenAI-compatible
 server, ours or another; `inf` sends all at once. A plot shows how long a token takes at each throughput, and how long
 it is read.
+Ready: a server of the checkpoint in FOLDER, which `python -m benchmarks.checkpoint` makes, from the start of its
+process until it listens: first with nothing compiled, then a second time.
 Soak: a server of the demo model under random arrivals, lengths, callers who hang up and overload; it must account for
 all of them, lose no page and compile nothing.
 Writes `serving.json`, and online `serving.png`.
@@ -31,8 +34,9 @@ import jax
 
 from benchmarks.bench import MODELS
 from benchmarks.record import OURS, RESULTS, Failure, Record, device_folder, environment, update
-from benchmarks.serving import latency, offline, online, soak
+from benchmarks.serving import latency, offline, online, ready, soak
 from benchmarks.serving.plot import plot_curve
+from benchmarks.serving.server import leave_the_device, serving
 from benchmarks.serving.summary import Objective, summarize
 from benchmarks.serving.workload import WORKLOADS, longest
 from jaxinfer.engine import Engine, Options, WarmUp
@@ -47,9 +51,16 @@ MORE_THAN_SLOTS = [
     "1024 chats",
 ]  # for static batching, which is continuous where every request has a slot
 
+# Options of the engine, as both `Options` and `jaxinfer serve` name them.
+ENGINE = (
+    "max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages", "steps_per_dispatch", "max_slowdown",
+)  # fmt: skip
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
+    if options.how in BESIDE_A_SERVER:
+        leave_the_device()
     records, made_in = [], environment()
     for group in WAYS[options.how](options):
         records += group
@@ -88,6 +99,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     served.add_argument("--vocabulary", type=int, default=1000, help="prompts are token ids below it")
     served.add_argument("--first-token", type=float, default=1.0, help="seconds; more is not served well")
     served.add_argument("--per-token", type=float, default=0.05, help="seconds; likewise")
+    started = ways.add_parser("ready")
+    started.add_argument("folder", type=Path, help="of a checkpoint, such as benchmarks.checkpoint makes")
+    _add_engine(started, max_slowdown=1.75)  # a server's
     soaked = ways.add_parser("soak")
     soaked.add_argument("--requests", type=int, default=10_000)
     soaked.add_argument("--rate", type=float, default=20.0, help="requests/s")
@@ -158,14 +172,13 @@ def warm_up_records(model: str, done: WarmUp) -> list[Record]:
 
 
 def engine_options(options: argparse.Namespace) -> Options:
-    return Options(
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        page_size=options.page_size,
-        num_pages=options.num_pages,
-        steps_per_dispatch=options.steps_per_dispatch,
-        max_slowdown=options.max_slowdown,
-    )
+    return Options(**{name: getattr(options, name) for name in ENGINE})
+
+
+def server_arguments(options: argparse.Namespace) -> list[str]:
+    """The same for `jaxinfer serve`."""
+    given = {name: value for name in ENGINE if (value := getattr(options, name)) is not None}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
 
 
 def measure_online(options: argparse.Namespace) -> Iterator[list[Record]]:
@@ -179,12 +192,23 @@ def measure_online(options: argparse.Namespace) -> Iterator[list[Record]]:
         yield summarize(case, options.name, timelines, objective)
 
 
+def measure_ready(options: argparse.Namespace) -> Iterator[list[Record]]:
+    yield ready.measure(options.model, options.folder, server_arguments(options))
+
+
 def measure_soak(options: argparse.Namespace) -> Iterator[list[Record]]:
-    with soak.serving() as server:
+    with serving(*soak.OPTIONS) as server:
         yield soak.soak(server, options.requests, options.rate)
 
 
-WAYS = {"offline": measure_offline, "latency": measure_latency, "online": measure_online, "soak": measure_soak}
+WAYS = {
+    "offline": measure_offline,
+    "latency": measure_latency,
+    "online": measure_online,
+    "ready": measure_ready,
+    "soak": measure_soak,
+}
+BESIDE_A_SERVER = ("online", "ready", "soak")
 
 
 if __name__ == "__main__":
