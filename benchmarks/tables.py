@@ -102,6 +102,7 @@ IN_AND_OUT = {
         "64 x 2,048 in, of them 1,920 shared, 128 out, in and out"
     ),
 }
+BLOCKS = {f" in blocks of {steps}": f"{steps} step{'s' * (steps > 1)} a program" for steps in (1, 2, 4, 8, 16)}
 STALL = f"llama-3-8b {Stall().name}"
 STEADY = {STALL: "alone"}
 BESIDE = {
@@ -171,6 +172,14 @@ TABLES = {
     "step": Table("time in step", "us of a step", BATCHES | PROMPTS, names={name: name for name in CLASSES}),
     "first-token": Table("first token", "ms to the first token", PROMPTS | LONG),
     "throughput": Table("output throughput", "tokens/s", THROUGHPUT, IN_AND_OUT, names=SERVING_NAMES),
+    "blocks": Table(
+        "decode",
+        "tokens/s",
+        BATCHES,
+        {("llama-3-8b 256 requests", "output throughput"): "256 requests, out"},
+        BLOCKS,
+        SERVING_NAMES,
+    ),
     "beside-a-prompt": Table("decode step", "ms a step of 16 sequences", STEADY, BESIDE, names=SERVING_NAMES),
     "warm-up": Table("warm-up", "seconds to get ready", STARTS, PROGRAMS, names=SERVING_NAMES),
     "ready": Table("ready", "seconds from the start of the process", READY, PARTS, names=SERVING_NAMES),

@@ -1,6 +1,7 @@
 """Many requests at once.
 
     python -m benchmarks.serving offline [--model llama-3-8b] [--batches 1 16 64 256] [--static]
+    python -m benchmarks.serving blocks [--model llama-3-8b] [--steps-per-dispatch 1 2 4 8 16] [--batches 1 16 64 256]
     python -m benchmarks.serving latency [--model llama-3-8b]
     python -m benchmarks.serving online --url http://127.0.0.1:8000/v1 --model NAME [--rates 1 2 4 8] [--key KEY]
     python -m benchmarks.serving ready FOLDER [--model llama-3-8b]
@@ -10,6 +11,8 @@ Offline: requests that are all there at once, greedy, no stop, through the engin
 after prompts of 128 tokens, 256 steps of all sequences, and whole workloads. `--static` measures static batching too,
 by the same engine: as many requests as there are slots, all of which go on until the longest has ended, then the next
 ones. Of the workloads that it names, or of those with 1,024 requests.
+Blocks: the same decoding, and the workload "256 requests", with as many decode steps in a program as it is told, by
+engines of the same weights.
 Latency: through an engine with the budget of a server. First tokens of prompts that come alone, and the steps of 16
 sequences with contexts of 1,000 while a prompt of 32,768 tokens comes.
 Online: a workload, "256 requests" by default, arriving at each rate (a Poisson process), at any OpenAI-compatible
@@ -26,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,7 +45,7 @@ from benchmarks.serving.summary import Objective, summarize
 from benchmarks.serving.workload import WORKLOADS, longest
 from jaxinfer.engine import Engine, Options, WarmUp
 from jaxinfer.machine import keep_compiled, measure_machine
-from jaxinfer.model import Model, read_config
+from jaxinfer.model import Model, Params, read_config
 from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import MEASURED, Hardware, find_by_device
 from jaxinfer.serve.worker import settle
@@ -84,6 +88,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     alone.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64, 256], help="sequences that decode")
     alone.add_argument("--workload", nargs="*", choices=WORKLOADS, default=["256 requests", "32 x 8192 in, 64 out"])
     alone.add_argument("--static", nargs="*", choices=WORKLOADS, help="workloads, also with static batching")
+    sized = ways.add_parser("blocks")
+    _add_engine(sized, max_slowdown=math.inf, steps=[1, 2, 4, 8, 16])
+    sized.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64, 256], help="sequences that decode")
+    sized.add_argument("--workload", nargs="*", choices=WORKLOADS, default=["256 requests"])
     timed = ways.add_parser("latency")
     _add_engine(timed, max_slowdown=1.75)  # a server's
     timed.add_argument("--prompts", type=int, nargs="*", default=[512, 2048, 8192], help="tokens of those alone")
@@ -108,13 +116,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _add_engine(parser: argparse.ArgumentParser, max_slowdown: float) -> None:
+def _add_engine(parser: argparse.ArgumentParser, max_slowdown: float, steps: int | list[int] = 8) -> None:
     parser.add_argument("--model", default="llama-3-8b", help="a folder of configs/models")
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--num-pages", type=int, help="as many as fit by default")
-    parser.add_argument("--steps-per-dispatch", type=int, default=8)
+    parser.add_argument(
+        "--steps-per-dispatch", type=int, nargs="+" if isinstance(steps, list) else None, default=steps
+    )
     parser.add_argument(
         "--max-slowdown", type=float, default=max_slowdown, help="of a decode step by prompts beside it"
     )
@@ -136,6 +146,27 @@ def measure_offline(options: argparse.Namespace) -> Iterator[list[Record]]:
         yield offline.measure(engine, f"{options.model} {name}", WORKLOADS[name], machine, name in static)
 
 
+def measure_blocks(options: argparse.Namespace) -> Iterator[list[Record]]:
+    """The records of each size, one engine after the other: two would not fit."""
+    workloads = [WORKLOADS[name] for name in options.workload]
+    model, params = random_model(options.model, max(longest(workloads), latency.ROOM))
+    machine = ceilings()
+    for steps in options.steps_per_dispatch:
+        sized = argparse.Namespace(**vars(options) | {"steps_per_dispatch": steps})
+        yield from _block(sized, Engine(model, params, engine_options(sized)), machine)
+        gc.collect()
+
+
+def _block(options: argparse.Namespace, engine: Engine, machine: Hardware) -> Iterator[list[Record]]:
+    how = f" in blocks of {options.steps_per_dispatch}"
+    print(f"{engine.warm_up()}{how}", flush=True)
+    desk = latency.Desk(options.model, engine, machine)
+    for batch in options.batches:
+        yield latency.decoding(desk, batch, how)
+    for name in options.workload:
+        yield offline.measure(engine, f"{options.model} {name}{how}", WORKLOADS[name], machine)
+
+
 def measure_latency(options: argparse.Namespace) -> Iterator[list[Record]]:
     """The records of getting ready, then of each case."""
     stalls = [latency.Stall(prompt=tokens) for tokens in options.long]
@@ -148,8 +179,12 @@ def measure_latency(options: argparse.Namespace) -> Iterator[list[Record]]:
 
 def make_engine(options: argparse.Namespace, context: int) -> Engine:
     """With random normal weights."""
-    model = Model(read_config(MODELS / options.model), make_mesh(devices=jax.devices()[:1]), context=context)
-    return Engine(model, jax.block_until_ready(model.random_params()), engine_options(options))
+    return Engine(*random_model(options.model, context), engine_options(options))
+
+
+def random_model(name: str, context: int) -> tuple[Model, Params]:
+    model = Model(read_config(MODELS / name), make_mesh(devices=jax.devices()[:1]), context=context)
+    return model, jax.block_until_ready(model.random_params())
 
 
 def ceilings() -> Hardware:
@@ -203,6 +238,7 @@ def measure_soak(options: argparse.Namespace) -> Iterator[list[Record]]:
 
 WAYS = {
     "offline": measure_offline,
+    "blocks": measure_blocks,
     "latency": measure_latency,
     "online": measure_online,
     "ready": measure_ready,

@@ -127,18 +127,21 @@ def _piece() -> float:
     return time.perf_counter() - start
 
 
-def decoding(desk: Desk, batch: int) -> list[Record]:
+def decoding(desk: Desk, batch: int, how: str = "") -> list[Record]:
     """NEW tokens of each of so many sequences, from when all have their first one: every step has all of them.
 
     Prompts come with no budget, or else the first sequences are far on when the last has its first token, and their
     contexts longer than is said.
+
+    Args:
+        how: the end of the case's name.
     """
     steps = sorted([_decode_step(desk, batch) for _ in range(REPEATS + 1)][1:])  # in the order of time, but the first
     step, context = statistics.median(steps), PROMPT + NEW // 2
     cost = decode_step(desk.engine.model.config, batch, context, desk.precision)
     fraction = cost.fraction(desk.ceilings, step)
     rates = [batch / seconds for seconds in steps]
-    case, spread = f"{desk.name} B{batch}", (steps[0] * 1e3, steps[-1] * 1e3, len(steps))
+    case, spread = f"{desk.name} B{batch}{how}", (steps[0] * 1e3, steps[-1] * 1e3, len(steps))
     return [
         Record(case, OURS, "decode", batch / step, "tok/s", fraction, rates[-1], rates[0], len(rates)),
         Record(case, OURS, "decode step", step * 1e3, "ms", fraction, *spread),

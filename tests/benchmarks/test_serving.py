@@ -7,6 +7,7 @@ import math
 import random
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -22,9 +23,12 @@ from benchmarks.serving.plot import curves, plot_curve
 from benchmarks.serving.summary import Objective, summarize
 from benchmarks.serving.workload import WORKLOADS, Job, Workload, longest, mixed
 from benchmarks.tables import TABLES
-from jaxinfer.engine import WarmUp
-from jaxinfer.model import read_config
+from jaxinfer.engine import Engine, WarmUp
+from jaxinfer.llm import DEMO
+from jaxinfer.model import Model, read_config
+from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import Precision, find_hardware, workload_limit
+from tests.engine.fake import FakePrograms
 from tests.engine.tiny import assert_warm, warm_llm
 
 JOBS = [Job((1, 2, 3), 3), Job((4, 5), 1), Job((6,), 2)]
@@ -143,6 +147,39 @@ def test_the_command_measures_static_batching_where_requests_outnumber_the_slots
     list(command.measure_offline(command.parse(["offline", "--model", "m", "--workload", "--batches", "1", "4"])))
     assert seen == [("m", 1), ("m", 4)]
     assert min(len(WORKLOADS[name].sizes) for name in more) > command.parse(["offline"]).max_num_seqs
+
+
+def test_blocks_of_several_sizes_by_engines_of_the_same_weights(monkeypatch):
+    """One engine at a time, each of its size, on a device in plain Python; the cases are those of the table."""
+    model, params, made = Model(read_config(DEMO), make_mesh(1), context=4096), [], []
+
+    class Counted(Engine):
+        def __init__(self, *given):
+            assert [one for one in made if one() is not None] == []
+            assert given[:2] == (model, params)
+            super().__init__(*given)
+            made.append(weakref.ref(self))
+
+        def warm_up(self, progress=None):
+            return WarmUp((), 1.0, 0)
+
+    for name, value in {"PROMPT": 5, "NEW": 32, "REPEATS": 1}.items():
+        monkeypatch.setattr(latency, name, value)
+    monkeypatch.setattr("jaxinfer.engine.runner.Programs", FakePrograms)
+    monkeypatch.setitem(WORKLOADS, "256 requests", Workload(((6, 5), (4, 3))))
+    monkeypatch.setattr(command, "Engine", Counted)
+    monkeypatch.setattr(command, "random_model", lambda name, context: (model, params))
+    monkeypatch.setattr(command, "ceilings", lambda: find_hardware("h200"))
+    groups = list(command.measure_blocks(command.parse(["blocks", "--batches", "1", "16", "--num-pages", "400"])))
+    found = {(record.case, record.metric) for group in groups for record in group}
+    sizes = (1, 2, 4, 8, 16)
+    assert len(made) == len(sizes)
+    places = {place for size in sizes for place in TABLES["blocks"].places(f" in blocks of {size}")}
+    assert found & places == {
+        (f"llama-3-8b {what} in blocks of {size}", metric)
+        for size in sizes
+        for what, metric in (("B1", "decode"), ("B16", "decode"), ("256 requests", "output throughput"))
+    }
 
 
 def test_a_static_batch_goes_on_until_its_longest_has_ended():
