@@ -103,6 +103,16 @@ IN_AND_OUT = {
     ),
 }
 BLOCKS = {f" in blocks of {steps}": f"{steps} step{'s' * (steps > 1)} a program" for steps in (1, 2, 4, 8, 16)}
+RATES = {f" at {rate} requests/s": f"{rate} requests/s" for rate in (1, 2, 4, 8, 12, 16)}
+ONLINE = "llama-3-8b 256 requests"
+SERVED = {
+    (ONLINE, "goodput"): "goodput, requests/s",
+    **{
+        (ONLINE, f"{metric} {percentile}"): f"{metric}, ms, {percentile}"
+        for metric in ("first token", "time per token")
+        for percentile in ("p50", "p99")
+    },
+}
 STALL = f"llama-3-8b {Stall().name}"
 STEADY = {STALL: "alone"}
 BESIDE = {
@@ -180,6 +190,7 @@ TABLES = {
         BLOCKS,
         SERVING_NAMES,
     ),
+    "online": Table("output throughput", "requests that arrive", {ONLINE: "tokens/s"}, SERVED, RATES, SERVING_NAMES),
     "beside-a-prompt": Table("decode step", "ms a step of 16 sequences", STEADY, BESIDE, names=SERVING_NAMES),
     "warm-up": Table("warm-up", "seconds to get ready", STARTS, PROGRAMS, names=SERVING_NAMES),
     "ready": Table("ready", "seconds from the start of the process", READY, PARTS, names=SERVING_NAMES),

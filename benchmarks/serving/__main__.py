@@ -3,7 +3,7 @@
     python -m benchmarks.serving offline [--model llama-3-8b] [--batches 1 16 64 256] [--static]
     python -m benchmarks.serving blocks [--model llama-3-8b] [--steps-per-dispatch 1 2 4 8 16] [--batches 1 16 64 256]
     python -m benchmarks.serving latency [--model llama-3-8b]
-    python -m benchmarks.serving online --url http://127.0.0.1:8000/v1 --model NAME [--rates 1 2 4 8] [--key KEY]
+    python -m benchmarks.serving online --url http://127.0.0.1:8000/v1 --model NAME [--rates 1 2 4 8] [--seconds 16]
     python -m benchmarks.serving ready FOLDER [--model llama-3-8b]
     python -m benchmarks.serving soak [--requests 10000] [--rate 20]
 
@@ -16,8 +16,8 @@ engines of the same weights.
 Latency: through an engine with the budget of a server. First tokens of prompts that come alone, and the steps of 16
 sequences with contexts of 1,000 while a prompt of 32,768 tokens comes.
 Online: a workload, "256 requests" by default, arriving at each rate (a Poisson process), at any OpenAI-compatible
-server, ours or another; `inf` sends all at once. A plot shows how long a token takes at each throughput, and how long
-it is read.
+server, ours or another; `inf` sends all at once. Goodput counts the requests within --first-token and --per-token. A
+plot shows how long a token takes at each throughput, and how long it is read.
 Ready: a server of the checkpoint in FOLDER, which `python -m benchmarks.checkpoint` makes, from the start of its
 process until it listens: first with nothing compiled, then a second time.
 Soak: a server of the demo model under random arrivals, lengths, callers who hang up and overload; it must account for
@@ -103,7 +103,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     served.add_argument("--name", default=OURS, help="what the records call the system")
     served.add_argument("--rates", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0, 16.0], help="requests/s")
     served.add_argument("--workload", choices=WORKLOADS, default="256 requests")
-    served.add_argument("--requests", type=int, default=256, help="of the workload at each rate")
+    many = served.add_mutually_exclusive_group()
+    many.add_argument("--requests", type=int, default=256, help="of the workload at each rate")
+    many.add_argument("--seconds", type=float, help="of arrivals at each rate, in place of a number of requests")
     served.add_argument("--vocabulary", type=int, default=1000, help="prompts are token ids below it")
     served.add_argument("--first-token", type=float, default=1.0, help="seconds; more is not served well")
     served.add_argument("--per-token", type=float, default=0.05, help="seconds; likewise")
@@ -113,7 +115,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     soaked = ways.add_parser("soak")
     soaked.add_argument("--requests", type=int, default=10_000)
     soaked.add_argument("--rate", type=float, default=20.0, help="requests/s")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.how == "online" and options.seconds is not None and math.inf in options.rates:
+        parser.error("--seconds of arrivals at a rate of inf are endless requests; give --requests")
+    return options
 
 
 def _add_engine(parser: argparse.ArgumentParser, max_slowdown: float, steps: int | list[int] = 8) -> None:
@@ -220,9 +225,10 @@ def measure_online(options: argparse.Namespace) -> Iterator[list[Record]]:
     """The records of each rate of arrival."""
     target = online.Target(options.url.rstrip("/"), options.model, options.key)
     objective = Objective(options.first_token, options.per_token)
-    workload = WORKLOADS[options.workload].first(options.requests)
     for seed, rate in enumerate(options.rates):  # no prompt twice: it would be found in the server's cache
-        timelines = asyncio.run(online.arrive(target, workload.jobs(options.vocabulary, seed), rate))
+        count = options.requests if options.seconds is None else max(1, round(rate * options.seconds))
+        jobs = WORKLOADS[options.workload].first(count).jobs(options.vocabulary, seed)
+        timelines = asyncio.run(online.arrive(target, jobs, rate))
         case = f"{options.model} {options.workload} at {rate:g} requests/s"
         yield summarize(case, options.name, timelines, objective)
 

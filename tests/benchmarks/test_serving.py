@@ -241,6 +241,19 @@ def test_timelines_of_a_server(target):
     assert refused.error.startswith("429")
 
 
+def test_the_command_sends_requests_for_a_while_at_each_rate(target, monkeypatch):
+    monkeypatch.setitem(WORKLOADS, "256 requests", Workload(((3, 2), (2, 1))))
+    arguments = ["online", "--url", target.url, "--model", "llama-3-8b", "--rates", "8", "16", "--seconds", "0.25"]
+    groups = list(command.measure_online(command.parse(arguments)))
+    found = {(record.case, record.metric): record.value for group in groups for record in group}
+    case = "llama-3-8b 256 requests at {} requests/s"
+    assert (found[case.format(8), "requests"], found[case.format(16), "requests"]) == (2, 4)
+    for rate in (8, 16):
+        assert set(TABLES["online"].places(f" at {rate} requests/s")) <= found.keys()
+    with pytest.raises(SystemExit):
+        command.parse([*arguments[:-3], "inf", "--seconds", "1"])
+
+
 def test_arrivals_are_random_and_do_not_wait_for_answers(target):
     jobs, rate = [Job((1,), 20)] * 30, 100.0
     timelines = asyncio.run(arrive(target, jobs, rate))
@@ -268,6 +281,7 @@ def test_percentiles_throughput_and_goodput():
     assert found["output throughput"] == pytest.approx(44 / 0.5)
     assert found["goodput"] == pytest.approx(1 / 0.5)  # a token of the second takes 19 ms
     assert found["failed"] == 1
+    assert (found["objective, first token"], found["objective, time per token"], found["requests"]) == (120, 15, 5)
     assert found["first token p50"] == pytest.approx(115)
     assert found["time per token p99"] == pytest.approx(36.7, abs=0.3)
     assert found["gap p50"] == pytest.approx(235)
