@@ -120,6 +120,7 @@ BESIDE = {
     (STALL, "step with the prompt p99"): "p99",
     (STALL, "step with the prompt, worst"): "worst",
     (STALL, "worst over a decode step"): "worst over alone",
+    (STALL, "worst over a decode step on the device"): "worst over alone, on the device",
     (STALL, "first token"): "first token of the prompt, ms",
 }
 STARTS = {f"llama-3-8b {start} start": f"{start} start" for start in ("first", "second")}

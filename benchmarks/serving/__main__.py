@@ -14,7 +14,8 @@ ones. Of the workloads that it names, or of those with 1,024 requests.
 Blocks: the same decoding, and the workload "256 requests", with as many decode steps in a program as it is told, by
 engines of the same weights.
 Latency: through an engine with the budget of a server. First tokens of prompts that come alone, and the steps of 16
-sequences with contexts of 1,000 while a prompt of 32,768 tokens comes.
+sequences with contexts of 1,000 while a prompt of 32,768 tokens comes, as the host sees them and, run again, on the
+device alone.
 Online: a workload, "256 requests" by default, arriving at each rate (a Poisson process), at any OpenAI-compatible
 server, ours or another; `inf` sends all at once. Goodput counts the requests within --first-token and --per-token. A
 plot shows how long a token takes at each throughput, and how long it is read.

@@ -123,8 +123,15 @@ def test_latencies_through_the_engine(tmp_path_factory, monkeypatch):
     middle, p99, worst = (found[case, f"step with the prompt{name}"] for name in (" p50", " p99", ", worst"))
     assert middle.samples == 2 * 2  # 80 tokens beside 2 take two programs of 64 rows, in each of two rounds
     assert middle.value <= p99.value <= worst.value
-    ratio = found[case, "worst over a decode step"].value
-    assert ratio == pytest.approx(worst.value / found[case, "decode step"].value)
+    for where in ("", " on the device"):
+        ratio = found[case, f"worst over a decode step{where}"].value
+        worst = found[case, f"step with the prompt{where}, worst"].value
+        assert ratio == pytest.approx(worst / found[case, f"decode step{where}"].value)
+    assert found[case, "step with the prompt on the device p50"].samples == 2 * 1  # all but the first of a round
+    rows, cached = (
+        found[case, name].value for name in ("rows of the worst step on the device", "tokens before its chunk")
+    )
+    assert (rows, cached) == (64, 62)  # the first chunk is 62 of the 64 rows
     assert {metric for _, metric in TABLES["beside-a-prompt"].places()} <= {metric for _, metric in found}
     assert_warm(llm)
     with pytest.raises(ValueError, match="max_num_seqs = 4 must be more than the 4 sequences that decode"):
