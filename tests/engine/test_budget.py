@@ -12,7 +12,7 @@ from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import Layout
 from jaxinfer.engine import Options, Request
 from jaxinfer.engine.buckets import bucket
-from jaxinfer.engine.budget import Budget
+from jaxinfer.engine.budget import Budget, StepSeconds
 from jaxinfer.engine.options import SMALLEST_BUCKET
 from jaxinfer.engine.scheduler import Plan, Scheduler
 from jaxinfer.model import read_config
@@ -138,6 +138,18 @@ def test_a_server_leaves_room_for_steps_that_take_longer_than_predicted():
         commit(plans, plan)
     assert 1.13 * max(ratios) < 2
     assert max(ratios) > 0.99 * slowdown  # which is used up
+
+
+@pytest.mark.parametrize(("card", "kept", "lost"), [("h200", 22_000, 23_000), ("h100", 35_000, 36_000)])
+def test_how_far_into_a_prompt_the_smallest_chunk_is_in_time(card, kept, lost):
+    """As the server's page says of a server's bound beside 16 sequences, which decode in a program of 32 slots."""
+    times = StepTimes(read_config("configs/models/llama-3-8b"), MEASURED[f"{card}-measured"])
+    step, reading = StepSeconds(times, slots=256), times.decoding([1000] * 16)
+    steady = times.rest(32, 32) + reading
+    before, after = (
+        step(SMALLEST_BUCKET, times.chunk(SMALLEST_BUCKET - 16, cached), False) + reading for cached in (kept, lost)
+    )
+    assert before <= 1.75 * steady < after
 
 
 @pytest.mark.parametrize(("model", "card"), CASES)
