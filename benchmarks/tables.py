@@ -102,6 +102,17 @@ IN_AND_OUT = {
         "64 x 2,048 in, of them 1,920 shared, 128 out, in and out"
     ),
 }
+BLOCKS = {f" in blocks of {steps}": f"{steps} step{'s' * (steps > 1)} a program" for steps in (1, 2, 4, 8, 16)}
+RATES = {f" at {rate} requests/s": f"{rate} requests/s" for rate in (1, 2, 4, 8, 12, 16)}
+ONLINE = "llama-3-8b 256 requests"
+SERVED = {
+    (ONLINE, "goodput"): "goodput, requests/s",
+    **{
+        (ONLINE, f"{metric} {percentile}"): f"{metric}, ms, {percentile}"
+        for metric in ("first token", "time per token")
+        for percentile in ("p50", "p99")
+    },
+}
 STALL = f"llama-3-8b {Stall().name}"
 STEADY = {STALL: "alone"}
 BESIDE = {
@@ -109,10 +120,16 @@ BESIDE = {
     (STALL, "step with the prompt p99"): "p99",
     (STALL, "step with the prompt, worst"): "worst",
     (STALL, "worst over a decode step"): "worst over alone",
+    (STALL, "worst over a decode step on the device"): "worst over alone, on the device",
     (STALL, "first token"): "first token of the prompt, ms",
 }
 STARTS = {f"llama-3-8b {start} start": f"{start} start" for start in ("first", "second")}
 PROGRAMS = {("llama-3-8b first start", metric): metric for metric in ("programs", "kernels")}
+READY = {f"llama-3-8b server, {start} start": f"{start} start" for start in ("first", "second")}
+PARTS = {
+    ("llama-3-8b server, second start", metric): f"of the second start, {metric}"
+    for metric in ("HTTP process", "imports", "device", "weights and cache", "warm-up")
+}
 PREFILL = {
     **{f"flash_attention llama-3-8b {x}": x for x in ("4x2048", "2x4096", "1x8192", "1x16384", "1x32768")},
     "flash_attention mistral-7b 1x32768": "1x32768, window 4096",
@@ -166,8 +183,18 @@ TABLES = {
     "step": Table("time in step", "us of a step", BATCHES | PROMPTS, names={name: name for name in CLASSES}),
     "first-token": Table("first token", "ms to the first token", PROMPTS | LONG),
     "throughput": Table("output throughput", "tokens/s", THROUGHPUT, IN_AND_OUT, names=SERVING_NAMES),
+    "blocks": Table(
+        "decode",
+        "tokens/s",
+        BATCHES,
+        {("llama-3-8b 256 requests", "output throughput"): "256 requests, out"},
+        BLOCKS,
+        SERVING_NAMES,
+    ),
+    "online": Table("output throughput", "requests that arrive", {ONLINE: "tokens/s"}, SERVED, RATES, SERVING_NAMES),
     "beside-a-prompt": Table("decode step", "ms a step of 16 sequences", STEADY, BESIDE, names=SERVING_NAMES),
     "warm-up": Table("warm-up", "seconds to get ready", STARTS, PROGRAMS, names=SERVING_NAMES),
+    "ready": Table("ready", "seconds from the start of the process", READY, PARTS, names=SERVING_NAMES),
     "prefill-kernel": Table("arithmetic", "prefill, TFLOP/s", PREFILL, variants=SHUFFLED, names=KERNEL_NAMES),
     "decoding-kernel": Table("time", "decoding, us", DECODING, variants=PAGES_OF_16, names=KERNEL_NAMES),
     "decoding-options": Table("time", "decoding, us", OPTIONS, names=KERNEL_NAMES),

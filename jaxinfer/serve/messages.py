@@ -61,6 +61,27 @@ class Warming:
 
 
 @dataclass(frozen=True)
+class Loading:
+    """Seconds of an engine process's start, one part after the other, but for what is compiled then.
+
+    Attributes:
+        imports: from the order to start it until JAX and the engine's code are there.
+        device: until JAX has its devices.
+        model: until tokenizer, weights and an empty cache are.
+    """
+
+    imports: float
+    device: float
+    model: float
+
+    def __str__(self) -> str:
+        return (
+            f"model loaded in {self.imports + self.device + self.model:.1f} s: imports {self.imports:.1f} s, "
+            f"device {self.device:.1f} s, weights and cache {self.model:.1f} s"
+        )
+
+
+@dataclass(frozen=True)
 class Ready:
     """The model is loaded and compiled.
 
@@ -69,6 +90,7 @@ class Ready:
         vocab_size, context, eos_ids: as in `Limits`.
         longest: tokens of prompt and output that the cache can hold for one request; at most `context`.
         max_num_seqs: sequences that run at once.
+        loading: how long that took.
         warm_up: what was compiled for it; None leaves that to the requests.
     """
 
@@ -78,6 +100,7 @@ class Ready:
     eos_ids: tuple[int, ...]
     longest: int
     max_num_seqs: int
+    loading: Loading
     warm_up: WarmUp | None = None
 
 

@@ -10,8 +10,10 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Metrics, Request, Warmed, WarmUp
 from jaxinfer.serve.channel import Channel
-from jaxinfer.serve.messages import Abort, Add, Failed, Ready, Refused, Setup, Step, Stop, Tokens, Warming
+from jaxinfer.serve.messages import Abort, Add, Failed, Loading, Ready, Refused, Setup, Step, Stop, Tokens, Warming
 
 if TYPE_CHECKING:
     from jaxinfer.engine import Engine
@@ -30,29 +32,42 @@ FAILURES = 3  # steps in a row that may fail on the host before the engine is gi
 logger = logging.getLogger(__name__)
 
 
-def main(connection: Connection, setup: Setup) -> None:
-    """Runs the engine until it is told to stop, or the HTTP process is gone; exits with 1 after an error."""
+@dataclass(frozen=True)
+class Loaded:
+    """A model, how long it took to load it, and what was compiled for it; None where that is left to the requests."""
+
+    llm: LLM
+    loading: Loading
+    warm_up: WarmUp | None
+
+
+def main(connection: Connection, setup: Setup, ordered: float) -> None:
+    """Runs the engine until it is told to stop, or the HTTP process is gone; exits with 1 after an error.
+
+    Args:
+        ordered: when this process was, by `time.monotonic`.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the HTTP process says when to stop
         signal.signal(number, signal.SIG_IGN)
     inbox: SimpleQueue[Any] = SimpleQueue()
     channel = Channel(connection, inbox.put, ended=lambda: os._exit(1))
-    loaded = load(setup, lambda warmed, total: channel.send(Warming(warmed, total)))
+    loaded = load(setup, ordered, lambda warmed, total: channel.send(Warming(warmed, total)))
     if isinstance(loaded, Failed):
         channel.send(loaded)
         channel.flush()
         sys.exit(1)
-    llm, warm_up = loaded
-    channel.send(ready(llm, warm_up))
+    channel.send(ready(loaded))
     settle()
-    failed = Worker(llm.engine, inbox, channel.send).run()
+    failed = Worker(loaded.llm.engine, inbox, channel.send).run()
     channel.flush()
     sys.exit(failed)
 
 
-def load(setup: Setup, progress: Callable[[Warmed, int], None]) -> tuple[LLM, WarmUp | None] | Failed:
+def load(setup: Setup, ordered: float, progress: Callable[[Warmed, int], None]) -> Loaded | Failed:
     """The model, with what was compiled for it, or what is wrong with it, the options or the machine.
 
     Args:
+        ordered: when the process was that loads it.
         progress: is told of each program that is ready; see `Engine.warm_up`.
     """
     import jax
@@ -63,12 +78,16 @@ def load(setup: Setup, progress: Callable[[Warmed, int], None]) -> tuple[LLM, Wa
     from jaxinfer.llm import DEMO, LLM
     from jaxinfer.machine import keep_compiled
 
+    imported = time.monotonic()
     keep_compiled()
     try:
+        jax.devices()
+        found = time.monotonic()
         model = DEMO if setup.model is None else setup.model
         options = Options(**setup.options, speculation=by_name(*setup.speculation))
         llm = LLM(model, options=options, **setup.llm)
-        return llm, llm.engine.warm_up(progress) if setup.warm_up else None
+        loading = Loading(imported - ordered, found - imported, time.monotonic() - found)
+        return Loaded(llm, loading, llm.engine.warm_up(progress) if setup.warm_up else None)
     except NoRoomError as error:
         return Failed("memory", str(error), _device())
     except (ValueError, OSError) as error:
@@ -86,8 +105,9 @@ def settle() -> None:
     gc.freeze()
 
 
-def ready(llm: LLM, warm_up: WarmUp | None) -> Ready:
+def ready(loaded: Loaded) -> Ready:
     """What the HTTP process must know of the model."""
+    llm = loaded.llm
     limits = llm.intake.limits
     return Ready(
         folder=str(llm.folder),
@@ -96,7 +116,8 @@ def ready(llm: LLM, warm_up: WarmUp | None) -> Ready:
         eos_ids=limits.eos_ids,
         longest=longest(llm.engine, limits.context),
         max_num_seqs=llm.engine.options.max_num_seqs,
-        warm_up=warm_up,
+        loading=loaded.loading,
+        warm_up=loaded.warm_up,
     )
 
 

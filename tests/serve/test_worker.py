@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -186,10 +187,15 @@ def test_what_is_compiled_is_told_before_the_engine_is_ready(monkeypatch):
     there, here = multiprocessing.Pipe()
     llm = SimpleNamespace(engine=SimpleNamespace(warm_up=warm_up))
     monkeypatch.setattr("jaxinfer.llm.LLM", lambda *arguments, **options: llm)
-    loaded = worker.load(Setup(None, warm_up=True), lambda *told: there.send(Warming(*told)))
-    assert loaded == (llm, DONE)
-    assert worker.load(Setup(None), progress) == (llm, None)
-    ready = Ready("a folder", 10, 64, (), 64, 2, DONE)
+    ordered = time.monotonic()
+    loaded = worker.load(Setup(None, warm_up=True), ordered, lambda *told: there.send(Warming(*told)))
+    passed = time.monotonic() - ordered
+    assert (loaded.llm, loaded.warm_up) == (llm, DONE)
+    parts = loaded.loading.imports, loaded.loading.device, loaded.loading.model
+    assert min(parts) > 0
+    assert sum(parts) <= passed
+    assert worker.load(Setup(None), ordered, progress).warm_up is None
+    ready = Ready("a folder", 10, 64, (), 64, 2, loaded.loading, DONE)
     there.send(ready)
     seen = []
     assert wait_until_ready(SimpleNamespace(), here, seen.append) == ready
@@ -210,9 +216,9 @@ def test_a_terminal_shows_the_warm_up_until_it_is_over(terminal):
 
 
 def test_a_model_that_is_not_there_is_named():
-    failed = worker.load(Setup("no-such-model", LLM_ARGUMENTS, OPTIONS), progress)
+    failed = worker.load(Setup("no-such-model", LLM_ARGUMENTS, OPTIONS), 0.0, progress)
     assert (failed.reason, "no-such-model" in failed.message) == ("input", True)
-    failed = worker.load(Setup(None, LLM_ARGUMENTS, OPTIONS | {"max_num_seqs": 3}), progress)
+    failed = worker.load(Setup(None, LLM_ARGUMENTS, OPTIONS | {"max_num_seqs": 3}), 0.0, progress)
     assert failed == Failed("input", "max_num_seqs = 3 must be an integer power of two in 1..4096")
 
 
@@ -225,7 +231,7 @@ def test_out_of_memory_tells_the_plan(monkeypatch, error):
         raise error
 
     monkeypatch.setattr("jaxinfer.llm.LLM", load)
-    failed = worker.load(Setup(None, LLM_ARGUMENTS, OPTIONS), progress)
+    failed = worker.load(Setup(None, LLM_ARGUMENTS, OPTIONS), 0.0, progress)
     assert (failed.reason, failed.message) == ("memory", "RESOURCE_EXHAUSTED: 9 bytes")
     setup = Setup(None, LLM_ARGUMENTS, OPTIONS | {"num_pages": 2 * 10**9})
     lines = "\n".join(memory_lines(setup, failed.device))
