@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
+from jaxinfer.cli.online import LEARN, MOST_TEXTS, RATE, TEXTS, learning_draft
 from jaxinfer.cli.options import ALWAYS, DRAFT, PROPOSED, SPECULATE, bad_argument, integer, number
 
 if TYPE_CHECKING:
@@ -86,6 +87,11 @@ def serve(
     always_speculate: Annotated[
         bool, typer.Option("--always-speculate", help=ALWAYS, rich_help_panel=_ENGINE)
     ] = False,
+    online_draft: Annotated[bool, typer.Option("--online-draft", help=LEARN, rich_help_panel=_ENGINE)] = False,
+    online_learning_rate: Annotated[
+        float | None, number(least=1e-9, most=1, help=RATE, rich_help_panel=_ENGINE)
+    ] = None,
+    online_batch: Annotated[int | None, integer(least=1, most=MOST_TEXTS, help=TEXTS, rich_help_panel=_ENGINE)] = None,
     prefix_caching: Annotated[
         bool, typer.Option(help="Prompts that begin alike share the pages of it.", rich_help_panel=_ENGINE)
     ] = True,
@@ -125,6 +131,7 @@ def serve(
         },
         warm_up,
         (speculate, num_speculative_tokens, draft_model),
+        learning_draft(online_draft, speculate, online_learning_rate, online_batch),
     )
     name = served_model_name or ("demo" if model is None else model)
     settings = Settings(name, max_waiting, shutdown_timeout, api_key, ssl_certfile, ssl_keyfile)

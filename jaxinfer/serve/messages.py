@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxinfer.engine import Metrics, Request, TokenLogprobs, Update, Warmed, WarmUp
-from jaxinfer.engine.request import FinishReason
+from jaxinfer.engine.request import FinishReason, Watch
+
+if TYPE_CHECKING:
+    from jaxinfer.engine import Engine
 
 # --- to the engine
 
@@ -21,6 +25,8 @@ class Setup:
         options: of `Options` by name.
         warm_up: compile everything before the first request, and tell each program.
         speculation: arguments of `decode.speculative.by_name`.
+        watch: is called in the engine process, by the name that it is pickled with, and gives who is told what each
+            step brought.
     """
 
     model: str | None
@@ -28,6 +34,7 @@ class Setup:
     options: dict[str, Any] = field(default_factory=dict)
     warm_up: bool = False
     speculation: tuple[str | None, int | None, str | None] = (None, None, None)
+    watch: Callable[[Engine], Watch] | None = None
 
 
 @dataclass(frozen=True)

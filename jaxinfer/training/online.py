@@ -25,11 +25,7 @@ from jaxinfer.training.train import TrainState, check_attention, descend, initia
 
 
 class OnlineDraft:
-    """Trains an engine's draft model on what the engine tells.
-
-    Attributes:
-        steps: of training, so far.
-    """
+    """Trains an engine's draft model on what the engine tells. The engine counts the steps, as `draft_updates`."""
 
     def __init__(
         self, engine: Engine, *, learning_rate: float = 1e-4, batch: int = 8, row: int = 256, buffer: int = 256
@@ -54,16 +50,16 @@ class OnlineDraft:
                 raise ValueError(f"{name} = {value!r} must be an integer, at least {least}")
         if not learning_rate > 0:
             raise ValueError(f"learning_rate = {learning_rate!r} must be above 0")
-        self.steps = 0
-        self._engine, self._batch, self._row = engine, batch, row
+        self._engine, self._batch, self._row = engine, batch, min(row, method.model.context)
         self._texts: dict[int, list[int]] = {}  # of requests that run
         self._wrong: dict[int, list[int]] = {}  # where in them the draft was
         self._buffer: deque[tuple[list[int], list[int]]] = deque(maxlen=buffer)
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
-        self._learn = jax.jit(partial(_learned, method.model, optimizer), donate_argnums=0)
-        with jax.set_mesh(method.model.mesh):
-            self._state = initial_state(method.weights, optimizer)
+        learn = jax.jit(partial(_learned, method.model, optimizer), donate_argnums=0)
         self._mesh = method.model.mesh
+        with jax.set_mesh(self._mesh):
+            self._state = initial_state([jnp.copy(weight) for weight in method.weights], optimizer)
+            self._learn = learn.lower(self._state, *self._no_texts()).compile()  # nobody is to wait for that later
 
     def see(self, updates: Iterable[Update]) -> None:
         """Takes what a step of the engine brought, and makes a step of training when there is enough."""
@@ -91,17 +87,20 @@ class OnlineDraft:
         """
         if not self._buffer:
             raise ValueError("no text with a wrong proposal waits")
-        tokens_BS = np.zeros((self._batch, self._row), np.int32)
-        wrong_BS = np.zeros((self._batch, self._row), np.float32)
+        tokens_BS, wrong_BS = self._no_texts()
         for row in range(min(self._batch, len(self._buffer))):
             text, wrong = self._buffer.popleft()
             tokens_BS[row, : len(text)] = text
             wrong_BS[row, wrong] = 1
         with jax.set_mesh(self._mesh):
-            self._state, weights, nats = self._learn(self._state, tokens_BS, wrong_BS[:, 1:])
-        self._engine.runner.draft_with(weights)
-        self.steps += 1
+            self._state, weights, nats = self._learn(self._state, tokens_BS, wrong_BS)
+        self._engine.draft_with(weights)
         return nats
+
+    def _no_texts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Room for the tokens of a step, and for where proposals of them were wrong."""
+        shape = self._batch, self._row
+        return np.zeros(shape, np.int32), np.zeros(shape, np.float32)
 
     def _keep(self, text: list[int], wrong: list[int]) -> None:
         """Puts the end of a text in the buffer, where a proposal was wrong in it."""
@@ -120,7 +119,7 @@ def _learned(
         return [param.astype(leaf.dtype) for param, leaf in zip(params, model.parameters.values(), strict=True)]
 
     def loss(params: Params) -> jax.Array:
-        return jnp.sum(token_losses(model, as_computed(params), tokens_BS) * wrong_BS) / jnp.sum(wrong_BS)
+        return jnp.sum(token_losses(model, as_computed(params), tokens_BS) * wrong_BS[:, 1:]) / jnp.sum(wrong_BS)
 
     state, nats = descend(optimizer, state, loss)
     return state, as_computed(state.params), nats
