@@ -33,7 +33,7 @@ class Setup:
     llm: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     warm_up: bool = False
-    speculation: tuple[str | None, int | None, str | None] = (None, None, None)
+    speculation: dict[str, Any] = field(default_factory=dict)
     watch: Callable[[Engine], Watch] | None = None
 
 

@@ -67,7 +67,7 @@ def load(setup: Setup, progress: Callable[[Warmed, int], None]) -> tuple[LLM, Wa
     keep_compiled()
     try:
         model = DEMO if setup.model is None else setup.model
-        options = Options(**setup.options, speculation=by_name(*setup.speculation))
+        options = Options(**setup.options, speculation=by_name(**setup.speculation))
         llm = LLM(model, options=options, **setup.llm)
         llm.watch = None if setup.watch is None else setup.watch(llm.engine)
         return llm, llm.engine.warm_up(progress) if setup.warm_up else None

@@ -103,7 +103,7 @@ def test_a_server_bounds_how_long_a_prompt_holds_up_the_others(monkeypatch):
     assert run("serve", "--port", "0", *asks).exit_code == 0
     ((options, speculation),) = asked
     assert (options.max_slowdown, Options().max_slowdown) == (1.75, math.inf)
-    assert by_name(*speculation) == PromptLookup(5)
+    assert by_name(**speculation) == PromptLookup(5)
     assert options.always_speculate
 
 
