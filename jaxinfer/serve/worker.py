@@ -60,7 +60,7 @@ def load(setup: Setup, progress: Callable[[Warmed, int], None]) -> tuple[LLM, Wa
 
     from jaxinfer.decode.speculative import by_name
     from jaxinfer.engine import Options
-    from jaxinfer.engine.memory import NoRoomError
+    from jaxinfer.engine.memory import NoRoomError, is_out_of_memory
     from jaxinfer.llm import DEMO, LLM
     from jaxinfer.machine import keep_compiled
 
@@ -76,7 +76,7 @@ def load(setup: Setup, progress: Callable[[Warmed, int], None]) -> tuple[LLM, Wa
     except (ValueError, OSError) as error:
         return Failed("input", str(error))
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+        if not is_out_of_memory(error):
             raise
         return Failed("memory", _first_line(error), _device())
 

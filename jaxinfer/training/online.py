@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.stages import Compiled
 
 from jaxinfer.decode.speculative import DraftModel
 from jaxinfer.engine import Engine, Update
+from jaxinfer.engine.memory import NoRoomError, is_out_of_memory
 from jaxinfer.model import Model, Params
 from jaxinfer.training.train import TrainState, check_attention, descend, initial_state, token_losses
 
@@ -40,6 +42,7 @@ class OnlineDraft:
 
         Raises:
             ValueError: the engine has no draft model, or an argument is out of range.
+            NoRoomError: a step of training does not fit beside the cache.
         """
         method = engine.options.speculation
         if not isinstance(method, DraftModel) or method.model is None:
@@ -55,11 +58,15 @@ class OnlineDraft:
         self._wrong: dict[int, list[int]] = {}  # where in them the draft was
         self._buffer: deque[tuple[list[int], list[int]]] = deque(maxlen=buffer)
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
-        learn = jax.jit(partial(_learned, method.model, optimizer), donate_argnums=0)
         self._mesh = method.model.mesh
-        with jax.set_mesh(self._mesh):
-            self._state = initial_state([jnp.copy(weight) for weight in method.weights], optimizer)
-            self._learn = learn.lower(self._state, *self._no_texts()).compile()  # nobody is to wait for that later
+        try:
+            self._learn, self._state = self._tried(method.model, method.weights, optimizer)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise NoRoomError(
+                f"a step of training the draft model does not fit beside the cache; fewer pages leave room: {error}"
+            ) from error
 
     def see(self, updates: Iterable[Update]) -> None:
         """Takes what a step of the engine brought, and makes a step of training when there is enough."""
@@ -96,6 +103,22 @@ class OnlineDraft:
             self._state, weights, nats = self._learn(self._state, tokens_BS, wrong_BS)
         self._engine.draft_with(weights)
         return nats
+
+    def _tried(
+        self, model: Model, weights: Params, optimizer: optax.GradientTransformation
+    ) -> tuple[Compiled, TrainState]:
+        """A step of training, and what the first one begins with. The step has run once, without effect: nobody waits
+        for the compiler later, and there is memory for it."""
+        learn = jax.jit(partial(_learned, model, optimizer), donate_argnums=0)
+        tokens_BS, wrong_BS = self._no_texts()
+
+        def first() -> TrainState:
+            return initial_state([jnp.array(weight, jnp.float32) for weight in weights], optimizer)  # copies
+
+        with jax.set_mesh(self._mesh):
+            compiled = learn.lower(state := first(), tokens_BS, wrong_BS).compile()
+            jax.block_until_ready(compiled(state, tokens_BS, wrong_BS + 1))
+            return compiled, first()
 
     def _no_texts(self) -> tuple[np.ndarray, np.ndarray]:
         """Room for the tokens of a step, and for where proposals of them were wrong."""

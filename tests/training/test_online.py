@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
 from jaxinfer import SamplingParams
 from jaxinfer.decode.speculative import DraftModel, PromptLookup
 from jaxinfer.engine.commit import corrections
+from jaxinfer.engine.memory import NoRoomError
 from jaxinfer.llm import LLM
 from jaxinfer.training.online import OnlineDraft
 from tests.engine.test_warm_up import counted
@@ -83,6 +85,15 @@ def test_a_text_that_its_caller_drops_is_forgotten(llm):
 def test_a_step_needs_a_text(llm):
     with pytest.raises(ValueError, match="no text with a wrong proposal waits"):
         OnlineDraft(llm.engine).learn()
+
+
+def test_a_learner_for_which_there_is_no_room_says_so(llm, monkeypatch):
+    def full(*given):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 bytes")
+
+    monkeypatch.setattr("jaxinfer.training.online.initial_state", full)
+    with pytest.raises(NoRoomError, match="does not fit beside the cache; fewer pages leave room: RESOURCE_EXHAUSTED"):
+        OnlineDraft(llm.engine)
 
 
 def test_what_cannot_learn_is_refused(llm, monkeypatch):
