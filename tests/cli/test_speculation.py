@@ -22,7 +22,8 @@ from jaxinfer.decode.speculative import (
 from jaxinfer.engine import Counters, Options
 from jaxinfer.llm import LLM
 from tests.cli.test_cli import ROOT, flat, run
-from tests.engine.test_medusa import write
+from tests.engine.eagle_heads import nearly_right, write_head
+from tests.engine.test_medusa import D, V, write
 from tests.engine.tiny import OPTIONS as SIZES
 from tests.engine.tiny import tiny_folder
 
@@ -122,8 +123,10 @@ def test_what_has_no_use_or_is_out_of_range_is_refused_before_anything_is_loaded
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A model of two layers whose next token follows from the one before, with heads that say so."""
-    return write(tmp_path_factory.mktemp("told") / "model", tiny_folder(tmp_path_factory.getbasetemp()), 1.0)
+    """A model of two layers whose next token follows from the one before, with heads of both kinds that say so."""
+    folder = write(tmp_path_factory.mktemp("told") / "model", tiny_folder(tmp_path_factory.getbasetemp()), 1.0)
+    write_head(folder / "eagle", nearly_right(D, rest=0.1), V)
+    return folder
 
 
 def proposed(folder: Path, monkeypatch, asked: str, params: SamplingParams) -> Counters:
@@ -142,10 +145,12 @@ def proposed(folder: Path, monkeypatch, asked: str, params: SamplingParams) -> C
     [
         ("early-exit --exit-layers 1 --num-speculative-tokens 2", 2),
         ("lookahead --window-size 4 --ngram-size 3 --max-verification-set-size 1", 4),
+        ("eagle --draft-model {folder}/eagle --depth 2 --branches 2 --num-speculative-tokens 4", 2),
     ],
 )
 def test_proposals_are_of_the_size_that_was_asked_for(asked, places, folder, monkeypatch):
-    counters = proposed(folder, monkeypatch, asked, SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True))
+    greedy = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    counters = proposed(folder, monkeypatch, asked.format(folder=folder), greedy)
     assert len(counters.accepted) == places
     assert counters.drafts > 0
 
