@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from jaxinfer.cli.online import LEARN, MOST_TEXTS, RATE, TEXTS, learning_draft
+from jaxinfer.cli.online import LEARN, MOST_TEXTS, RATE, STEPS, TEXTS, learning_draft
 from jaxinfer.cli.options import bad_argument, integer, number
 from jaxinfer.cli.speculation import PANEL, Speculating, speculating
 
@@ -96,6 +96,7 @@ def serve(
     speculation: Speculating,
     online_draft: Annotated[bool, typer.Option("--online-draft", help=LEARN, rich_help_panel=PANEL)] = False,
     online_learning_rate: Annotated[float | None, number(least=1e-9, most=1, help=RATE, rich_help_panel=PANEL)] = None,
+    online_interval: Annotated[int | None, integer(least=1, help=STEPS, rich_help_panel=PANEL)] = None,
     online_batch: Annotated[int | None, integer(least=1, most=MOST_TEXTS, help=TEXTS, rich_help_panel=PANEL)] = None,
 ) -> None:
     """Serve MODEL to OpenAI's clients: completions and chats, whole or streamed; SIGTERM ends it in order."""
@@ -127,7 +128,13 @@ def serve(
         },
         warm_up,
         speculation.settings,
-        learning_draft(online_draft, speculation.settings["speculate"], online_learning_rate, online_batch),
+        learning_draft(
+            online_draft,
+            speculation.settings["speculate"],
+            learning_rate=online_learning_rate,
+            interval=online_interval,
+            batch=online_batch,
+        ),
     )
     name = served_model_name or ("demo" if model is None else model)
     settings = Settings(name, max_waiting, shutdown_timeout, api_key, ssl_certfile, ssl_keyfile)

@@ -30,12 +30,14 @@ class OnlineDraft:
     """Trains an engine's draft model on what the engine tells. The engine counts the steps, as `draft_updates`."""
 
     def __init__(
-        self, engine: Engine, *, learning_rate: float = 1e-4, batch: int = 8, row: int = 256, buffer: int = 256
-    ):
+        self, engine: Engine, *, learning_rate: float = 1e-4, interval: int = 16, batch: int = 8, row: int = 256,
+        buffer: int = 256,
+    ):  # fmt: skip
         """
         Args:
             engine: one whose speculation is a `DraftModel` of full attention.
             learning_rate: of Adam (Kingma & Ba 2014).
+            interval: steps of the engine from one of training to the next, at least: each holds up answers a little.
             batch: texts of one step of training.
             row: tokens that each text has at most, the newest ones.
             buffer: texts that wait at most; the oldest are forgotten.
@@ -48,24 +50,25 @@ class OnlineDraft:
         if not isinstance(method, DraftModel) or method.model is None:
             raise ValueError(f"the engine's speculation is {method!r}; it must be a DraftModel, which can learn")
         check_attention("the draft model", method.model.config)
-        for name, value, least in (("batch", batch, 1), ("row", row, 2), ("buffer", buffer, batch)):
+        counts = {"interval": (interval, 1), "batch": (batch, 1), "row": (row, 2), "buffer": (buffer, batch)}
+        for name, (value, least) in counts.items():
             if value < least:
                 raise ValueError(f"{name} = {value!r} must be an integer, at least {least}")
         if not learning_rate > 0:
             raise ValueError(f"learning_rate = {learning_rate!r} must be above 0")
         self._engine, self._batch, self._row = engine, batch, min(row, method.model.context)
+        self._interval, self._since = interval, 0  # steps of the engine since the last of training
         self._texts: dict[int, list[int]] = {}  # of requests that run
         self._wrong: dict[int, list[int]] = {}  # where in them the draft was
         self._buffer: deque[tuple[list[int], list[int]]] = deque(maxlen=buffer)
-        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
         self._mesh = method.model.mesh
         try:
-            self._learn, self._state = self._tried(method.model, method.weights, optimizer)
+            self._learn, self._state = self._tried(method.model, method.weights, learning_rate)
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise NoRoomError(
-                f"a step of training the draft model does not fit beside the cache; fewer pages leave room: {error}"
+                f"no room beside the cache to train the draft model; use fewer pages: {error}"
             ) from error
 
     def see(self, updates: Iterable[Update]) -> None:
@@ -79,7 +82,8 @@ class OnlineDraft:
                 self._keep(self._texts.pop(name), self._wrong.pop(name))
         for name in self._texts.keys() - self._engine.scheduler.sequences.keys():  # dropped by their callers
             del self._texts[name], self._wrong[name]
-        if len(self._buffer) >= self._batch:
+        self._since += 1
+        if self._since >= self._interval and len(self._buffer) >= self._batch:
             self.learn()
 
     def learn(self) -> jax.Array:
@@ -94,6 +98,7 @@ class OnlineDraft:
         """
         if not self._buffer:
             raise ValueError("no text with a wrong proposal waits")
+        self._since = 0
         tokens_BS, wrong_BS = self._no_texts()
         for row in range(min(self._batch, len(self._buffer))):
             text, wrong = self._buffer.popleft()
@@ -104,11 +109,10 @@ class OnlineDraft:
         self._engine.draft_with(weights)
         return nats
 
-    def _tried(
-        self, model: Model, weights: Params, optimizer: optax.GradientTransformation
-    ) -> tuple[Compiled, TrainState]:
+    def _tried(self, model: Model, weights: Params, learning_rate: float) -> tuple[Compiled, TrainState]:
         """A step of training, and what the first one begins with. The step has run once, without effect: nobody waits
         for the compiler later, and there is memory for it."""
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
         learn = jax.jit(partial(_learned, model, optimizer), donate_argnums=0)
         tokens_BS, wrong_BS = self._no_texts()
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from jaxinfer import checkpoint
 from jaxinfer.cli import app
-from jaxinfer.cli.online import MOST_TEXTS, RATE, TEXTS
+from jaxinfer.cli.online import MOST_TEXTS, RATE, STEPS, TEXTS
 from jaxinfer.decode.speculative import PromptLookup, by_name
 from jaxinfer.engine import Options
 from jaxinfer.llm import DEMO
@@ -115,13 +115,18 @@ def test_what_learns_is_made_in_the_engine_process(monkeypatch):
         "jaxinfer.training.online.OnlineDraft", lambda *given, **named: SimpleNamespace(see=(given, named))
     )
     flags = ["serve", "--port", "0", "--speculate", "draft"]
-    for more in ([], ["--online-draft"], ["--online-draft", "--online-learning-rate", "0.1", "--online-batch", "4"]):
+    for more in (
+        [],
+        ["--online-draft"],
+        ["--online-draft", "--online-learning-rate", "0.1", "--online-interval", "3"],
+    ):
         assert run(*flags, *more).exit_code == 0
     plain, default, chosen = (pickle.loads(pickle.dumps(setup)).watch for setup in asked)
     assert plain is None
     assert default("the engine") == (("the engine",), {})
-    assert chosen("the engine") == (("the engine",), {"learning_rate": 0.1, "batch": 4})
+    assert chosen("the engine") == (("the engine",), {"learning_rate": 0.1, "interval": 3})
     assert f"; {defaults['learning_rate'].default} by default" in RATE
+    assert f"; {defaults['interval'].default} by default" in STEPS
     assert f"; {defaults['batch'].default} by default" in TEXTS
     assert defaults["buffer"].default == MOST_TEXTS
 
@@ -174,6 +179,7 @@ def test_convert_keeps_every_bit(tmp_path):
         ),
         (["serve", "--online-learning-rate", "0.1"], "online_learning_rate = 0.1 has no use without --online-draft"),
         (["serve", "--online-learning-rate", "0"], "'--online-learning-rate': 0 must be a number in 1e-09..1"),
+        (["serve", "--online-interval", "0"], "'--online-interval': 0 must be an integer, at least 1"),
         (["serve", "--online-batch", "257"], "'--online-batch': 257 must be an integer in 1..256"),
         (["generate", "a", "--temperature", "x"], "Invalid value for '--temperature': 'x' must be a number"),
         (["generate", "a", "--max-tokens", "1.5"], "Invalid value for '--max-tokens': '1.5' must be an integer"),

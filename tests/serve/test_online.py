@@ -22,7 +22,7 @@ def test_answers_stay_the_models_own_while_the_draft_learns():
     prompts = golden.prompts[:4]
     new = [sequence[len(prompt) :][:NEW] for prompt, sequence in zip(prompts, golden.sequences, strict=False)]
     body = {"prompt": prompts, "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
-    with serving(*FLAGS, max_model_len=128, online_batch=2, online_learning_rate=1e-3) as server:
+    with serving(*FLAGS, max_model_len=128, online_interval=1, online_batch=2, online_learning_rate=1e-3) as server:
         seen = [server.figures()]
         for _ in range(ROUNDS):
             status, answer = server.post(COMPLETION, body)

@@ -43,7 +43,7 @@ def acceptance(llm: LLM, prompts: list[str], learner: OnlineDraft | None = None,
 def test_acceptance_follows_the_traffic(llm):
     """It rises with what is learned, falls when other texts come, and recovers; outputs stay what they are."""
     written = [output.outputs[0].token_ids for output in llm.generate(BEFORE, PARAMS)]
-    learner = OnlineDraft(llm.engine, learning_rate=1e-2, batch=4, row=64)
+    learner = OnlineDraft(llm.engine, learning_rate=1e-2, interval=1, batch=4, row=64)
     raw = acceptance(llm, BEFORE)
     with counted("compile") as compilations:
         acceptance(llm, BEFORE, learner, rounds=16)
@@ -82,6 +82,18 @@ def test_a_text_that_its_caller_drops_is_forgotten(llm):
     assert not learner._wrong
 
 
+def test_the_engine_makes_some_steps_between_two_of_training(llm):
+    """Where enough has come to learn from all the time."""
+    learner = OnlineDraft(llm.engine, interval=5, batch=1, row=64)
+    learner._buffer.extend([([1, 2, 3], [2])] * 4)
+    learned, counters = [], llm.engine.counters
+    for _ in range(12):
+        before = counters.draft_updates
+        learner.see([])
+        learned.append(counters.draft_updates - before)
+    assert learned == [0, 0, 0, 0, 1] * 2 + [0, 0]
+
+
 def test_a_step_needs_a_text(llm):
     with pytest.raises(ValueError, match="no text with a wrong proposal waits"):
         OnlineDraft(llm.engine).learn()
@@ -92,12 +104,15 @@ def test_a_learner_for_which_there_is_no_room_says_so(llm, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 bytes")
 
     monkeypatch.setattr("jaxinfer.training.online.initial_state", full)
-    with pytest.raises(NoRoomError, match="does not fit beside the cache; fewer pages leave room: RESOURCE_EXHAUSTED"):
+    with pytest.raises(
+        NoRoomError, match="no room beside the cache to train the draft model; use fewer pages: RESOURCE"
+    ):
         OnlineDraft(llm.engine)
 
 
 def test_what_cannot_learn_is_refused(llm, monkeypatch):
     for wrong, said in (
+        ({"interval": 0}, "interval = 0 must be an integer, at least 1"),
         ({"batch": 0}, "batch = 0 must be an integer, at least 1"),
         ({"row": 1}, "row = 1 must be an integer, at least 2"),
         ({"buffer": 7}, "buffer = 7 must be an integer, at least 8"),
