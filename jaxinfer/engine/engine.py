@@ -109,6 +109,11 @@ class Engine:
             self._start_afresh()
             raise
 
+    def draft_with(self, weights: Params) -> None:
+        """Gives the method of speculation other weights, such as it has learned, for all programs from now on."""
+        self.runner.draft_with(weights)
+        self.counters.draft_updates += 1
+
     @property
     def busy(self) -> bool:
         """Whether `step` has anything left to do or to tell."""

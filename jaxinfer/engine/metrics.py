@@ -20,6 +20,7 @@ class Counters:
         output_tokens: tokens told.
         drafts: how often tokens were proposed to a sequence.
         accepted: how often the first of them was right, the first two, and so on.
+        draft_updates: how often what proposes them was given other weights.
     """
 
     preemptions: int = 0
@@ -30,6 +31,7 @@ class Counters:
     output_tokens: int = 0
     drafts: int = 0
     accepted: tuple[int, ...] = ()
+    draft_updates: int = 0
 
     def count_drafts(self, brought_Q: np.ndarray) -> None:
         """Counts what was proposed to a sequence in some steps.

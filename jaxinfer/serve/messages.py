@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxinfer.engine import Metrics, Request, TokenLogprobs, Update, Warmed, WarmUp
-from jaxinfer.engine.request import FinishReason
+from jaxinfer.engine.request import FinishReason, Watch
+
+if TYPE_CHECKING:
+    from jaxinfer.engine import Engine
 
 # --- to the engine
 
@@ -21,13 +25,16 @@ class Setup:
         options: of `Options` by name.
         warm_up: compile everything before the first request, and tell each program.
         speculation: arguments of `decode.speculative.by_name`.
+        watch: is called in the engine process, by the name that it is pickled with, and gives who is told what each
+            step brought.
     """
 
     model: str | None
     llm: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     warm_up: bool = False
-    speculation: tuple[str | None, int | None, str | None] = (None, None, None)
+    speculation: dict[str, Any] = field(default_factory=dict)
+    watch: Callable[[Engine], Watch] | None = None
 
 
 @dataclass(frozen=True)

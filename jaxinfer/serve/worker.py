@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Metrics, Request, Warmed, WarmUp
+from jaxinfer.engine.request import Watch
 from jaxinfer.serve.channel import Channel
 from jaxinfer.serve.messages import Abort, Add, Failed, Loading, Ready, Refused, Setup, Step, Stop, Tokens, Warming
 
@@ -58,7 +59,7 @@ def main(connection: Connection, setup: Setup, ordered: float) -> None:
         sys.exit(1)
     channel.send(ready(loaded))
     settle()
-    failed = Worker(loaded.llm.engine, inbox, channel.send).run()
+    failed = Worker(loaded.llm.engine, inbox, channel.send, loaded.llm.watch).run()
     channel.flush()
     sys.exit(failed)
 
@@ -74,7 +75,7 @@ def load(setup: Setup, ordered: float, progress: Callable[[Warmed, int], None]) 
 
     from jaxinfer.decode.speculative import by_name
     from jaxinfer.engine import Options
-    from jaxinfer.engine.memory import NoRoomError
+    from jaxinfer.engine.memory import NoRoomError, is_out_of_memory
     from jaxinfer.llm import DEMO, LLM
     from jaxinfer.machine import keep_compiled
 
@@ -84,8 +85,9 @@ def load(setup: Setup, ordered: float, progress: Callable[[Warmed, int], None]) 
         jax.devices()
         found = time.monotonic()
         model = DEMO if setup.model is None else setup.model
-        options = Options(**setup.options, speculation=by_name(*setup.speculation))
+        options = Options(**setup.options, speculation=by_name(**setup.speculation))
         llm = LLM(model, options=options, **setup.llm)
+        llm.watch = None if setup.watch is None else setup.watch(llm.engine)
         loading = Loading(imported - ordered, found - imported, time.monotonic() - found)
         return Loaded(llm, loading, llm.engine.warm_up(progress) if setup.warm_up else None)
     except NoRoomError as error:
@@ -93,7 +95,7 @@ def load(setup: Setup, ordered: float, progress: Callable[[Warmed, int], None]) 
     except (ValueError, OSError) as error:
         return Failed("input", str(error))
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+        if not is_out_of_memory(error):
             raise
         return Failed("memory", _first_line(error), _device())
 
@@ -136,10 +138,12 @@ class _GivenUpError(Exception):
 
 
 class Worker:
-    """Drives an engine by the messages in `inbox`, and answers with `send`."""
+    """Drives an engine by the messages in `inbox`, and answers with `send`; `watch` is told after that."""
 
-    def __init__(self, engine: Engine, inbox: SimpleQueue[Any], send: Callable[[Any], None]):
-        self._engine, self._inbox, self._send = engine, inbox, send
+    def __init__(
+        self, engine: Engine, inbox: SimpleQueue[Any], send: Callable[[Any], None], watch: Watch | None = None
+    ):
+        self._engine, self._inbox, self._send, self._watch = engine, inbox, send, watch
         self._failures = 0
         self._told: Metrics | None = None
 
@@ -170,7 +174,7 @@ class Worker:
     def _obey(self, message: Add | Abort) -> None:
         if isinstance(message, Abort):
             for name in message.ids:
-                with self._surviving():
+                with self._surviving("an abort failed; what ran is aborted"):
                     self._engine.abort(name)
             return
         for request in message.requests:
@@ -184,15 +188,23 @@ class Worker:
     def _step(self) -> None:
         """Runs the engine once and tells what that brought."""
         updates = None
-        with self._surviving():
+        with self._surviving("a step failed; what ran is aborted"):
             updates = self._engine.step()
-        if updates is not None:
+        if updates is None:
+            return
+        self._tell([Tokens.of(update) for update in updates])
+        with self._surviving("what watches the steps failed at one"):
+            if self._watch is not None:
+                self._watch(updates)
+                self._tell([])
             self._failures = 0
-            self._tell([Tokens.of(update) for update in updates])
 
     @contextmanager
-    def _surviving(self) -> Iterator[None]:
-        """For what the engine does: where that fails on the host it has begun afresh, and goes on.
+    def _surviving(self, problem: str) -> Iterator[None]:
+        """For what may fail on the host now and then: an engine has begun afresh then, and all goes on.
+
+        Args:
+            problem: for the log.
 
         Raises:
             _GivenUpError: the device failed, or the host again and again.
@@ -204,7 +216,7 @@ class Worker:
         except jax.errors.JaxRuntimeError as error:
             raise _GivenUpError(f"the device failed: {_first_line(error)}") from error
         except Exception as error:
-            logger.exception("a step failed; what ran is aborted")
+            logger.exception(problem)
             self._failures += 1
             if self._failures == FAILURES:
                 raise _GivenUpError(f"{FAILURES} steps in a row failed: {_first_line(error)}") from error

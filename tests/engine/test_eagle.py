@@ -296,4 +296,4 @@ def test_settings_out_of_range_are_refused():
         with pytest.raises(ValueError, match=message):
             Eagle("head", **settings)
     assert by_name("eagle") == Eagle()
-    assert by_name("eagle", 7, "head") == Eagle("head", 7)
+    assert by_name("eagle", num_speculative_tokens=7, draft_model="head") == Eagle("head", 7)

@@ -211,7 +211,10 @@ def test_heads_of_another_model_are_refused(tmp_path, tiny):
         llm(options=replace(OPTIONS, speculation=Medusa(tiny)))
     with pytest.raises(ValueError, match="num_speculative_tokens = 128 must be"):
         Medusa(tmp_path, 128)
-    assert (by_name("medusa"), by_name("medusa", 7, "heads")) == (Medusa(), Medusa("heads", 7))
+    assert (by_name("medusa"), by_name("medusa", num_speculative_tokens=7, draft_model="heads")) == (
+        Medusa(),
+        Medusa("heads", 7),
+    )
 
 
 @pytest.mark.parametrize(

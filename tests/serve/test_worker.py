@@ -39,9 +39,9 @@ def progress(warmed, total):
     raise AssertionError("nothing is compiled")
 
 
-def held(running: int) -> Metrics:
+def held(running: int, learned: int = 0) -> Metrics:
     """A page for each that runs."""
-    return Metrics(Counters(), 0, running, 9, running, 0, 0, 0, 0)
+    return Metrics(Counters(draft_updates=learned), 0, running, 9, running, 0, 0, 0, 0)
 
 
 @dataclass
@@ -51,11 +51,12 @@ class Engine:
     errors: list = field(default_factory=list)
     left: dict = field(default_factory=dict)
     steps: int = 0
+    learned: int = 0
     refusals: list = field(default_factory=list)  # errors of `abort`
 
     @property
     def metrics(self):
-        return held(len(self.left))
+        return held(len(self.left), self.learned)
 
     @property
     def busy(self):
@@ -86,12 +87,12 @@ class Engine:
         return updates
 
 
-def run(engine, *messages):
+def run(engine, *messages, watch=None):
     """All messages, which are there from the start, and what the worker says until it has nothing to do."""
     inbox, said = SimpleQueue(), []
     for message in messages:
         inbox.put(message)
-    loop = worker.Worker(engine, inbox, said.append)
+    loop = worker.Worker(engine, inbox, said.append, watch)
     code = []
     thread = threading.Thread(target=lambda: code.append(loop.run()))
     thread.start()
@@ -165,6 +166,39 @@ def test_an_abort_that_fails_is_a_step_that_fails(caplog):
     code, said = run(Engine(refusals=bugs), Add((request(1),)), Abort((1, 2, 1)))
     assert code == 1
     assert said[-1].message == "3 steps in a row failed: a bug"
+
+
+def test_who_watches_is_told_after_the_callers_and_what_that_changes_is_told_too():
+    engine, seen = Engine(), []
+
+    def watch(updates):
+        seen.append([update.tokens for update in updates])
+        engine.learned += 1
+
+    code, said = run(engine, Add((request(1, tokens=2),)), watch=watch)
+    assert (code, seen) == (0, [[(7,)]] * 2)
+    assert said == [
+        Step((), held(0)),
+        Step((Tokens(1, (7,), (), None, None),), held(1)),
+        Step((), held(1, learned=1)),
+        Step((Tokens(1, (7,), (), None, "length"),), held(0, learned=1)),
+        Step((), held(0, learned=2)),
+    ]
+
+
+@pytest.mark.parametrize(("failures", "code"), [(worker.FAILURES - 1, 0), (worker.FAILURES, 1)])
+def test_who_watches_may_fail_now_and_then_and_no_token_is_lost(failures, code, caplog):
+    left = [ZeroDivisionError("a bug")] * failures
+
+    def watch(updates):
+        if left:
+            raise left.pop()
+
+    ended, said = run(Engine(), Add((request(1, tokens=failures),)), watch=watch)
+    assert ended == code
+    assert [entry.finish_reason for step in said[1 : failures + 1] for entry in step.tokens][-1] == "length"
+    assert isinstance(said[-1], Failed) == bool(code)
+    assert {record.message for record in caplog.records} == {"what watches the steps failed at one"}
 
 
 def test_what_the_cache_holds_is_asked_of_the_engine():

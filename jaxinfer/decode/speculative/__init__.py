@@ -18,6 +18,8 @@ cache; outputs are those of plain decoding all the same.
 Each method is a file. It says how many tokens it proposes, and which.
 """
 
+from typing import Any
+
 from jaxinfer.decode.speculative.draft import DraftModel
 from jaxinfer.decode.speculative.eagle import Eagle
 from jaxinfer.decode.speculative.early_exit import EarlyExit
@@ -52,29 +54,26 @@ __all__ = [
 ]  # fmt: skip
 
 
-def by_name(
-    name: str | None, num_speculative_tokens: int | None = None, draft_model: str | None = None
-) -> Speculation | None:
+def by_name(speculate: str | None = None, **settings: Any) -> Speculation | None:
     """The method of that name in METHODS; None for none.
 
     Args:
-        num_speculative_tokens: of each proposal; the method's own number by default. See `Lookahead.of_size`.
-        draft_model: the checkpoint of "draft", see `DraftModel`; the heads of "medusa", see `Medusa`; or the head of
-            "eagle", see `Eagle`. The demo model's own by default.
+        settings: of the method, see `Speculation.settings`; None leaves one to it.
 
     Raises:
         ValueError: there is no such method, or it has no use for one of the settings, or not for this value.
     """
-    if name is None:
-        for setting, value in (("num_speculative_tokens", num_speculative_tokens), ("draft_model", draft_model)):
-            if value is not None:
-                raise ValueError(f"{setting} = {value!r} has no use without a method")
+    given = {name: value for name, value in settings.items() if value is not None}
+    if speculate is None:
+        for name, value in given.items():
+            raise ValueError(f"{name} = {value!r} has no use without a method")
         return None
-    if name not in METHODS:
-        raise ValueError(f"speculate = {name!r} must be one of {', '.join(METHODS)}")
-    if draft_model is not None and name not in ("draft", "eagle", "medusa"):
-        raise ValueError(f"draft_model = {draft_model!r} has no use where speculate = {name!r}")
-    if name == "lookahead" and num_speculative_tokens is not None:
-        return Lookahead.of_size(num_speculative_tokens)
-    settings = {"num_speculative_tokens": num_speculative_tokens, "checkpoint": draft_model}
-    return METHODS[name](**{setting: value for setting, value in settings.items() if value is not None})
+    if speculate not in METHODS:
+        raise ValueError(f"speculate = {speculate!r} must be one of {', '.join(METHODS)}")
+    for name, value in given.items():
+        if name not in METHODS[speculate].settings():
+            users = [method for method in METHODS if name in METHODS[method].settings()]
+            raise ValueError(
+                f"{name} = {value!r} has no use where speculate = {speculate!r}, but with {' or '.join(users)}"
+            )
+    return METHODS[speculate].of(**given)

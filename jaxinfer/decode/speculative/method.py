@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import jax
 import numpy as np
@@ -123,6 +124,23 @@ class Speculation:
     num_speculative_tokens: int
     reads_text = False
     typical: Typical | None = None
+
+    @classmethod
+    def settings(cls) -> tuple[str, ...]:
+        """Names of what `of` takes: fields of a method, but for what is loaded, which is no part of comparisons."""
+        names = [one.name for one in fields(cast(Any, cls)) if one.compare]
+        return tuple("draft_model" if name == "checkpoint" else name for name in names)
+
+    @classmethod
+    def of(cls, **settings: Any) -> Self:
+        """A method with settings as commands name them.
+
+        Raises:
+            ValueError: one of them is out of range, or has no use beside another.
+        """
+        if "draft_model" in settings:
+            settings["checkpoint"] = settings.pop("draft_model")
+        return cls(**settings)
 
     @property
     def tree(self) -> Tree | GrownTree | None:
