@@ -1,4 +1,4 @@
-"""Text that copies, and an engine that is made to write it again."""
+"""Text that was written once, and an engine that is made to write it again."""
 
 import json
 from collections.abc import Iterator
@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import copying, speculative
 from benchmarks.serving.workload import Job
+from benchmarks.speculative import __main__ as command
+from benchmarks.speculative import comparing, replaying
+from benchmarks.speculative.texts import copies
 from benchmarks.tables import TABLES
 from jaxinfer.decode.speculative import PromptLookup
 from jaxinfer.engine import Engine, TokenLogprobs
@@ -16,7 +18,7 @@ from jaxinfer.engine.gate import Gate
 from jaxinfer.llm import DEMO
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
-from jaxinfer.roofline import find_hardware, tokens_per_step
+from jaxinfer.roofline import tokens_per_step
 from jaxinfer.text.tokenizer import Tokenizer
 from tests.engine.tiny import ONE_LAYER, OPTIONS, one_rectangle
 from tests.model.random_params import random_params
@@ -30,9 +32,9 @@ WRITTEN = [
 
 
 @pytest.fixture(scope="module")
-def texts() -> list[copying.Text]:
+def texts() -> list[replaying.Text]:
     jobs = [Job(prompt, len(output)) for prompt, output in WRITTEN]
-    return copying.recorded(jobs, [output for _, output in WRITTEN], METHOD)
+    return replaying.recorded(jobs, [output for _, output in WRITTEN], METHOD)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +46,9 @@ def engine() -> Iterator[Engine]:
 
 def test_prompts_are_files_with_the_beginning_of_a_copy():
     tokenizer = Tokenizer.from_folder(DEMO)
-    found = copying.prompts(tokenizer, 16)
+    found = copies(tokenizer, 16)
     assert len(set(found)) == 16
-    assert max(map(len, found)) + speculative.parse(["copying"]).new <= 1024
+    assert max(map(len, found)) + command.parse(["copying"]).new <= 1024
     for ids in found:
         text, _, rest = tokenizer.decode(ids).partition("\n\n\n# The same, with ")
         new, old = rest.partition(":")[0].split(" in the place of ")
@@ -60,39 +62,39 @@ def test_what_is_recorded_says_how_many_proposals_are_right(texts, tmp_path):
         assert sum(text.accepted) + len(text.accepted) == len(text.output) - 1
     assert texts[0].accepted[0] == 2  # 4 5 follow 1 2 3, and then comes no 1
     assert max(texts[0].accepted) == 3
-    copying.write(texts, {"device": "none"}, tmp_path / "results" / "copied.json")
-    assert copying.read(tmp_path / "results" / "copied.json") == texts
+    replaying.write(texts, {"device": "none"}, tmp_path / "results" / "copied.json")
+    assert replaying.read(tmp_path / "results" / "copied.json") == texts
     with pytest.raises(FileNotFoundError, match="the part `copying` records it"):
-        copying.read(tmp_path / "copied.json")
+        replaying.read(tmp_path / "copied.json")
 
 
 def test_a_replay_writes_the_recorded_texts_with_the_recorded_acceptance(engine, texts):
     """Plainly and with proposals, together and one after another."""
-    jobs = copying.replay(engine, texts)
+    jobs = replaying.replay(engine, texts)
     ends = [job.prompt[0] // 10 for job in jobs]
     assert ends == [0, 1, 2]
-    for gate in (copying.Shut(engine.layout, times=None), Gate(engine.layout, times=None)):
-        took = copying.run(engine, gate, jobs, batch=2)
+    for gate in (comparing.Shut(engine.layout, times=None), Gate(engine.layout, times=None)):
+        took = comparing.run(engine, gate, jobs, batch=2)
         assert [[token % 10 for token in output] for output in took.texts] == [[*text.output] for text in texts]
     steps = [count for text in texts for count in text.accepted]
     assert took.drafts == len(steps)
     assert took.accepted == tuple(sum(count >= place for count in steps) / len(steps) for place in (1, 2, 3))
     with pytest.raises(ValueError, match="11 texts of 10 tokens each need 110; there are 104"):
-        copying.replay(engine, (texts * 4)[:11])
+        replaying.replay(engine, (texts * 4)[:11])
 
 
 SAID = [(9, 4, 5, 0, 7, 6, 7, 6, 7, 6, 0, 6, 7, 1, 2, 0), (0, 8, 0, 6, 5, 4, 0, 2, 1, 0, 9, 8, 7, 0, 9, 1)]
 
 
 @pytest.fixture(scope="module")
-def drafted() -> list[copying.Text]:
+def drafted() -> list[replaying.Text]:
     """Two of the texts with a draft that is right mostly."""
     tops = [[None, *(TokenLogprobs(token, 0.0, ((token, 0.0), (3, -1.0))) for token in said)] for said in SAID]
     outputs = [SimpleNamespace(prompt_logprobs=[None] * (len(prompt) - 1) + top)
                for (prompt, _), top in zip(WRITTEN, tops, strict=False)]  # fmt: skip
     draft = SimpleNamespace(generate=lambda whole, params: outputs)
     jobs = [Job(prompt, len(output)) for prompt, output in WRITTEN[:2]]
-    return copying.drafted(jobs, [output for _, output in WRITTEN[:2]], draft, 3)
+    return replaying.drafted(jobs, [output for _, output in WRITTEN[:2]], draft, 3)
 
 
 def test_what_a_draft_says_decides_what_is_right_in_each_step(drafted):
@@ -105,11 +107,11 @@ def test_what_a_draft_says_decides_what_is_right_in_each_step(drafted):
 
 def test_a_replayed_draft_is_right_where_the_recorded_one_was(drafted):
     model, small = (Model(read_config(config), make_mesh(1)) for config in (ONE_LAYER, ONE_LAYER))
-    method = copying.replayed_draft(drafted, small, random_params(small, 1), 3)
+    method = replaying.replayed_draft(drafted, small, random_params(small, 1), 3)
     options = replace(OPTIONS, enable_prefix_caching=False, speculation=method)
     with one_rectangle():
         engine = Engine(model, random_params(model, 0), options)
-        took = copying.run(engine, Gate(engine.layout, times=None), copying.replay(engine, drafted), batch=2)
+        took = comparing.run(engine, Gate(engine.layout, times=None), replaying.replay(engine, drafted), batch=2)
     assert [[token % 10 for token in output] for output in took.texts] == [[*text.output] for text in drafted]
     steps = [count for text in drafted for count in text.accepted]
     assert took.drafts == len(steps)
@@ -117,17 +119,17 @@ def test_a_replayed_draft_is_right_where_the_recorded_one_was(drafted):
 
 
 def test_speculation_stands_beside_plain_decoding_and_the_plan(engine, texts):
-    jobs = copying.replay(engine, texts)
-    records = copying.compare(engine, "tiny", jobs, 2, 1, find_hardware("h200"))
+    jobs = replaying.replay(engine, texts)
+    records = comparing.compare(engine, "tiny B2", jobs, 2, 1)
     value = {(record.implementation, record.metric): record.value for record in records}
     assert {record.case for record in records} == {"tiny B2"}
-    for way in copying.ways(engine):
-        assert value[way, copying.FASTER] > 0
+    for way in comparing.ways(engine):
+        assert value[way, comparing.FASTER] > 0
         assert value[way, "decode"] > 0
-    _, always = copying.ways(engine)
+    _, always = comparing.ways(engine)
     right = [value[always, f"first {place} right"] / 100 for place in (1, 2, 3)]
     assert value[always, "tokens of a step with proposals"] == pytest.approx(tokens_per_step(right))
-    assert value["plan", copying.FASTER] >= 1
+    assert value["plan", comparing.FASTER] >= 1
 
 
 @pytest.mark.parametrize(
@@ -140,19 +142,19 @@ def test_speculation_stands_beside_plain_decoding_and_the_plan(engine, texts):
     ],
 )
 def test_the_tables_have_the_cases_that_are_measured(table, part, name):
-    cases = {f"{name} B{batch}" for batch in speculative.parse(part).batches}
+    cases = {f"{name} B{batch}" for batch in command.parse(part).batches}
     assert set(TABLES[table].columns) == cases
-    assert TABLES[table].metric == copying.FASTER
+    assert TABLES[table].metric == comparing.FASTER
 
 
 def test_a_replay_proposes_as_many_tokens_as_what_it_replays():
-    parsed = [speculative.parse(part) for part in (["copying"], ["replay"], ["drafting"])]
+    parsed = [command.parse(part) for part in (["copying"], ["replay"], ["drafting"])]
     assert [options.drafts for options in parsed] == [8, 8, 3]
-    assert speculative.parse(["replay", "--method", "draft"]).drafts == 3
-    assert speculative.parse(["replay", "--method", "draft", "--drafts", "2"]).drafts == 2
+    assert command.parse(["replay", "--method", "draft"]).drafts == 3
+    assert command.parse(["replay", "--method", "draft", "--drafts", "2"]).drafts == 2
 
 
-def first_right(texts: list[copying.Text]) -> float:
+def first_right(texts: list[replaying.Text]) -> float:
     """Percent of the first proposed tokens."""
     counts = [count for text in texts for count in text.accepted]
     return 100 * sum(count > 0 for count in counts) / len(counts)
@@ -163,17 +165,17 @@ def test_the_commands(engine, texts, tmp_path, monkeypatch):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "config.json").write_text(json.dumps(ONE_LAYER))
     folder, results = tmp_path / "tiny", tmp_path / "results"
-    (job, *_) = copying.replay(engine, texts)
-    monkeypatch.setattr(copying, "warm", lambda engine: None)
-    monkeypatch.setattr(copying, "prompts", lambda tokenizer, count: [job.prompt] * count)
-    monkeypatch.setattr(speculative, "LLM", lambda options: SimpleNamespace(engine=engine, tokenizer=None))
-    monkeypatch.setattr(speculative, "Engine", lambda model, params, options: engine)
+    (job, *_) = replaying.replay(engine, texts)
+    monkeypatch.setattr(comparing, "warm", lambda engine: None)
+    monkeypatch.setattr(command.texts, "copies", lambda tokenizer, count: [job.prompt] * count)
+    monkeypatch.setattr(command, "LLM", lambda options: SimpleNamespace(engine=engine, tokenizer=None))
+    monkeypatch.setattr(command, "Engine", lambda model, params, options: engine)
     monkeypatch.setattr(Model, "random_params", lambda model: random_params(model, 0))
     few = ["--batches", "1", "--drafts", "3", "--rounds", "1"]
-    speculative.main(["--output", str(results), "copying", "--texts", "1", "--new", str(job.output), *few])
-    assert copying.read(results / speculative.RECORDED["lookup"]) == texts[:1]
-    copying.write(texts, {}, results / speculative.RECORDED["lookup"])
-    speculative.main(["--output", str(results), "replay", "--model", str(folder), *few])
+    command.main(["--output", str(results), "copying", "--texts", "1", "--new", str(job.output), *few])
+    assert replaying.read(results / command.RECORDED["lookup"]) == texts[:1]
+    replaying.write(texts, {}, results / command.RECORDED["lookup"])
+    command.main(["--output", str(results), "replay", "--model", str(folder), *few])
     records = json.loads((results / "speculative.json").read_text())["records"]
     right = {record["case"]: record["value"] for record in records if record["metric"] == "first 1 right"}
     assert right == {
