@@ -149,16 +149,13 @@ METHOD_COSTS = {
         for method, drafts in (("medusa", 15), ("eagle", 15), ("lookahead", 55))
     },
 }
-LOOKUP, DRAFT = (
-    {
-        OURS: "**jaxinfer**, plain",
-        f"{OURS}, {by}": f"**jaxinfer**, {by}",
-        f"{OURS}, {by} always": f"**jaxinfer**, {by}, always",
-        "plan": f"*predicted*, {by}",
-        f"plan, {OURS}, {by} always": f"*predicted*, {by}, always",
-    }
-    for by in ("lookup", "draft")
-)
+LOOKUP = {
+    OURS: "**jaxinfer**, plain",
+    f"{OURS}, lookup": "**jaxinfer**, lookup",
+    f"{OURS}, lookup always": "**jaxinfer**, lookup, always",
+    "plan": "*predicted*, lookup",
+    f"plan, {OURS}, lookup always": "*predicted*, lookup, always",
+}
 DRAFTED = {
     f"demo drafted by {folder} T={temperature}": f"{made}, temperature {temperature}"
     for folder, made in (("draft", "distilled"), ("ce", "of the text alone"))
@@ -167,12 +164,10 @@ DRAFTED = {
 METHODS = ("lookup", "lookahead", "early-exit", "draft", "medusa", "eagle")
 ACCEPTED = {f"demo drafted by {method}": method for method in METHODS}
 TEMPERATURES = {f" T={temperature}": f"temperature {temperature}" for temperature in ("0", "0.7", "1")}
-COSTS, COPYING, REPLAYING, DRAFTING, REPLAYED_DRAFT = (
+COSTS, COPYING, REPLAYING, DRAFTING = (
     {f"{name} B{batch}": f"batch {batch}" for batch in (1, 4, 16, 64)}
-    for name in (
-        "llama-3-8b", "demo copying", "llama-3-8b replaying", "demo drafting", "llama-3-8b replaying with llama-3.2-1b"
-    )
-)  # fmt: skip
+    for name in ("llama-3-8b", "demo copying", "llama-3-8b replaying", "demo drafting")
+)
 BY_METHOD = {f" by {method}": method for method in METHODS}
 GAINS = {
     **{f"{OURS}, {method}": "**jaxinfer**" for method in METHODS},
@@ -204,8 +199,8 @@ TABLES = {
     "copying": Table("over plain decoding", "times plain decoding", COPYING, rates(COPYING), names=LOOKUP),
     "replay": Table("over plain decoding", "times plain decoding", REPLAYING, rates(REPLAYING), names=LOOKUP),
     "drafting": Table("over plain decoding", "times plain decoding", DRAFTING, variants=BY_METHOD, names=GAINS),
-    "replayed-draft": Table(
-        "over plain decoding", "times plain decoding", REPLAYED_DRAFT, rates(REPLAYED_DRAFT), names=DRAFT
+    "replay-by-method": Table(
+        "over plain decoding", "times plain decoding", REPLAYING, variants=BY_METHOD, names=GAINS
     ),
     "matmul-kernel": Table("traffic", "matmul, TB/s", MATMUL, variants=TOKENS, names=KERNEL_NAMES),
 }

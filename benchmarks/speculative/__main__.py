@@ -24,11 +24,11 @@ proposals by prompt lookup where the engine's gate lets them, and always. New to
 has its first one until all have ended, which the slowest decides; of a batch below 4 the texts come one after another.
 What was written is recorded in `copied.json`, with the tokens that are accepted in each step.
 Drafting: the same where the demo model goes on from places in the files that neither it nor what drafts for it was
-trained on, by the method that is named. Of the draft model it is recorded in `drafted.json` what was written, with
-what the draft says at each place.
-Replay: a larger model of random weights writes the recorded texts: the logit of each next token is set above all
-others, and a draft says what was recorded in the same way, so that acceptance is the recorded one and all else costs
-what it costs.
+trained on, by the method that is named. What was written is recorded in `drafted_by_METHOD.json`, with how many
+proposed tokens are right after each token; but not of lookahead, whose proposals depend on the steps before.
+Replay: a larger model of random weights writes the recorded texts, with the method that is named and random weights
+for it: the logit of each next token is set above all others, and as many proposed tokens are made right as were, so
+that acceptance is the recorded one and all else costs what it costs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from benchmarks.record import RESULTS, Failure, Record, device_folder, environme
 from benchmarks.serving.workload import Job
 from benchmarks.speculative import comparing, replaying, texts
 from benchmarks.speculative.acceptance import accepting
-from benchmarks.speculative.methods import CHAINS, named, random_weights
+from benchmarks.speculative.methods import CHAINS, named, shaped
 from benchmarks.speculative.plot import gains, plot_gains
 from benchmarks.speculative.verification import verifying
 from jaxinfer.decode.speculative import METHODS, PromptLookup, Speculation
@@ -59,7 +59,8 @@ from jaxinfer.parallel import make_mesh
 from pallas_kernels.flash_decoding import IMPLEMENTATIONS
 
 NAME = "speculative"  # of the files
-RECORDED = {"lookup": "copied.json", "draft": "drafted.json"}
+COPIED = "copied.json"
+RECORDED = {method: f"drafted_by_{method}.json" for method in ("draft", "early-exit", "eagle", "medusa")}
 LOOKED_UP, DRAFTED = 8, 3  # tokens of a proposal, of texts that are recorded
 
 
@@ -67,11 +68,7 @@ def measure_verification(options: argparse.Namespace) -> Iterator[list[Record]]:
     """The records of the machine, then of each batch."""
     subject = load(options.model, [], options.steps_per_dispatch, options.page_size, options.attention)
     yield subject.timed()
-    loader = random_weights(subject.model)
-    checkpoint = options.draft_model if options.method == "draft" else None
-    methods = [named(options.method, drafts, checkpoint).loaded(loader) for drafts in options.drafts]
-    for method in methods:
-        method.check(subject.model)
+    methods = shaped(options.method, options.drafts, options.draft_model, subject.model)
     for batch in options.batches:
         yield verifying(subject, batch, methods, options.new, options.rounds)
 
@@ -93,19 +90,19 @@ def measure_copying(options: argparse.Namespace) -> Iterator[list[Record]]:
     jobs = [Job(ids, options.new) for ids in texts.copies(llm.tokenizer, options.texts)]
     comparing.warm(llm.engine)
     recorded = replaying.recorded(jobs, written(llm.engine, jobs), method)
-    replaying.write(recorded, environment(), folder(options) / RECORDED["lookup"])
+    replaying.write(recorded, environment(), folder(options) / COPIED)
     yield from compared(options, "demo copying", llm.engine, jobs)
 
 
 def measure_drafting(options: argparse.Namespace) -> Iterator[list[Record]]:
-    """Records what the demo model writes, and its draft would; then the records of each batch."""
+    """Records what the demo model writes, and what of the proposals is right; then the records of each batch."""
     llm = LLM(options=engine_options(options, named(options.method, options.drafts)))
     begun = itertools.islice(texts.beginnings(llm.tokenizer, PROMPT, 8 * PROMPT), options.texts)
     jobs = [Job(ids, options.new) for ids in begun]
     comparing.warm(llm.engine)
-    if options.method == "draft":
-        recorded = replaying.drafted(jobs, written(llm.engine, jobs), LLM(DRAFT), options.drafts)
-        replaying.write(recorded, environment(), folder(options) / RECORDED["draft"])
+    if options.method in RECORDED:
+        recorded = replaying.drafted(llm.engine, jobs, written(llm.engine, jobs))
+        replaying.write(recorded, environment(), folder(options) / RECORDED[options.method])
     yield from compared(options, "demo drafting", llm.engine, jobs, f" by {options.method}")
 
 
@@ -116,19 +113,16 @@ def written(engine: Engine, jobs: Sequence[Job]) -> list[list[int]]:
 
 def measure_replay(options: argparse.Namespace) -> Iterator[list[Record]]:
     """The records of each batch."""
-    recorded = replaying.read(folder(options) / RECORDED[options.method])
+    recorded = replaying.read(folder(options) / RECORDED.get(options.method, COPIED))
     longest = max(len(text.prompt + text.output) for text in recorded)
-    mesh = make_mesh(devices=jax.devices()[:1])
-    model = Model(read_config(MODELS / options.model), mesh, context=longest)
-    method, name = PromptLookup(options.drafts), f"{options.model} replaying"
-    if options.method == "draft":
-        small = Model(read_config(MODELS / options.draft_model), mesh, context=longest)
-        method = replaying.replayed_draft(recorded, small, small.random_params(1), options.drafts)
-        name = f"{name} with {options.draft_model}"
+    model = Model(read_config(MODELS / options.model), make_mesh(devices=jax.devices()[:1]), context=longest)
+    (method,), by = shaped(options.method, [options.drafts], options.draft_model, model), ""
+    if options.method != "lookup":
+        method, by = replaying.replayed(method, recorded, model.config.vocab_size), f" by {options.method}"
     engine = Engine(model, jax.block_until_ready(model.random_params()), engine_options(options, method))
     jobs = replaying.replay(engine, recorded)
     comparing.warm(engine)
-    yield from compared(options, name, engine, jobs)
+    yield from compared(options, f"{options.model} replaying", engine, jobs, by)
 
 
 def compared(
@@ -192,7 +186,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         part.add_argument("--new", type=int, default=320, help="tokens of each output")
     drafted.add_argument("--method", choices=METHODS, default="draft")
     replayed.add_argument("--model", default="llama-3-8b", help="a folder of configs/models")
-    replayed.add_argument("--method", choices=RECORDED, default="lookup", help="whose recorded text")
+    replayed.add_argument("--method", choices=["lookup", *RECORDED], default="lookup", help="whose recorded text")
     replayed.add_argument(
         "--draft-model", default="llama-3.2-1b", help="of --method draft, a folder of configs/models"
     )

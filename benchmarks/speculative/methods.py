@@ -1,7 +1,9 @@
-"""Methods by name, and weights for them where the model has random ones."""
+"""Methods by name, weights for them where the model has random ones, and other proposals in the place of theirs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import cast
@@ -9,7 +11,10 @@ from typing import cast
 import numpy as np
 
 from benchmarks.bench import MODELS
-from jaxinfer.decode.speculative import METHODS, Loader, Speculation, by_name
+from jaxinfer.decode.forward import Cache, Forward
+from jaxinfer.decode.sampling import Needs
+from jaxinfer.decode.slots import SlotState
+from jaxinfer.decode.speculative import METHODS, Loader, Proposal, Speculation, by_name
 from jaxinfer.model import EagleHead, Model, Params, read_config, read_eagle_config
 from jaxinfer.training.eagle import head_config
 
@@ -50,3 +55,33 @@ def random_weights(target: Model) -> Loader:
         return made, made.random_params(1)
 
     return Loader(target, model, tensors, head)
+
+
+def shaped(name: str, sizes: Sequence[int | None], draft_model: str, model: Model) -> list[Speculation]:
+    """The method with proposals of these sizes, and random weights for a model.
+
+    Args:
+        draft_model: the folder of configs/models of a draft.
+
+    Raises:
+        ValueError: it cannot propose so many tokens, or none for this model.
+    """
+    loader, checkpoint = random_weights(model), draft_model if name == "draft" else None
+    methods = [named(name, size, checkpoint).loaded(loader) for size in sizes]
+    for method in methods:
+        method.check(model)
+    return methods
+
+
+def changed(method: Speculation, change: Callable[[Proposal, SlotState], Proposal]) -> Speculation:
+    """The method in all but what it proposes."""
+
+    def propose(
+        target: Forward, params: Params, needs: Needs, state: SlotState, cache: Cache
+    ) -> tuple[Proposal, Cache]:
+        proposal, cache = method.propose(target, params, needs, state, cache)
+        return change(proposal, state), cache
+
+    other = copy(method)
+    object.__setattr__(other, "propose", propose)  # methods are frozen
+    return other

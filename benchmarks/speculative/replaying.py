@@ -1,29 +1,31 @@
-"""Text that the demo model wrote, and what was proposed meanwhile: recorded, and written again, token for token, by a
-larger model of random weights."""
+"""Text that the demo model wrote, and how much of what was proposed meanwhile was right: recorded, and written again,
+token for token, by a larger model of random weights."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.serving.offline import request
 from benchmarks.serving.workload import Job
+from benchmarks.speculative.methods import changed
 from jaxinfer.decode.batch import Batch
 from jaxinfer.decode.forward import Cache, Forward
-from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.decode.speculative import DraftModel, PromptLookup
+from jaxinfer.decode.slots import SlotState
+from jaxinfer.decode.speculative import PromptLookup, Proposal, Speculation, Tree, depth_of
 from jaxinfer.decode.speculative.lookup import propose
+from jaxinfer.decode.tree import GrownTree
 from jaxinfer.engine import Engine
-from jaxinfer.llm import LLM
-from jaxinfer.model import Model, Params
+from jaxinfer.engine.gate import Gate
+from jaxinfer.model import Params
 
 
 @dataclass(frozen=True)
@@ -32,31 +34,64 @@ class Text:
 
     Attributes:
         accepted: proposed tokens that are right in each step, from the second token of the output on.
-        said: by a draft model, the likeliest token at each place of the output, after what is there before it.
+        right: of a method whose proposals depend on nothing but the text, how many are right after each token of the
+            output but the last.
     """
 
     prompt: tuple[int, ...]
     output: tuple[int, ...]
     accepted: tuple[int, ...] = ()
-    said: tuple[int, ...] = ()
+    right: tuple[int, ...] = ()
 
 
-def drafted(jobs: Sequence[Job], outputs: Sequence[Sequence[int]], draft: LLM, drafts: int) -> list[Text]:
-    """The texts, with what a draft model says at each place, and how many of `drafts` proposals are right in each
-    step. The first token of an output is the prompt's."""
-    whole = [[*job.prompt, *output] for job, output in zip(jobs, outputs, strict=True)]
-    scored = draft.generate(whole, SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1))
-    texts = []
-    for job, output, score in zip(jobs, outputs, scored, strict=True):
-        assert score.prompt_logprobs is not None
-        said = [place.top[0][0] for place in score.prompt_logprobs[len(job.prompt) :] if place is not None]
-        right, accepted, at = [a == b for a, b in zip(said, output, strict=True)], list[int](), 1
-        while at < len(output):
-            run = len(list(itertools.takewhile(bool, right[at : at + drafts])))
-            accepted.append(min(run, len(output) - at - 1))
-            at += accepted[-1] + 1
-        texts.append(Text(job.prompt, tuple(output), tuple(accepted), tuple(said)))
+def drafted(engine: Engine, jobs: Sequence[Job], outputs: Sequence[Sequence[int]]) -> list[Text]:
+    """What the engine wrote, with how many proposals of its method are right: it is asked to go on from each place."""
+    engine.gate = engine.scheduler.gate = Gate(engine.layout, times=None)
+    longest, texts = engine.layout.depth + 2, []
+    for job, output in zip(jobs, outputs, strict=True):
+        ends = range(len(output) - 1)
+        asked = [Job((*job.prompt, *output[:end]), min(longest, len(output) - end)) for end in ends]
+        right = [count for group in _together(engine, asked) for count in _right(engine, group)]
+        texts.append(Text(job.prompt, tuple(output), tuple(_accepted(right)), tuple(right)))
     return texts
+
+
+def _together(engine: Engine, jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """As many as have slots, and have all of their prompts in one step: then none decodes beside a prompt."""
+    group: list[Job] = []
+    for job in jobs:
+        tokens = sum(len(one.prompt) for one in group) + len(job.prompt)
+        if group and (len(group) == engine.layout.slots or tokens > engine.options.max_num_batched_tokens):
+            yield group
+            group = []
+        group.append(job)
+    yield group
+
+
+def _right(engine: Engine, jobs: Sequence[Job]) -> list[int]:
+    """Of the first step after each prompt's, how many proposed tokens are right: those before the first that another
+    one had to be put in the place of. The last token of an output counts as the model's own."""
+    begun, right = set[int](), dict[int, int]()
+    for number, job in enumerate(jobs):
+        engine.add(request(number, job))
+    while engine.busy:
+        for update in engine.step():
+            number = update.request.id
+            if number not in begun:
+                begun.add(number)
+                assert len(update.tokens) == 1
+            elif number not in right:
+                correct = min(update.corrected, default=engine.layout.depth)
+                right[number] = min(correct, jobs[number].output - 2)
+    return [right[number] for number in range(len(jobs))]
+
+
+def _accepted(right: Sequence[int]) -> Iterator[int]:
+    """In each step, as one comes after the other."""
+    at = 0
+    while at < len(right):
+        yield right[at]
+        at += right[at] + 1
 
 
 def recorded(jobs: Sequence[Job], outputs: Sequence[Sequence[int]], method: PromptLookup) -> list[Text]:
@@ -91,7 +126,7 @@ def read(path: Path) -> list[Text]:
         FileNotFoundError: nothing was recorded there.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there; the part `copying` records it, or for a draft `drafting`")
+        raise FileNotFoundError(f"{path} is not there; the part `copying` records it, or `drafting`")
     fields = ({name: tuple(ids) for name, ids in text.items()} for text in json.loads(path.read_text())["texts"])
     return [Text(**text) for text in fields]
 
@@ -121,33 +156,18 @@ class Replaying(Forward):
         return cache, logits_WV, hidden_TD, shown_TE
 
 
-class Books(NamedTuple):
-    """Texts in the numbers that a `Replaying` model knows them by: token t of text r is r x base + t.
+def numbered(texts: Sequence[Text], vocabulary: int) -> tuple[int, list[list[int]]]:
+    """The base, and the texts in the numbers that a `Replaying` model knows them by: token t of text r is
+    r x base + t.
 
-    Attributes:
-        texts: of each the prompt and the output.
-        said: the same, with what a draft says in the place of the output.
-    """
-
-    base: int
-    texts: list[list[int]]
-    said: list[list[int]]
-
-
-def books(texts: Sequence[Text], vocabulary: int) -> Books:
-    """
     Raises:
         ValueError: the vocabulary is too small for so many.
     """
-    base = 1 + max(max(text.prompt + text.output + text.said) for text in texts)
+    base = 1 + max(max(text.prompt + text.output) for text in texts)
     if base * len(texts) > vocabulary:
         raise ValueError(f"{len(texts)} texts of {base} tokens each need {base * len(texts)}; there are {vocabulary}")
-
-    def numbered(rows: Iterable[tuple[int, ...]]) -> list[list[int]]:
-        return [[number * base + token for token in row] for number, row in enumerate(rows)]
-
-    whole, said = ((text.prompt + text.output for text in texts), (text.prompt + text.said for text in texts))
-    return Books(base, numbered(whole), numbered(said))
+    whole = (text.prompt + text.output for text in texts)
+    return base, [[number * base + token for token in row] for number, row in enumerate(whole)]
 
 
 def replay(engine: Engine, texts: Sequence[Text]) -> list[Job]:
@@ -156,7 +176,7 @@ def replay(engine: Engine, texts: Sequence[Text]) -> list[Job]:
     Raises:
         ValueError: the vocabulary is too small for so many.
     """
-    base, book, _ = books(texts, engine.model.config.vocab_size)
+    base, book = numbered(texts, engine.model.config.vocab_size)
     old = engine.runner.programs.forward
     engine.runner.programs.forward = Replaying(
         old.model, old.page_size, old.cache_dtype, old.attention, book_RT=_padded(book), base=base
@@ -164,25 +184,30 @@ def replay(engine: Engine, texts: Sequence[Text]) -> list[Job]:
     return [Job(tuple(ids[: len(text.prompt)]), len(text.output)) for ids, text in zip(book, texts, strict=True)]
 
 
-@dataclass(frozen=True)
-class ReplayedDraft(DraftModel):
-    """A draft model whose likeliest token is always the one that a recorded draft said there, at its own cost. For an
-    engine that replays the same texts.
+def replayed(method: Speculation, texts: Sequence[Text], vocabulary: int) -> Speculation:
+    """The method, of which as many proposals are right after each token as were recorded there, at its own cost; the
+    others are its own, put off by one. For an engine that replays the same texts.
 
-    Attributes:
-        said_RT: see `Books`.
+    Of a tree those on its longest path are right; a tree that grows has such a path, and all else follows the newest
+    token.
     """
+    (base, book), depth, tree = numbered(texts, vocabulary), depth_of(method), method.tree
+    book_RT, right_RT = _padded(book), _padded([(0,) * len(text.prompt) + text.right for text in texts])
+    path_d = np.arange(depth) if not isinstance(tree, Tree) else np.array(max(tree.paths, key=len)[1:]) - 1
+    ahead_1d = jnp.arange(1, depth + 1, dtype=jnp.int32)[None]
+    node_k = np.arange(method.num_speculative_tokens, dtype=np.int32)
+    parents_k = np.where(node_k < depth, node_k - 1, -1)
 
-    said_RT: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int32), compare=False)
+    def change(proposal: Proposal, state: SlotState) -> Proposal:
+        text_B1, place_B1 = state.token_B[:, None] // base, state.length_B[:, None]
+        right_B1 = jnp.asarray(right_RT).at[text_B1, place_B1].get(mode="clip")
+        book_Bd = jnp.asarray(book_RT).at[text_B1, place_B1 + ahead_1d].get(mode="clip")
+        wrong_Bk = (proposal.drafts_Bk + 1) % vocabulary
+        drafts_Bk = wrong_Bk.at[:, path_d].set(jnp.where(ahead_1d <= right_B1, book_Bd, wrong_Bk[:, path_d]))
+        parents_Bk = jnp.broadcast_to(parents_k, drafts_Bk.shape) if isinstance(tree, GrownTree) else None
+        return Proposal(drafts_Bk, parents_Bk=parents_Bk)
 
-    def _own(self, target: Forward, params: Params, cache: Cache) -> tuple[Forward, Params, Cache, Cache]:
-        forward, weights, theirs, ours = super()._own(target, params, cache)
-        return replace(forward, book_RT=self.said_RT), weights, theirs, ours
-
-
-def replayed_draft(texts: Sequence[Text], model: Model, params: Params, drafts: int) -> ReplayedDraft:
-    said = books(texts, model.config.vocab_size).said
-    return ReplayedDraft("replayed", drafts, model=model, params=params, said_RT=_padded(said))
+    return changed(method, change)
 
 
 def _padded(texts: Sequence[Sequence[int]]) -> np.ndarray:

@@ -6,52 +6,32 @@ import os
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
 
 import numpy as np
 
 from benchmarks.bench import Bench, Subject
 from benchmarks.decode import PROMPT
 from benchmarks.record import Record
-from benchmarks.speculative.methods import name_of
+from benchmarks.speculative.methods import changed, name_of
 from jaxinfer.cache.gathers import gathers
-from jaxinfer.decode.forward import Cache, Forward
-from jaxinfer.decode.sampling import GREEDY, Needs
-from jaxinfer.decode.slots import SlotState
-from jaxinfer.decode.speculative import Pass, Proposal, Speculation
-from jaxinfer.model import Params
+from jaxinfer.decode.sampling import GREEDY
+from jaxinfer.decode.speculative import Pass, Speculation
 from jaxinfer.roofline import StepTimes, decode_step
 
 OVER = "over a plain step"
 SLACK = 64  # tokens that a sequence may have beside those of its steps, should a proposal be right after all
 
 
-class _Missed:
-    """Another method in all but what it proposes."""
-
-    def __init__(self, method: Speculation):
-        self._method = method
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._method, name)
-
-    def propose(
-        self, target: Forward, params: Params, needs: Needs, state: SlotState, cache: Cache
-    ) -> tuple[Proposal, Cache]:
-        proposal, cache = self._method.propose(target, params, needs, state, cache)
-        return proposal._replace(drafts_Bk=(proposal.drafts_Bk + 1) % target.model.config.vocab_size), cache
-
-
-def missed(method: Speculation) -> Speculation:
+def missed(method: Speculation, vocabulary: int) -> Speculation:
     """The method with proposals put off by one token: they cost what they cost, and are never right."""
-    return cast(Speculation, _Missed(method))
+    return changed(method, lambda proposal, _: proposal._replace(drafts_Bk=(proposal.drafts_Bk + 1) % vocabulary))
 
 
 def verifying(subject: Subject, batch: int, methods: Sequence[Speculation], new: int, rounds: int) -> list[Record]:
     """A plain step, and for each method one that verifies what it proposes: measured, predicted, and over the plain
     one."""
-    length = PROMPT + new + SLACK
-    benches = [Bench(subject, batch, length, None if one is None else missed(one)) for one in (None, *methods)]
+    vocabulary, length = subject.model.config.vocab_size, PROMPT + new + SLACK
+    benches = [Bench(subject, batch, length, one) for one in (None, *(missed(one, vocabulary) for one in methods))]
     compile_all(benches)
     seconds: list[list[float]] = [[] for _ in benches]
     for _ in range(rounds + 1):

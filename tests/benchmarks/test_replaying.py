@@ -10,17 +10,18 @@ import pytest
 from benchmarks.serving.workload import Job
 from benchmarks.speculative import __main__ as command
 from benchmarks.speculative import comparing, replaying
+from benchmarks.speculative.methods import shaped
 from benchmarks.speculative.texts import copies
 from benchmarks.tables import TABLES
 from jaxinfer.decode.speculative import PromptLookup
-from jaxinfer.engine import Engine, TokenLogprobs
+from jaxinfer.engine import Engine
 from jaxinfer.engine.gate import Gate
 from jaxinfer.llm import DEMO
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import tokens_per_step
 from jaxinfer.text.tokenizer import Tokenizer
-from tests.engine.tiny import ONE_LAYER, OPTIONS, one_rectangle
+from tests.engine.tiny import CONFIG, ONE_LAYER, OPTIONS, one_rectangle
 from tests.model.random_params import random_params
 
 METHOD = PromptLookup(3)
@@ -83,39 +84,38 @@ def test_a_replay_writes_the_recorded_texts_with_the_recorded_acceptance(engine,
         replaying.replay(engine, (texts * 4)[:11])
 
 
-SAID = [(9, 4, 5, 0, 7, 6, 7, 6, 7, 6, 0, 6, 7, 1, 2, 0), (0, 8, 0, 6, 5, 4, 0, 2, 1, 0, 9, 8, 7, 0, 9, 1)]
+def test_what_is_right_at_each_place_is_what_is_accepted_in_the_steps(engine, texts):
+    """The engine is asked at each place of its texts; the steps were searched for on the host."""
+    jobs = replaying.replay(engine, texts)
+    outputs = [[base + token for token in text.output] for text, base in zip(texts, (0, 10, 20), strict=True)]
+    found = replaying.drafted(engine, jobs, outputs)
+    assert [text.accepted for text in found] == [text.accepted for text in texts]
+    assert [len(text.right) for text in found] == [len(text.output) - 1 for text in texts]
 
 
-@pytest.fixture(scope="module")
-def drafted() -> list[replaying.Text]:
-    """Two of the texts with a draft that is right mostly."""
-    tops = [[None, *(TokenLogprobs(token, 0.0, ((token, 0.0), (3, -1.0))) for token in said)] for said in SAID]
-    outputs = [SimpleNamespace(prompt_logprobs=[None] * (len(prompt) - 1) + top)
-               for (prompt, _), top in zip(WRITTEN, tops, strict=False)]  # fmt: skip
-    draft = SimpleNamespace(generate=lambda whole, params: outputs)
-    jobs = [Job(prompt, len(output)) for prompt, output in WRITTEN[:2]]
-    return replaying.drafted(jobs, [output for _, output in WRITTEN[:2]], draft, 3)
+RIGHT = [(2, 1, 0, 3, 0, 0, 0, 1, 0, 2, 0, 0, 0, 1, 0), (0, 3, 1, 1, 1, 3, 0, 0, 0, 2, 1, 1, 0, 0, 0)]
+STEPS = [(2, 3, 1, 2, 0, 1), (0, 3, 3, 2, 0, 0, 0)]  # as one comes after the other
 
 
-def test_what_a_draft_says_decides_what_is_right_in_each_step(drafted):
-    assert [text.said for text in drafted] == SAID
-    # Of 4 5 6 7 6 7 6 7 6 7 6 7 1 2 3 the draft has 4 5, then not 6, and so on.
-    assert drafted[0].accepted == (2, 3, 2, 3, 0)
-    for text in drafted:
-        assert sum(text.accepted) + len(text.accepted) == len(text.output) - 1
-
-
-def test_a_replayed_draft_is_right_where_the_recorded_one_was(drafted):
-    model, small = (Model(read_config(config), make_mesh(1)) for config in (ONE_LAYER, ONE_LAYER))
-    method = replaying.replayed_draft(drafted, small, random_params(small, 1), 3)
-    options = replace(OPTIONS, enable_prefix_caching=False, speculation=method)
+@pytest.mark.parametrize("name", ["draft", "medusa", "eagle", "early-exit"])
+def test_a_replayed_method_is_right_where_the_recorded_one_was(tmp_path, name):
+    """A chain, a tree, and one that grows."""
+    (tmp_path / "config.json").write_text(json.dumps(ONE_LAYER))
+    model = Model(read_config(CONFIG if name == "early-exit" else ONE_LAYER), make_mesh(1))
+    (method,) = shaped(name, [{"medusa": 6, "eagle": 6}.get(name, 3)], str(tmp_path), model)
+    recorded = [replaying.Text(*text, right=right) for text, right in zip(WRITTEN, RIGHT, strict=False)]
+    options = replace(OPTIONS, enable_prefix_caching=False)
+    changed = replaying.replayed(method, recorded, ONE_LAYER["vocab_size"])
     with one_rectangle():
-        engine = Engine(model, random_params(model, 0), options)
-        took = comparing.run(engine, Gate(engine.layout, times=None), replaying.replay(engine, drafted), batch=2)
-    assert [[token % 10 for token in output] for output in took.texts] == [[*text.output] for text in drafted]
-    steps = [count for text in drafted for count in text.accepted]
+        engine = Engine(model, random_params(model, 0), replace(options, speculation=changed))
+        gate = Gate(engine.layout, times=None)
+        took = comparing.run(engine, gate, replaying.replay(engine, recorded), batch=2)
+    assert [[token % 10 for token in output] for output in took.texts] == [[*text.output] for text in recorded]
+    steps = [count for counts in STEPS for count in counts]
     assert took.drafts == len(steps)
-    assert took.accepted == tuple(sum(count >= place for count in steps) / len(steps) for place in (1, 2, 3))
+    assert took.accepted[:3] == tuple(sum(count >= place for count in steps) / len(steps) for place in (1, 2, 3))
+    assert not any(took.accepted[3:])
+    assert comparing.ways(engine)[0] == f"jaxinfer, {name}"
 
 
 def test_speculation_stands_beside_plain_decoding_and_the_plan(engine, texts):
@@ -138,7 +138,7 @@ def test_speculation_stands_beside_plain_decoding_and_the_plan(engine, texts):
         ("copying", ["copying"], "demo copying"),
         ("replay", ["replay"], "llama-3-8b replaying"),
         ("drafting", ["drafting"], "demo drafting"),
-        ("replayed-draft", ["replay", "--method", "draft"], "llama-3-8b replaying with llama-3.2-1b"),
+        ("replay-by-method", ["replay", "--method", "draft"], "llama-3-8b replaying"),
     ],
 )
 def test_the_tables_have_the_cases_that_are_measured(table, part, name):
@@ -173,8 +173,8 @@ def test_the_commands(engine, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(Model, "random_params", lambda model: random_params(model, 0))
     few = ["--batches", "1", "--drafts", "3", "--rounds", "1"]
     command.main(["--output", str(results), "copying", "--texts", "1", "--new", str(job.output), *few])
-    assert replaying.read(results / command.RECORDED["lookup"]) == texts[:1]
-    replaying.write(texts, {}, results / command.RECORDED["lookup"])
+    assert replaying.read(results / command.COPIED) == texts[:1]
+    replaying.write(texts, {}, results / command.COPIED)
     command.main(["--output", str(results), "replay", "--model", str(folder), *few])
     records = json.loads((results / "speculative.json").read_text())["records"]
     right = {record["case"]: record["value"] for record in records if record["metric"] == "first 1 right"}

@@ -12,7 +12,7 @@ from benchmarks.bench import Bench
 from benchmarks.record import Record
 from benchmarks.speculative import __main__ as command
 from benchmarks.speculative import acceptance, comparing, verification
-from benchmarks.speculative.methods import CHAINS, HEADS, named, random_weights
+from benchmarks.speculative.methods import CHAINS, HEADS, named, random_weights, shaped
 from benchmarks.speculative.plot import gains, plot_gains
 from benchmarks.speculative.verification import missed, verifying
 from benchmarks.tables import METHODS, TABLES, TEMPERATURES
@@ -36,11 +36,9 @@ def test_the_costs_of_verifying_stand_beside_the_plan(monkeypatch, tmp_path):
     """Of every method, with random weights where it has some."""
     (tmp_path / "config.json").write_text(json.dumps(ONE_LAYER))
     monkeypatch.setattr(verification, "PROMPT", 5)
-    tiny, checkpoints = subject("auto", config=CONFIG), {"draft": str(tmp_path)}
-    loader = random_weights(tiny.model)
-    methods = {name: named(name, SIZES[name], checkpoints.get(name)).loaded(loader) for name in METHODS}
+    tiny = subject("auto", config=CONFIG)
+    methods = {name: shaped(name, [SIZES[name]], str(tmp_path), tiny.model)[0] for name in METHODS}
     for name, method in methods.items():
-        method.check(tiny.model)
         assert (tree_of(method) is None) == (name in CHAINS)
     records = verifying(tiny, 2, list(methods.values()), new=4, rounds=1)
     value = {(record.case, record.implementation, record.metric): record.value for record in records}
@@ -58,7 +56,7 @@ def test_the_costs_of_verifying_stand_beside_the_plan(monkeypatch, tmp_path):
 def test_proposals_that_would_all_be_right_are_never_right():
     """A draft that is the whole model, and the same put off by one."""
     tiny, whole, lengths = subject("auto"), EarlyExit(3, exit_layers=1), []
-    for method in (whole, missed(whole)):
+    for method in (whole, missed(whole, CONFIG["vocab_size"])):
         bench = Bench(tiny, 2, 40, method)
         bench.prefill(5, 5)
         bench.decode(4)
@@ -165,7 +163,7 @@ def test_drafting_measures_the_method_that_is_named(monkeypatch, tmp_path):
             assert faster == pytest.approx(value[case, way, "decode"] / plain)
         always = value[case, "plan, jaxinfer, lookahead always", comparing.FASTER]
         assert value[case, "plan", comparing.FASTER] == max(always, 1.0)
-    assert not (tmp_path / command.RECORDED["draft"]).exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"speculative.json", "speculative.png"}
     assert (tmp_path / "speculative.png").read_bytes().startswith(b"\x89PNG")
 
 
