@@ -21,13 +21,13 @@ def accepting(name: str, method: Speculation, temperatures: Sequence[float], new
     ones."""
     options = Options(max_num_seqs=16, max_num_batched_tokens=2048, speculation=method, always_speculate=True)
     llm = LLM(dtype="float32", options=options)
-    warm(llm.engine, ("greedy", "random"))
+    warm(llm.engine, ["random" if temperature else "greedy" for temperature in temperatures])
     prompts = [list(ids) for ids in beginnings(llm.tokenizer, PROMPT, 8 * PROMPT)][:texts]
     records = []
     for temperature in temperatures:
         steps, right = _counted(llm, prompts, temperature, new)
         case = f"demo drafted by {name} T={temperature:g}"
-        if tree_of(method) is None:
+        if tree_of(llm.engine.layout.speculation) is None:
             records.append(Record(case, OURS, RIGHT, 100 * sum(right) / sum([steps, *right[:-1]]), "%"))
         records += [
             Record(case, OURS, BROUGHT, 1 + sum(right) / steps, "tokens"),

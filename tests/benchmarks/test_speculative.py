@@ -17,12 +17,13 @@ from benchmarks.speculative.plot import gains, plot_gains
 from benchmarks.speculative.verification import missed, verifying
 from benchmarks.tables import METHODS, TABLES, TEMPERATURES
 from jaxinfer.decode import speculative
-from jaxinfer.decode.speculative import EarlyExit, Lookahead, PromptLookup, tree_of
+from jaxinfer.decode.speculative import EarlyExit, Medusa, PromptLookup, tree_of
 from jaxinfer.engine import Engine
 from jaxinfer.llm import DRAFT, LLM
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from tests.benchmarks.test_decode import subject
+from tests.engine.test_medusa import blocks, save_heads
 from tests.engine.tiny import CONFIG, ONE_LAYER, one_rectangle, tiny_folder
 from tests.model.random_params import random_params
 
@@ -92,9 +93,10 @@ def test_the_tables_of_costs_have_the_cases_that_are_measured():
 # --- what is right
 
 
-@pytest.mark.parametrize("method", [PromptLookup(3), Lookahead.of_size(7)], ids=["a chain", "a tree"])
-def test_acceptance_accounts_for_every_token(monkeypatch, tmp_path_factory, method):
-    """All but the first of each output, which the prompt brings."""
+@pytest.mark.parametrize("name", ["lookup", "medusa"])
+def test_acceptance_accounts_for_every_token(monkeypatch, tmp_path_factory, tmp_path, name):
+    """Of a chain and of a tree: all tokens but the first of each output, which the prompt brings."""
+    method = PromptLookup(3) if name == "lookup" else Medusa(save_heads(tmp_path / "heads", blocks()), 3)
     folder = tiny_folder(tmp_path_factory.getbasetemp())
     monkeypatch.setattr(acceptance, "LLM", partial(LLM, folder))
     monkeypatch.setattr(acceptance, "warm", lambda engine, levels: None)
@@ -105,7 +107,7 @@ def test_acceptance_accounts_for_every_token(monkeypatch, tmp_path_factory, meth
     for case in ("demo drafted by it T=0", "demo drafted by it T=0.7"):
         assert value[case, acceptance.BROUGHT] * value[case, "steps with proposals"] == pytest.approx(2 * 11)
     rights = {case for case, metric in value if metric == acceptance.RIGHT}
-    assert len(rights) == (2 if isinstance(method, PromptLookup) else 0)
+    assert len(rights) == (2 if name == "lookup" else 0)
 
 
 def test_acceptance_is_of_all_methods_and_of_drafts_by_their_folders(monkeypatch, tmp_path):
