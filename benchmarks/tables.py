@@ -164,9 +164,9 @@ DRAFTED = {
 METHODS = ("lookup", "lookahead", "early-exit", "draft", "medusa", "eagle")
 ACCEPTED = {f"demo drafted by {method}": method for method in METHODS}
 TEMPERATURES = {f" T={temperature}": f"temperature {temperature}" for temperature in ("0", "0.7", "1")}
-COSTS, COPYING, REPLAYING, DRAFTING = (
+COSTS, COPYING, REPLAYING, DRAFTING, REPLAYING_DRAFTS = (
     {f"{name} B{batch}": f"batch {batch}" for batch in (1, 4, 16, 64)}
-    for name in ("llama-3-8b", "demo copying", "llama-3-8b replaying", "demo drafting")
+    for name in ("llama-3-8b", "demo copying", "llama-3-8b replaying", "demo drafting", "llama-3-8b replaying drafts")
 )
 BY_METHOD = {f" by {method}": method for method in METHODS}
 GAINS = {
@@ -200,7 +200,7 @@ TABLES = {
     "replay": Table("over plain decoding", "times plain decoding", REPLAYING, rates(REPLAYING), names=LOOKUP),
     "drafting": Table("over plain decoding", "times plain decoding", DRAFTING, variants=BY_METHOD, names=GAINS),
     "replay-by-method": Table(
-        "over plain decoding", "times plain decoding", REPLAYING, variants=BY_METHOD, names=GAINS
+        "over plain decoding", "times plain decoding", REPLAYING_DRAFTS, variants=BY_METHOD, names=GAINS
     ),
     "matmul-kernel": Table("traffic", "matmul, TB/s", MATMUL, variants=TOKENS, names=KERNEL_NAMES),
 }

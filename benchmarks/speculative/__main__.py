@@ -116,13 +116,15 @@ def measure_replay(options: argparse.Namespace) -> Iterator[list[Record]]:
     recorded = replaying.read(folder(options) / RECORDED.get(options.method, COPIED))
     longest = max(len(text.prompt + text.output) for text in recorded)
     model = Model(read_config(MODELS / options.model), make_mesh(devices=jax.devices()[:1]), context=longest)
-    (method,), by = shaped(options.method, [options.drafts], options.draft_model, model), ""
+    (method,) = shaped(options.method, [options.drafts], options.draft_model, model)
+    what, by = "replaying", ""
     if options.method != "lookup":
-        method, by = replaying.replayed(method, recorded, model.config.vocab_size), f" by {options.method}"
+        method = replaying.replayed(method, recorded, model.config.vocab_size)
+        what, by = "replaying drafts", f" by {options.method}"
     engine = Engine(model, jax.block_until_ready(model.random_params()), engine_options(options, method))
     jobs = replaying.replay(engine, recorded)
     comparing.warm(engine)
-    yield from compared(options, f"{options.model} replaying", engine, jobs, by)
+    yield from compared(options, f"{options.model} {what}", engine, jobs, by)
 
 
 def compared(

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.record import Record
 from benchmarks.serving.workload import Job
 from benchmarks.speculative import __main__ as command
 from benchmarks.speculative import comparing, replaying
 from benchmarks.speculative.methods import shaped
 from benchmarks.speculative.texts import copies
 from benchmarks.tables import TABLES
-from jaxinfer.decode.speculative import PromptLookup
+from jaxinfer.decode.speculative import DraftModel, PromptLookup
 from jaxinfer.engine import Engine
 from jaxinfer.engine.gate import Gate
 from jaxinfer.llm import DEMO
@@ -138,7 +139,7 @@ def test_speculation_stands_beside_plain_decoding_and_the_plan(engine, texts):
         ("copying", ["copying"], "demo copying"),
         ("replay", ["replay"], "llama-3-8b replaying"),
         ("drafting", ["drafting"], "demo drafting"),
-        ("replay-by-method", ["replay", "--method", "draft"], "llama-3-8b replaying"),
+        ("replay-by-method", ["replay", "--method", "draft"], "llama-3-8b replaying drafts"),
     ],
 )
 def test_the_tables_have_the_cases_that_are_measured(table, part, name):
@@ -182,3 +183,24 @@ def test_the_commands(engine, texts, tmp_path, monkeypatch):
         "demo copying B1": pytest.approx(first_right(texts[:1])),
         f"{folder} replaying B1": pytest.approx(first_right([*texts, texts[0]])),
     }
+
+
+def test_a_replay_by_another_method_has_cases_of_its_own(engine, texts, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(ONE_LAYER))
+    kept = [replace(text, right=(0,) * (len(text.output) - 1)) for text in texts]
+    replaying.write(kept, {}, tmp_path / command.RECORDED["draft"])
+    asked = []
+
+    def make(model, params, options):
+        asked.append(options.speculation)
+        return engine
+
+    monkeypatch.setattr(command, "Engine", make)
+    monkeypatch.setattr(comparing, "warm", lambda engine: None)
+    monkeypatch.setattr(comparing, "compare", lambda engine, case, *rest: [Record(case, "it", "decode", 1.0, "tok/s")])
+    model = ["--model", str(tmp_path), "--draft-model", str(tmp_path), "--batches", "1", "4"]
+    monkeypatch.setattr(Model, "random_params", lambda model, seed=0: random_params(model, seed))
+    command.main(["--output", str(tmp_path), "replay", "--method", "draft", *model])
+    records = json.loads((tmp_path / "speculative.json").read_text())["records"]
+    assert [record["case"] for record in records] == [f"{tmp_path} replaying drafts B{b} by draft" for b in (1, 4)]
+    assert [(type(method), method.num_speculative_tokens) for method in asked] == [(DraftModel, 3)]
