@@ -155,25 +155,43 @@ VERIFYING = {
     for drafts in (8, 4)
     for batch in (1, 4, 16, 64)
 }
-LOOKUP, DRAFT = (
-    {
-        OURS: "**jaxinfer**, plain",
-        f"{OURS}, {by}": f"**jaxinfer**, {by}",
-        f"{OURS}, {by} always": f"**jaxinfer**, {by}, always",
-        "plan": f"*predicted*, {by}",
-        f"plan, {OURS}, {by} always": f"*predicted*, {by}, always",
-    }
-    for by in ("lookup", "draft")
-)
+METHOD_COSTS = {
+    **{
+        f" {drafts} drafts by {method}": f"{method}, {drafts} tokens"
+        for method in ("draft", "early-exit")
+        for drafts in (8, 4)
+    },
+    **{
+        f" {drafts} drafts by {method}": f"{method}, a tree of {drafts}"
+        for method, drafts in (("medusa", 15), ("eagle", 15), ("lookahead", 55))
+    },
+}
+LOOKUP = {
+    OURS: "**jaxinfer**, plain",
+    f"{OURS}, lookup": "**jaxinfer**, lookup",
+    f"{OURS}, lookup always": "**jaxinfer**, lookup, always",
+    "plan": "*predicted*, lookup",
+    f"plan, {OURS}, lookup always": "*predicted*, lookup, always",
+}
 DRAFTED = {
     f"demo drafted by {folder} T={temperature}": f"{made}, temperature {temperature}"
     for folder, made in (("draft", "distilled"), ("ce", "of the text alone"))
     for temperature in ("0", "0.7", "1")
 }
-COPYING, REPLAYING, DRAFTING, REPLAYED_DRAFT = (
+METHODS = ("lookup", "lookahead", "early-exit", "draft", "medusa", "eagle")
+ACCEPTED = {f"demo drafted by {method}": method for method in METHODS}
+TEMPERATURES = {f" T={temperature}": f"temperature {temperature}" for temperature in ("0", "0.7", "1")}
+COSTS, COPYING, REPLAYING, DRAFTING, REPLAYING_DRAFTS = (
     {f"{name} B{batch}": f"batch {batch}" for batch in (1, 4, 16, 64)}
-    for name in ("demo copying", "llama-3-8b replaying", "demo drafting", "llama-3-8b replaying with llama-3.2-1b")
+    for name in ("llama-3-8b", "demo copying", "llama-3-8b replaying", "demo drafting", "llama-3-8b replaying drafts")
 )
+BY_METHOD = {f" by {method}": method for method in METHODS}
+GAINS = {
+    **{f"{OURS}, {method}": "**jaxinfer**" for method in METHODS},
+    **{f"{OURS}, {method} always": "**jaxinfer**, always" for method in METHODS},
+    "plan": "*predicted*",
+    **{f"plan, {OURS}, {method} always": "*predicted*, always" for method in METHODS},
+}
 SHUFFLED, PAGES_OF_16 = {"": "", " shuffled": "shuffled pages of 64"}, {"": "", " pages of 16": "pages of 16"}
 TOKENS = {f" M={M}": f"{M} token{'s' * (M > 1)}" for M in (1, 16, 64)}
 SOURCES = "sources"
@@ -200,12 +218,16 @@ TABLES = {
     "decoding-options": Table("time", "decoding, us", OPTIONS, names=KERNEL_NAMES),
     "row-kernel": Table("time", "layer after attention, us", ROW, names=KERNEL_NAMES),
     "verification": Table("over a plain step", "a step that verifies, over a plain one", VERIFYING),
+    "verification-by-method": Table(
+        "over a plain step", "a step that verifies, over a plain one", COSTS, variants=METHOD_COSTS
+    ),
+    "acceptance": Table("tokens of a step", "tokens of a step", ACCEPTED, variants=TEMPERATURES, names=SERVING_NAMES),
     "drafted": Table("proposed tokens right", "proposed tokens that are right, %", DRAFTED, names=SERVING_NAMES),
     "copying": Table("over plain decoding", "times plain decoding", COPYING, rates(COPYING), names=LOOKUP),
     "replay": Table("over plain decoding", "times plain decoding", REPLAYING, rates(REPLAYING), names=LOOKUP),
-    "drafting": Table("over plain decoding", "times plain decoding", DRAFTING, rates(DRAFTING), names=DRAFT),
-    "replayed-draft": Table(
-        "over plain decoding", "times plain decoding", REPLAYED_DRAFT, rates(REPLAYED_DRAFT), names=DRAFT
+    "drafting": Table("over plain decoding", "times plain decoding", DRAFTING, variants=BY_METHOD, names=GAINS),
+    "replay-by-method": Table(
+        "over plain decoding", "times plain decoding", REPLAYING_DRAFTS, variants=BY_METHOD, names=GAINS
     ),
     "matmul-kernel": Table("traffic", "matmul, TB/s", MATMUL, variants=TOKENS, names=KERNEL_NAMES),
 }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from benchmarks.copying import Shut
+from benchmarks.speculative.comparing import Shut
 from jaxinfer import SamplingParams, checkpoint
 from jaxinfer.decode.sampling import pack
 from jaxinfer.decode.slots import Admission, admit, empty_slots, put_back, taken
