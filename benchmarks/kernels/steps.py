@@ -74,7 +74,7 @@ def _all_heads(self: shared.Problem) -> int:
 
 def _dealt(make: Callable, *fields: Any) -> shared.Items:
     """Block i takes items i, i + blocks, and so on, whatever they cost."""
-    return make(*fields[:-1], lax.axis_index("block"))
+    return make(*fields[:-1], True)
 
 
 def _instead(owner: Any, name: str, other: Callable) -> Patch:

@@ -107,9 +107,8 @@ def _kernel(problem: Problem, blocks: int, *refs, **smem):
     config, warpgroup = problem.config, lax.axis_index("warpgroup")
     signals = Signals.of(config, smem)
     tiles = refs.tile_count[0]
-    dealt = lax.axis_index("block") if config.interpretable else None
-    total, numbers = tiles * problem.query_heads, smem["lse"].at[CONSUMERS]
-    items = Items(total, blocks, refs.next_item, numbers, smem["items_full"], dealt)
+    counted = refs.next_item, smem["lse"].at[CONSUMERS], smem["items_full"]
+    items = Items(lax.axis_index("block"), blocks, tiles * problem.query_heads, *counted, config.interpretable)
 
     def for_each_item(work, number):
         """Calls work(tile, its blocks of keys, head, blocks of keys done before) for the items of this block, of which
@@ -124,7 +123,7 @@ def _kernel(problem: Problem, blocks: int, *refs, **smem):
             work(tile, keys, head, done)
             return following, nth + 1, done + keys.total
 
-        lax.while_loop(lambda carry: carry[0] < items.total, step, (number(0), jnp.int32(0), jnp.int32(0)))
+        lax.while_loop(lambda carry: carry[0] < items.total, step, (items.block, jnp.int32(0), jnp.int32(0)))
 
     @pl.when(warpgroup == PRODUCER)
     def _():

@@ -98,36 +98,44 @@ class Meeting:
 
 @dataclass(frozen=True)
 class Items:
-    """The numbers of the items that a block works on: whichever block is free takes the next.
+    """The numbers of the items that a block works on: first its own, then whichever block is free takes the next.
 
     The producer takes a number one item ahead, so that nobody waits for it, and leaves it in shared memory for the
     consumers. When it puts one where another was, it has waited for queries of a later item than that to be free.
     """
 
-    total: jax.Array
+    block: jax.Array
     blocks: int
+    total: jax.Array
     counter: jax.Ref  # in device memory
     numbers: jax.Ref  # float32, which are exact up to 2^24 items: 16 million tokens of 128 heads
     full: jax.Ref
-    dealt_to: jax.Array | None  # for the interpreter, which cannot count: the block, to which items are dealt in turn
+    dealt: bool  # in turn: the interpreter cannot count
 
     def take(self, nth: int | jax.Array) -> jax.Array:
-        """The number of the block's nth item, or one past all items."""
-        if self.dealt_to is not None:
-            return self.dealt_to + nth * self.blocks
-        slot = lax.rem(jnp.int32(nth), jnp.int32(ITEMS_AHEAD))
-        # Every block takes one number past all items: then the counter is back at zero.
-        hopper.take_number(self.counter.at[0], self.total + self.blocks - 1, self.numbers.at[slot])
+        """The number of the block's nth item, above 0; no less than `total` if there is none."""
+        if self.dealt:
+            return self.block + nth * self.blocks
+        slot = self._slot(nth)
+        # As many are taken as there are items, since a block stops at the first that is too large: the counter ends
+        # where it began.
+        hopper.take_number(self.counter.at[0], self.total - 1, self.numbers.at[slot])
         plgpu.barrier_arrive(self.full.at[slot])
-        return self.numbers[slot].astype(jnp.int32)
+        return self._number(slot)
 
     def read(self, nth: int | jax.Array) -> jax.Array:
         """The same, for a consumer."""
-        if self.dealt_to is not None:
-            return self.dealt_to + nth * self.blocks
-        slot = lax.rem(jnp.int32(nth), jnp.int32(ITEMS_AHEAD))
+        if self.dealt:
+            return self.block + nth * self.blocks
+        slot = self._slot(nth)
         plgpu.barrier_wait(self.full.at[slot])
-        return self.numbers[slot].astype(jnp.int32)
+        return self._number(slot)
+
+    def _slot(self, nth: int | jax.Array) -> jax.Array:
+        return lax.rem(jnp.int32(nth), jnp.int32(ITEMS_AHEAD))
+
+    def _number(self, slot: jax.Array) -> jax.Array:
+        return self.blocks + self.numbers[slot].astype(jnp.int32)
 
 
 class Signals(NamedTuple):
