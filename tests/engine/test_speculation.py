@@ -19,6 +19,7 @@ from jaxinfer.engine.request import TokenLogprobs
 from jaxinfer.engine.warm_up import WARM
 from jaxinfer.llm import LLM
 from tests.engine.tiny import (
+    CHARACTERS,
     CONFIG,
     EOS,
     OPTIONS,
@@ -185,6 +186,18 @@ def test_proposals_are_checked_while_the_forward_pass_is_on_its_way(speculative,
     assert_warm(speculative, TRACES)
 
 
+def test_programs_that_the_host_checks_are_only_made_where_it_may(speculative):
+    """For each rectangle its forward pass, and proposals and draws of each kind."""
+    with_masks, without = (
+        {program.name for program in warm_up.warm_programs(speculative.engine.runner, 64, masked)}
+        for masked in (True, False)
+    )
+    named = {name for name in with_masks if name.startswith(tuple(warm_up.PARTS.values()))}
+    assert len(named) == 2 * (1 + 2 * len(WARM))
+    assert with_masks - named - without == {"8 rows without prompts", "masks"}
+    assert without < with_masks - named
+
+
 def test_texts_are_shared_and_cut_as_ever(tmp_path_factory, speculative):
     """A prompt that was prefilled in chunks, and one that begins like it."""
     plain, params = warm_llm(tmp_path_factory.getbasetemp()), SamplingParams(temperature=0.0, max_tokens=12)
@@ -256,21 +269,24 @@ def test_coupled_drafts_never_change_an_output(tmp_path_factory, small_draft, me
 
 
 def test_constrained_outputs_have_the_distribution_of_the_model(tmp_path_factory, small_draft):
-    """What a draft drew without a constraint is accepted as the model would draw it with one."""
-    root, count = tmp_path_factory.getbasetemp(), 600
+    """What a draft drew without a constraint is accepted as the model would draw it with one. A bias lets it propose
+    little else than two letters that may come, and one that may not."""
+    root, count, temperature = tmp_path_factory.getbasetemp(), 600, 0.25
     texts = ["".join(text) for text in product("ab", repeat=3)]
     scored = warm_llm(root).generate(["b" + text for text in texts], SamplingParams(max_tokens=1, prompt_logprobs=1))
     # The probability of each token of each text, by its three letters, then of the two that are allowed.
-    p_222T = np.exp([[entry.logprob for entry in one.prompt_logprobs[-3:]] for one in scored]).reshape(2, 2, 2, 3)
+    logp_222T = np.array([[entry.logprob for entry in one.prompt_logprobs[-3:]] for one in scored]).reshape(2, 2, 2, 3)
+    p_222T = np.exp(logp_222T / temperature)
     bound_222T = [p_222T[..., place] / p_222T[..., place].sum(place, keepdims=True) for place in range(3)]
     expected = count * np.prod(bound_222T, axis=0).ravel()
-    llm = drafted(root, DraftModel(small_draft, 2), max_num_seqs=16, num_pages=65)
+    llm, bias = drafted(root, DraftModel(small_draft, 2)), {CHARACTERS.index(letter): 20.0 for letter in "abc"}
+    params = [ask(seed, regex="[ab]{3}", temperature=temperature, logit_bias=bias) for seed in range(count)]
     with one_rectangle():
-        outputs = llm.generate(["b"] * count, [ask(seed, regex="[ab]{3}") for seed in range(count)])
+        outputs = llm.generate(["b"] * count, params)
     found = Counter(output.outputs[0].text for output in outputs)
     assert scipy.stats.chisquare([found[text] for text in texts], expected).pvalue > 0.01
     counters = llm.engine.counters
-    assert counters.drafts > counters.accepted[0] > 0
+    assert 0.2 < counters.accepted_by_position[0] < 0.8
 
 
 def test_a_draft_that_is_the_model_is_always_right(tmp_path_factory):
