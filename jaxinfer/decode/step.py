@@ -224,7 +224,7 @@ class Programs:
         """
         assert self._speculative is not None
         with jax.set_mesh(self.model.mesh):
-            proposal, cache = self._propose(params, state, cache, slots_B, needs=needs)
+            proposal, cache = self._propose(params, state, cache, slots_B, needs=self._proposed_by(needs))
             for array in jax.tree.leaves(proposal._replace(kept_BkV=None)):
                 array.copy_to_host_async()
             cache, *ran = self._drafted(params, state, cache, slots_B, proposal._replace(kept_BkV=None))
@@ -236,7 +236,7 @@ class Programs:
     ) -> Lowered:
         """One of the programs of `verify`, not compiled yet. Once it is, `verify` finds it."""
         with jax.set_mesh(self.model.mesh):
-            propose = self._propose.lower(params, state, cache, slots_B, needs=needs)
+            propose = self._propose.lower(params, state, cache, slots_B, needs=self._proposed_by(needs))
             proposal, _ = propose.out_info
             if part == "propose":
                 return propose
@@ -385,6 +385,11 @@ class Programs:
         cache, logits_WV, shown_TE = self._speculative.run(params, state, cache, proposal)
         state, cache, sampled, emits_dB = self._speculative.take(needs, state, cache, proposal, logits_WV, shown_TE)
         return (state, cache), (sampled, emits_dB)
+
+    def _proposed_by(self, needs: Needs) -> Needs:
+        """What a program of proposals must be able to do: no more of these than the method has a use for."""
+        assert self.layout.speculation is not None
+        return needs if self.layout.speculation.draws else sampling.GREEDY
 
     def _own(self, state: SlotState, slots_B: jax.Array) -> SlotState:
         """Of the slots of a program without prompts."""

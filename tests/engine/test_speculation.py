@@ -187,13 +187,13 @@ def test_proposals_are_checked_while_the_forward_pass_is_on_its_way(speculative,
 
 
 def test_programs_that_the_host_checks_are_only_made_where_it_may(speculative):
-    """For each rectangle its forward pass, and proposals and draws of each kind."""
+    """For each rectangle its proposals, its forward pass, and draws of each kind."""
     with_masks, without = (
         {program.name for program in warm_up.warm_programs(speculative.engine.runner, 64, masked)}
         for masked in (True, False)
     )
     named = {name for name in with_masks if name.startswith(tuple(warm_up.PARTS.values()))}
-    assert len(named) == 2 * (1 + 2 * len(WARM))
+    assert len(named) == 2 * (1 + 1 + len(WARM))
     assert with_masks - named - without == {"8 rows without prompts", "masks"}
     assert without < with_masks - named
 
