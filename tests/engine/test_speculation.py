@@ -221,9 +221,13 @@ def test_devices_that_share_the_model_speculate_alike(tmp_path_factory):
         tensor_parallel_size=2,
         options=replace(OPTIONS, max_num_seqs=2, speculation=PromptLookup(3), always_speculate=True),
     )
-    asked = PROMPTS[:1], [replace(PARAMS[2], max_tokens=30)]
-    assert answers(shared, *asked) == answers(warm_llm(root), *asked)
-    assert shared.engine.counters.drafts > 0
+    for prompt, params in (
+        (PROMPTS[0], replace(PARAMS[2], max_tokens=30)),
+        ("abcabcabcab", ask(3, 20, regex="(ca?b){4}")),
+    ):
+        drafts = shared.engine.counters.drafts
+        assert answers(shared, [prompt], [params]) == answers(warm_llm(root), [prompt], [params])
+        assert shared.engine.counters.drafts > drafts
 
 
 def assert_constrained_alike(llm: LLM, plain: LLM) -> None:
