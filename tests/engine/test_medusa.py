@@ -21,7 +21,7 @@ from jaxinfer.engine.gate import Gate
 from jaxinfer.llm import LLM
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
-from tests.engine.test_speculation import Alternating, answers
+from tests.engine.test_speculation import Alternating, answers, assert_constrained_alike
 from tests.engine.tiny import CONFIG, assert_clean, drawing_alike, tiny_folder
 
 V, D, HEADS = CONFIG["vocab_size"], CONFIG["hidden_size"], 3
@@ -127,6 +127,7 @@ def test_heads_never_change_an_output(one_rectangle, tmp_path, tiny):
     assert counters.preemptions > 0
     assert counters.accepted_by_position[0] > 0.5
     assert counters.accepted[-1] > 0
+    assert_constrained_alike(llm, plain)
     assert_clean(llm)
 
 

@@ -15,6 +15,9 @@ A proposal may also be a tree of tokens, of which several may follow the same on
 the token that it is, if that was proposed there. What is on the path that was taken is then moved to its place in the
 cache; outputs are those of plain decoding all the same.
 
+Where a constraint says which tokens may be drawn, the host gives every draw the mask that the proposed tokens before
+it bring: draws are those of plain decoding again.
+
 Each method is a file. It says how many tokens it proposes, and which.
 """
 
@@ -39,6 +42,7 @@ from jaxinfer.decode.speculative.method import (
     drafts_of,
     tree_of,
 )
+from jaxinfer.decode.speculative.step import SpeculativeStep, remembering
 from jaxinfer.decode.speculative.verify import verify
 from jaxinfer.decode.tree import MOST_DRAFTS, Tree
 
@@ -49,8 +53,8 @@ METHODS: dict[str, type[Speculation]] = {
 
 __all__ = [
     "METHODS", "MOST_DRAFTS", "DraftModel", "Eagle", "EarlyExit", "Loader", "Lookahead", "Medusa", "Observed", "Pass",
-    "Pool", "PromptLookup", "Proposal", "Speculation", "Tree", "Typical", "beyond_of", "by_name", "depth_of",
-    "drafts_of", "tree_of", "verify",
+    "Pool", "PromptLookup", "Proposal", "Speculation", "SpeculativeStep", "Tree", "Typical", "beyond_of", "by_name",
+    "depth_of", "drafts_of", "remembering", "tree_of", "verify",
 ]  # fmt: skip
 
 

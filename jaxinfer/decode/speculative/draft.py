@@ -55,6 +55,7 @@ class DraftModel(Speculation):
     model: Model | None = field(default=None, repr=False, compare=False)
     params: Params | None = field(default=None, repr=False, compare=False)
     reads_text = True
+    draws = True
 
     def __post_init__(self):
         check_drafts(self.num_speculative_tokens)

@@ -118,11 +118,13 @@ class Speculation:
     Attributes:
         num_speculative_tokens: k, proposed for each sequence in each step, 1..MOST_DRAFTS.
         reads_text: whether the slots keep their text.
+        draws: whether what it proposes depends on what requests need of the sampler.
         typical: how proposed tokens count that are likely enough; None for those alone that are drawn.
     """
 
     num_speculative_tokens: int
     reads_text = False
+    draws = False
     typical: Typical | None = None
 
     @classmethod
