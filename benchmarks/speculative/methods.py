@@ -24,7 +24,7 @@ HEADS = 4  # of Medusa, as many as the demo model has
 
 def named(name: str, drafts: int | None = None, checkpoint: str | None = None) -> Speculation:
     """As `by_name`."""
-    return cast(Speculation, by_name(name, drafts, checkpoint))
+    return cast(Speculation, by_name(name, num_speculative_tokens=drafts, draft_model=checkpoint))
 
 
 def name_of(method: Speculation) -> str:
