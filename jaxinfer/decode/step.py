@@ -128,9 +128,6 @@ class Programs:
         taps = () if layout.speculation is None else layout.speculation.taps(model)
         self.forward = Forward(model, layout.page_size, layout.cache_dtype, layout.attention, taps=taps)
         self._pools, donated = pools_of(model, layout.speculation), ("state", "cache")
-        self._speculative = None
-        if layout.speculation is not None:
-            self._speculative = SpeculativeStep(self.forward, layout.speculation, tuple(self._pools))
         self._step = jax.jit(self._traced_step, static_argnames=("tokens", "decode"), donate_argnames=("cache",))
         self._sample = jax.jit(self._traced_sample, static_argnames=("needs",), donate_argnames=("state",))
         self._mask = jax.jit(self._traced_mask)
@@ -222,7 +219,6 @@ class Programs:
                 `jaxinfer.decode.masks`, [B x (k + 1), U]. It is given what is proposed; see
                 `SpeculativeStep.on_host`.
         """
-        assert self._speculative is not None
         with jax.set_mesh(self.model.mesh):
             proposal, cache = self._propose(params, state, cache, slots_B, needs=self._proposed_by(needs))
             for array in jax.tree.leaves(proposal._replace(kept_BkV=None)):
@@ -342,17 +338,14 @@ class Programs:
 
     def _traced_propose(self, params, state, cache, slots_B, *, needs):
         self.traces["propose"] += 1
-        assert self._speculative is not None
         return self._speculative.propose(params, needs, self._own(state, slots_B), cache)
 
     def _traced_drafted(self, params, state, cache, slots_B, proposal):
         self.traces["drafted"] += 1
-        assert self._speculative is not None
         return self._speculative.run(params, self._own(state, slots_B), cache, proposal)
 
     def _traced_verify(self, state, cache, slots_B, proposal, logits_WV, shown_TE, words_WU, *, needs):
         self.traces["verify"] += 1
-        assert self._speculative is not None
         own, logits_WV = self._own(state, slots_B), masked(logits_WV, words_WU)
         own, cache, sampled, emits_dB = self._speculative.take(needs, own, cache, proposal, logits_WV, shown_TE)
         return self._with(state, slots_B, own, sampled, emits_dB), cache, StepOutput(sampled, emits_dB, ())
@@ -380,11 +373,15 @@ class Programs:
     def _proposing(self, params, needs: Needs, carry, _):
         """A step of a loop that verifies what it proposes."""
         state, cache = carry
-        assert self._speculative is not None
         proposal, cache = self._speculative.propose(params, needs, state, cache)
         cache, logits_WV, shown_TE = self._speculative.run(params, state, cache, proposal)
         state, cache, sampled, emits_dB = self._speculative.take(needs, state, cache, proposal, logits_WV, shown_TE)
         return (state, cache), (sampled, emits_dB)
+
+    @property
+    def _speculative(self) -> SpeculativeStep:
+        assert self.layout.speculation is not None
+        return SpeculativeStep(self.forward, self.layout.speculation, tuple(self._pools))
 
     def _proposed_by(self, needs: Needs) -> Needs:
         """What a program of proposals must be able to do: no more of these than the method has a use for."""
