@@ -158,9 +158,9 @@ def compare(
     jobs = list(itertools.islice(itertools.cycle(jobs), many))
     gated, always = ways(engine)
     gates = {
-        PLAIN: Shut(layout, times=None),
+        PLAIN: Shut(layout),
         gated: predicted_gate(engine.model, layout, engine.options),
-        always: Gate(layout, times=None),
+        always: Gate(layout),
     }
     took = {
         way: min((run(engine, gate, jobs, batch) for _ in range(rounds)), key=lambda one: one.seconds)

@@ -201,7 +201,7 @@ def compile_all(benches: Sequence[Bench]) -> None:
         state = bench.params, bench.state, bench.cache
         slots_B = np.arange(bench.layout.slots, dtype=np.int32)
         lowered.append(bench.programs.lower_step(*state, step))
-        loop = {"steps": bench.subject.steps, "needs": GREEDY, "speculate": bench.layout.drafts > 0}
+        loop = {"steps": bench.subject.steps, "needs": GREEDY, "drafts": bench.layout.depth}
         lowered.append(bench.programs.lower_loop(*state, slots_B, **loop))
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         list(threads.map(lambda one: one.compile(), lowered))
@@ -230,7 +230,7 @@ def measure_drafting(options: argparse.Namespace) -> Iterator[list[Record]]:
 def written(llm: LLM, jobs: Sequence[Job]) -> list[list[int]]:
     """What it writes plainly, all at once."""
     copying.warm(llm.engine)
-    return copying.run(llm.engine, copying.Shut(llm.engine.layout, times=None), jobs, len(jobs)).texts
+    return copying.run(llm.engine, copying.Shut(llm.engine.layout), jobs, len(jobs)).texts
 
 
 def measure_replay(options: argparse.Namespace) -> Iterator[list[Record]]:

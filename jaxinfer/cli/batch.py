@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from jaxinfer.cli.options import ALWAYS, DRAFT, PROPOSED, SPECULATE, bad_argument, integer
+from jaxinfer.cli.options import ADAPTIVE, ALWAYS, DRAFT, PROPOSED, SPECULATE, bad_argument, integer
 
 
 def batch(
@@ -35,6 +35,7 @@ def batch(
     num_speculative_tokens: Annotated[int | None, integer(help=PROPOSED)] = None,
     draft_model: Annotated[str | None, typer.Option(help=DRAFT)] = None,
     always_speculate: Annotated[bool, typer.Option("--always-speculate", help=ALWAYS)] = False,
+    adaptive_speculation: Annotated[bool, typer.Option("--adaptive-speculation", help=ADAPTIVE)] = False,
 ) -> None:
     """Answer every request of REQUESTS into ANSWERS, a line each; a second run does what is left."""
     try:
@@ -64,6 +65,7 @@ def batch(
                 cache_dtype=cache_dtype,
                 speculation=by_name(speculate, num_speculative_tokens, draft_model),
                 always_speculate=always_speculate,
+                adaptive_speculation=adaptive_speculation,
             ),
         )
     except (ValueError, OSError) as error:

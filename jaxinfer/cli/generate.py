@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from jaxinfer.cli.options import ALWAYS, DRAFT, PROPOSED, SPECULATE, bad_argument, integer, number
+from jaxinfer.cli.options import ADAPTIVE, ALWAYS, DRAFT, PROPOSED, SPECULATE, bad_argument, integer, number
 from jaxinfer.cli.units import si
 from jaxinfer.roofline import Precision, decode_step
 
@@ -45,6 +45,7 @@ def generate(
     num_speculative_tokens: Annotated[int | None, integer(help=PROPOSED)] = None,
     draft_model: Annotated[str | None, typer.Option(help=DRAFT)] = None,
     always_speculate: Annotated[bool, typer.Option("--always-speculate", help=ALWAYS)] = False,
+    adaptive_speculation: Annotated[bool, typer.Option("--adaptive-speculation", help=ADAPTIVE)] = False,
 ) -> None:
     """Continue PROMPT and stream the text; then print tokens/s, the bandwidth that is, and the machine's limit."""
     from jaxinfer.decode.sampling_params import SamplingParams
@@ -55,20 +56,24 @@ def generate(
 
     keep_compiled()
 
-    def load(speculation: Speculation | None) -> LLM:
+    def load(speculation: Speculation | None, adaptive: bool) -> LLM:
         return LLM(
             DEMO if model is None else model,
             dtype=dtype,
             max_model_len=max_model_len,
             tensor_parallel_size=tensor_parallel,
             options=Options(
-                max_num_seqs=1, cache_dtype=cache_dtype, speculation=speculation, always_speculate=always_speculate
+                max_num_seqs=1,
+                cache_dtype=cache_dtype,
+                speculation=speculation,
+                always_speculate=always_speculate,
+                adaptive_speculation=adaptive,
             ),
         )
 
     try:
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        llm = load(speculation := by_name(speculate, num_speculative_tokens, draft_model))
+        llm = load(speculation := by_name(speculate, num_speculative_tokens, draft_model), adaptive_speculation)
         llm.stream(prompt, params)  # tells what is wrong
         compile_for(llm, prompt, params)
     except (ValueError, OSError) as error:
@@ -81,7 +86,7 @@ def generate(
     if speculation is not None and clock.per_token:
         counters = llm.engine.counters
         del llm  # the plain one takes its place in memory
-        plain = load(None)
+        plain = load(None, adaptive=False)
         compile_for(plain, prompt, params)
         console.print(gain(counters, timed(plain, prompt, params, lambda text: None).per_token / clock.per_token))
 

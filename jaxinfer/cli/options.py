@@ -19,6 +19,7 @@ DRAFT = (
     "Hugging Face id; the demo model has its own of each."
 )
 ALWAYS = "Propose tokens also where plain decoding is predicted to be faster."
+ADAPTIVE = "Propose fewer tokens while that is predicted to be faster: of lookup, draft and early-exit."
 PROPOSED = "Tokens of a proposal; the method's own number by default."
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from jaxinfer.cli.options import ALWAYS, DRAFT, PROPOSED, SPECULATE, bad_argument, integer, number
+from jaxinfer.cli.options import ADAPTIVE, ALWAYS, DRAFT, PROPOSED, SPECULATE, bad_argument, integer, number
 
 if TYPE_CHECKING:
     from jaxinfer.serve.messages import Failed, Setup, Warming
@@ -86,6 +86,9 @@ def serve(
     always_speculate: Annotated[
         bool, typer.Option("--always-speculate", help=ALWAYS, rich_help_panel=_ENGINE)
     ] = False,
+    adaptive_speculation: Annotated[
+        bool, typer.Option("--adaptive-speculation", help=ADAPTIVE, rich_help_panel=_ENGINE)
+    ] = False,
     prefix_caching: Annotated[
         bool, typer.Option(help="Prompts that begin alike share the pages of it.", rich_help_panel=_ENGINE)
     ] = True,
@@ -120,6 +123,7 @@ def serve(
             "steps_per_dispatch": steps_per_dispatch,
             "cache_dtype": cache_dtype,
             "always_speculate": always_speculate,
+            "adaptive_speculation": adaptive_speculation,
             "enable_prefix_caching": prefix_caching,
             "max_waiting_time": max_waiting_time,
         },

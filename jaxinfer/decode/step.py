@@ -86,6 +86,7 @@ class Layout:
         attention: the implementation of attention, by its name in `pallas_kernels`; by default chosen by hardware
             and input.
         speculation: what loops of decode steps may propose; None for plain decoding.
+        adaptive: whether they may propose fewer tokens than that says, see `choices`. Only of a method that adapts.
     """
 
     slots: int
@@ -95,6 +96,7 @@ class Layout:
     cache_dtype: str
     attention: str = "auto"
     speculation: Speculation | None = None
+    adaptive: bool = False
 
     @property
     def drafts(self) -> int:
@@ -105,6 +107,21 @@ class Layout:
     def depth(self) -> int:
         """How many of these may be right: of a tree, those of its longest path."""
         return depth_of(self.speculation)
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """How many proposed tokens may be right in a step of a loop that proposes, from few to many: `depth`, and of
+        a layout that adapts the powers of two below it."""
+        if not self.depth:
+            return ()
+        fewer = [1 << shift for shift in range((self.depth - 1).bit_length())] if self.adaptive else []
+        return (*fewer, self.depth)
+
+    def method(self, drafts: int) -> Speculation:
+        """What proposes in steps in which so many proposed tokens may be right, one of `choices`."""
+        assert self.speculation is not None
+        assert drafts in self.choices, drafts
+        return self.speculation if drafts == self.depth else self.speculation.of(drafts)
 
     @property
     def beyond(self) -> int:
@@ -139,9 +156,7 @@ class Programs:
         self._sample = jax.jit(self._traced_sample, static_argnames=("needs",), donate_argnames=("state",))
         self._mask = jax.jit(self._traced_mask)
         self._score = jax.jit(self._traced_score)
-        self._loop = jax.jit(
-            self._traced_loop, static_argnames=("steps", "needs", "speculate"), donate_argnames=donated
-        )
+        self._loop = jax.jit(self._traced_loop, static_argnames=("steps", "needs", "drafts"), donate_argnames=donated)
         self._admit = jax.jit(self._traced_admit, static_argnames=("form",), donate_argnames=("state",))
         self._extend = jax.jit(self._traced_extend, donate_argnames=("tables",))
         self._release = jax.jit(self._traced_release, donate_argnames=("state",))
@@ -192,24 +207,24 @@ class Programs:
 
     def loop(
         self, params: Params, state: SlotState, cache: Cache, slots_B: np.ndarray, *, steps: int, needs: Needs,
-        speculate: bool = False,
+        drafts: int = 0,
     ) -> tuple[SlotState, Cache, StepOutput]:  # fmt: skip
         """`steps` decode steps in one program.
 
         Args:
             slots_B: those that decode, one past the last slot pads. As many as there are stand for all in their order.
-            speculate: whether they propose tokens, by the layout's method.
+            drafts: how many proposed tokens may be right in each, one of the layout's `choices`; none decode plainly.
         """
         with jax.set_mesh(self.model.mesh):
-            return self._loop(params, state, cache, slots_B, steps=steps, needs=needs, speculate=speculate)
+            return self._loop(params, state, cache, slots_B, steps=steps, needs=needs, drafts=drafts)
 
     def lower_loop(
         self, params: Params, state: SlotState, cache: Cache, slots_B: np.ndarray, *, steps: int, needs: Needs,
-        speculate: bool = False,
+        drafts: int = 0,
     ) -> Lowered:  # fmt: skip
         """`loop`, not compiled yet. Once it is, `loop` finds it."""
         with jax.set_mesh(self.model.mesh):
-            return self._loop.lower(params, state, cache, slots_B, steps=steps, needs=needs, speculate=speculate)
+            return self._loop.lower(params, state, cache, slots_B, steps=steps, needs=needs, drafts=drafts)
 
     def admission(
         self, params: SamplingParams, pages: Sequence[Sequence[int]], prompt_ids: Sequence[int] = (),
@@ -295,15 +310,15 @@ class Programs:
         top = min(MAX_LOGPROBS, self.model.config.vocab_size)
         return prompt_logprobs(normed_TD, head_VD, targets_T, top, chunk=VOCABULARY_CHUNK, transform=cap)
 
-    def _traced_loop(self, params, state, cache, slots_B, *, steps, needs, speculate):
+    def _traced_loop(self, params, state, cache, slots_B, *, steps, needs, drafts):
         self.traces["loop"] += 1
         some = len(slots_B) < self.layout.slots
 
         own = slots.taken(state, slots_B) if some else state
-        body = partial(self._speculative if speculate else self._plain, params, needs)
-        (own, cache), (sampled, emits_nW) = jax.lax.scan(body, (own, cache), length=steps)
-        if speculate:
-            places = steps * (1 + self.layout.depth)
+        body = partial(self._speculative, self.layout.method(drafts)) if drafts else self._plain
+        (own, cache), (sampled, emits_nW) = jax.lax.scan(partial(body, params, needs), (own, cache), length=steps)
+        if drafts:
+            places = steps * (1 + drafts)
             sampled, emits_nW = jax.tree.map(lambda x: x.reshape(places, *x.shape[2:]), (sampled, emits_nW))
         state = slots.put_back(state, slots_B, own, sampled.tokens_W, emits_nW) if some else own
         return state, cache, StepOutput(sampled, emits_nW, ())
@@ -328,11 +343,9 @@ class Programs:
         state, sampled = self._draw(state, logits_WV, rows, shown_WE, needs)
         return (state, cache), (sampled, rows.emits_W)
 
-    def _speculative(self, params, needs: Needs, carry, _):
+    def _speculative(self, method: Speculation, params, needs: Needs, carry, _):
         """A step of a loop: one token for each slot that is active, and those before it that were right."""
         state, cache = carry
-        method = self.layout.speculation
-        assert method is not None
         with jax.named_scope("speculation"):
             proposal, cache = method.propose(self.forward, params, needs, state, cache)
         tree = self._ancestry(proposal)

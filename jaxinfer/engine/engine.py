@@ -216,7 +216,7 @@ class Engine:
         if not plan.chunks and masks is None and plan.steps == self.options.steps_per_dispatch:
             size = rectangle(len(occupied), slots)
             rows = by_slot if size == slots else list(enumerate(plan.decoding))
-            loop = self.runner.loop(padded(occupied, size, slots), needs, plan.drafts > 0)
+            loop = self.runner.loop(padded(occupied, size, slots), needs, plan.drafts)
             return Work(plan, rows, loop)
         tokens = step_size(len(occupied) + sum(chunk.tokens for chunk in plan.chunks), bool(plan.chunks))
         given = lay_out(plan.chunks, tokens, slots, occupied or None)

@@ -68,7 +68,7 @@ class Scheduler:
     ):  # fmt: skip
         self.slots, self.beyond, self.options, self.clock = layout.slots, layout.beyond, options, clock
         self.budget = budget or Budget(layout, options, times=None)
-        self.gate = gate or Gate(layout, times=None)
+        self.gate = gate or Gate(layout)
         self.counters = counters or Counters()
         self.paging = Paging(layout, windows, options.enable_prefix_caching)
         self.waiting: list[Sequence] = []

@@ -66,10 +66,9 @@ def warm_programs(runner: Runner, largest_step: int, masked: bool) -> Iterator[P
         for tokens in powers(SMALLEST_BUCKET, largest_step):
             given = lay_out([], tokens, slots, decoding)
             yield _step(runner, f"{tokens} rows of prompts{beside}", given)
-    ways = {"": False} if runner.layout.speculation is None else {"": False, ", with proposals": True}
-    for decode, needs, (way, speculate) in product(rectangles(slots), WARM, ways.items()):
-        loop = padded([], decode, slots), needs, speculate
-        name = f"decoding {decode} slots, {needs.level}{way}"
+    for decode, needs, drafts in product(rectangles(slots), WARM, (0, *runner.layout.choices)):
+        loop = padded([], decode, slots), needs, drafts
+        name = f"decoding {decode} slots, {needs.level}" + (f", with proposals of depth {drafts}" if drafts else "")
         yield Program(name, partial(runner.loop, *loop), partial(runner.lower_loop, *loop))
     given, targets_T = lay_out([], SCORED, slots), next_tokens([], SCORED)
     for needs in WARM[1:]:

@@ -71,7 +71,7 @@ def test_a_replay_writes_the_recorded_texts_with_the_recorded_acceptance(engine,
     jobs = copying.replay(engine, texts)
     ends = [job.prompt[0] // 10 for job in jobs]
     assert ends == [0, 1, 2]
-    for gate in (copying.Shut(engine.layout, times=None), Gate(engine.layout, times=None)):
+    for gate in (copying.Shut(engine.layout), Gate(engine.layout)):
         took = copying.run(engine, gate, jobs, batch=2)
         assert [[token % 10 for token in output] for output in took.texts] == [[*text.output] for text in texts]
     steps = [count for text in texts for count in text.accepted]
@@ -109,7 +109,7 @@ def test_a_replayed_draft_is_right_where_the_recorded_one_was(drafted):
     options = replace(OPTIONS, enable_prefix_caching=False, speculation=method)
     with one_rectangle():
         engine = Engine(model, random_params(model, 0), options)
-        took = copying.run(engine, Gate(engine.layout, times=None), copying.replay(engine, drafted), batch=2)
+        took = copying.run(engine, Gate(engine.layout), copying.replay(engine, drafted), batch=2)
     assert [[token % 10 for token in output] for output in took.texts] == [[*text.output] for text in drafted]
     steps = [count for text in drafted for count in text.accepted]
     assert took.drafts == len(steps)

@@ -76,14 +76,16 @@ def test_generate_says_what_proposals_bring():
 @pytest.mark.parametrize("command", ["generate", "batch"])
 def test_the_dtype_of_the_cache_and_the_method_reach_the_engine(command, tmp_path, monkeypatch):
     def refuse(model, *, options, **arguments):
-        raise ValueError(f"a cache of {options.cache_dtype}, {options.always_speculate} and {options.speculation}")
+        how = options.always_speculate, options.adaptive_speculation
+        raise ValueError(f"a cache of {options.cache_dtype}, {how} and {options.speculation}")
 
     monkeypatch.setattr("jaxinfer.llm.LLM", refuse)
     (tmp_path / "in").touch()
     files = [str(tmp_path / name) for name in ("in", "out")]
-    asked = ["--cache-dtype", "int8", "--speculate", "lookup", "--num-speculative-tokens", "5", "--always-speculate"]
+    asked = ["--cache-dtype", "int8", "--speculate", "lookup", "--num-speculative-tokens", "5", "--always-speculate",
+             "--adaptive-speculation"]  # fmt: skip
     result = run(command, *(["a"] if command == "generate" else files), *asked)
-    assert "a cache of int8, True and PromptLookup(num_speculative_tokens=5" in flat(result.output)
+    assert "a cache of int8, (True, True) and PromptLookup(num_speculative_tokens=5" in flat(result.output)
 
 
 def test_a_server_bounds_how_long_a_prompt_holds_up_the_others(monkeypatch):
@@ -94,12 +96,13 @@ def test_a_server_bounds_how_long_a_prompt_holds_up_the_others(monkeypatch):
         return 0
 
     monkeypatch.setattr("jaxinfer.serve.server.run", served)
-    asks = ["--speculate", "lookup", "--num-speculative-tokens", "5", "--always-speculate"]
+    asks = ["--speculate", "lookup", "--num-speculative-tokens", "5", "--always-speculate", "--adaptive-speculation"]
     assert run("serve", "--port", "0", *asks).exit_code == 0
     ((options, speculation),) = asked
     assert (options.max_slowdown, Options().max_slowdown) == (1.75, math.inf)
     assert by_name(*speculation) == PromptLookup(5)
     assert options.always_speculate
+    assert options.adaptive_speculation
 
 
 def test_convert_keeps_every_bit(tmp_path):

@@ -1,0 +1,65 @@
+"""What a decode step takes, plain or with proposals, as the cost model predicts it.
+
+Predicted are the model's pass over all tokens of the step, in the rectangle that has room for those who decode, the
+passes that a method of speculation makes for its proposals, and the small kernels beside these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jaxinfer.decode.speculative import tree_of
+from jaxinfer.decode.step import Layout, pools_of
+from jaxinfer.engine.buckets import rectangle
+from jaxinfer.engine.budget import Times, attends_whole_rows, step_times
+from jaxinfer.engine.sequence import Sequence
+from jaxinfer.model import Model
+
+# Small kernels beside the model's: those of a search in the text, and for each draw, by estimate and not timed.
+SEARCH, DRAW = 9, 4
+MOVE = 4  # kernels for each layer of the cache, in which the keys and values of a tree's accepted tokens are moved
+Passes = Mapping[int, tuple[tuple[Times, int], ...]]
+
+
+class Costs:
+    """Of the steps of one engine."""
+
+    def __init__(
+        self, layout: Layout, times: Times, whole_rows: bool = False, passes: Passes | None = None, layers: int = 0,
+    ):  # fmt: skip
+        """Args:
+        whole_rows: whether decoding reads every slot's whole row of pages, whatever it holds.
+        passes: what runs for a proposal, by the layout's `choices`: each pass with its queries of each slot.
+        layers: of the cache, in which accepted tokens are moved.
+        """
+        self._slots, self._times, self._layers = layout.slots, times, layers
+        self._whole_row = layout.pages_per_row * layout.page_size if whole_rows else None
+        methods = {drafts: layout.method(drafts) for drafts in layout.choices}
+        self._queries = {0: 1} | {drafts: 1 + one.num_speculative_tokens for drafts, one in methods.items()}
+        self._outputs = {drafts: one.outputs for drafts, one in methods.items()}
+        self._passes = passes or dict.fromkeys(methods, ())
+
+    def seconds(self, decoding: list[Sequence], drafts: int) -> float:
+        """Of a step of these in which so many proposed tokens may be right: one of the layout's `choices`, or 0."""
+        slots, queries, times = rectangle(len(decoding), self._slots), self._queries[drafts], self._times
+        if self._whole_row is None:
+            contexts = [len(sequence.tokens) + queries - 1 for sequence in decoding]
+        else:
+            contexts = [self._whole_row] * slots
+        seconds = times.rest(slots * queries, slots * queries) + times.decoding(contexts, queries)
+        if not drafts:
+            return seconds
+        for own, each in self._passes[drafts]:
+            seconds += own.rest(slots * each, slots) + own.decoding(contexts, each)
+        seconds += self._outputs[drafts] * times.head(slots)
+        return seconds + times.kernels(SEARCH + DRAW * (1 + drafts) + MOVE * self._layers)
+
+
+def predicted_costs(model: Model, layout: Layout) -> Costs:
+    """By what the cost model says of this model and its method of speculation on this machine."""
+    passes = {drafts: layout.method(drafts).passes(model) for drafts in layout.choices}
+    configs = {one.config for all_of_it in passes.values() for one in all_of_it}
+    own = {config: step_times(model, layout, config) for config in configs}
+    proposing = {drafts: tuple((own[one.config], one.queries) for one in each) for drafts, each in passes.items()}
+    layers = 0 if tree_of(layout.speculation) is None else len(pools_of(model, layout.speculation))
+    return Costs(layout, step_times(model, layout), attends_whole_rows(layout), proposing, layers)

@@ -1,0 +1,140 @@
+"""An engine that chooses before every program how many tokens it proposes."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import cycle
+
+import numpy as np
+import pytest
+
+from jaxinfer import SamplingParams
+from jaxinfer.decode.speculative import DraftModel, EarlyExit, PromptLookup
+from jaxinfer.engine import engine, warm_up
+from jaxinfer.engine.costs import Costs
+from jaxinfer.engine.gate import Gate
+from jaxinfer.engine.warm_up import WARM
+from jaxinfer.llm import LLM
+from tests.engine.fake import FakeTimes
+from tests.engine.test_speculation import PARAMS, PROMPTS, answers
+from tests.engine.test_warm_up import counted
+from tests.engine.tiny import OPTIONS, assert_clean, assert_warm, drawing_alike, one_rectangle, tiny_folder, warm_llm
+
+# Of one kind of sampling, and one rectangle. Loops: plain, and with 1 and 2 tokens proposed.
+TRACES = {"admit": 2, "release": 1, "extend": 1, "step": 2 + 1, "mask": 1, "sample": 1, "loop": 3}
+
+
+class Changing(Gate):
+    """Lets programs propose such numbers of tokens, whatever they bring."""
+
+    def __init__(self, layout, numbers):
+        super().__init__(layout)
+        self._next, self.brought = cycle(numbers), []
+
+    def drafts(self, decoding):
+        return next(self._next)
+
+    def learn(self, brought_Q):
+        self.brought.append(brought_Q.tolist())
+
+
+def watched(llm: LLM, gate: Gate, run: Callable[[], object]) -> list[int]:
+    """How many tokens each program of decode steps alone proposed."""
+    scheduler, chosen = llm.engine.scheduler, []
+    schedule = scheduler.schedule
+
+    def scheduled():
+        plan = schedule()
+        if plan.decoding and not plan.chunks and plan.steps > 1:
+            chosen.append(plan.drafts)
+        return plan
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "schedule", scheduled)
+        patch.setattr(scheduler, "gate", gate)
+        patch.setattr(llm.engine, "gate", gate)
+        run()
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def adaptive(tmp_path_factory) -> LLM:
+    """Its pool is too small for four long sequences. To compile less, one kind of sampling serves all."""
+    options = replace(OPTIONS, speculation=PromptLookup(2, 3), num_pages=29, adaptive_speculation=True)
+    with pytest.MonkeyPatch.context() as patch, one_rectangle():
+        for module in (engine, warm_up):
+            patch.setattr(module, "WARM", WARM[-1:])
+        return LLM(tiny_folder(tmp_path_factory.getbasetemp()), options=options, warm_up=True)
+
+
+def test_the_number_changes_no_output_and_compiles_nothing(tmp_path_factory, adaptive, one_rectangle):
+    """Greedy and sampled, preempted and shared."""
+    expected = answers(warm_llm(tmp_path_factory.getbasetemp()), PROMPTS, PARAMS)
+    gate, counters, found = Changing(adaptive.engine.layout, [2, 0, 1, 2, 1, 0]), adaptive.engine.counters, []
+    with counted("compile") as compilations:
+        chosen = watched(adaptive, gate, lambda: found.append(answers(adaptive, PROMPTS, PARAMS)))
+    assert found == [expected]
+    assert {*chosen} == {0, 1, 2}
+    assert counters.preemptions > 0
+    told = np.array([[*brought, 0][:3] for brought in gate.brought]).sum(axis=0)
+    assert [counters.drafts, *counters.accepted] == told.tolist()
+    assert told[0] > told[1] > told[2] > 0
+    assert compilations == []
+    assert_warm(adaptive, TRACES)
+
+
+def test_the_number_follows_what_is_right(adaptive, one_rectangle):
+    """It is the most for what copies, falls where nothing can be foreseen, and rises where that copies again."""
+    copied = SamplingParams(temperature=0.0, max_tokens=70, ignore_eos=True)
+    random = SamplingParams(temperature=5.0, max_tokens=70, ignore_eos=True, seed=1)
+    layout = adaptive.engine.layout
+    gate = Gate(layout, Costs(layout, FakeTimes(40.0, 1.0, 0.0)))
+    chosen = []
+    for params, count in ((copied, 8), (random, 16), (copied, 60)):
+        prompts = ["ab" * 9] * count
+        chosen += [watched(adaptive, gate, lambda prompts=prompts, params=params: adaptive.generate(prompts, params))]
+    assert [Counter(programs[-9:]).most_common(1)[0][0] for programs in chosen] == [2, 0, 2]
+    assert_warm(adaptive, TRACES)
+
+
+def test_what_is_chosen_is_what_the_machine_is_predicted_to_do_best(adaptive, one_rectangle):
+    """The engine's own gate asks its cost model."""
+    gate, layout = adaptive.engine.gate, adaptive.engine.layout
+    asked = []
+
+    class Told(Costs):
+        def __init__(self):
+            super().__init__(layout, FakeTimes(1.0, 0.0, 0.0))
+
+        def seconds(self, decoding, drafts):
+            asked.append(drafts)
+            return {0: 9.0, 1: 1.0, 2: 3.0}[drafts]
+
+    assert isinstance(gate._costs, Costs)
+    chosen = watched(adaptive, Gate(layout, Told()), lambda: adaptive.generate(["ab"], SamplingParams(max_tokens=20)))
+    assert {*chosen} == {1}
+    assert {*asked} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("method", ["draft", "early-exit"])
+def test_coupled_drafts_of_any_number_never_change_an_output(tmp_path_factory, one_rectangle, method):
+    """A draft's keys and values are there whatever was proposed before: one that is the model is always right."""
+    root = tmp_path_factory.getbasetemp()
+    methods = {
+        "draft": (DraftModel(tiny_folder(root), 2, coupled=True), [2, 0, 1, 2, 1, 0]),
+        "early-exit": (EarlyExit(2, 1, coupled=True), [2, 1, 1]),
+    }
+    speculation, numbers = methods[method]
+    options = replace(OPTIONS, speculation=speculation, num_pages=29, adaptive_speculation=True)
+    llm = drawing_alike(LLM(tiny_folder(root), options=options))
+    found, expected = [], answers(warm_llm(root), PROMPTS, PARAMS)
+    chosen = watched(llm, Changing(llm.engine.layout, numbers), lambda: found.append(answers(llm, PROMPTS, PARAMS)))
+    assert found == [expected]
+    assert {*chosen} == {*numbers}
+    assert llm.engine.counters.accepted[1] > 0
+    assert_clean(llm)
+    if method == "draft":
+        gate = Changing(llm.engine.layout, [1, 2, 2, 1])
+        params = SamplingParams(temperature=0.7, max_tokens=1 + 4 * (2 + 3 + 3 + 2), seed=1, ignore_eos=True)
+        watched(llm, gate, lambda: llm.generate(["ab" * 9], params))
+        assert gate.brought == [[4] * 2, [4] * 3, [4] * 3, [4] * 2]
