@@ -1,16 +1,20 @@
-"""What a decode step takes, plain or with proposals, as the cost model predicts it.
+"""What a decode step takes, plain or with proposals: predicted by the cost model, and corrected by what steps took.
 
 Predicted are the model's pass over all tokens of the step, in the rectangle that has room for those who decode, the
-passes that a method of speculation makes for its proposals, and the small kernels beside these.
+passes that a method of speculation makes for its proposals, and the small kernels beside these. What is missing or
+wrong there is much the same in all steps of a kind, those of one rectangle with as many proposed tokens: the seconds
+that some of them took, over those predicted, correct the others.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
+from statistics import median
 
 from jaxinfer.decode.speculative import tree_of
 from jaxinfer.decode.step import Layout, pools_of
-from jaxinfer.engine.buckets import rectangle
+from jaxinfer.engine.buckets import rectangle, rectangles
 from jaxinfer.engine.budget import Times, attends_whole_rows, step_times
 from jaxinfer.engine.sequence import Sequence
 from jaxinfer.model import Model
@@ -18,6 +22,7 @@ from jaxinfer.model import Model
 # Small kernels beside the model's: those of a search in the text, and for each draw, by estimate and not timed.
 SEARCH, DRAW = 9, 4
 MOVE = 4  # kernels for each layer of the cache, in which the keys and values of a tree's accepted tokens are moved
+TIMED, ENOUGH = 9, 3  # programs of a kind that correct the next: the latest, and how many it takes
 Passes = Mapping[int, tuple[tuple[Times, int], ...]]
 
 
@@ -38,9 +43,30 @@ class Costs:
         self._queries = {0: 1} | {drafts: 1 + one.num_speculative_tokens for drafts, one in methods.items()}
         self._outputs = {drafts: one.outputs for drafts, one in methods.items()}
         self._passes = passes or dict.fromkeys(methods, ())
+        # What programs took, over what was predicted: by rectangle and proposed tokens.
+        self._slower = {
+            size: {drafts: deque[float](maxlen=TIMED) for drafts in self._queries} for size in rectangles(self._slots)
+        }
 
     def seconds(self, decoding: list[Sequence], drafts: int) -> float:
-        """Of a step of these in which so many proposed tokens may be right: one of the layout's `choices`, or 0."""
+        """Of a step of these in which so many proposed tokens may be right: one of the layout's `choices`, or 0.
+
+        The median of a few programs corrects it, so that one that was held up does not count; until there are enough,
+        that of all in the rectangle, which favours no kind.
+        """
+        by_drafts = self._slower[rectangle(len(decoding), self._slots)]
+        timed = [*by_drafts[drafts]]
+        if len(timed) < ENOUGH:
+            timed = [ratio for every in by_drafts.values() for ratio in every]
+        return self.predicted(decoding, drafts) * (median(timed) if timed else 1.0)
+
+    def learn(self, decoding: list[Sequence], drafts: int, seconds: float) -> None:
+        """Takes in what a step of these took, as the mean of a program's."""
+        ratio = seconds / self.predicted(decoding, drafts)
+        self._slower[rectangle(len(decoding), self._slots)][drafts].append(ratio)
+
+    def predicted(self, decoding: list[Sequence], drafts: int) -> float:
+        """By the cost model alone."""
         slots, queries, times = rectangle(len(decoding), self._slots), self._queries[drafts], self._times
         if self._whole_row is None:
             contexts = [len(sequence.tokens) + queries - 1 for sequence in decoding]

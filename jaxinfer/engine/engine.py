@@ -21,6 +21,7 @@ from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.step import StepOutput
 from jaxinfer.engine.buckets import rectangle, step_size
 from jaxinfer.engine.budget import predicted_budget
+from jaxinfer.engine.clock import DeviceClock
 from jaxinfer.engine.commit import corrections, join_tiles, keep_prompt_logprobs, read_row
 from jaxinfer.engine.constraints import Constrain, Constraints
 from jaxinfer.engine.gate import predicted_gate
@@ -40,11 +41,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Work:
-    """A dispatched program: its plan and output, and the sequences that may draw in it, by their rows."""
+    """A dispatched program: its plan and output, and the sequences that may draw in it, by their rows; and whether it
+    is one of decode steps alone, a loop."""
 
     plan: Plan
     drawing: list[tuple[int, Sequence]]
     output: StepOutput
+    loop: bool = False
 
 
 class Engine:
@@ -68,6 +71,7 @@ class Engine:
         self.scheduler = self._new_scheduler()
         self.runner = Runner(model, params, self.layout, self.options.steps_per_dispatch)
         self._in_flight: deque[Work] = deque()
+        self._clock = DeviceClock()
         self._constraints = Constraints(constrain)
         self._updates: list[Update] = []  # to be told; what was read outlasts a step that fails
         self._lost: list[Request] = []  # by a failed step, to be told
@@ -151,6 +155,8 @@ class Engine:
         return updates
 
     def _step(self) -> None:
+        if not self._in_flight:
+            self._clock.idle()
         self._welcome()
         self._expire()
         if (work := self._dispatch(self.scheduler.schedule())) is not None:
@@ -217,7 +223,7 @@ class Engine:
             size = rectangle(len(occupied), slots)
             rows = by_slot if size == slots else list(enumerate(plan.decoding))
             loop = self.runner.loop(padded(occupied, size, slots), needs, plan.drafts)
-            return Work(plan, rows, loop)
+            return Work(plan, rows, loop, loop=True)
         tokens = step_size(len(occupied) + sum(chunk.tokens for chunk in plan.chunks), bool(plan.chunks))
         given = lay_out(plan.chunks, tokens, slots, occupied or None)
         wants = any(chunk.sequence.scores_prompt for chunk in plan.chunks)
@@ -262,6 +268,9 @@ class Engine:
 
     def _commit(self, work: Work) -> None:
         """Reads a program. An exception at one request's part of it ends that request alone."""
+        seconds = self._clock.wait(work.output)
+        if work.loop and seconds is not None:
+            self.gate.time(work.plan.decoding, work.plan.drafts, seconds / work.plan.steps)
         output = jax.tree.map(np.asarray, work.output)
         for sequence in (*work.plan.decoding, *(chunk.sequence for chunk in work.plan.chunks)):
             sequence.in_flight -= 1

@@ -2,16 +2,19 @@
 
 A step that verifies takes longer the more sequences share it, since arithmetic bounds it sooner than a plain step, and
 the more tokens it verifies; and what it brings depends on how many proposed tokens are right, which the text decides.
-So the gate weighs two numbers before every program: what a step takes, predicted for the sequences that decode now,
-and how many tokens one has brought lately. It does so for plain steps, for as many proposed tokens as the method has
-and, where the engine adapts, for the powers of two below that. No time is measured, so that the same requests make the
-same programs; and what is chosen depends on tokens that were read, never on those to come, so that sampled outputs
-keep their distribution.
+So the gate weighs two numbers before every program: what a step takes, predicted for the sequences that decode now and
+corrected by what earlier programs took, and how many tokens one has brought lately. It does so for plain steps, for as
+many proposed tokens as the method has and, where the engine adapts, for the powers of two below that. What is chosen
+depends on tokens that were read, never on those to come, so that sampled outputs keep their distribution.
 
 Where fewer tokens are faster little would be learnt of the text, and the gate lets a program propose all now and then:
-so seldom that it costs little, by prediction. What was not proposed is taken to be right as often as the last that
-was. It changes outputs as little as the method does: what is proposed for certain not at all, but for rounding. A
-draft model does not see what is decoded plainly, and proposes worse after it.
+so seldom that it costs little. What was not proposed is taken to be right as often as the last that was. And where
+proposals are faster nothing would be learnt of the time that plain steps take: now and then a program decodes plainly,
+unless that is so much slower that no correction would make it faster.
+
+Since times are measured, the same requests may make other programs in another run. It changes outputs as little as the
+method does: what is proposed for certain not at all, but for rounding. A draft model does not see what is decoded
+plainly, and proposes worse after it.
 """
 
 from __future__ import annotations
@@ -28,8 +31,9 @@ from jaxinfer.model import Model
 
 MEMORY = 256  # proposals over which what earlier ones brought fades
 OPTIMISM = 8  # proposals, all of them right, that an engine begins with
-PROBES_APART = 64  # programs at the least, of those that could have proposed all and did not
+PROBES_APART = 64  # programs at the least, of those that could have proposed all and did not, or none and did
 PROBES_COST = 0.01  # of the time of the programs between two probes, at the most
+WRONG = 2.0  # times that a predicted speed-up may be too large
 
 
 class Gate:
@@ -43,7 +47,7 @@ class Gate:
         self._depth, self._costs = layout.depth, costs
         self._choices = layout.choices if always else (0, *layout.choices)
         self._brought_Q = np.full(self._depth + 1, float(OPTIMISM))
-        self._without = 0  # programs since the last that proposed all
+        self._without, self._proposing = 0, 0  # programs since the last that proposed all, and none
 
     @property
     def accepted(self) -> tuple[float, ...]:
@@ -60,12 +64,20 @@ class Gate:
         if not self._depth or self._costs is None:
             return self._depth
         seconds = {drafts: self._costs.seconds(decoding, drafts) for drafts in self._choices}
-        best = max(self._choices, key=lambda drafts: self.tokens(drafts) / seconds[drafts])
-        if best == self._depth or self._probes(best, seconds[self._depth] / seconds[best]):
-            self._without = 0
-            return self._depth
-        self._without += 1
+        rates = {drafts: self.tokens(drafts) / seconds[drafts] for drafts in self._choices}
+        best = max(rates, key=rates.__getitem__)
+        if best < self._depth and self._probes(best, seconds[self._depth] / seconds[best]):
+            best = self._depth
+        elif 0 in rates and self._probes_plainly(rates[best] / rates[0]):
+            best = 0
+        self._without = 0 if best == self._depth else self._without + 1
+        self._proposing = self._proposing + 1 if best else 0
         return best
+
+    def time(self, decoding: list[Sequence], drafts: int, seconds: float) -> None:
+        """Takes in what a step of these took that proposed so many tokens."""
+        if self._costs is not None:
+            self._costs.learn(decoding, drafts, seconds)
 
     def learn(self, brought_Q: np.ndarray) -> None:
         """Takes in what steps with proposals brought.
@@ -87,8 +99,16 @@ class Gate:
         Args:
             cost: of a step that proposes all, over one that proposes so many.
         """
-        apart = max(PROBES_APART, math.ceil((cost - 1) / PROBES_COST))
-        return cost * self.tokens(drafts) < self._depth + 1 and self._without >= apart
+        return cost * self.tokens(drafts) < self._depth + 1 and self._without >= _apart(cost)
+
+    def _probes_plainly(self, speedup: float) -> bool:
+        """Whether it is time to see what plain steps take, which proposals are so many times as fast as."""
+        return speedup < WRONG and self._proposing >= _apart(speedup)
+
+
+def _apart(cost: float) -> int:
+    """Programs between two probes each of which takes as long as so many of them."""
+    return max(PROBES_APART, math.ceil((cost - 1) / PROBES_COST))
 
 
 def predicted_gate(model: Model, layout: Layout, options: Options) -> Gate:

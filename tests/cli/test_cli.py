@@ -92,15 +92,15 @@ def test_a_server_bounds_how_long_a_prompt_holds_up_the_others(monkeypatch):
     asked = []
 
     def served(setup, *others):
-        asked.append((Options(**setup.options), setup.speculation))
+        asked.append(Options(**setup.options, speculation=by_name(*setup.speculation)))
         return 0
 
     monkeypatch.setattr("jaxinfer.serve.server.run", served)
     asks = ["--speculate", "lookup", "--num-speculative-tokens", "5", "--always-speculate", "--adaptive-speculation"]
     assert run("serve", "--port", "0", *asks).exit_code == 0
-    ((options, speculation),) = asked
+    (options,) = asked
     assert (options.max_slowdown, Options().max_slowdown) == (1.75, math.inf)
-    assert by_name(*speculation) == PromptLookup(5)
+    assert options.speculation == PromptLookup(5)
     assert options.always_speculate
     assert options.adaptive_speculation
 
@@ -130,6 +130,10 @@ def test_convert_keeps_every_bit(tmp_path):
         (["generate", "a", "--speculate", "magic"], "speculate = 'magic' must be one of draft, eagle, early-exit"),
         (["generate", "a", "--num-speculative-tokens", "4"], "num_speculative_tokens = 4 has no use without a method"),
         (["generate", "a", "--draft-model", "b"], "draft_model = 'b' has no use without a method"),
+        (
+            ["generate", "a", "--adaptive-speculation"],
+            "adaptive_speculation = True has no use where speculation = None",
+        ),
         (
             ["generate", "a", "--speculate", "lookup", "--draft-model", "b"],
             "draft_model = 'b' has no use where speculate = 'lookup'",

@@ -29,13 +29,23 @@ class Changing(Gate):
 
     def __init__(self, layout, numbers):
         super().__init__(layout)
-        self._next, self.brought = cycle(numbers), []
+        self._next, self.brought, self.timed = cycle(numbers), [], []
 
     def drafts(self, decoding):
         return next(self._next)
 
     def learn(self, brought_Q):
         self.brought.append(brought_Q.tolist())
+
+    def time(self, decoding, drafts, seconds):
+        self.timed.append((len(decoding), drafts, seconds))
+
+
+class Untimed(Gate):
+    """Goes by what is predicted alone."""
+
+    def time(self, decoding, drafts, seconds):
+        pass
 
 
 def watched(llm: LLM, gate: Gate, run: Callable[[], object]) -> list[int]:
@@ -88,7 +98,7 @@ def test_the_number_follows_what_is_right(adaptive, one_rectangle):
     copied = SamplingParams(temperature=0.0, max_tokens=70, ignore_eos=True)
     random = SamplingParams(temperature=5.0, max_tokens=70, ignore_eos=True, seed=1)
     layout = adaptive.engine.layout
-    gate = Gate(layout, Costs(layout, FakeTimes(40.0, 1.0, 0.0)))
+    gate = Untimed(layout, Costs(layout, FakeTimes(40.0, 1.0, 0.0)))
     chosen = []
     for params, count in ((copied, 8), (random, 16), (copied, 60)):
         prompts = ["ab" * 9] * count
@@ -114,6 +124,33 @@ def test_what_is_chosen_is_what_the_machine_is_predicted_to_do_best(adaptive, on
     chosen = watched(adaptive, Gate(layout, Told()), lambda: adaptive.generate(["ab"], SamplingParams(max_tokens=20)))
     assert {*chosen} == {1}
     assert {*asked} == {0, 1, 2}
+
+
+def test_the_gate_is_told_what_a_step_took(adaptive, one_rectangle, monkeypatch):
+    """Of programs of decode steps alone, where it is known."""
+
+    class Clock:
+        asked = paused = 0
+
+        def idle(self):
+            self.paused += 1
+
+        def wait(self, output):
+            self.asked += 1
+            return None if self.asked % 4 == 0 else 8.0
+
+    clock, gate, programs = Clock(), Changing(adaptive.engine.layout, [0, 1, 2]), []
+    commit = adaptive.engine._commit
+    monkeypatch.setattr(adaptive.engine, "_clock", clock)
+    monkeypatch.setattr(adaptive.engine, "_commit", lambda work: programs.append(work) or commit(work))
+    params = SamplingParams(temperature=0.0, max_tokens=50, ignore_eos=True)
+    watched(adaptive, gate, lambda: adaptive.generate(["ab" * 9] * 2, params))
+    known = [work.plan for number, work in enumerate(programs, 1) if number % 4]
+    loops = [plan for plan in known if not plan.chunks]
+    assert gate.timed == [(2, plan.drafts, 8.0 / OPTIONS.steps_per_dispatch) for plan in loops]
+    assert 3 <= len(gate.timed) < len(programs)
+    assert {drafts for _, drafts, _ in gate.timed} == {0, 1, 2}
+    assert clock.paused == 1
 
 
 @pytest.mark.parametrize("method", ["draft", "early-exit"])

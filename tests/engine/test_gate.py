@@ -13,7 +13,7 @@ from jaxinfer.decode.step import Layout
 from jaxinfer.engine import Options, Request, budget
 from jaxinfer.engine.budget import attends_whole_rows, step_times
 from jaxinfer.engine.costs import DRAW, MOVE, SEARCH, Costs, predicted_costs
-from jaxinfer.engine.gate import PROBES_APART, PROBES_COST, Gate
+from jaxinfer.engine.gate import PROBES_APART, PROBES_COST, WRONG, Gate
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.sequence import Sequence
 from jaxinfer.model import Model, read_config
@@ -142,6 +142,66 @@ def test_it_asks_the_cost_model(attention, batch):
     assert costs.seconds(decoding(batch), DRAFTS) == pytest.approx(verifying, rel=1e-9)
 
 
+# --- what programs took
+
+
+def timed(gate: Gate, acceptance: float, batch: int, programs: int, slower: float, plain: float = 1.0) -> list[int]:
+    """What a gate chooses for programs of 8 steps, each of which tells what it brought and took: so many times what is
+    predicted of plain steps, and of those with proposals."""
+    chosen, some, predicted = [], decoding(batch), Costs(LAYOUT, TIMES)
+    for _ in range(programs):
+        chosen.append(drafts := gate.drafts(some))
+        gate.time(some, drafts, (slower if drafts else plain) * predicted.seconds(some, drafts))
+        for _ in some if drafts else ():
+            gate.learn(8 * np.array([1, *independent(acceptance, drafts)]))
+    return chosen
+
+
+@pytest.mark.parametrize(("slower", "plain"), [(1.7, 1.0), (0.6, 1.0), (1.0, 1.6), (1.0, 0.6), (3.0, 3.0), (3.0, 2.0)])
+@pytest.mark.parametrize("acceptance", [0.4, 0.6, 0.8])
+def test_what_programs_take_corrects_what_is_predicted(acceptance, slower, plain):
+    """In either direction, and where a kind of program would not run by itself."""
+    gate, batch = Gate(LAYOUT, Costs(LAYOUT, TIMES)), 8
+    timed(gate, acceptance, batch, 600, slower, plain)
+    chosen = timed(gate, acceptance, batch, 200, slower, plain)
+    tokens, cost = sum(acceptance**place for place in range(DRAFTS + 1)), COST[batch] * slower / plain
+    assert abs(tokens / cost - 1) > 0.02  # no near tie, which either way is right
+    assert chosen.count(DRAFTS if tokens > cost else 0) > 0.95 * len(chosen)
+
+
+def test_one_program_that_was_held_up_corrects_nothing():
+    costs, some = Costs(LAYOUT, TIMES), decoding(8)
+    for drafts in (0, DRAFTS):
+        for slower in (1.5, 1.5, 100.0, 1.5):
+            costs.learn(some, drafts, slower * costs.predicted(some, drafts))
+        assert costs.seconds(some, drafts) == pytest.approx(1.5 * costs.predicted(some, drafts))
+
+
+def test_a_kind_of_program_that_was_hardly_timed_is_corrected_as_the_others():
+    """So that none is favoured. Another rectangle is another matter."""
+    costs, some = Costs(LAYOUT, TIMES), decoding(8)
+    for slower in (1.9, 2.0, 2.1):
+        assert costs.seconds(some, 0) / costs.predicted(some, 0) < 2.0
+        costs.learn(some, DRAFTS, slower * costs.predicted(some, DRAFTS))
+    costs.learn(some, 0, 9.0 * costs.predicted(some, 0))
+    assert costs.seconds(some, 0) / costs.predicted(some, 0) == pytest.approx(2.05)
+    assert costs.seconds(some, DRAFTS) / costs.predicted(some, DRAFTS) == pytest.approx(2.0)
+    assert costs.seconds(decoding(9), 0) == costs.predicted(decoding(9), 0)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize("acceptance", [0.5, 0.7, 1.0])
+def test_what_it_costs_to_time_plain_steps_is_bounded(batch, acceptance):
+    gate, programs = Gate(LAYOUT, Costs(LAYOUT, TIMES)), 2000
+    plain = timed(gate, acceptance, batch, programs, 1.0).count(0)
+    speedup = gate.tokens(DRAFTS) / COST[batch]
+    if speedup >= WRONG:
+        assert plain == 0
+    elif speedup > 1.02:
+        assert 0 < plain <= programs / PROBES_APART
+        assert plain * (speedup - 1) <= PROBES_COST * programs
+
+
 # --- as many tokens as bring the most
 
 ADAPTIVE = replace(LAYOUT, adaptive=True)
@@ -192,7 +252,7 @@ def test_the_choice_follows_the_text_down_and_up():
     assert [phase[-1] for phase in phases] == [4, 1, 4]
     assert phases[1].index(1) <= 10
     assert phases[2].index(4) <= 10
-    assert {drafts for phase in phases for drafts in phase} == {1, 2, 4}
+    assert all(phase.count(0) <= 1 for phase in phases)  # to see what plain steps take
 
 
 def test_what_was_not_proposed_is_taken_to_be_right_as_often_as_the_last():
