@@ -92,7 +92,8 @@ def generate(
 
 
 def compile_for(llm: LLM, prompt: str, params: SamplingParams) -> None:
-    """Compiles what a stream runs, so that its tokens alone are timed."""
+    """Compiles what a stream runs, with proposals and without, so that its tokens alone are timed."""
+    llm.engine.compile_loops(params)
     llm.generate(prompt, replace(params, max_tokens=min(2, params.max_tokens)))
 
 

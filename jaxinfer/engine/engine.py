@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxinfer.decode import sampling
 from jaxinfer.decode.sampling import Needs
+from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import StepOutput
 from jaxinfer.engine.buckets import rectangle, step_size
 from jaxinfer.engine.budget import predicted_budget
@@ -33,7 +34,7 @@ from jaxinfer.engine.runner import Masks, Runner
 from jaxinfer.engine.scheduler import Plan, Scheduler
 from jaxinfer.engine.sequence import Sequence
 from jaxinfer.engine.step_input import lay_out, next_tokens, padded
-from jaxinfer.engine.warm_up import WARM, Progress, make_ready, warm_programs
+from jaxinfer.engine.warm_up import WARM, Progress, loop_programs, make_ready, warm_programs
 from jaxinfer.model import Model, Params
 
 logger = logging.getLogger(__name__)
@@ -207,6 +208,12 @@ class Engine:
         done = make_ready(programs, progress, self.runner.wait)
         self._warm = WARM
         return done
+
+    def compile_loops(self, params: SamplingParams) -> WarmUp:
+        """Compiles the programs of decode steps that requests with these parameters meet, on an idle engine: a small
+        part of what `warm_up` does."""
+        assert not self.scheduler.running
+        return make_ready(loop_programs(self.runner, [sampling.needs([params])]), None, self.runner.wait)
 
     # --- run
 

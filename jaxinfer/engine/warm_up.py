@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from jaxlib.mlir import ir
 from jaxinfer.decode import sampling
 from jaxinfer.decode.batch import StepInput
 from jaxinfer.decode.masks import no_masks
+from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.step import SCORED
 from jaxinfer.engine.buckets import FEW, powers, rectangles
 from jaxinfer.engine.metrics import Warmed, WarmUp
@@ -66,10 +67,7 @@ def warm_programs(runner: Runner, largest_step: int, masked: bool) -> Iterator[P
         for tokens in powers(SMALLEST_BUCKET, largest_step):
             given = lay_out([], tokens, slots, decoding)
             yield _step(runner, f"{tokens} rows of prompts{beside}", given)
-    for decode, needs, drafts in product(rectangles(slots), WARM, (0, *runner.layout.choices)):
-        loop = padded([], decode, slots), needs, drafts
-        name = f"decoding {decode} slots, {needs.level}" + (f", with proposals of depth {drafts}" if drafts else "")
-        yield Program(name, partial(runner.loop, *loop), partial(runner.lower_loop, *loop))
+    yield from loop_programs(runner, WARM)
     given, targets_T = lay_out([], SCORED, slots), next_tokens([], SCORED)
     for needs in WARM[1:]:
         yield Program(f"{needs.level} sampling of prompts", partial(runner.step, given, needs, targets_T))
@@ -78,6 +76,15 @@ def warm_programs(runner: Runner, largest_step: int, masked: bool) -> Iterator[P
         yield _step(runner, f"{FEW} rows without prompts", lay_out([], FEW, slots, []))
         given = lay_out([], SMALLEST_BUCKET, slots, [])
         yield Program("masks", partial(runner.step, given, WARM[0], masks=masks))
+
+
+def loop_programs(runner: Runner, kinds: Sequence[Needs]) -> Iterator[Program]:
+    """Those of decode steps alone, with these kinds of sampling: plain, and with every number of proposed tokens."""
+    slots = runner.layout.slots
+    for decode, needs, drafts in product(rectangles(slots), kinds, (0, *runner.layout.choices)):
+        loop = padded([], decode, slots), needs, drafts
+        name = f"decoding {decode} slots, {needs.level}" + (f", with proposals of depth {drafts}" if drafts else "")
+        yield Program(name, partial(runner.loop, *loop), partial(runner.lower_loop, *loop))
 
 
 def _step(runner: Runner, name: str, given: StepInput) -> Program:

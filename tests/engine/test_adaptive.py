@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxinfer import SamplingParams
+from jaxinfer.decode.sampling import GREEDY
 from jaxinfer.decode.speculative import DraftModel, EarlyExit, PromptLookup
 from jaxinfer.engine import engine, warm_up
 from jaxinfer.engine.costs import Costs
@@ -175,3 +176,13 @@ def test_coupled_drafts_of_any_number_never_change_an_output(tmp_path_factory, o
         params = SamplingParams(temperature=0.7, max_tokens=1 + 4 * (2 + 3 + 3 + 2), seed=1, ignore_eos=True)
         watched(llm, gate, lambda: llm.generate(["ab" * 9], params))
         assert gate.brought == [[4] * 2, [4] * 3, [4] * 3, [4] * 2]
+
+
+def test_the_loops_of_a_request_can_be_compiled_alone(adaptive, one_rectangle):
+    programs, params = adaptive.engine.runner.programs, SamplingParams(temperature=0.0)
+    before = programs.traces["loop"]
+    assert len(adaptive.engine.compile_loops(params).warmed) == 3  # plain, and with 1 and 2 tokens proposed
+    assert programs.traces["loop"] == before + 3
+    for drafts in (0, 1, 2):
+        adaptive.engine.runner.loop(np.arange(4, dtype=np.int32), GREEDY, drafts)
+    assert programs.traces["loop"] == before + 3
