@@ -16,7 +16,6 @@ from jaxinfer.decode.speculative import tree_of
 from jaxinfer.decode.step import Layout, pools_of
 from jaxinfer.engine.buckets import rectangle, rectangles
 from jaxinfer.engine.budget import Times, attends_whole_rows, step_times
-from jaxinfer.engine.sequence import Sequence
 from jaxinfer.model import Model
 
 # Small kernels beside the model's: those of a search in the text, and for each draw, by estimate and not timed.
@@ -48,35 +47,36 @@ class Costs:
             size: {drafts: deque[float](maxlen=TIMED) for drafts in self._queries} for size in rectangles(self._slots)
         }
 
-    def seconds(self, decoding: list[Sequence], drafts: int) -> float:
-        """Of a step of these in which so many proposed tokens may be right: one of the layout's `choices`, or 0.
+    def seconds(self, contexts: list[int], drafts: int) -> float:
+        """Of a step of sequences of so many tokens each, in which so many proposed tokens may be right: one of the
+        layout's `choices`, or 0.
 
         The median of a few programs corrects it, so that one that was held up does not count; until there are enough,
         that of all in the rectangle, which favours no kind.
         """
-        by_drafts = self._slower[rectangle(len(decoding), self._slots)]
+        by_drafts = self._slower[rectangle(len(contexts), self._slots)]
         timed = [*by_drafts[drafts]]
         if len(timed) < ENOUGH:
             timed = [ratio for every in by_drafts.values() for ratio in every]
-        return self.predicted(decoding, drafts) * (median(timed) if timed else 1.0)
+        return self.predicted(contexts, drafts) * (median(timed) if timed else 1.0)
 
-    def learn(self, decoding: list[Sequence], drafts: int, seconds: float) -> None:
-        """Takes in what a step of these took, as the mean of a program's."""
-        ratio = seconds / self.predicted(decoding, drafts)
-        self._slower[rectangle(len(decoding), self._slots)][drafts].append(ratio)
+    def learn(self, contexts: list[int], drafts: int, seconds: float) -> None:
+        """Takes in what such a step took, as the mean of a program's."""
+        ratio = seconds / self.predicted(contexts, drafts)
+        self._slower[rectangle(len(contexts), self._slots)][drafts].append(ratio)
 
-    def predicted(self, decoding: list[Sequence], drafts: int) -> float:
+    def predicted(self, contexts: list[int], drafts: int) -> float:
         """By the cost model alone."""
-        slots, queries, times = rectangle(len(decoding), self._slots), self._queries[drafts], self._times
+        slots, queries, times = rectangle(len(contexts), self._slots), self._queries[drafts], self._times
         if self._whole_row is None:
-            contexts = [len(sequence.tokens) + queries - 1 for sequence in decoding]
+            read = [context + queries - 1 for context in contexts]
         else:
-            contexts = [self._whole_row] * slots
-        seconds = times.rest(slots * queries, slots * queries) + times.decoding(contexts, queries)
+            read = [self._whole_row] * slots
+        seconds = times.rest(slots * queries, slots * queries) + times.decoding(read, queries)
         if not drafts:
             return seconds
         for own, each in self._passes[drafts]:
-            seconds += own.rest(slots * each, slots) + own.decoding(contexts, each)
+            seconds += own.rest(slots * each, slots) + own.decoding(read, each)
         seconds += self._outputs[drafts] * times.head(slots)
         return seconds + times.kernels(SEARCH + DRAW * (1 + drafts) + MOVE * self._layers)
 

@@ -34,7 +34,7 @@ from jaxinfer.engine.runner import Masks, Runner
 from jaxinfer.engine.scheduler import Plan, Scheduler
 from jaxinfer.engine.sequence import Sequence
 from jaxinfer.engine.step_input import lay_out, next_tokens, padded
-from jaxinfer.engine.warm_up import WARM, Progress, loop_programs, make_ready, warm_programs
+from jaxinfer.engine.warm_up import WARM, Progress, loop_programs, make_ready, time_loops, warm_programs
 from jaxinfer.model import Model, Params
 
 logger = logging.getLogger(__name__)
@@ -206,6 +206,7 @@ class Engine:
         assert not self.scheduler.running
         programs = warm_programs(self.runner, self.options.max_num_batched_tokens, self._constraints.possible)
         done = make_ready(programs, progress, self.runner.wait)
+        time_loops(self.runner, WARM[0], self.gate)
         self._warm = WARM
         return done
 
@@ -213,7 +214,9 @@ class Engine:
         """Compiles the programs of decode steps that requests with these parameters meet, on an idle engine: a small
         part of what `warm_up` does."""
         assert not self.scheduler.running
-        return make_ready(loop_programs(self.runner, [sampling.needs([params])]), None, self.runner.wait)
+        done = make_ready(loop_programs(self.runner, [sampling.needs([params])]), None, self.runner.wait)
+        time_loops(self.runner, sampling.needs([params]), self.gate)
+        return done
 
     # --- run
 
@@ -277,7 +280,8 @@ class Engine:
         """Reads a program. An exception at one request's part of it ends that request alone."""
         seconds = self._clock.wait(work.output)
         if work.loop and seconds is not None:
-            self.gate.time(work.plan.decoding, work.plan.drafts, seconds / work.plan.steps)
+            contexts = [len(sequence.tokens) for sequence in work.plan.decoding]
+            self.gate.time(contexts, work.plan.drafts, seconds / work.plan.steps)
         output = jax.tree.map(np.asarray, work.output)
         for sequence in (*work.plan.decoding, *(chunk.sequence for chunk in work.plan.chunks)):
             sequence.in_flight -= 1

@@ -10,7 +10,7 @@ depends on tokens that were read, never on those to come, so that sampled output
 Where fewer tokens are faster little would be learnt of the text, and the gate lets a program propose all now and then:
 so seldom that it costs little. What was not proposed is taken to be right as often as the last that was. And where
 proposals are faster nothing would be learnt of the time that plain steps take: now and then a program decodes plainly,
-unless that is so much slower that no correction would make it faster.
+unless that is so much slower that no correction would make it faster. An engine that warms up times both at once.
 
 Since times are measured, the same requests may make other programs in another run. It changes outputs as little as the
 method does: what is proposed for certain not at all, but for rounding. A draft model does not see what is decoded
@@ -50,6 +50,11 @@ class Gate:
         self._without, self._proposing = 0, 0  # programs since the last that proposed all, and none
 
     @property
+    def weighed(self) -> tuple[int, ...]:
+        """Between what it chooses."""
+        return () if self._costs is None else self._choices
+
+    @property
     def accepted(self) -> tuple[float, ...]:
         """How often lately the first proposed token was right, the first two, and so on."""
         return tuple((self._brought_Q[1:] / self._brought_Q[0]).tolist())
@@ -63,7 +68,8 @@ class Gate:
         none, where nothing is to be proposed."""
         if not self._depth or self._costs is None:
             return self._depth
-        seconds = {drafts: self._costs.seconds(decoding, drafts) for drafts in self._choices}
+        contexts = [len(sequence.tokens) for sequence in decoding]
+        seconds = {drafts: self._costs.seconds(contexts, drafts) for drafts in self._choices}
         rates = {drafts: self.tokens(drafts) / seconds[drafts] for drafts in self._choices}
         best = max(rates, key=rates.__getitem__)
         if best < self._depth and self._probes(best, seconds[self._depth] / seconds[best]):
@@ -74,10 +80,11 @@ class Gate:
         self._proposing = self._proposing + 1 if best else 0
         return best
 
-    def time(self, decoding: list[Sequence], drafts: int, seconds: float) -> None:
-        """Takes in what a step of these took that proposed so many tokens."""
+    def time(self, contexts: list[int], drafts: int, seconds: float) -> None:
+        """Takes in what a step took of sequences of so many tokens each, in which so many proposed tokens might be
+        right."""
         if self._costs is not None:
-            self._costs.learn(decoding, drafts, seconds)
+            self._costs.learn(contexts, drafts, seconds)
 
     def learn(self, brought_Q: np.ndarray) -> None:
         """Takes in what steps with proposals brought.

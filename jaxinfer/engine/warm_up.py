@@ -26,6 +26,9 @@ from jaxinfer.decode.masks import no_masks
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.step import SCORED
 from jaxinfer.engine.buckets import FEW, powers, rectangles
+from jaxinfer.engine.clock import DeviceClock
+from jaxinfer.engine.costs import ENOUGH
+from jaxinfer.engine.gate import Gate
 from jaxinfer.engine.metrics import Warmed, WarmUp
 from jaxinfer.engine.options import SMALLEST_BUCKET
 from jaxinfer.engine.runner import Runner
@@ -117,6 +120,17 @@ def make_ready(programs: Iterable[Program], progress: Progress | None, wait: Cal
     done = WarmUp(tuple(warmed), time.perf_counter() - start, kernels)
     logger.info("%s", done)
     return done
+
+
+def time_loops(runner: Runner, needs: Needs, gate: Gate) -> None:
+    """Tells a gate what the programs take between which it chooses, while no slot has a request: that corrects its
+    first predictions. Only of programs that are ready."""
+    for decode, drafts in product(rectangles(runner.layout.slots), gate.weighed):
+        clock = DeviceClock()
+        slots_B = padded([], decode, runner.layout.slots)
+        for output in [runner.loop(slots_B, needs, drafts) for _ in range(1 + ENOUGH)]:
+            if (seconds := clock.wait(output)) is not None:
+                gate.time([1] * decode, drafts, seconds / runner.steps)
 
 
 def _compile_all(lower: dict[str, Callable[[], Lowered]], tell: Callable[[Warmed], None]) -> int:

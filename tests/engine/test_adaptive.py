@@ -38,14 +38,14 @@ class Changing(Gate):
     def learn(self, brought_Q):
         self.brought.append(brought_Q.tolist())
 
-    def time(self, decoding, drafts, seconds):
-        self.timed.append((len(decoding), drafts, seconds))
+    def time(self, contexts, drafts, seconds):
+        self.timed.append((len(contexts), drafts, seconds))
 
 
 class Untimed(Gate):
     """Goes by what is predicted alone."""
 
-    def time(self, decoding, drafts, seconds):
+    def time(self, contexts, drafts, seconds):
         pass
 
 
@@ -117,7 +117,7 @@ def test_what_is_chosen_is_what_the_machine_is_predicted_to_do_best(adaptive, on
         def __init__(self):
             super().__init__(layout, FakeTimes(1.0, 0.0, 0.0))
 
-        def seconds(self, decoding, drafts):
+        def seconds(self, contexts, drafts):
             asked.append(drafts)
             return {0: 9.0, 1: 1.0, 2: 3.0}[drafts]
 

@@ -1,6 +1,12 @@
 """What programs took is told where it is known, and nowhere else."""
 
+from functools import partial
+from types import SimpleNamespace
+
+from jaxinfer.decode.sampling import GREEDY
+from jaxinfer.engine import warm_up
 from jaxinfer.engine.clock import DeviceClock
+from jaxinfer.engine.costs import ENOUGH
 
 
 class Output:
@@ -39,3 +45,21 @@ def test_the_first_after_a_pause_is_not_known():
     clock.idle()
     assert clock.wait([Output(now, 5.0)]) is None
     assert clock.wait([Output(now, 6.0)]) == 1.0
+
+
+def test_the_loops_of_a_warm_engine_are_timed(monkeypatch):
+    """As often as corrects a prediction: of every rectangle, plain and with each number of proposed tokens."""
+    now, done, told = [0.0], [0.0], []
+    monkeypatch.setattr(warm_up, "DeviceClock", partial(DeviceClock, lambda: now[0]))
+
+    def loop(slots_B, needs, drafts):
+        assert needs == GREEDY
+        assert (slots_B == 8).all()  # no slot of the eight
+        done[0] += len(slots_B) + 4 * drafts
+        return [Output(now, done[0])]
+
+    runner = SimpleNamespace(layout=SimpleNamespace(slots=8), steps=4, loop=loop)
+    gate = SimpleNamespace(weighed=(0, 1, 2), time=lambda *what: told.append(what))
+    warm_up.time_loops(runner, GREEDY, gate)
+    kinds = [(size, drafts) for size in (1, 8) for drafts in (0, 1, 2)]
+    assert told == [([1] * size, drafts, size / 4 + drafts) for size, drafts in kinds for _ in range(ENOUGH)]

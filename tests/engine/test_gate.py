@@ -35,6 +35,10 @@ def decoding(count: int, length: int = 100) -> list[Sequence]:
     return [Sequence(Request(number, (1,) * length, SamplingParams(), (), 0)) for number in range(count)]
 
 
+def contexts(count: int, length: int = 100) -> list[int]:
+    return [length] * count
+
+
 def learn(gate: Gate, acceptance: float, rows: int) -> None:
     """What programs of 8 steps bring to so many sequences."""
     for _ in range(rows):
@@ -104,8 +108,8 @@ def test_without_times_it_is_open_and_without_a_method_shut():
 def test_what_a_method_runs_for_its_proposals_is_part_of_their_cost():
     draft, weights = FakeTimes(10.0, 1.0, 0.0), TIMES.weights
     costs = Costs(LAYOUT, TIMES, passes={DRAFTS: ((draft, 2), (draft, 1))})
-    assert costs.seconds(decoding(8), 0) == weights + 16
-    assert costs.seconds(decoding(8), DRAFTS) == weights + 80 + (10 + 16 + 8) + (10 + 8 + 8)
+    assert costs.seconds(contexts(8), 0) == weights + 16
+    assert costs.seconds(contexts(8), DRAFTS) == weights + 80 + (10 + 16 + 8) + (10 + 8 + 8)
 
 
 def test_a_tree_costs_its_nodes_and_brings_its_depth():
@@ -118,8 +122,8 @@ def test_a_tree_costs_its_nodes_and_brings_its_depth():
 
     layout = replace(LAYOUT, speculation=Heads())
     costs = Costs(layout, Kernels(40.0, 1.0, 0.0), layers=3)
-    assert costs.seconds(decoding(8), 0) == 56
-    assert costs.seconds(decoding(8), 4) == 40 + 2 * 8 * 10 + 2 * 8 + (SEARCH + DRAW * 5 + MOVE * 3)
+    assert costs.seconds(contexts(8), 0) == 56
+    assert costs.seconds(contexts(8), 4) == 40 + 2 * 8 * 10 + 2 * 8 + (SEARCH + DRAW * 5 + MOVE * 3)
     gate = Gate(layout, costs)
     assert (gate.tokens(4), len(gate.accepted), gate.drafts(decoding(1))) == (5, 4, 4)
     gate.learn(LONG * np.array([1000, 500, 0, 0, 0]))
@@ -138,8 +142,8 @@ def test_it_asks_the_cost_model(attention, batch):
         for context in [context if attention == "flash" else LAYOUT.pages_per_row * LAYOUT.page_size]
     )
     verifying += (SEARCH + DRAW * (1 + DRAFTS)) * machine.overhead
-    assert costs.seconds(decoding(batch), 0) == pytest.approx(plain, rel=1e-9)
-    assert costs.seconds(decoding(batch), DRAFTS) == pytest.approx(verifying, rel=1e-9)
+    assert costs.seconds(contexts(batch), 0) == pytest.approx(plain, rel=1e-9)
+    assert costs.seconds(contexts(batch), DRAFTS) == pytest.approx(verifying, rel=1e-9)
 
 
 # --- what programs took
@@ -148,10 +152,10 @@ def test_it_asks_the_cost_model(attention, batch):
 def timed(gate: Gate, acceptance: float, batch: int, programs: int, slower: float, plain: float = 1.0) -> list[int]:
     """What a gate chooses for programs of 8 steps, each of which tells what it brought and took: so many times what is
     predicted of plain steps, and of those with proposals."""
-    chosen, some, predicted = [], decoding(batch), Costs(LAYOUT, TIMES)
+    chosen, some, told, predicted = [], decoding(batch), contexts(batch), Costs(LAYOUT, TIMES)
     for _ in range(programs):
         chosen.append(drafts := gate.drafts(some))
-        gate.time(some, drafts, (slower if drafts else plain) * predicted.seconds(some, drafts))
+        gate.time(told, drafts, (slower if drafts else plain) * predicted.seconds(told, drafts))
         for _ in some if drafts else ():
             gate.learn(8 * np.array([1, *independent(acceptance, drafts)]))
     return chosen
@@ -170,7 +174,7 @@ def test_what_programs_take_corrects_what_is_predicted(acceptance, slower, plain
 
 
 def test_one_program_that_was_held_up_corrects_nothing():
-    costs, some = Costs(LAYOUT, TIMES), decoding(8)
+    costs, some = Costs(LAYOUT, TIMES), contexts(8)
     for drafts in (0, DRAFTS):
         for slower in (1.5, 1.5, 100.0, 1.5):
             costs.learn(some, drafts, slower * costs.predicted(some, drafts))
@@ -179,14 +183,14 @@ def test_one_program_that_was_held_up_corrects_nothing():
 
 def test_a_kind_of_program_that_was_hardly_timed_is_corrected_as_the_others():
     """So that none is favoured. Another rectangle is another matter."""
-    costs, some = Costs(LAYOUT, TIMES), decoding(8)
+    costs, some = Costs(LAYOUT, TIMES), contexts(8)
     for slower in (1.9, 2.0, 2.1):
         assert costs.seconds(some, 0) / costs.predicted(some, 0) < 2.0
         costs.learn(some, DRAFTS, slower * costs.predicted(some, DRAFTS))
     costs.learn(some, 0, 9.0 * costs.predicted(some, 0))
     assert costs.seconds(some, 0) / costs.predicted(some, 0) == pytest.approx(2.05)
     assert costs.seconds(some, DRAFTS) / costs.predicted(some, DRAFTS) == pytest.approx(2.0)
-    assert costs.seconds(decoding(9), 0) == costs.predicted(decoding(9), 0)
+    assert costs.seconds(contexts(9), 0) == costs.predicted(contexts(9), 0)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 32])
@@ -289,12 +293,12 @@ def test_fewer_tokens_take_fewer_passes(monkeypatch):
     model = Model(read_config("configs/models/llama-3-8b"), make_mesh(1))
     layout = replace(ADAPTIVE, speculation=EarlyExit(DRAFTS, 8))
     first = replace(model.config, layers=model.config.layers[:8])
-    costs, some = predicted_costs(model, layout), decoding(8)
+    costs, some = predicted_costs(model, layout), contexts(8)
     own = step_times(model, layout, first)
     plain = Costs(ADAPTIVE, step_times(model, layout), attends_whole_rows(layout))
     for drafts in layout.choices:
-        contexts = [100 + drafts] * 8 if not attends_whole_rows(layout) else [layout.pages_per_row * 16] * 8
-        proposing = drafts * (own.rest(8, 8) + own.decoding(contexts))
+        read = layout.pages_per_row * layout.page_size if attends_whole_rows(layout) else 100 + drafts
+        proposing = drafts * (own.rest(8, 8) + own.decoding([read] * 8))
         assert costs.seconds(some, drafts) == pytest.approx(plain.seconds(some, drafts) + proposing, rel=1e-9)
 
 
