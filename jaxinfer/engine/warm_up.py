@@ -124,7 +124,10 @@ def make_ready(programs: Iterable[Program], progress: Progress | None, wait: Cal
 
 def time_loops(runner: Runner, needs: Needs, gate: Gate) -> None:
     """Tells a gate what the programs take between which it chooses, while no slot has a request: that corrects its
-    first predictions. Only of programs that are ready."""
+    first predictions. Only of programs that are ready.
+
+    All rows then hold the same token, of which a mixture of experts reads few; programs with requests soon tell more.
+    """
     for decode, drafts in product(rectangles(runner.layout.slots), gate.weighed):
         clock = DeviceClock()
         slots_B = padded([], decode, runner.layout.slots)
