@@ -121,7 +121,7 @@ class Layout:
         """What proposes in steps in which so many proposed tokens may be right, one of `choices`."""
         assert self.speculation is not None
         assert drafts in self.choices, drafts
-        return self.speculation if drafts == self.depth else self.speculation.of(drafts)
+        return self.speculation if drafts == self.depth else self.speculation.fewer(drafts)
 
     @property
     def beyond(self) -> int:

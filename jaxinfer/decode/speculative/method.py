@@ -117,7 +117,7 @@ class Speculation:
 
     Attributes:
         num_speculative_tokens: k, proposed for each sequence in each step, 1..MOST_DRAFTS.
-        adapts: whether it proposes any number of tokens, one after the other: see `of`.
+        adapts: whether it proposes any number of tokens, one after the other: see `fewer`.
         reads_text: whether the slots keep their text.
         typical: how proposed tokens count that are likely enough; None for those alone that are drawn.
     """
@@ -132,7 +132,7 @@ class Speculation:
         """Of `num_speculative_tokens` nodes: which of them follow which. None where each follows the one before."""
         return None
 
-    def of(self, count: int) -> Self:
+    def fewer(self, count: int) -> Self:
         """The same method with `count` tokens in a proposal, at most `num_speculative_tokens`. Only of one that
         adapts: steps of any of the two may follow each other."""
         assert self.adapts, self
