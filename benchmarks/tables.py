@@ -102,6 +102,17 @@ IN_AND_OUT = {
         "64 x 2,048 in, of them 1,920 shared, 128 out, in and out"
     ),
 }
+BLOCKS = {f" in blocks of {steps}": f"{steps} step{'s' * (steps > 1)} a program" for steps in (1, 2, 4, 8, 16)}
+RATES = {f" at {rate} requests/s": f"{rate} requests/s" for rate in (1, 2, 4, 8, 12, 16)}
+ONLINE = "llama-3-8b 256 requests"
+SERVED = {
+    (ONLINE, "goodput"): "goodput, requests/s",
+    **{
+        (ONLINE, f"{metric} {percentile}"): f"{metric}, ms, {percentile}"
+        for metric in ("first token", "time per token")
+        for percentile in ("p50", "p99")
+    },
+}
 STALL = f"llama-3-8b {Stall().name}"
 STEADY = {STALL: "alone"}
 BESIDE = {
@@ -109,10 +120,16 @@ BESIDE = {
     (STALL, "step with the prompt p99"): "p99",
     (STALL, "step with the prompt, worst"): "worst",
     (STALL, "worst over a decode step"): "worst over alone",
+    (STALL, "worst over a decode step on the device"): "worst over alone, on the device",
     (STALL, "first token"): "first token of the prompt, ms",
 }
 STARTS = {f"llama-3-8b {start} start": f"{start} start" for start in ("first", "second")}
 PROGRAMS = {("llama-3-8b first start", metric): metric for metric in ("programs", "kernels")}
+READY = {f"llama-3-8b server, {start} start": f"{start} start" for start in ("first", "second")}
+PARTS = {
+    ("llama-3-8b server, second start", metric): f"of the second start, {metric}"
+    for metric in ("HTTP process", "imports", "device", "weights and cache", "warm-up")
+}
 PREFILL = {
     **{f"flash_attention llama-3-8b {x}": x for x in ("4x2048", "2x4096", "1x8192", "1x16384", "1x32768")},
     "flash_attention mistral-7b 1x32768": "1x32768, window 4096",
@@ -138,25 +155,43 @@ VERIFYING = {
     for drafts in (8, 4)
     for batch in (1, 4, 16, 64)
 }
-LOOKUP, DRAFT = (
-    {
-        OURS: "**jaxinfer**, plain",
-        f"{OURS}, {by}": f"**jaxinfer**, {by}",
-        f"{OURS}, {by} always": f"**jaxinfer**, {by}, always",
-        "plan": f"*predicted*, {by}",
-        f"plan, {OURS}, {by} always": f"*predicted*, {by}, always",
-    }
-    for by in ("lookup", "draft")
-)
+METHOD_COSTS = {
+    **{
+        f" {drafts} drafts by {method}": f"{method}, {drafts} tokens"
+        for method in ("draft", "early-exit")
+        for drafts in (8, 4)
+    },
+    **{
+        f" {drafts} drafts by {method}": f"{method}, a tree of {drafts}"
+        for method, drafts in (("medusa", 15), ("eagle", 15), ("lookahead", 55))
+    },
+}
+LOOKUP = {
+    OURS: "**jaxinfer**, plain",
+    f"{OURS}, lookup": "**jaxinfer**, lookup",
+    f"{OURS}, lookup always": "**jaxinfer**, lookup, always",
+    "plan": "*predicted*, lookup",
+    f"plan, {OURS}, lookup always": "*predicted*, lookup, always",
+}
 DRAFTED = {
     f"demo drafted by {folder} T={temperature}": f"{made}, temperature {temperature}"
     for folder, made in (("draft", "distilled"), ("ce", "of the text alone"))
     for temperature in ("0", "0.7", "1")
 }
-COPYING, REPLAYING, DRAFTING, REPLAYED_DRAFT = (
+METHODS = ("lookup", "lookahead", "early-exit", "draft", "medusa", "eagle")
+ACCEPTED = {f"demo drafted by {method}": method for method in METHODS}
+TEMPERATURES = {f" T={temperature}": f"temperature {temperature}" for temperature in ("0", "0.7", "1")}
+COSTS, COPYING, REPLAYING, DRAFTING, REPLAYING_DRAFTS = (
     {f"{name} B{batch}": f"batch {batch}" for batch in (1, 4, 16, 64)}
-    for name in ("demo copying", "llama-3-8b replaying", "demo drafting", "llama-3-8b replaying with llama-3.2-1b")
+    for name in ("llama-3-8b", "demo copying", "llama-3-8b replaying", "demo drafting", "llama-3-8b replaying drafts")
 )
+BY_METHOD = {f" by {method}": method for method in METHODS}
+GAINS = {
+    **{f"{OURS}, {method}": "**jaxinfer**" for method in METHODS},
+    **{f"{OURS}, {method} always": "**jaxinfer**, always" for method in METHODS},
+    "plan": "*predicted*",
+    **{f"plan, {OURS}, {method} always": "*predicted*, always" for method in METHODS},
+}
 SHUFFLED, PAGES_OF_16 = {"": "", " shuffled": "shuffled pages of 64"}, {"": "", " pages of 16": "pages of 16"}
 TOKENS = {f" M={M}": f"{M} token{'s' * (M > 1)}" for M in (1, 16, 64)}
 SOURCES = "sources"
@@ -166,19 +201,33 @@ TABLES = {
     "step": Table("time in step", "us of a step", BATCHES | PROMPTS, names={name: name for name in CLASSES}),
     "first-token": Table("first token", "ms to the first token", PROMPTS | LONG),
     "throughput": Table("output throughput", "tokens/s", THROUGHPUT, IN_AND_OUT, names=SERVING_NAMES),
+    "blocks": Table(
+        "decode",
+        "tokens/s",
+        BATCHES,
+        {("llama-3-8b 256 requests", "output throughput"): "256 requests, out"},
+        BLOCKS,
+        SERVING_NAMES,
+    ),
+    "online": Table("output throughput", "requests that arrive", {ONLINE: "tokens/s"}, SERVED, RATES, SERVING_NAMES),
     "beside-a-prompt": Table("decode step", "ms a step of 16 sequences", STEADY, BESIDE, names=SERVING_NAMES),
     "warm-up": Table("warm-up", "seconds to get ready", STARTS, PROGRAMS, names=SERVING_NAMES),
+    "ready": Table("ready", "seconds from the start of the process", READY, PARTS, names=SERVING_NAMES),
     "prefill-kernel": Table("arithmetic", "prefill, TFLOP/s", PREFILL, variants=SHUFFLED, names=KERNEL_NAMES),
     "decoding-kernel": Table("time", "decoding, us", DECODING, variants=PAGES_OF_16, names=KERNEL_NAMES),
     "decoding-options": Table("time", "decoding, us", OPTIONS, names=KERNEL_NAMES),
     "row-kernel": Table("time", "layer after attention, us", ROW, names=KERNEL_NAMES),
     "verification": Table("over a plain step", "a step that verifies, over a plain one", VERIFYING),
+    "verification-by-method": Table(
+        "over a plain step", "a step that verifies, over a plain one", COSTS, variants=METHOD_COSTS
+    ),
+    "acceptance": Table("tokens of a step", "tokens of a step", ACCEPTED, variants=TEMPERATURES, names=SERVING_NAMES),
     "drafted": Table("proposed tokens right", "proposed tokens that are right, %", DRAFTED, names=SERVING_NAMES),
     "copying": Table("over plain decoding", "times plain decoding", COPYING, rates(COPYING), names=LOOKUP),
     "replay": Table("over plain decoding", "times plain decoding", REPLAYING, rates(REPLAYING), names=LOOKUP),
-    "drafting": Table("over plain decoding", "times plain decoding", DRAFTING, rates(DRAFTING), names=DRAFT),
-    "replayed-draft": Table(
-        "over plain decoding", "times plain decoding", REPLAYED_DRAFT, rates(REPLAYED_DRAFT), names=DRAFT
+    "drafting": Table("over plain decoding", "times plain decoding", DRAFTING, variants=BY_METHOD, names=GAINS),
+    "replay-by-method": Table(
+        "over plain decoding", "times plain decoding", REPLAYING_DRAFTS, variants=BY_METHOD, names=GAINS
     ),
     "matmul-kernel": Table("traffic", "matmul, TB/s", MATMUL, variants=TOKENS, names=KERNEL_NAMES),
 }

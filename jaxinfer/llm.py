@@ -22,7 +22,8 @@ from jaxinfer.continuation import Continuation, request_output
 from jaxinfer.decode.sampling import MAX_EOS_IDS
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.speculative import Loader
-from jaxinfer.engine import Engine, Options, Request, Update
+from jaxinfer.engine import Engine, Options, Request
+from jaxinfer.engine.request import Watch
 from jaxinfer.intake import (
     Intake,
     Limits,
@@ -111,7 +112,7 @@ class LLM:
             _warm_up(self.engine)
         self._seeds, self._ids = np.random.default_rng(seed), count()
         self._running: dict[int, tuple[Continuation, deque[Continuation]]] = {}
-        self.watch: Callable[[list[Update]], None] | None = None
+        self.watch: Watch | None = None
 
     def _load_beside(self, name: str | Path | None) -> tuple[Model, Params]:
         """Another checkpoint that reads the same tokens, for the same devices and context; None is `DRAFT`.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from jaxinfer.decode.masks import WORD, no_masks
+from jaxinfer.decode.masks import WORD, allows, no_masks
 from jaxinfer.decode.structured_params import StructuredOutputsParams
 from jaxinfer.text import Tokenizer
 
@@ -21,8 +20,6 @@ KEPT = 128  # grammars that are kept for those who ask again
 WHITESPACE = r"( |\n[ \t]{0,16})"
 NO_TOKEN = "no token of the model can come next"
 _SHOWN = 300  # characters of what llguidance says
-
-logger = logging.getLogger(__name__)
 
 
 class GrammarConstraint:
@@ -45,12 +42,18 @@ class GrammarConstraint:
         return words_U if self.failed is None else self._end_U
 
     def accept(self, token: int) -> None:
+        if allows(self._end_U, token):
+            self.mask()  # an end that comes of a failure: maybe only a copy, which came first, knows of that
         if self.failed is None and not self._matcher.consume_token(token):
             self._fail(_said(self._matcher.get_error()))
 
+    def copy(self) -> GrammarConstraint:
+        copy = GrammarConstraint(self._matcher.deep_copy(), self._end_U, self._useless)
+        copy.failed = self.failed
+        return copy
+
     def _fail(self, reason: str) -> None:
         self.failed = self._useless + reason
-        logger.warning("a grammar cannot go on: %s", self.failed)
 
 
 class Grammars:

@@ -109,6 +109,26 @@ def wait_for(counter_ref: Any, count: int | jax.Array, *, take: bool = True) -> 
     plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))(instruction)(counter_ref, count)
 
 
+def take_number(counter_ref: Any, last: int | jax.Array, target_ref: Any) -> None:
+    """Puts the next number of a counter in device memory into shared memory, as a float32 that this warpgroup sees.
+
+    The numbers that all who ask are given, each once, are 0, 1, ..., last, 0, 1, ...
+    """
+
+    def instruction(_, counter, last, target):
+        take = (
+            "{ .reg .b32 number; .reg .f32 x; @$3 atom.global.inc.u32 number, [$0], $1; "
+            "@$3 cvt.rn.f32.u32 x, number; @$3 st.shared.f32 [$2], x; }"
+        )
+        pointers = [utils.memref_ptr(ref) for ref in (counter, target)]
+        one = utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)
+        utils.inline_ptx(take, pointers[0], last.registers.item(), pointers[1], one, has_side_effects=True)
+        utils.warpgroup_barrier()
+
+    types = plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.RefType()
+    plgpu.inline_mgpu(arg_types=types)(instruction)(counter_ref, last, target_ref)
+
+
 def meet(counter_ref: Any, blocks: int) -> None:
     """Waits until `blocks` blocks, all of the launch, are here; each then sees what the others have written before.
 

@@ -68,6 +68,15 @@ def _masked_everywhere(key_blocks: Callable, *arguments: Any) -> schedule.Blocks
     return blocks._replace(clean_low=blocks.low, clean_high=blocks.low)
 
 
+def _all_heads(self: shared.Problem) -> int:
+    return self.query_heads
+
+
+def _dealt(make: Callable, *fields: Any) -> shared.Items:
+    """Block i takes items i, i + blocks, and so on, whatever they cost."""
+    return make(*fields[:-1], True)
+
+
 def _instead(owner: Any, name: str, other: Callable) -> Patch:
     """`other`, which is given what it stands for, in the place of a function."""
     return lambda: mock.patch.object(owner, name, partial(other, getattr(owner, name)))
@@ -78,7 +87,8 @@ STEPS: Mapping[str, Patch] = {
     "overlap within a warpgroup": partial(mock.patch.object, consumer.Products, "_overlapped", _one_after_the_other),
     "holding the assembler": partial(mock.patch.object, hopper, "complete", lambda *_: None),
     "falling order": _instead(schedule, "_in_falling_order", lambda _, tiles, key: tiles),
-    "there and back": _instead(schedule, "_place", lambda _, index, blocks, round: index),
+    "whoever is free": _instead(mosaic_gpu, "Items", _dealt),
+    "a KV head at a time": partial(mock.patch.object, shared.Problem, "heads_at_once", property(_all_heads)),
     "clean loops": _instead(schedule, "key_blocks", _masked_everywhere),
     "sums in parts": _instead(consumer, "_row_softmax", _exchanged),
 }

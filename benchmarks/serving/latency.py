@@ -12,8 +12,10 @@ import numpy as np
 
 from benchmarks.decode import NEW, PROMPT, REPEATS
 from benchmarks.record import MACHINE, OURS, Record
+from benchmarks.serving import replay
 from benchmarks.serving.offline import request
 from benchmarks.serving.workload import Workload
+from jaxinfer.decode.batch import StepInput
 from jaxinfer.engine import Engine, Request
 from jaxinfer.roofline import Hardware, Precision, decode_step, prefill
 
@@ -127,18 +129,21 @@ def _piece() -> float:
     return time.perf_counter() - start
 
 
-def decoding(desk: Desk, batch: int) -> list[Record]:
+def decoding(desk: Desk, batch: int, how: str = "") -> list[Record]:
     """NEW tokens of each of so many sequences, from when all have their first one: every step has all of them.
 
     Prompts come with no budget, or else the first sequences are far on when the last has its first token, and their
     contexts longer than is said.
+
+    Args:
+        how: the end of the case's name.
     """
     steps = sorted([_decode_step(desk, batch) for _ in range(REPEATS + 1)][1:])  # in the order of time, but the first
     step, context = statistics.median(steps), PROMPT + NEW // 2
     cost = decode_step(desk.engine.model.config, batch, context, desk.precision)
     fraction = cost.fraction(desk.ceilings, step)
     rates = [batch / seconds for seconds in steps]
-    case, spread = f"{desk.name} B{batch}", (steps[0] * 1e3, steps[-1] * 1e3, len(steps))
+    case, spread = f"{desk.name} B{batch}{how}", (steps[0] * 1e3, steps[-1] * 1e3, len(steps))
     return [
         Record(case, OURS, "decode", batch / step, "tok/s", fraction, rates[-1], rates[0], len(rates)),
         Record(case, OURS, "decode step", step * 1e3, "ms", fraction, *spread),
@@ -184,15 +189,21 @@ class Gaps:
         steady: of a decode step, program by program, before it came.
         beside: from what a program brought to what the next one did, which prefilled a part of it.
         first_token: of the prompt.
+        device_steady, device_beside: the same programs but the first, on the device alone.
+        chunks: rows of each of these steps that prefilled, and tokens before its chunk.
     """
 
     steady: list[float]
     beside: list[float]
     first_token: float
+    device_steady: np.ndarray
+    device_beside: np.ndarray
+    chunks: list[tuple[int, int]]
 
 
 def beside(desk: Desk, stall: Stall) -> list[Record]:
-    """The time between tokens of those who decode, while the prompt comes and before.
+    """The time between tokens of those who decode, while the prompt comes and before, as the host sees it and on the
+    device alone.
 
     Raises:
         ValueError: the engine decodes a step at a time, which looks like a step with prompts, or has no slot left.
@@ -202,40 +213,70 @@ def beside(desk: Desk, stall: Stall) -> list[Record]:
     if (steps := desk.engine.options.steps_per_dispatch) < 2:
         raise ValueError(f"steps_per_dispatch = {steps} must be at least 2 to tell decode steps from steps of prompts")
     rounds = [_gaps(desk, stall) for _ in range(REPEATS + 1)][1:]
-    steady = np.concatenate([gaps.steady for gaps in rounds]) * 1e3
-    mixed = np.concatenate([gaps.beside for gaps in rounds]) * 1e3
+    case = f"{desk.name} {stall.name}"
     first = sorted(gaps.first_token * 1e3 for gaps in rounds)
-    case, step = f"{desk.name} {stall.name}", float(np.median(steady))
-    middle, p99, worst = (float(np.percentile(mixed, percent)) for percent in (50, 99, 100))
+    seen, device = (
+        [np.concatenate([getattr(gaps, name) for gaps in rounds]) for name in names]
+        for names in (("steady", "beside"), ("device_steady", "device_beside"))
+    )
+    rows, cached = [chunk for gaps in rounds for chunk in gaps.chunks][int(device[1].argmax())]
     return [
-        Record(case, OURS, "decode step", step, "ms", None, float(steady.min()), float(steady.max()), len(steady)),
-        Record(case, OURS, "step with the prompt p50", middle, "ms", samples=len(mixed)),
-        Record(case, OURS, "step with the prompt p99", p99, "ms", samples=len(mixed)),
-        Record(case, OURS, "step with the prompt, worst", worst, "ms", samples=len(mixed)),
-        Record(case, OURS, "p99 over a decode step", p99 / step, "x"),
-        Record(case, OURS, "worst over a decode step", worst / step, "x"),
+        *_slowdown(case, "", *seen),
+        *_slowdown(case, " on the device", *device),
+        Record(case, OURS, "rows of the worst step on the device", rows, "rows"),
+        Record(case, OURS, "tokens before its chunk", cached, "tokens"),
         Record(case, OURS, "first token", statistics.median(first), "ms", None, first[0], first[-1], len(first)),
     ]
 
 
+def _slowdown(case: str, where: str, steady: np.ndarray, mixed: np.ndarray) -> list[Record]:
+    """Of steps that prefill against decode steps, both in seconds; `where` they were timed."""
+    step = float(np.median(steady))
+    middle, p99, worst = (float(np.percentile(mixed, percent)) for percent in (50, 99, 100))
+    spread = None, float(steady.min()) * 1e3, float(steady.max()) * 1e3, len(steady)
+    return [
+        Record(case, OURS, f"decode step{where}", step * 1e3, "ms", *spread),
+        Record(case, OURS, f"step with the prompt{where} p50", middle * 1e3, "ms", samples=len(mixed)),
+        Record(case, OURS, f"step with the prompt{where} p99", p99 * 1e3, "ms", samples=len(mixed)),
+        Record(case, OURS, f"step with the prompt{where}, worst", worst * 1e3, "ms", samples=len(mixed)),
+        Record(case, OURS, f"p99 over a decode step{where}", p99 / step, "x"),
+        Record(case, OURS, f"worst over a decode step{where}", worst / step, "x"),
+    ]
+
+
 def _gaps(desk: Desk, stall: Stall) -> Gaps:
+    runner, steps = desk.engine.runner, desk.engine.options.steps_per_dispatch
     room = desk.engine.layout.max_tokens - stall.context  # none who decodes ends meanwhile
-    few, steps = desk.draw(stall.decoding, stall.context, room), desk.engine.options.steps_per_dispatch
-    long = desk.draw(1, stall.prompt, NEW)
+    few, long = desk.draw(stall.decoding, stall.context, room), desk.draw(1, stall.prompt, NEW)
     desk.ask(few)
     desk.hear_first(few)
     for _ in range(SETTLE):
         desk.hear()
-    steady, beside = [], []
-    for _ in range(STEADY):
-        before = desk.told
-        desk.hear()
-        steady.append((desk.told - before) / steps)
-    start, brought = desk.ask(long), dict[int, int]()
-    while long[0].id not in brought:
-        before, brought = desk.told, desk.hear()
-        if brought[few[0].id] == 1:  # a program of decode steps brings more
-            beside.append(desk.told - before)
+    at_first = replay.standing(runner)
+    with replay.noted(runner, "loop") as loops:
+        steady = [_gap(desk)[0] / steps for _ in range(STEADY)]
+    before_prompt = replay.standing(runner)
+    beside, brought = [], dict[int, int]()
+    with replay.noted(runner, "step") as mixed:
+        start = desk.ask(long)
+        while long[0].id not in brought:
+            gap, brought = _gap(desk)
+            if brought[few[0].id] == 1:  # a program of decode steps brings more
+                beside.append(gap)
     first_token = desk.told - start
+    device_steady = replay.seconds(runner, runner.loop, loops, at_first) / steps
+    device_beside = replay.seconds(runner, runner.step, mixed, before_prompt)
     desk.clear()
-    return Gaps(steady, beside, first_token)
+    return Gaps(steady, beside, first_token, device_steady, device_beside, [_chunk(given[0]) for given in mixed[1:]])
+
+
+def _gap(desk: Desk) -> tuple[float, dict[int, int]]:
+    """Seconds from what a program brought to what the next one does, and that: tokens by request."""
+    before, brought = desk.told, desk.hear()
+    return desk.told - before, brought
+
+
+def _chunk(given: StepInput) -> tuple[int, int]:
+    """Rows of a step with one chunk, and tokens before it."""
+    first, end = np.asarray(given.starts_R1)[:2]
+    return len(given.tokens_T), int(given.lengths_R[0] - (end - first))

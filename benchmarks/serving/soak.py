@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import random
-import re
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 
 from benchmarks.record import Record
 from benchmarks.serving.online import events
+from benchmarks.serving.server import QUIET, Server
 
-OPTIONS = ("--max-num-seqs=8", "--max-num-batched-tokens=128", "--max-waiting=16", "--max-model-len=256", "--port=0")
+OPTIONS = ("--max-num-seqs=8", "--max-num-batched-tokens=128", "--max-waiting=16", "--max-model-len=256")
 LONGEST_PROMPT, MOST_TOKENS = 120, 64
 VOCABULARY = 1000  # prompts are token ids below it; every model has more
 COMPILED = "jaxinfer_compiled_programs_total"
 FLAT = 1.05  # of the memory after a tenth of the requests, at most at the end
-QUIET = 60.0  # seconds that a server has to settle
 
 
 @dataclass(frozen=True)
@@ -57,61 +51,6 @@ def visits(count: int, rate: float, seed: int = 0) -> Iterator[Visit]:
             streamed=rng.random() < 0.5,
             patience=rng.expovariate(2.0) if rng.random() < 0.2 else None,
         )
-
-
-@dataclass(frozen=True)
-class Server:
-    """A `jaxinfer serve` of the demo model in a process of its own."""
-
-    process: subprocess.Popen
-    url: str
-
-    def figures(self) -> dict[str, float]:
-        """The figures of `/metrics` by name, sums over their labels."""
-        totals: dict[str, float] = {}
-        for line in httpx.get(f"{self.url}/metrics").raise_for_status().text.splitlines():
-            if not line.startswith("#"):
-                name, _, value = line.rpartition(" ")
-                name = name.partition("{")[0]
-                totals[name] = totals.get(name, 0.0) + float(value)
-        return totals
-
-    def memory(self) -> int:
-        """Resident bytes of the HTTP process and the engine's."""
-        pids = [self.process.pid, *_children(self.process.pid)]
-        return sum(_resident(pid) for pid in pids)
-
-    def settle(self) -> dict[str, float]:
-        """The figures when nothing runs or waits any more.
-
-        Raises:
-            TimeoutError: something still does, after a minute.
-        """
-        deadline = time.monotonic() + QUIET
-        while (found := self.figures())["jaxinfer_running_requests"] or found["jaxinfer_waiting_requests"]:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the server does not settle: {found}")
-            time.sleep(0.1)
-        return found
-
-
-@contextlib.contextmanager
-def serving(*options: str) -> Iterator[Server]:
-    """A server that is warm, until the block ends; it is then told to stop and must end well."""
-    command = [sys.executable, "-c", "from jaxinfer.cli import app; app()", "serve", *OPTIONS, *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        said = next((line for line in process.stderr if "serving" in line), "")
-        if (found := re.search(r"https?://\S+", said)) is None:
-            raise RuntimeError(f"the server did not start: exit code {process.wait()}")
-        yield Server(process, found[0])
-        process.terminate()
-        if code := process.wait(QUIET):
-            raise RuntimeError(f"the server ended with exit code {code}")
-    finally:
-        process.kill()
-        process.stderr.close()
 
 
 def soak(server: Server, count: int, rate: float) -> list[Record]:
@@ -186,13 +125,3 @@ async def _outcome(client: httpx.AsyncClient, body: dict, visit: Visit) -> str:
     used = answer.get("usage") or {}
     right = (used.get("prompt_tokens"), used.get("completion_tokens")) == (len(visit.prompt), visit.output)
     return "whole" if right else f"an answer with the usage {used}"
-
-
-def _children(pid: int) -> list[int]:
-    found = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for path in found for child in path.read_text().split()]
-
-
-def _resident(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS"))

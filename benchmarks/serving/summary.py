@@ -27,7 +27,7 @@ class Objective:
 
 
 def summarize(case: str, implementation: str, timelines: Sequence[Timeline], objective: Objective) -> list[Record]:
-    """The records of one rate of arrival.
+    """The records of one rate of arrival; goodput counts the requests that met the objective.
 
     Raises:
         RuntimeError: no request was answered; with the first reason.
@@ -47,6 +47,9 @@ def summarize(case: str, implementation: str, timelines: Sequence[Timeline], obj
     return [
         Record(case, implementation, "output throughput", tokens / seconds, "tok/s"),
         Record(case, implementation, "goodput", well / seconds, "requests/s"),
+        Record(case, implementation, "objective, first token", objective.first_token * 1e3, "ms"),
+        Record(case, implementation, "objective, time per token", objective.per_token * 1e3, "ms"),
+        Record(case, implementation, "requests", len(timelines), "requests"),
         Record(case, implementation, "failed", len(timelines) - len(answered), "requests"),
         *(
             Record(case, implementation, f"{name} p{percent}", float(np.percentile(values, percent)) * 1e3, "ms")

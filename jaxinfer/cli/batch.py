@@ -10,9 +10,11 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from jaxinfer.cli.options import ADAPTIVE, ALWAYS, DRAFT, PROPOSED, SPECULATE, bad_argument, integer
+from jaxinfer.cli.options import bad_argument, integer
+from jaxinfer.cli.speculation import Speculating, speculating
 
 
+@speculating
 def batch(
     requests: Annotated[Path, typer.Argument(help="File of requests, one in a line.", exists=True, dir_okay=False)],
     answers: Annotated[Path, typer.Argument(help="File of answers; what it has already is not asked again.")],
@@ -31,11 +33,8 @@ def batch(
     cache_dtype: Annotated[
         str | None, typer.Option(help="Of keys and values, also int8 or float8_e4m3fn; the model's by default.")
     ] = None,
-    speculate: Annotated[str | None, typer.Option(help=SPECULATE)] = None,
-    num_speculative_tokens: Annotated[int | None, integer(help=PROPOSED)] = None,
-    draft_model: Annotated[str | None, typer.Option(help=DRAFT)] = None,
-    always_speculate: Annotated[bool, typer.Option("--always-speculate", help=ALWAYS)] = False,
-    adaptive_speculation: Annotated[bool, typer.Option("--adaptive-speculation", help=ADAPTIVE)] = False,
+    *,
+    speculation: Speculating,
 ) -> None:
     """Answer every request of REQUESTS into ANSWERS, a line each; a second run does what is left."""
     try:
@@ -63,15 +62,16 @@ def batch(
             options=Options(
                 max_num_seqs=max_num_seqs,
                 cache_dtype=cache_dtype,
-                speculation=by_name(speculate, num_speculative_tokens, draft_model),
-                always_speculate=always_speculate,
-                adaptive_speculation=adaptive_speculation,
+                speculation=by_name(**speculation.settings),
+                always_speculate=speculation.always,
+                adaptive_speculation=speculation.adaptive,
             ),
         )
     except (ValueError, OSError) as error:
         raise bad_argument(error) from error
     name = served_model_name or ("demo" if model is None else model)
     console, statuses = Console(stderr=True), Counter[int]()
+    speculation.warn(console.print)
     with answers.open("a", encoding="utf-8") as file, Progress(console=console) as progress:
         task = progress.add_task("requests", total=len(lines), completed=len(lines) - len(left))
         for told in answer_lines(llm, name, left):

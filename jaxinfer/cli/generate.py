@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from jaxinfer.cli.options import ADAPTIVE, ALWAYS, DRAFT, PROPOSED, SPECULATE, bad_argument, integer, number
+from jaxinfer.cli.options import bad_argument, integer, number
+from jaxinfer.cli.speculation import Speculating, speculating
 from jaxinfer.cli.units import si
 from jaxinfer.roofline import Precision, decode_step
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from jaxinfer.llm import LLM
 
 
+@speculating
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     model: Annotated[
@@ -41,11 +43,8 @@ def generate(
     cache_dtype: Annotated[
         str | None, typer.Option(help="Of keys and values, also int8 or float8_e4m3fn; the model's by default.")
     ] = None,
-    speculate: Annotated[str | None, typer.Option(help=SPECULATE)] = None,
-    num_speculative_tokens: Annotated[int | None, integer(help=PROPOSED)] = None,
-    draft_model: Annotated[str | None, typer.Option(help=DRAFT)] = None,
-    always_speculate: Annotated[bool, typer.Option("--always-speculate", help=ALWAYS)] = False,
-    adaptive_speculation: Annotated[bool, typer.Option("--adaptive-speculation", help=ADAPTIVE)] = False,
+    *,
+    speculation: Speculating,
 ) -> None:
     """Continue PROMPT and stream the text; then print tokens/s, the bandwidth that is, and the machine's limit."""
     from jaxinfer.decode.sampling_params import SamplingParams
@@ -56,7 +55,7 @@ def generate(
 
     keep_compiled()
 
-    def load(speculation: Speculation | None, adaptive: bool) -> LLM:
+    def load(method: Speculation | None, adaptive: bool) -> LLM:
         return LLM(
             DEMO if model is None else model,
             dtype=dtype,
@@ -65,25 +64,26 @@ def generate(
             options=Options(
                 max_num_seqs=1,
                 cache_dtype=cache_dtype,
-                speculation=speculation,
-                always_speculate=always_speculate,
+                speculation=method,
+                always_speculate=speculation.always,
                 adaptive_speculation=adaptive,
             ),
         )
 
     try:
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        llm = load(speculation := by_name(speculate, num_speculative_tokens, draft_model), adaptive_speculation)
+        llm = load(method := by_name(**speculation.settings), speculation.adaptive)
         llm.stream(prompt, params)  # tells what is wrong
         compile_for(llm, prompt, params)
     except (ValueError, OSError) as error:
         raise bad_argument(error) from error
+    console = Console(stderr=True)
+    speculation.warn(console.print)
     typer.echo(prompt, nl=False)
     clock = timed(llm, prompt, params, partial(typer.echo, nl=False))
     typer.echo()
-    console = Console(stderr=True)
     console.print(summary(llm, len(llm.tokenizer.encode(prompt)), clock))
-    if speculation is not None and clock.per_token:
+    if method is not None and clock.per_token:
         counters = llm.engine.counters
         del llm  # the plain one takes its place in memory
         plain = load(None, adaptive=False)

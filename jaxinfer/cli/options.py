@@ -9,19 +9,6 @@ from typing import Any
 
 import typer
 
-SPECULATE = (
-    "How to propose tokens, which are verified together: lookup (what followed the same tokens before), draft (what a "
-    "smaller model draws), early-exit (what the first layers of the model draw), lookahead (what the model drew ahead "
-    "of the text), medusa (what heads on its last hidden state say) or eagle (what a layer on its hidden states says)."
-)
-DRAFT = (
-    "The smaller model of draft, with the same tokenizer, the heads of medusa or the head of eagle: a folder or a "
-    "Hugging Face id; the demo model has its own of each."
-)
-ALWAYS = "Propose tokens also where plain decoding is predicted to be faster."
-ADAPTIVE = "Propose fewer tokens while that is predicted to be faster: of lookup, draft and early-exit."
-PROPOSED = "Tokens of a proposal; the method's own number by default."
-
 
 def integer(least: int | None = None, most: int | None = None, **option: Any) -> Any:
     """A `typer.Option` of an integer in `least`..`most`; `option` goes to it."""

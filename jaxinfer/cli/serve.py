@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from jaxinfer.cli.options import ADAPTIVE, ALWAYS, DRAFT, PROPOSED, SPECULATE, bad_argument, integer, number
+from jaxinfer.cli.online import LEARN, MOST_TEXTS, RATE, STEPS, TEXTS, learning_draft
+from jaxinfer.cli.options import bad_argument, integer, number
+from jaxinfer.cli.speculation import PANEL, Speculating, speculating
 
 if TYPE_CHECKING:
     from jaxinfer.serve.messages import Failed, Setup, Warming
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 _ENGINE, _NETWORK = "Engine", "Network"
 
 
+@speculating
 def serve(
     model: Annotated[
         str | None, typer.Argument(help="Folder of a checkpoint or Hugging Face id; the demo model by default.")
@@ -80,15 +83,6 @@ def serve(
             help="Of keys and values, also int8 or float8_e4m3fn; the model's by default.", rich_help_panel=_ENGINE
         ),
     ] = None,
-    speculate: Annotated[str | None, typer.Option(help=SPECULATE, rich_help_panel=_ENGINE)] = None,
-    num_speculative_tokens: Annotated[int | None, integer(help=PROPOSED, rich_help_panel=_ENGINE)] = None,
-    draft_model: Annotated[str | None, typer.Option(help=DRAFT, rich_help_panel=_ENGINE)] = None,
-    always_speculate: Annotated[
-        bool, typer.Option("--always-speculate", help=ALWAYS, rich_help_panel=_ENGINE)
-    ] = False,
-    adaptive_speculation: Annotated[
-        bool, typer.Option("--adaptive-speculation", help=ADAPTIVE, rich_help_panel=_ENGINE)
-    ] = False,
     prefix_caching: Annotated[
         bool, typer.Option(help="Prompts that begin alike share the pages of it.", rich_help_panel=_ENGINE)
     ] = True,
@@ -98,6 +92,12 @@ def serve(
     warm_up: Annotated[
         bool, typer.Option(help="Compile everything before the first request.", rich_help_panel=_ENGINE)
     ] = True,
+    *,
+    speculation: Speculating,
+    online_draft: Annotated[bool, typer.Option("--online-draft", help=LEARN, rich_help_panel=PANEL)] = False,
+    online_learning_rate: Annotated[float | None, number(least=1e-9, most=1, help=RATE, rich_help_panel=PANEL)] = None,
+    online_interval: Annotated[int | None, integer(least=1, help=STEPS, rich_help_panel=PANEL)] = None,
+    online_batch: Annotated[int | None, integer(least=1, most=MOST_TEXTS, help=TEXTS, rich_help_panel=PANEL)] = None,
 ) -> None:
     """Serve MODEL to OpenAI's clients: completions and chats, whole or streamed; SIGTERM ends it in order."""
     try:
@@ -122,13 +122,20 @@ def serve(
             "num_pages": num_pages,
             "steps_per_dispatch": steps_per_dispatch,
             "cache_dtype": cache_dtype,
-            "always_speculate": always_speculate,
-            "adaptive_speculation": adaptive_speculation,
+            "always_speculate": speculation.always,
+            "adaptive_speculation": speculation.adaptive,
             "enable_prefix_caching": prefix_caching,
             "max_waiting_time": max_waiting_time,
         },
         warm_up,
-        (speculate, num_speculative_tokens, draft_model),
+        speculation.settings,
+        learning_draft(
+            online_draft,
+            speculation.settings["speculate"],
+            learning_rate=online_learning_rate,
+            interval=online_interval,
+            batch=online_batch,
+        ),
     )
     name = served_model_name or ("demo" if model is None else model)
     settings = Settings(name, max_waiting, shutdown_timeout, api_key, ssl_certfile, ssl_keyfile)
@@ -138,6 +145,7 @@ def serve(
         raise typer.BadParameter(f"cannot listen on port {port} of {host}: {error.strerror or error}") from error
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
+        speculation.warn(console.print)
         with bound, WarmUpBar(console) as bar:
             code = run(setup, settings, bound, lambda line: console.print(line, markup=False), bar.show)
     except StartError as error:

@@ -1,4 +1,4 @@
-"""Which tokens each slot may draw next, as bits: 32 tokens a word, the lowest bit first. Needs no device."""
+"""Which tokens may be drawn next, as bits: 32 tokens a word, the lowest bit first. Needs no device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import numpy as np
 WORD = 32
 
 
-def no_masks(slots: int, vocab: int) -> np.ndarray:
-    """Words of slots that may draw every token, uint32 [B, U]."""
-    return np.full((slots, -(-vocab // WORD)), 0xFFFFFFFF, np.uint32)
+def no_masks(rows: int, vocab: int) -> np.ndarray:
+    """Words of draws that may be of every token, uint32 [W, U]."""
+    return np.full((rows, -(-vocab // WORD)), 0xFFFFFFFF, np.uint32)
+
+
+def allows(words_U: np.ndarray, token: int) -> bool:
+    """Whether a mask has a token."""
+    return bool(words_U[token // WORD] >> np.uint32(token % WORD) & np.uint32(1))

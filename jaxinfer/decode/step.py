@@ -3,6 +3,8 @@
 A step is two or three programs, so that few are compiled: what the model does depends on the number of tokens, what
 the sampler does on what the requests need, and prompts are scored in tiles of one size. A loop of decode steps is one
 program: in single steps an H100 decodes one sequence with 8 billion parameters 4 % slower, and with 600 million 20 %.
+A single step that verifies proposals, in which the host has a say, is three programs: it checks what the first one
+proposes while the second runs the model.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +22,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.stages import Lowered
 
-from jaxinfer.cache import make_cache, move
+from jaxinfer.cache import make_cache
 from jaxinfer.decode import sampling, slots
-from jaxinfer.decode.batch import (
-    Rows,
-    StepInput,
-    accepted_moves,
-    first_rows,
-    make_batch,
-    make_drafted,
-    make_rectangle,
-)
+from jaxinfer.decode.batch import Rows, StepInput, first_rows, make_batch, make_rectangle
 from jaxinfer.decode.forward import Cache, Forward
-from jaxinfer.decode.masks import WORD
+from jaxinfer.decode.masks import WORD, no_masks
 from jaxinfer.decode.packing import packed, unpacked
 from jaxinfer.decode.prompt_logprobs import PromptLogprobs, prompt_logprobs
 from jaxinfer.decode.sampling import Needs, Sampled
@@ -40,20 +35,19 @@ from jaxinfer.decode.slots import Admission, SlotState
 from jaxinfer.decode.speculative import (
     Observed,
     Pool,
-    Proposal,
     Speculation,
+    SpeculativeStep,
     beyond_of,
     depth_of,
     drafts_of,
-    tree_of,
-    verify,
+    remembering,
 )
-from jaxinfer.decode.tree import Ancestry, GrownTree
 from jaxinfer.model import Model, Params
 
 VOCABULARY_CHUNK = 8192
 SCORED = 64  # rows that one program gives log-probabilities, where the step has as many
 ENTRIES = 256  # of page tables that one program writes
+Part = Literal["propose", "drafted", "verify"]  # of a step whose proposals the host checks
 
 
 @jax.tree_util.register_dataclass
@@ -150,13 +144,15 @@ class Programs:
         self.model, self.layout, self.traces = model, layout, Counter[str]()
         taps = () if layout.speculation is None else layout.speculation.taps(model)
         self.forward = Forward(model, layout.page_size, layout.cache_dtype, layout.attention, taps=taps)
-        self._tree, self._pools = tree_of(layout.speculation), pools_of(model, layout.speculation)
-        donated = ("state", "cache")
+        self._pools, donated = pools_of(model, layout.speculation), ("state", "cache")
         self._step = jax.jit(self._traced_step, static_argnames=("tokens", "decode"), donate_argnames=("cache",))
         self._sample = jax.jit(self._traced_sample, static_argnames=("needs",), donate_argnames=("state",))
         self._mask = jax.jit(self._traced_mask)
         self._score = jax.jit(self._traced_score)
         self._loop = jax.jit(self._traced_loop, static_argnames=("steps", "needs", "drafts"), donate_argnames=donated)
+        self._propose = jax.jit(self._traced_propose, static_argnames=("needs",), donate_argnames=("cache",))
+        self._drafted = jax.jit(self._traced_drafted, donate_argnames=("cache",))
+        self._verify = jax.jit(self._traced_verify, static_argnames=("needs",), donate_argnames=donated)
         self._admit = jax.jit(self._traced_admit, static_argnames=("form",), donate_argnames=("state",))
         self._extend = jax.jit(self._traced_extend, donate_argnames=("tables",))
         self._release = jax.jit(self._traced_release, donate_argnames=("state",))
@@ -225,6 +221,42 @@ class Programs:
         """`loop`, not compiled yet. Once it is, `loop` finds it."""
         with jax.set_mesh(self.model.mesh):
             return self._loop.lower(params, state, cache, slots_B, steps=steps, needs=needs, drafts=drafts)
+
+    def verify(
+        self, params: Params, state: SlotState, cache: Cache, slots_B: np.ndarray, needs: Needs,
+        masks: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    ) -> tuple[SlotState, Cache, StepOutput]:  # fmt: skip
+        """A decode step that proposes tokens and verifies them, by the layout's method.
+
+        Args:
+            slots_B: see `loop`.
+            masks: asked when the forward pass is on its way for the tokens that may be drawn, as words of
+                `jaxinfer.decode.masks`, [B x (k + 1), U]. It is given what is proposed; see
+                `SpeculativeStep.on_host`.
+        """
+        with jax.set_mesh(self.model.mesh):
+            proposal, cache = self._propose(params, state, cache, slots_B, needs=self._proposed_by(needs))
+            for array in jax.tree.leaves(proposal._replace(kept_BkV=None)):
+                array.copy_to_host_async()
+            cache, *ran = self._drafted(params, state, cache, slots_B, proposal._replace(kept_BkV=None))
+            words_WU = masks(*self._checked.on_host(proposal))
+            return self._verify(state, cache, slots_B, proposal, *ran, words_WU, needs=needs)
+
+    def lower_verify(
+        self, part: Part, params: Params, state: SlotState, cache: Cache, slots_B: np.ndarray, needs: Needs
+    ) -> Lowered:
+        """One of the programs of `verify`, not compiled yet. Once it is, `verify` finds it."""
+        with jax.set_mesh(self.model.mesh):
+            propose = self._propose.lower(params, state, cache, slots_B, needs=self._proposed_by(needs))
+            proposal, _ = propose.out_info
+            if part == "propose":
+                return propose
+            drafted = self._drafted.lower(params, state, cache, slots_B, proposal._replace(kept_BkV=None))
+            _, *ran = drafted.out_info
+            if part == "drafted":
+                return drafted
+            words_WU = no_masks(*ran[0].shape)
+            return self._verify.lower(state, cache, slots_B, proposal, *ran, words_WU, needs=needs)
 
     def admission(
         self, params: SamplingParams, pages: Sequence[Sequence[int]], prompt_ids: Sequence[int] = (),
@@ -296,8 +328,7 @@ class Programs:
 
     def _traced_mask(self, logits_WV, words_BU):
         self.traces["mask"] += 1
-        allowed_WV = jax.sharding.reshard(allowed(words_BU, logits_WV.shape[1]), jax.typeof(logits_WV).sharding)
-        return jnp.where(allowed_WV, logits_WV, -jnp.inf)
+        return masked(logits_WV, words_BU)
 
     def _traced_sample(self, state, logits_WV, rows, shown_WE, *, needs):
         self.traces["sample"] += 1
@@ -312,16 +343,27 @@ class Programs:
 
     def _traced_loop(self, params, state, cache, slots_B, *, steps, needs, drafts):
         self.traces["loop"] += 1
-        some = len(slots_B) < self.layout.slots
-
-        own = slots.taken(state, slots_B) if some else state
-        body = partial(self._speculative, self.layout.method(drafts)) if drafts else self._plain
+        own = self._own(state, slots_B)
+        body = partial(self._proposing, self._speculative(drafts)) if drafts else self._plain
         (own, cache), (sampled, emits_nW) = jax.lax.scan(partial(body, params, needs), (own, cache), length=steps)
         if drafts:
             places = steps * (1 + drafts)
             sampled, emits_nW = jax.tree.map(lambda x: x.reshape(places, *x.shape[2:]), (sampled, emits_nW))
-        state = slots.put_back(state, slots_B, own, sampled.tokens_W, emits_nW) if some else own
-        return state, cache, StepOutput(sampled, emits_nW, ())
+        return self._with(state, slots_B, own, sampled, emits_nW), cache, StepOutput(sampled, emits_nW, ())
+
+    def _traced_propose(self, params, state, cache, slots_B, *, needs):
+        self.traces["propose"] += 1
+        return self._checked.propose(params, needs, self._own(state, slots_B), cache)
+
+    def _traced_drafted(self, params, state, cache, slots_B, proposal):
+        self.traces["drafted"] += 1
+        return self._checked.run(params, self._own(state, slots_B), cache, proposal)
+
+    def _traced_verify(self, state, cache, slots_B, proposal, logits_WV, shown_TE, words_WU, *, needs):
+        self.traces["verify"] += 1
+        own, logits_WV = self._own(state, slots_B), masked(logits_WV, words_WU)
+        own, cache, sampled, emits_dB = self._checked.take(needs, own, cache, proposal, logits_WV, shown_TE)
+        return self._with(state, slots_B, own, sampled, emits_dB), cache, StepOutput(sampled, emits_dB, ())
 
     def _traced_admit(self, state, slot, packed_U, form):
         self.traces["admit"] += 1
@@ -343,42 +385,39 @@ class Programs:
         state, sampled = self._draw(state, logits_WV, rows, shown_WE, needs)
         return (state, cache), (sampled, rows.emits_W)
 
-    def _speculative(self, method: Speculation, params, needs: Needs, carry, _):
-        """A step of a loop: one token for each slot that is active, and those before it that were right."""
+    def _proposing(self, speculative: SpeculativeStep, params, needs: Needs, carry, _):
+        """A step of a loop that verifies what it proposes."""
         state, cache = carry
-        with jax.named_scope("speculation"):
-            proposal, cache = method.propose(self.forward, params, needs, state, cache)
-        tree = self._ancestry(proposal)
-        batch = make_drafted(state, proposal.drafts_Bk, self.layout.page_size, tree)
-        row_W = jnp.arange(len(batch.tokens_T), dtype=jnp.int32)
-        cache, logits_WV, _, shown_TE = self.forward(params, cache, batch, row_W)
-        with jax.named_scope("sampling"):
-            logits_WV = jax.sharding.reshard(logits_WV, P(None, None))
-            verified = verify(state, logits_WV, proposal, needs, tree, method.typical)
-        after, sampled, emits_dB, rows_Bd, drawn_BQ = verified
-        taken_B = emits_dB.sum(axis=0, dtype=jnp.int32)
-        if tree is not None:
-            cache = self._in_place(state, cache, rows_Bd, taken_B)
-        flat_Bd = row_W.reshape(len(taken_B), -1)[:, :1] + rows_Bd
-        after = self._remember(state, after, shown_TE, flat_Bd, taken_B)
-        if after.memory is not None:
-            with jax.named_scope("speculation"):
-                tokens_BQ = jnp.concatenate([state.token_B[:, None], proposal.drafts_Bk], axis=1)
-                after = replace(after, memory=method.learn(after.memory, tokens_BQ, drawn_BQ, taken_B))
-        return (after, cache), (sampled, emits_dB)
+        proposal, cache = speculative.propose(params, needs, state, cache)
+        cache, logits_WV, shown_TE = speculative.run(params, state, cache, proposal)
+        state, cache, sampled, emits_dB = speculative.take(needs, state, cache, proposal, logits_WV, shown_TE)
+        return (state, cache), (sampled, emits_dB)
 
-    def _ancestry(self, proposal: Proposal) -> Ancestry | None:
-        """Which of the proposed tokens follow which; None where each follows the one before."""
-        if isinstance(self._tree, GrownTree):
-            assert proposal.parents_Bk is not None
-            return self._tree.ancestry(proposal.parents_Bk)
-        return None if self._tree is None else self._tree.ancestry
+    def _speculative(self, drafts: int) -> SpeculativeStep:
+        """That may find so many proposed tokens right, one of the layout's `choices`."""
+        return SpeculativeStep(self.forward, self.layout.method(drafts), tuple(self._pools))
 
-    @jax.named_scope("accepted")
-    def _in_place(self, state: SlotState, cache: Cache, rows_Bd: jax.Array, taken_B: jax.Array) -> Cache:
-        """The cache with the keys and values of the path that was taken through a tree one after the other."""
-        moves = accepted_moves(state, rows_Bd, taken_B, self.layout.page_size)
-        return tuple(move(pages, *moves[pool.group]) for pages, pool in zip(cache, self._pools, strict=True))
+    @property
+    def _checked(self) -> SpeculativeStep:
+        """That of `verify`."""
+        return self._speculative(self.layout.depth)
+
+    def _proposed_by(self, needs: Needs) -> Needs:
+        """What a program of proposals must be able to do: no more of these than the method has a use for."""
+        assert self.layout.speculation is not None
+        return needs if self.layout.speculation.draws else sampling.GREEDY
+
+    def _own(self, state: SlotState, slots_B: jax.Array) -> SlotState:
+        """Of the slots of a program without prompts."""
+        return slots.taken(state, slots_B) if len(slots_B) < self.layout.slots else state
+
+    def _with(
+        self, state: SlotState, slots_B: jax.Array, own: SlotState, sampled: Sampled, emits_nB: jax.Array
+    ) -> SlotState:
+        """The state of all slots after a program of these."""
+        if len(slots_B) == self.layout.slots:
+            return own
+        return slots.put_back(state, slots_B, own, sampled.tokens_W, emits_nB)
 
     @jax.named_scope("sampling")
     def _draw(
@@ -393,17 +432,8 @@ class Programs:
         sampled = sampling.sample(whole_WV, state.sampling, state.index_B, needs)
         after = slots.advance(state, sampled, rows.emits_W, rows.lengths_W)
         row_W1, ran_W = jnp.arange(len(rows.lengths_W), dtype=jnp.int32)[:, None], rows.lengths_W > 0
-        return self._remember(state, after, shown_WE, row_W1, ran_W.astype(jnp.int32)), sampled
-
-    def _remember(
-        self, before: SlotState, after: SlotState, shown_TE: jax.Array | None, rows_Bd: jax.Array, taken_B: jax.Array
-    ) -> SlotState:
-        """The state after a step with what the method of speculation keeps of it, if it does."""
-        if before.memory is None:
-            return after
-        assert self.layout.speculation is not None
-        assert shown_TE is not None
-        return replace(after, memory=self.layout.speculation.remember(before, shown_TE, rows_Bd, taken_B))
+        taken_W = ran_W.astype(jnp.int32)
+        return remembering(self.layout.speculation, state, after, shown_WE, row_W1, taken_W), sampled
 
 
 def pools_of(model: Model, speculation: Speculation | None) -> list[Pool]:
@@ -419,3 +449,9 @@ def allowed(words_WU: jax.Array, vocab: int) -> jax.Array:
     """The bits of masks as bool [W, V]."""
     bits_WUn = words_WU[:, :, None] >> jnp.arange(WORD, dtype=jnp.uint32)[None, None, :] & jnp.uint32(1)
     return bits_WUn.reshape(words_WU.shape[0], -1)[:, :vocab] == 1
+
+
+def masked(logits_WV: jax.Array, words_WU: jax.Array) -> jax.Array:
+    """The logits of the tokens that masks allow, -inf for the others."""
+    allowed_WV = jax.sharding.reshard(allowed(words_WU, logits_WV.shape[1]), jax.typeof(logits_WV).sharding)
+    return jnp.where(allowed_WV, logits_WV, -jnp.inf)

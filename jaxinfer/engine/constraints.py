@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
-from itertools import chain
-from typing import Protocol
+from functools import partial
+from typing import Protocol, Self
 
 import numpy as np
 
-from jaxinfer.decode.masks import no_masks
+from jaxinfer.decode.masks import allows, no_masks
 from jaxinfer.decode.structured_params import StructuredOutputsParams
 from jaxinfer.engine.request import Request, Update
 from jaxinfer.engine.sequence import Sequence
 
 THREADS = 8  # that make constraints, and as many that make masks: both leave Python's lock alone
 BRIEFLY = 0.01  # seconds that an idle engine waits at a time, before whoever drives it may add or abort something
-TOGETHER = 8  # masks that one of them makes: most take 20 us, and a thread is no sooner there
+TOGETHER = 8  # masks that one of them makes, or those of one output: most take 20 us, and a thread is no sooner there
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,10 @@ class Constraint(Protocol):
 
     def accept(self, token: int) -> None:
         """Takes the next token of the output."""
+        ...
+
+    def copy(self) -> Self:
+        """Another one of the same output, which may go on otherwise."""
         ...
 
 
@@ -98,15 +102,54 @@ class Constraints:
                 made = Update(request, (), (), None, "error")
             yield request, made
 
-    def masks(self, drawing: Iterable[Sequence], slots: int, vocab: int) -> np.ndarray:
-        """The masks of all slots, uint32 [B, U], for a step in which these sequences draw a token."""
-        words_BU = no_masks(slots, vocab)
-        constrained = [one for one in drawing if one.constraint is not None and not one.finished]
-        together = [constrained[at : at + TOGETHER] for at in range(0, len(constrained), TOGETHER)]
-        for sequence, words_U in zip(constrained, chain(*self._masking.map(_masks, together)), strict=True):
-            words_BU[sequence.slot] = words_U
-        return words_BU
+    def masks(
+        self, drawing: Iterable[tuple[int, Sequence]], vocab: int, drafts_Bk: np.ndarray, parents_Bk: np.ndarray
+    ) -> np.ndarray:
+        """The masks of a step, uint32 [B x (k + 1), U]: of every slot's draw after its newest token, and after each
+        proposed one.
+
+        Args:
+            drawing: sequences that draw, by their rows in the proposals.
+            drafts_Bk: tokens that are proposed; k may be 0.
+            parents_Bk: which of them each follows, as `Tree.parents`.
+        """
+        slots, queries = drafts_Bk.shape[0], drafts_Bk.shape[1] + 1
+        words_WU = no_masks(slots * queries, vocab)
+        words_BQU = words_WU.reshape(slots, queries, -1)
+        checks = [
+            partial(_check, one.constraint, one.request.stop_ids, drafts_Bk[row], parents_Bk[row], words_BQU[row])
+            for row, one in drawing
+            if one.constraint is not None and not one.finished
+        ]
+        size = max(TOGETHER // queries, 1)
+        together = [checks[at : at + size] for at in range(0, len(checks), size)]
+        for _ in self._masking.map(_call, together):  # raises what a check raises
+            pass
+        return words_WU
 
 
-def _masks(sequences: list[Sequence]) -> list[np.ndarray]:
-    return [one.constraint.mask() for one in sequences if one.constraint is not None]
+def _check(
+    constraint: Constraint, stop_ids: frozenset[int], drafts_k: np.ndarray, parents_k: np.ndarray, words_QU: np.ndarray
+) -> None:
+    """Writes the masks of one output's draws. Of those after a token that may not come where it is proposed, or that
+    ends the output, nothing is said: such a token is never drawn there, or is the last.
+
+    Args:
+        words_QU: masks that bar nothing.
+    """
+    words_QU[0] = constraint.mask()
+    parents = parents_k.tolist()
+    last = {parent: node for node, parent in enumerate(parents)}
+    after: dict[int, Constraint] = {-1: constraint}
+    for node, (token, parent) in enumerate(zip(drafts_k.tolist(), parents, strict=True)):
+        if parent in after and token not in stop_ids and allows(words_QU[parent + 1], token):
+            before = after[parent]
+            own = before if parent >= 0 and last[parent] == node else before.copy()  # nobody else goes on from there
+            own.accept(token)
+            words_QU[node + 1] = own.mask()
+            after[node] = own
+
+
+def _call(checks: list[Callable[[], None]]) -> None:
+    for check in checks:
+        check()

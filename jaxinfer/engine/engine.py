@@ -2,7 +2,8 @@
 
 The host schedules and dispatches step n + 1 while the device runs step n: step n + 1 reads step n's tokens on the
 device, and the host reads them late. What ran past the end of a sequence is discarded at commit. Where a constraint
-says which tokens may be drawn, the host reads step n and asks it while the device computes the logits of step n + 1.
+says which tokens may be drawn, the host reads step n and asks it while the device computes the logits of step n + 1,
+and has it check what step n + 1 proposes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -30,7 +32,7 @@ from jaxinfer.engine.memory import make_layout
 from jaxinfer.engine.metrics import Counters, Metrics, WarmUp
 from jaxinfer.engine.options import IN_FLIGHT, Options
 from jaxinfer.engine.request import Request, Update
-from jaxinfer.engine.runner import Masks, Runner
+from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.scheduler import Plan, Scheduler
 from jaxinfer.engine.sequence import Sequence
 from jaxinfer.engine.step_input import lay_out, next_tokens, padded
@@ -113,6 +115,11 @@ class Engine:
         except BaseException:
             self._start_afresh()
             raise
+
+    def draft_with(self, weights: Params) -> None:
+        """Gives the method of speculation other weights, such as it has learned, for all programs from now on."""
+        self.runner.draft_with(weights)
+        self.counters.draft_updates += 1
 
     @property
     def busy(self) -> bool:
@@ -227,17 +234,22 @@ class Engine:
             return None
         drawing = [*plan.decoding, *(chunk.sequence for chunk in plan.chunks if chunk.last)]
         by_slot = [(sequence.slot, sequence) for sequence in drawing if sequence.slot is not None]
-        needs, masks, slots = self._needs(plan), self._masks_for(drawing), self.layout.slots
+        needs, slots = self._needs(plan), self.layout.slots
+        constrained = any(sequence.constraint is not None for sequence in drawing)
         occupied = [slot for slot, _ in by_slot[: len(plan.decoding)]]
-        if not plan.chunks and masks is None and plan.steps == self.options.steps_per_dispatch:
+        loops = not plan.chunks and not constrained and plan.steps == self.options.steps_per_dispatch
+        if loops or plan.drafts:
             size = rectangle(len(occupied), slots)
             rows = by_slot if size == slots else list(enumerate(plan.decoding))
-            loop = self.runner.loop(padded(occupied, size, slots), needs, plan.drafts)
-            return Work(plan, rows, loop, loop=True)
+            slots_B = padded(occupied, size, slots)
+            if loops:
+                return Work(plan, rows, self.runner.loop(slots_B, needs, plan.drafts), loop=True)
+            return Work(plan, rows, self.runner.verify(slots_B, needs, partial(self._masks, rows)))
         tokens = step_size(len(occupied) + sum(chunk.tokens for chunk in plan.chunks), bool(plan.chunks))
         given = lay_out(plan.chunks, tokens, slots, occupied or None)
         wants = any(chunk.sequence.scores_prompt for chunk in plan.chunks)
         targets_T = next_tokens(plan.chunks, tokens, len(occupied)) if wants else None
+        masks = partial(self._masks, by_slot, *[np.zeros((slots, 0), np.int32)] * 2) if constrained else None
         return Work(plan, by_slot, self.runner.step(given, needs, targets_T, masks))
 
     def _tell(self, plan: Plan) -> None:
@@ -259,20 +271,14 @@ class Engine:
         exact = sampling.needs(sequence.request.params for sequence in sequences)
         return next((warm for warm in self._warm if warm.covers(exact)), exact)
 
-    def _masks_for(self, drawing: list[Sequence]) -> Masks | None:
-        """What makes the masks of a step, when its forward pass is on its way; None where nobody needs one.
+    def _masks(self, drawing: list[tuple[int, Sequence]], drafts_Bk: np.ndarray, parents_Bk: np.ndarray) -> np.ndarray:
+        """The masks of a step, when its forward pass is on its way; see `Constraints.masks`.
 
         All that is in flight is read before: a constraint knows what follows a token when it has the token.
         """
-        if all(sequence.constraint is None for sequence in drawing):
-            return None
-
-        def masks() -> np.ndarray:
-            while self._in_flight:
-                self._commit(self._in_flight.popleft())
-            return self._constraints.masks(drawing, self.layout.slots, self.model.config.vocab_size)
-
-        return masks
+        while self._in_flight:
+            self._commit(self._in_flight.popleft())
+        return self._constraints.masks(drawing, self.model.config.vocab_size, drafts_Bk, parents_Bk)
 
     # --- commit
 
@@ -331,5 +337,8 @@ class Engine:
             self.scheduler.finish(sequence)
         prompt = tuple(sequence.prompt_logprobs) if scored else None
         queued = sequence.queued if first else None
-        problem = sequence.constraint.failed if drawn.reason == "constraint" and sequence.constraint else None
+        problem = None
+        if drawn.reason == "constraint" and sequence.constraint is not None:
+            problem = sequence.constraint.failed
+            logger.warning("the output of request %d cannot go on: %s", sequence.request.id, problem)
         return Update(sequence.request, drawn.tokens, drawn.logprobs, prompt, drawn.reason, queued, corrected, problem)

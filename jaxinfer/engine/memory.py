@@ -15,7 +15,12 @@ HOST_FRACTION = 1 / 8  # of the host's memory that the cache may take where the 
 
 
 class NoRoomError(ValueError):
-    """The weights leave no room for a cache."""
+    """The weights leave no room for a cache, or these none for what is to run beside them."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of the device says so."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
 
 
 def make_layout(model: Model, options: Options) -> Layout:

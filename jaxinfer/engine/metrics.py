@@ -22,6 +22,7 @@ class Counters:
         drafts: how often tokens were proposed to a sequence.
         accepted: how often the first of them was right, the first two, and so on; not, where so many were not
             proposed.
+        draft_updates: how often what proposes them was given other weights.
     """
 
     preemptions: int = 0
@@ -32,6 +33,7 @@ class Counters:
     output_tokens: int = 0
     drafts: int = 0
     accepted: tuple[int, ...] = ()
+    draft_updates: int = 0
 
     def count_drafts(self, brought_Q: np.ndarray) -> None:
         """Counts what was proposed to a sequence in some steps.

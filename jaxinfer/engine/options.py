@@ -38,9 +38,8 @@ class Options:
         cache_dtype: of keys and values, one of CACHE_DTYPES; None takes the model's. In int8 and float8_e4m3fn every
             key and value of a head has a float32 scale of its own.
         enable_prefix_caching: texts that begin alike share the pages of their common beginning.
-        speculation: a method of `jaxinfer.decode.speculative`, which decode steps without prompts beside them use for
-            requests without a constraint; None decodes plainly. Outputs are the same, or by the method's choice other
-            draws of the same distribution.
+        speculation: a method of `jaxinfer.decode.speculative`, which decode steps without prompts beside them use;
+            None decodes plainly. Outputs are the same, or by the method's choice other draws of the same distribution.
         always_speculate: also where plain decoding is predicted to be faster; by default nothing is proposed there, as
             `jaxinfer.engine.gate` says.
         adaptive_speculation: proposals have at most the method's `num_speculative_tokens`, and before every program of

@@ -8,7 +8,7 @@ one page has, in a step that has to run anyway.
 
 Programs run on the device in the order of dispatch. A page may therefore be found as soon as the program that fills
 it is scheduled, in that very program even (every layer writes before it reads), and given back as soon as no program
-yet to be scheduled reads it.
+yet to be scheduled reads it: those in flight that do, of a request that was dropped too, run before its next owner's.
 """
 
 from __future__ import annotations

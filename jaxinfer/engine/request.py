@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -80,3 +81,7 @@ class Update:
     queued: float | None = None
     corrected: tuple[int, ...] = ()
     problem: str | None = None
+
+
+Watch = Callable[[list[Update]], None]
+"""Who is told what each step brought."""

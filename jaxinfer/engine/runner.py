@@ -12,10 +12,11 @@ from jaxinfer.decode.batch import StepInput
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.slots import Admission
-from jaxinfer.decode.step import Layout, Programs, StepOutput
+from jaxinfer.decode.step import Layout, Part, Programs, StepOutput
 from jaxinfer.model import Model, Params
 
 Masks = Callable[[], np.ndarray]  # asked for the tokens that each slot may draw, as late as may be
+Check = Callable[[np.ndarray, np.ndarray], np.ndarray]  # the same of proposals; see `Programs.verify`
 
 
 class Runner:
@@ -72,6 +73,13 @@ class Runner:
         )
         return _send(output)
 
+    def verify(self, slots_B: np.ndarray, needs: Needs, masks: Check) -> StepOutput:
+        """A decode step of these slots that verifies proposals; see `Programs.verify`."""
+        self.state, self.cache, output = self.programs.verify(
+            self.params, self.state, self.cache, slots_B, needs, masks
+        )
+        return _send(output)
+
     def lower_step(self, given: StepInput) -> Lowered:
         """The model's part of a step, to be compiled ahead."""
         return self.programs.lower_step(self.params, self.state, self.cache, given)
@@ -81,6 +89,10 @@ class Runner:
         return self.programs.lower_loop(
             self.params, self.state, self.cache, slots_B, steps=self.steps, needs=needs, drafts=drafts
         )
+
+    def lower_verify(self, part: Part, slots_B: np.ndarray, needs: Needs) -> Lowered:
+        """A part of `verify`, to be compiled ahead."""
+        return self.programs.lower_verify(part, self.params, self.state, self.cache, slots_B, needs)
 
     def update_all(self) -> None:
         """Runs each of the small programs that bring the slots up to date, to the effect of none."""

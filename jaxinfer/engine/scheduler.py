@@ -35,9 +35,9 @@ class Plan:
         released: slots that decode no more.
         admitted: sequences that begin, and of which the device knows nothing yet.
         entries: of the page tables of the others.
-        chunks: of texts that are prefilled; empty for a loop of decode steps.
+        chunks: of texts that are prefilled; empty for decode steps alone.
         decoding: sequences that get a token in each step.
-        steps: decode steps; 1 beside chunks.
+        steps: decode steps; 1 beside chunks, and where one of these has a constraint.
         drafts: proposed tokens that each of these may bring.
     """
 
@@ -142,7 +142,7 @@ class Scheduler:
         # What a constrained sequence may draw next, the host knows only after its last token.
         single = chunks or any(sequence.constraint is not None for sequence in decoding)
         steps = 1 if single else self.options.steps_per_dispatch
-        drafts = 0 if single or not decoding else self.gate.drafts(decoding)
+        drafts = 0 if chunks or not decoding else self.gate.drafts(decoding)
         released += self._hold(decoding, steps * (1 + drafts), self.beyond if drafts else 0)
         decoding = _holding(decoding)
         continued = [chunk.sequence for chunk in chunks if chunk.sequence not in admitted]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 
+import numpy as np
 from jax.stages import Lowered
 from jaxlib.mlir import ir
 
@@ -24,7 +25,8 @@ from jaxinfer.decode import sampling
 from jaxinfer.decode.batch import StepInput
 from jaxinfer.decode.masks import no_masks
 from jaxinfer.decode.sampling import Needs
-from jaxinfer.decode.step import SCORED
+from jaxinfer.decode.speculative import Speculation
+from jaxinfer.decode.step import SCORED, Part
 from jaxinfer.engine.buckets import FEW, powers, rectangles
 from jaxinfer.engine.clock import DeviceClock
 from jaxinfer.engine.costs import ENOUGH
@@ -37,6 +39,7 @@ from jaxinfer.machine import count_compiled
 
 Progress = Callable[[Warmed, int], None]  # what was made ready just now, and how many there are in all
 WARM = (sampling.GREEDY, sampling.UNFILTERED, sampling.EVERYTHING)  # kinds of sampling, the cheapest first
+PARTS: dict[Part, str] = {"propose": "checked proposals", "drafted": "verification", "verify": "checked draws"}
 KERNEL = "mosaic_gpu_v2"  # the custom call that holds one
 
 logger = logging.getLogger(__name__)
@@ -79,6 +82,26 @@ def warm_programs(runner: Runner, largest_step: int, masked: bool) -> Iterator[P
         yield _step(runner, f"{FEW} rows without prompts", lay_out([], FEW, slots, []))
         given = lay_out([], SMALLEST_BUCKET, slots, [])
         yield Program("masks", partial(runner.step, given, WARM[0], masks=masks))
+    if masked and (method := runner.layout.speculation) is not None:
+        yield from _checked(runner, method)
+
+
+def _checked(runner: Runner, method: Speculation) -> Iterator[Program]:
+    """Of steps whose proposals the host checks."""
+    slots, vocab = runner.layout.slots, runner.programs.model.config.vocab_size
+
+    def masks(drafts_Bk: np.ndarray, parents_Bk: np.ndarray) -> np.ndarray:
+        return no_masks(drafts_Bk.shape[0] * (1 + drafts_Bk.shape[1]), vocab)
+
+    once, every = WARM[:1], WARM
+    kinds: dict[Part, tuple[Needs, ...]] = {
+        "propose": every if method.draws else once, "drafted": once, "verify": every
+    }  # fmt: skip
+    for decode, (part, needs) in product(rectangles(slots), kinds.items()):
+        for kind in needs:
+            name = f"{PARTS[part]} of {decode} slots" + (f", {kind.level}" if needs == every else "")
+            step = padded([], decode, slots), kind
+            yield Program(name, partial(runner.verify, *step, masks), partial(runner.lower_verify, part, *step))
 
 
 def loop_programs(runner: Runner, kinds: Sequence[Needs]) -> Iterator[Program]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxinfer.engine import Metrics, Request, TokenLogprobs, Update, Warmed, WarmUp
-from jaxinfer.engine.request import FinishReason
+from jaxinfer.engine.request import FinishReason, Watch
+
+if TYPE_CHECKING:
+    from jaxinfer.engine import Engine
 
 # --- to the engine
 
@@ -21,13 +25,16 @@ class Setup:
         options: of `Options` by name.
         warm_up: compile everything before the first request, and tell each program.
         speculation: arguments of `decode.speculative.by_name`.
+        watch: is called in the engine process, by the name that it is pickled with, and gives who is told what each
+            step brought.
     """
 
     model: str | None
     llm: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     warm_up: bool = False
-    speculation: tuple[str | None, int | None, str | None] = (None, None, None)
+    speculation: dict[str, Any] = field(default_factory=dict)
+    watch: Callable[[Engine], Watch] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,27 @@ class Warming:
 
 
 @dataclass(frozen=True)
+class Loading:
+    """Seconds of an engine process's start, one part after the other, but for what is compiled then.
+
+    Attributes:
+        imports: from the order to start it until JAX and the engine's code are there.
+        device: until JAX has its devices.
+        model: until tokenizer, weights and an empty cache are.
+    """
+
+    imports: float
+    device: float
+    model: float
+
+    def __str__(self) -> str:
+        return (
+            f"model loaded in {self.imports + self.device + self.model:.1f} s: imports {self.imports:.1f} s, "
+            f"device {self.device:.1f} s, weights and cache {self.model:.1f} s"
+        )
+
+
+@dataclass(frozen=True)
 class Ready:
     """The model is loaded and compiled.
 
@@ -69,6 +97,7 @@ class Ready:
         vocab_size, context, eos_ids: as in `Limits`.
         longest: tokens of prompt and output that the cache can hold for one request; at most `context`.
         max_num_seqs: sequences that run at once.
+        loading: how long that took.
         warm_up: what was compiled for it; None leaves that to the requests.
     """
 
@@ -78,6 +107,7 @@ class Ready:
     eos_ids: tuple[int, ...]
     longest: int
     max_num_seqs: int
+    loading: Loading
     warm_up: WarmUp | None = None
 
 

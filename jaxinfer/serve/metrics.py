@@ -33,7 +33,9 @@ _COUNTERS: _Figures = {
     "preemptions": ("Sequences that gave pages back before they had ended.", lambda now: now.counters.preemptions),
     "timeouts": ("Requests that waited too long.", lambda now: now.counters.timeouts),
     "drafts": ("Proposals of tokens to a sequence.", lambda now: now.counters.drafts),
+    "accepted_first": ("Proposals whose first token was right.", lambda now: sum(now.counters.accepted[:1])),
     "accepted_tokens": ("Proposed tokens that were right.", lambda now: sum(now.counters.accepted)),
+    "draft_updates": ("Steps of training that gave the draft other weights.", lambda now: now.counters.draft_updates),
     "compiled_programs": ("Programs that were traced.", lambda now: now.compilations),
 }
 

@@ -64,7 +64,7 @@ def engine_process(setup: Setup) -> Iterator[tuple[BaseProcess, Connection]]:
     """The engine process while it is needed, and this side of the pipe to it. Ctrl-C ends it, too."""
     context = multiprocessing.get_context("spawn")  # JAX must not be forked
     here, there = context.Pipe()
-    process = context.Process(target=worker.main, args=(there, setup), name="jaxinfer-engine")
+    process = context.Process(target=worker.main, args=(there, setup, time.monotonic()), name="jaxinfer-engine")
     process.start()
     there.close()
     try:
@@ -149,6 +149,7 @@ def run(
     """
     with engine_process(setup) as (process, connection):
         ready = wait_until_ready(process, connection, warming)
+        say(str(ready.loading))
         if ready.warm_up is not None:
             say(str(ready.warm_up))
         listen(bound)

@@ -10,16 +10,19 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Metrics, Request, Warmed, WarmUp
+from jaxinfer.engine.request import Watch
 from jaxinfer.serve.channel import Channel
-from jaxinfer.serve.messages import Abort, Add, Failed, Ready, Refused, Setup, Step, Stop, Tokens, Warming
+from jaxinfer.serve.messages import Abort, Add, Failed, Loading, Ready, Refused, Setup, Step, Stop, Tokens, Warming
 
 if TYPE_CHECKING:
     from jaxinfer.engine import Engine
@@ -30,51 +33,69 @@ FAILURES = 3  # steps in a row that may fail on the host before the engine is gi
 logger = logging.getLogger(__name__)
 
 
-def main(connection: Connection, setup: Setup) -> None:
-    """Runs the engine until it is told to stop, or the HTTP process is gone; exits with 1 after an error."""
+@dataclass(frozen=True)
+class Loaded:
+    """A model, how long it took to load it, and what was compiled for it; None where that is left to the requests."""
+
+    llm: LLM
+    loading: Loading
+    warm_up: WarmUp | None
+
+
+def main(connection: Connection, setup: Setup, ordered: float) -> None:
+    """Runs the engine until it is told to stop, or the HTTP process is gone; exits with 1 after an error.
+
+    Args:
+        ordered: when this process was, by `time.monotonic`.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the HTTP process says when to stop
         signal.signal(number, signal.SIG_IGN)
     inbox: SimpleQueue[Any] = SimpleQueue()
     channel = Channel(connection, inbox.put, ended=lambda: os._exit(1))
-    loaded = load(setup, lambda warmed, total: channel.send(Warming(warmed, total)))
+    loaded = load(setup, ordered, lambda warmed, total: channel.send(Warming(warmed, total)))
     if isinstance(loaded, Failed):
         channel.send(loaded)
         channel.flush()
         sys.exit(1)
-    llm, warm_up = loaded
-    channel.send(ready(llm, warm_up))
+    channel.send(ready(loaded))
     settle()
-    failed = Worker(llm.engine, inbox, channel.send).run()
+    failed = Worker(loaded.llm.engine, inbox, channel.send, loaded.llm.watch).run()
     channel.flush()
     sys.exit(failed)
 
 
-def load(setup: Setup, progress: Callable[[Warmed, int], None]) -> tuple[LLM, WarmUp | None] | Failed:
+def load(setup: Setup, ordered: float, progress: Callable[[Warmed, int], None]) -> Loaded | Failed:
     """The model, with what was compiled for it, or what is wrong with it, the options or the machine.
 
     Args:
+        ordered: when the process was that loads it.
         progress: is told of each program that is ready; see `Engine.warm_up`.
     """
     import jax
 
     from jaxinfer.decode.speculative import by_name
     from jaxinfer.engine import Options
-    from jaxinfer.engine.memory import NoRoomError
+    from jaxinfer.engine.memory import NoRoomError, is_out_of_memory
     from jaxinfer.llm import DEMO, LLM
     from jaxinfer.machine import keep_compiled
 
+    imported = time.monotonic()
     keep_compiled()
     try:
+        jax.devices()
+        found = time.monotonic()
         model = DEMO if setup.model is None else setup.model
-        options = Options(**setup.options, speculation=by_name(*setup.speculation))
+        options = Options(**setup.options, speculation=by_name(**setup.speculation))
         llm = LLM(model, options=options, **setup.llm)
-        return llm, llm.engine.warm_up(progress) if setup.warm_up else None
+        llm.watch = None if setup.watch is None else setup.watch(llm.engine)
+        loading = Loading(imported - ordered, found - imported, time.monotonic() - found)
+        return Loaded(llm, loading, llm.engine.warm_up(progress) if setup.warm_up else None)
     except NoRoomError as error:
         return Failed("memory", str(error), _device())
     except (ValueError, OSError) as error:
         return Failed("input", str(error))
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+        if not is_out_of_memory(error):
             raise
         return Failed("memory", _first_line(error), _device())
 
@@ -86,8 +107,9 @@ def settle() -> None:
     gc.freeze()
 
 
-def ready(llm: LLM, warm_up: WarmUp | None) -> Ready:
+def ready(loaded: Loaded) -> Ready:
     """What the HTTP process must know of the model."""
+    llm = loaded.llm
     limits = llm.intake.limits
     return Ready(
         folder=str(llm.folder),
@@ -96,7 +118,8 @@ def ready(llm: LLM, warm_up: WarmUp | None) -> Ready:
         eos_ids=limits.eos_ids,
         longest=longest(llm.engine, limits.context),
         max_num_seqs=llm.engine.options.max_num_seqs,
-        warm_up=warm_up,
+        loading=loaded.loading,
+        warm_up=loaded.warm_up,
     )
 
 
@@ -115,10 +138,12 @@ class _GivenUpError(Exception):
 
 
 class Worker:
-    """Drives an engine by the messages in `inbox`, and answers with `send`."""
+    """Drives an engine by the messages in `inbox`, and answers with `send`; `watch` is told after that."""
 
-    def __init__(self, engine: Engine, inbox: SimpleQueue[Any], send: Callable[[Any], None]):
-        self._engine, self._inbox, self._send = engine, inbox, send
+    def __init__(
+        self, engine: Engine, inbox: SimpleQueue[Any], send: Callable[[Any], None], watch: Watch | None = None
+    ):
+        self._engine, self._inbox, self._send, self._watch = engine, inbox, send, watch
         self._failures = 0
         self._told: Metrics | None = None
 
@@ -149,7 +174,7 @@ class Worker:
     def _obey(self, message: Add | Abort) -> None:
         if isinstance(message, Abort):
             for name in message.ids:
-                with self._surviving():
+                with self._surviving("an abort failed; what ran is aborted"):
                     self._engine.abort(name)
             return
         for request in message.requests:
@@ -163,15 +188,23 @@ class Worker:
     def _step(self) -> None:
         """Runs the engine once and tells what that brought."""
         updates = None
-        with self._surviving():
+        with self._surviving("a step failed; what ran is aborted"):
             updates = self._engine.step()
-        if updates is not None:
+        if updates is None:
+            return
+        self._tell([Tokens.of(update) for update in updates])
+        with self._surviving("what watches the steps failed at one"):
+            if self._watch is not None:
+                self._watch(updates)
+                self._tell([])
             self._failures = 0
-            self._tell([Tokens.of(update) for update in updates])
 
     @contextmanager
-    def _surviving(self) -> Iterator[None]:
-        """For what the engine does: where that fails on the host it has begun afresh, and goes on.
+    def _surviving(self, problem: str) -> Iterator[None]:
+        """For what may fail on the host now and then: an engine has begun afresh then, and all goes on.
+
+        Args:
+            problem: for the log.
 
         Raises:
             _GivenUpError: the device failed, or the host again and again.
@@ -183,7 +216,7 @@ class Worker:
         except jax.errors.JaxRuntimeError as error:
             raise _GivenUpError(f"the device failed: {_first_line(error)}") from error
         except Exception as error:
-            logger.exception("a step failed; what ran is aborted")
+            logger.exception(problem)
             self._failures += 1
             if self._failures == FAILURES:
                 raise _GivenUpError(f"{FAILURES} steps in a row failed: {_first_line(error)}") from error

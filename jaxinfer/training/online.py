@@ -17,53 +17,59 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.stages import Compiled
 
 from jaxinfer.decode.speculative import DraftModel
 from jaxinfer.engine import Engine, Update
+from jaxinfer.engine.memory import NoRoomError, is_out_of_memory
 from jaxinfer.model import Model, Params
 from jaxinfer.training.train import TrainState, check_attention, descend, initial_state, token_losses
 
 
 class OnlineDraft:
-    """Trains an engine's draft model on what the engine tells.
-
-    Attributes:
-        steps: of training, so far.
-    """
+    """Trains an engine's draft model on what the engine tells. The engine counts the steps, as `draft_updates`."""
 
     def __init__(
-        self, engine: Engine, *, learning_rate: float = 1e-4, batch: int = 8, row: int = 256, buffer: int = 256
-    ):
+        self, engine: Engine, *, learning_rate: float = 1e-4, interval: int = 16, batch: int = 8, row: int = 256,
+        buffer: int = 256,
+    ):  # fmt: skip
         """
         Args:
             engine: one whose speculation is a `DraftModel` of full attention.
             learning_rate: of Adam (Kingma & Ba 2014).
+            interval: steps of the engine from one of training to the next, at least: each holds up answers a little.
             batch: texts of one step of training.
             row: tokens that each text has at most, the newest ones.
             buffer: texts that wait at most; the oldest are forgotten.
 
         Raises:
             ValueError: the engine has no draft model, or an argument is out of range.
+            NoRoomError: a step of training does not fit beside the cache.
         """
         method = engine.options.speculation
         if not isinstance(method, DraftModel) or method.model is None:
             raise ValueError(f"the engine's speculation is {method!r}; it must be a DraftModel, which can learn")
         check_attention("the draft model", method.model.config)
-        for name, value, least in (("batch", batch, 1), ("row", row, 2), ("buffer", buffer, batch)):
+        counts = {"interval": (interval, 1), "batch": (batch, 1), "row": (row, 2), "buffer": (buffer, batch)}
+        for name, (value, least) in counts.items():
             if value < least:
                 raise ValueError(f"{name} = {value!r} must be an integer, at least {least}")
         if not learning_rate > 0:
             raise ValueError(f"learning_rate = {learning_rate!r} must be above 0")
-        self.steps = 0
-        self._engine, self._batch, self._row = engine, batch, row
+        self._engine, self._batch, self._row = engine, batch, min(row, method.model.context)
+        self._interval, self._since = interval, 0  # steps of the engine since the last of training
         self._texts: dict[int, list[int]] = {}  # of requests that run
         self._wrong: dict[int, list[int]] = {}  # where in them the draft was
         self._buffer: deque[tuple[list[int], list[int]]] = deque(maxlen=buffer)
-        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
-        self._learn = jax.jit(partial(_learned, method.model, optimizer), donate_argnums=0)
-        with jax.set_mesh(method.model.mesh):
-            self._state = initial_state(method.weights, optimizer)
         self._mesh = method.model.mesh
+        try:
+            self._learn, self._state = self._tried(method.model, method.weights, learning_rate)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise NoRoomError(
+                f"no room beside the cache to train the draft model; use fewer pages: {error}"
+            ) from error
 
     def see(self, updates: Iterable[Update]) -> None:
         """Takes what a step of the engine brought, and makes a step of training when there is enough."""
@@ -76,7 +82,8 @@ class OnlineDraft:
                 self._keep(self._texts.pop(name), self._wrong.pop(name))
         for name in self._texts.keys() - self._engine.scheduler.sequences.keys():  # dropped by their callers
             del self._texts[name], self._wrong[name]
-        if len(self._buffer) >= self._batch:
+        self._since += 1
+        if self._since >= self._interval and len(self._buffer) >= self._batch:
             self.learn()
 
     def learn(self) -> jax.Array:
@@ -91,17 +98,36 @@ class OnlineDraft:
         """
         if not self._buffer:
             raise ValueError("no text with a wrong proposal waits")
-        tokens_BS = np.zeros((self._batch, self._row), np.int32)
-        wrong_BS = np.zeros((self._batch, self._row), np.float32)
+        self._since = 0
+        tokens_BS, wrong_BS = self._no_texts()
         for row in range(min(self._batch, len(self._buffer))):
             text, wrong = self._buffer.popleft()
             tokens_BS[row, : len(text)] = text
             wrong_BS[row, wrong] = 1
         with jax.set_mesh(self._mesh):
-            self._state, weights, nats = self._learn(self._state, tokens_BS, wrong_BS[:, 1:])
-        self._engine.runner.draft_with(weights)
-        self.steps += 1
+            self._state, weights, nats = self._learn(self._state, tokens_BS, wrong_BS)
+        self._engine.draft_with(weights)
         return nats
+
+    def _tried(self, model: Model, weights: Params, learning_rate: float) -> tuple[Compiled, TrainState]:
+        """A step of training, and what the first one begins with. The step has run once, without effect: nobody waits
+        for the compiler later, and there is memory for it."""
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
+        learn = jax.jit(partial(_learned, model, optimizer), donate_argnums=0)
+        tokens_BS, wrong_BS = self._no_texts()
+
+        def first() -> TrainState:
+            return initial_state([jnp.array(weight, jnp.float32) for weight in weights], optimizer)  # copies
+
+        with jax.set_mesh(self._mesh):
+            compiled = learn.lower(state := first(), tokens_BS, wrong_BS).compile()
+            jax.block_until_ready(compiled(state, tokens_BS, wrong_BS + 1))
+            return compiled, first()
+
+    def _no_texts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Room for the tokens of a step, and for where proposals of them were wrong."""
+        shape = self._batch, self._row
+        return np.zeros(shape, np.int32), np.zeros(shape, np.float32)
 
     def _keep(self, text: list[int], wrong: list[int]) -> None:
         """Puts the end of a text in the buffer, where a proposal was wrong in it."""
@@ -120,7 +146,7 @@ def _learned(
         return [param.astype(leaf.dtype) for param, leaf in zip(params, model.parameters.values(), strict=True)]
 
     def loss(params: Params) -> jax.Array:
-        return jnp.sum(token_losses(model, as_computed(params), tokens_BS) * wrong_BS) / jnp.sum(wrong_BS)
+        return jnp.sum(token_losses(model, as_computed(params), tokens_BS) * wrong_BS[:, 1:]) / jnp.sum(wrong_BS)
 
     state, nats = descend(optimizer, state, loss)
     return state, as_computed(state.params), nats

@@ -21,7 +21,7 @@ from pallas_kernels.blockwise import LOG2E, Options, PagedKV, share
 from pallas_kernels.flash_attention import consumer, producer, schedule
 from pallas_kernels.flash_attention.config import CONSUMERS, Config, choose, for_few_queries, result_dtype, scratch
 from pallas_kernels.flash_attention.schedule import ROW_ALIGNMENT, Tile
-from pallas_kernels.flash_attention.shared import Problem, Refs, Signals
+from pallas_kernels.flash_attention.shared import Items, Problem, Refs, Signals
 from pallas_kernels.lowered import once
 
 PRODUCER = CONSUMERS  # the last warpgroup
@@ -98,33 +98,38 @@ def _launch(q_TM, kv: PagedKV, table_RJ, tiles_I6, count_1, sinks_N, options, co
     k, v = (pool_PSKH.reshape(P * S, K * H) for pool_PSKH in (kv.k_PSKH, kv.v_PSKH))
     scales = (x if x is None else x.reshape(-1) for x in (kv.k_scales_PKS, kv.v_scales_PKS))
     sinks_N = None if sinks_N is None else sinks_N.astype(jnp.float32) * LOG2E
-    return once(run, ("flash_attention", problem, blocks), q_TM, k, v, *scales, table_RJ, tiles_I6, count_1, sinks_N)
+    arrays = q_TM, k, v, *scales, table_RJ, tiles_I6, count_1, jnp.zeros((1,), jnp.int32), sinks_N
+    return once(run, ("flash_attention", problem, blocks), *arrays)
 
 
 def _kernel(problem: Problem, blocks: int, *refs, **smem):
     refs = Refs(*refs)
-    config, N = problem.config, problem.query_heads
-    index, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+    config, warpgroup = problem.config, lax.axis_index("warpgroup")
     signals = Signals.of(config, smem)
+    tiles = refs.tile_count[0]
+    counted = refs.next_item, smem["lse"].at[CONSUMERS], smem["items_full"]
+    items = Items(lax.axis_index("block"), blocks, tiles * problem.query_heads, *counted, config.interpretable)
 
-    def for_each_item(work):
-        """Calls work(tile, its blocks of keys, head, blocks of keys done before) for the items of this block."""
+    def for_each_item(work, number):
+        """Calls work(tile, its blocks of keys, head, blocks of keys done before) for the items of this block, of which
+        `number` gives the nth."""
 
-        def step(i, done):
-            item = schedule.item(index, blocks, i)
-            rank, head = lax.div(item, jnp.int32(N)), lax.rem(item, jnp.int32(N))
+        def step(carry):
+            item, nth, done = carry
+            following = number(nth + 1)
+            rank, head = schedule.rank_and_head(item, tiles, problem.heads_at_once)
             tile = Tile(*(refs.tiles[rank, field] for field in range(len(Tile._fields))))
             keys = schedule.key_blocks(tile, config.tile_rows, config.block_kv, problem.options.window, config.splits)
             work(tile, keys, head, done)
-            return done + keys.total
+            return following, nth + 1, done + keys.total
 
-        lax.fori_loop(0, schedule.share(index, blocks, refs.tile_count[0] * N), step, jnp.int32(0))
+        lax.while_loop(lambda carry: carry[0] < items.total, step, (items.block, jnp.int32(0), jnp.int32(0)))
 
     @pl.when(warpgroup == PRODUCER)
     def _():
         plgpu.set_max_registers(problem.producer_registers, action="decrease")
         load = producer.load_quantized if problem.quantized else producer.load
-        for_each_item(partial(load, problem, refs, smem, signals))
+        for_each_item(partial(load, problem, refs, smem, signals), items.take)
         for signal, slot in signals.of_memory(config):  # no consumer is left behind
             signal.wait(slot)
 
@@ -134,6 +139,6 @@ def _kernel(problem: Problem, blocks: int, *refs, **smem):
         for signal, slot in signals.of_memory(config):  # all of it is free at the start
             signal.send(slot)
         pl.when(warpgroup == 1)(lambda: signals.turn.send(0))
-        for_each_item(partial(consumer.compute, problem, refs, smem, signals, warpgroup))
+        for_each_item(partial(consumer.compute, problem, refs, smem, signals, warpgroup), items.read)
         pl.when(warpgroup == 0)(lambda: signals.turn.wait(0))
         plgpu.wait_smem_to_gmem(0)

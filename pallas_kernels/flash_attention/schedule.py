@@ -1,4 +1,4 @@
-"""Which query rows a block works on and in which order: ragged sequences cut into tiles, the longest first."""
+"""Which query rows are worked on and in which order: ragged sequences cut into tiles, the longest first."""
 
 from __future__ import annotations
 
@@ -120,20 +120,9 @@ def _in_falling_order(x_I6: jax.Array, key_I: jax.Array) -> jax.Array:
     return jnp.zeros_like(x_I6).at[jnp.sum(first_II, axis=1, dtype=jnp.int32)].set(x_I6, unique_indices=True)
 
 
-def share(index: jax.Array, blocks: int, items: jax.Array) -> jax.Array:
-    """How many of the items block `index` gets."""
-    rounds, rest = lax.div(items, jnp.int32(blocks)), lax.rem(items, jnp.int32(blocks))
-    return rounds + (_place(index, blocks, rounds) < rest).astype(jnp.int32)
-
-
-def item(index: jax.Array, blocks: int, round: jax.Array) -> jax.Array:
-    """The item of block `index` in a round.
-
-    Items come in falling order of work. Every other round goes backwards, so that the block with the most gets the
-    least next: their sums differ by no more than the largest item.
-    """
-    return round * blocks + _place(index, blocks, round)
-
-
-def _place(index: jax.Array, blocks: int, round: jax.Array) -> jax.Array:
-    return jnp.where(lax.rem(round, jnp.int32(2)) == 0, index, blocks - 1 - index)
+def rank_and_head(item: jax.Array, tiles: jax.Array, at_once: int) -> tuple[jax.Array, jax.Array]:
+    """Which entry of the work list, and which head, an item is: all tiles of the first `at_once` heads come first,
+    then those of the next."""
+    section = lax.div(item, tiles * at_once)
+    within = item - section * tiles * at_once
+    return lax.div(within, jnp.int32(at_once)), section * at_once + lax.rem(within, jnp.int32(at_once))

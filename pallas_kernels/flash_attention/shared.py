@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.blockwise import Options
-from pallas_kernels.flash_attention.config import CONSUMERS, Config
+from pallas_kernels.flash_attention.config import CONSUMERS, ITEMS_AHEAD, Config
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,11 @@ class Problem:
     quantized: bool
     options: Options
     config: Config
+
+    @property
+    def heads_at_once(self) -> int:
+        """Whose tiles are worked on at a time: those that share a KV head, which then stays in the L2."""
+        return self.query_heads // self.kv_heads
 
     # Registers of a thread: the 128 threads of every warpgroup share 65,536.
     @property
@@ -48,6 +55,7 @@ class Refs(NamedTuple):
     table: jax.Ref
     tiles: jax.Ref  # the work list of schedule.py and its length
     tile_count: jax.Ref
+    next_item: jax.Ref  # a zero, on which the blocks count the items that are taken; every launch leaves it at zero
     sinks: jax.Ref | None  # in units of log 2
     out: jax.Ref
     lse: jax.Ref  # [N, T for each part]
@@ -86,6 +94,48 @@ class Meeting:
         else:
             plgpu.barrier_arrive(self.barrier)
             plgpu.barrier_wait(self.barrier)
+
+
+@dataclass(frozen=True)
+class Items:
+    """The numbers of the items that a block works on: first its own, then whichever block is free takes the next.
+
+    The producer takes a number one item ahead, so that nobody waits for it, and leaves it in shared memory for the
+    consumers. When it puts one where another was, it has waited for queries of a later item than that to be free.
+    """
+
+    block: jax.Array
+    blocks: int
+    total: jax.Array
+    counter: jax.Ref  # in device memory
+    numbers: jax.Ref  # float32, which are exact up to 2^24 items: 16 million tokens of 128 heads
+    full: jax.Ref
+    dealt: bool  # in turn: the interpreter cannot count
+
+    def take(self, nth: int | jax.Array) -> jax.Array:
+        """The number of the block's nth item, above 0; no less than `total` if there is none."""
+        if self.dealt:
+            return self.block + nth * self.blocks
+        slot = self._slot(nth)
+        # As many are taken as there are items, since a block stops at the first that is too large: the counter ends
+        # where it began.
+        hopper.take_number(self.counter.at[0], self.total - 1, self.numbers.at[slot])
+        plgpu.barrier_arrive(self.full.at[slot])
+        return self._number(slot)
+
+    def read(self, nth: int | jax.Array) -> jax.Array:
+        """The same, for a consumer."""
+        if self.dealt:
+            return self.block + nth * self.blocks
+        slot = self._slot(nth)
+        plgpu.barrier_wait(self.full.at[slot])
+        return self._number(slot)
+
+    def _slot(self, nth: int | jax.Array) -> jax.Array:
+        return lax.rem(jnp.int32(nth), jnp.int32(ITEMS_AHEAD))
+
+    def _number(self, slot: jax.Array) -> jax.Array:
+        return self.blocks + self.numbers[slot].astype(jnp.int32)
 
 
 class Signals(NamedTuple):

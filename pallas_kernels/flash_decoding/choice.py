@@ -14,6 +14,7 @@ from pallas_kernels.flash_decoding.units import Shape
 from pallas_kernels.hopper import BUFFER_ALIGNMENT, SHARED_BYTES, buffer_bytes
 
 MOST_STAGES = 6
+FEW_ROWS = 8  # those of a decode step
 TUNED = Path(__file__).with_name("tuned.json")
 
 
@@ -33,7 +34,8 @@ def shared_memory(shape: Shape, config: Config) -> int:
 
 
 def tuning_key(shape: Shape) -> str:
-    return f"H={shape.head_size} of {8 * shape.kv_dtype.itemsize} bits"
+    rows = "" if shape.padded_rows <= FEW_ROWS else f", more than {FEW_ROWS} rows"
+    return f"H={shape.head_size} of {8 * shape.kv_dtype.itemsize} bits{rows}"
 
 
 def candidates(shape: Shape, multiprocessors: int) -> list[Config]:
@@ -51,7 +53,7 @@ def choose(shape: Shape, multiprocessors: int) -> Config:
     found = tuned.find(TUNED, tuning_key(shape))
     if isinstance(found, dict):
         config = replace(Config(**found), ctas=multiprocessors)
-        if shared_memory(shape, config) <= SHARED_BYTES:  # it was measured with few query rows, and more take more
+        if shared_memory(shape, config) <= SHARED_BYTES:  # with more rows than it was measured with it may not
             return config
     sizes = itertools.product((2, 1), (2, 1), range(MOST_STAGES, 1, -1))
     wanted = (Config(multiprocessors, stages, buffers, pipelines) for pipelines, buffers, stages in sizes)

@@ -7,6 +7,7 @@ import math
 import random
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -22,9 +23,12 @@ from benchmarks.serving.plot import curves, plot_curve
 from benchmarks.serving.summary import Objective, summarize
 from benchmarks.serving.workload import WORKLOADS, Job, Workload, longest, mixed
 from benchmarks.tables import TABLES
-from jaxinfer.engine import WarmUp
-from jaxinfer.model import read_config
+from jaxinfer.engine import Engine, WarmUp
+from jaxinfer.llm import DEMO
+from jaxinfer.model import Model, read_config
+from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import Precision, find_hardware, workload_limit
+from tests.engine.fake import FakePrograms
 from tests.engine.tiny import assert_warm, warm_llm
 
 JOBS = [Job((1, 2, 3), 3), Job((4, 5), 1), Job((6,), 2)]
@@ -119,8 +123,15 @@ def test_latencies_through_the_engine(tmp_path_factory, monkeypatch):
     middle, p99, worst = (found[case, f"step with the prompt{name}"] for name in (" p50", " p99", ", worst"))
     assert middle.samples == 2 * 2  # 80 tokens beside 2 take two programs of 64 rows, in each of two rounds
     assert middle.value <= p99.value <= worst.value
-    ratio = found[case, "worst over a decode step"].value
-    assert ratio == pytest.approx(worst.value / found[case, "decode step"].value)
+    for where in ("", " on the device"):
+        ratio = found[case, f"worst over a decode step{where}"].value
+        worst = found[case, f"step with the prompt{where}, worst"].value
+        assert ratio == pytest.approx(worst / found[case, f"decode step{where}"].value)
+    assert found[case, "step with the prompt on the device p50"].samples == 2 * 1  # all but the first of a round
+    rows, cached = (
+        found[case, name].value for name in ("rows of the worst step on the device", "tokens before its chunk")
+    )
+    assert (rows, cached) == (64, 62)  # the first chunk is 62 of the 64 rows
     assert {metric for _, metric in TABLES["beside-a-prompt"].places()} <= {metric for _, metric in found}
     assert_warm(llm)
     with pytest.raises(ValueError, match="max_num_seqs = 4 must be more than the 4 sequences that decode"):
@@ -143,6 +154,39 @@ def test_the_command_measures_static_batching_where_requests_outnumber_the_slots
     list(command.measure_offline(command.parse(["offline", "--model", "m", "--workload", "--batches", "1", "4"])))
     assert seen == [("m", 1), ("m", 4)]
     assert min(len(WORKLOADS[name].sizes) for name in more) > command.parse(["offline"]).max_num_seqs
+
+
+def test_blocks_of_several_sizes_by_engines_of_the_same_weights(monkeypatch):
+    """One engine at a time, each of its size, on a device in plain Python; the cases are those of the table."""
+    model, params, made = Model(read_config(DEMO), make_mesh(1), context=4096), [], []
+
+    class Counted(Engine):
+        def __init__(self, *given):
+            assert [one for one in made if one() is not None] == []
+            assert given[:2] == (model, params)
+            super().__init__(*given)
+            made.append(weakref.ref(self))
+
+        def warm_up(self, progress=None):
+            return WarmUp((), 1.0, 0)
+
+    for name, value in {"PROMPT": 5, "NEW": 32, "REPEATS": 1}.items():
+        monkeypatch.setattr(latency, name, value)
+    monkeypatch.setattr("jaxinfer.engine.runner.Programs", FakePrograms)
+    monkeypatch.setitem(WORKLOADS, "256 requests", Workload(((6, 5), (4, 3))))
+    monkeypatch.setattr(command, "Engine", Counted)
+    monkeypatch.setattr(command, "random_model", lambda name, context: (model, params))
+    monkeypatch.setattr(command, "ceilings", lambda: find_hardware("h200"))
+    groups = list(command.measure_blocks(command.parse(["blocks", "--batches", "1", "16", "--num-pages", "400"])))
+    found = {(record.case, record.metric) for group in groups for record in group}
+    sizes = (1, 2, 4, 8, 16)
+    assert len(made) == len(sizes)
+    places = {place for size in sizes for place in TABLES["blocks"].places(f" in blocks of {size}")}
+    assert found & places == {
+        (f"llama-3-8b {what} in blocks of {size}", metric)
+        for size in sizes
+        for what, metric in (("B1", "decode"), ("B16", "decode"), ("256 requests", "output throughput"))
+    }
 
 
 def test_a_static_batch_goes_on_until_its_longest_has_ended():
@@ -204,6 +248,19 @@ def test_timelines_of_a_server(target):
     assert refused.error.startswith("429")
 
 
+def test_the_command_sends_requests_for_a_while_at_each_rate(target, monkeypatch):
+    monkeypatch.setitem(WORKLOADS, "256 requests", Workload(((3, 2), (2, 1))))
+    arguments = ["online", "--url", target.url, "--model", "llama-3-8b", "--rates", "8", "16", "--seconds", "0.25"]
+    groups = list(command.measure_online(command.parse(arguments)))
+    found = {(record.case, record.metric): record.value for group in groups for record in group}
+    case = "llama-3-8b 256 requests at {} requests/s"
+    assert (found[case.format(8), "requests"], found[case.format(16), "requests"]) == (2, 4)
+    for rate in (8, 16):
+        assert set(TABLES["online"].places(f" at {rate} requests/s")) <= found.keys()
+    with pytest.raises(SystemExit):
+        command.parse([*arguments[:-3], "inf", "--seconds", "1"])
+
+
 def test_arrivals_are_random_and_do_not_wait_for_answers(target):
     jobs, rate = [Job((1,), 20)] * 30, 100.0
     timelines = asyncio.run(arrive(target, jobs, rate))
@@ -231,6 +288,7 @@ def test_percentiles_throughput_and_goodput():
     assert found["output throughput"] == pytest.approx(44 / 0.5)
     assert found["goodput"] == pytest.approx(1 / 0.5)  # a token of the second takes 19 ms
     assert found["failed"] == 1
+    assert (found["objective, first token"], found["objective, time per token"], found["requests"]) == (120, 15, 5)
     assert found["first token p50"] == pytest.approx(115)
     assert found["time per token p99"] == pytest.approx(36.7, abs=0.3)
     assert found["gap p50"] == pytest.approx(235)

@@ -100,6 +100,7 @@ def test_serving_has_tables_of_its_own_and_rows_beside_single_programs(tmp_path)
         ),
         Record(stall, "jaxinfer", "decode step", 6.5, "ms"),
         Record(stall, "jaxinfer", "worst over a decode step", 1.9, "x"),
+        Record(stall, "jaxinfer", "worst over a decode step on the device", 1.8, "x"),
     ]
     update("serving", {"commit": "new"}, ours, [], tmp_path)
     rows = [line.split(" | ") for line in render(marks, tmp_path).splitlines() if line.startswith("| ")]
@@ -108,7 +109,7 @@ def test_serving_has_tables_of_its_own_and_rows_beside_single_programs(tmp_path)
     assert shown["vLLM 0.24"] == ["", "", "", "", "34,459 (84%)", ""]
     assert shown["**jaxinfer**, through the engine"] == ["", "2,500 (80%)", "", ""]
     ours = [[cell.strip(" |") for cell in row[1:]] for row in rows if row[0] == "| **jaxinfer**"]
-    assert ours == [["", "", "11,000", "", "35,000 (85%)", ""], ["6.5", "", "", "", "1.9", ""]]
+    assert ours == [["", "", "11,000", "", "35,000 (85%)", ""], ["6.5", "", "", "", "1.9", "1.8", ""]]
 
 
 def test_serving_columns_are_cases():

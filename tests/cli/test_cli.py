@@ -1,13 +1,16 @@
 """The commands as a user types them."""
 
+import inspect
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,12 +19,14 @@ from typer.testing import CliRunner
 
 from jaxinfer import checkpoint
 from jaxinfer.cli import app
+from jaxinfer.cli.online import MOST_TEXTS, RATE, STEPS, TEXTS
 from jaxinfer.decode.speculative import PromptLookup, by_name
 from jaxinfer.engine import Options
 from jaxinfer.llm import DEMO
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import find_hardware
+from jaxinfer.training.online import OnlineDraft
 
 ROOT = Path(__file__).parents[2]
 SPEED = re.compile(
@@ -92,7 +97,7 @@ def test_a_server_bounds_how_long_a_prompt_holds_up_the_others(monkeypatch):
     asked = []
 
     def served(setup, *others):
-        asked.append(Options(**setup.options, speculation=by_name(*setup.speculation)))
+        asked.append(Options(**setup.options, speculation=by_name(**setup.speculation)))
         return 0
 
     monkeypatch.setattr("jaxinfer.serve.server.run", served)
@@ -103,6 +108,30 @@ def test_a_server_bounds_how_long_a_prompt_holds_up_the_others(monkeypatch):
     assert options.speculation == PromptLookup(5)
     assert options.always_speculate
     assert options.adaptive_speculation
+
+
+def test_what_learns_is_made_in_the_engine_process(monkeypatch):
+    """It is pickled on its way there, with what was asked for; the rest is as the help says."""
+    asked, defaults = [], inspect.signature(OnlineDraft).parameters
+    monkeypatch.setattr("jaxinfer.serve.server.run", lambda setup, *others: asked.append(setup) or 0)
+    monkeypatch.setattr(
+        "jaxinfer.training.online.OnlineDraft", lambda *given, **named: SimpleNamespace(see=(given, named))
+    )
+    flags = ["serve", "--port", "0", "--speculate", "draft"]
+    for more in (
+        [],
+        ["--online-draft"],
+        ["--online-draft", "--online-learning-rate", "0.1", "--online-interval", "3"],
+    ):
+        assert run(*flags, *more).exit_code == 0
+    plain, default, chosen = (pickle.loads(pickle.dumps(setup)).watch for setup in asked)
+    assert plain is None
+    assert default("the engine") == (("the engine",), {})
+    assert chosen("the engine") == (("the engine",), {"learning_rate": 0.1, "interval": 3})
+    assert f"; {defaults['learning_rate'].default} by default" in RATE
+    assert f"; {defaults['interval'].default} by default" in STEPS
+    assert f"; {defaults['batch'].default} by default" in TEXTS
+    assert defaults["buffer"].default == MOST_TEXTS
 
 
 def test_convert_keeps_every_bit(tmp_path):
@@ -146,6 +175,19 @@ def test_convert_keeps_every_bit(tmp_path):
             ["generate", "a", "--speculate", "lookahead", "--num-speculative-tokens", "8"],
             "num_speculative_tokens = 8 must be one less than a multiple of 4 in 8..128",
         ),
+        (["serve", "--online-draft"], "online_draft has no use where speculate = None; it must be 'draft'"),
+        (
+            ["serve", "--speculate", "lookup", "--online-draft"],
+            "online_draft has no use where speculate = 'lookup'; it must be 'draft'",
+        ),
+        (
+            ["serve", "--speculate", "draft", "--online-batch", "4"],
+            "online_batch = 4 has no use without --online-draft",
+        ),
+        (["serve", "--online-learning-rate", "0.1"], "online_learning_rate = 0.1 has no use without --online-draft"),
+        (["serve", "--online-learning-rate", "0"], "'--online-learning-rate': 0 must be a number in 1e-09..1"),
+        (["serve", "--online-interval", "0"], "'--online-interval': 0 must be an integer, at least 1"),
+        (["serve", "--online-batch", "257"], "'--online-batch': 257 must be an integer in 1..256"),
         (["generate", "a", "--temperature", "x"], "Invalid value for '--temperature': 'x' must be a number"),
         (["generate", "a", "--max-tokens", "1.5"], "Invalid value for '--max-tokens': '1.5' must be an integer"),
         (["generate", "a", "--tensor-parallel", "4"], "tensor"),

@@ -17,6 +17,7 @@ class Branching(Speculation):
     Of every third index of the output the second token is wrong too."""
 
     parents: tuple[int, ...] = PARENTS
+    draws = True
 
     @property
     def num_speculative_tokens(self):  # pyright: ignore[reportIncompatibleVariableOverride]

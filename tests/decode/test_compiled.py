@@ -4,6 +4,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import cast, get_args
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from jaxinfer.decode import sampling
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.speculative import DraftModel, Eagle, EarlyExit, Lookahead, PromptLookup, Speculation, depth_of
-from jaxinfer.decode.step import Layout, Programs
+from jaxinfer.decode.step import Layout, Part, Programs
 from jaxinfer.engine.step_input import lay_out
 from jaxinfer.engine.warm_up import WARM
 from jaxinfer.model import EagleHead, Model, read_config, read_eagle_config
@@ -61,6 +62,8 @@ def compiled(
             lowered = programs._loop.lower(
                 *given, np.arange(SLOTS, dtype=np.int32), steps=3, needs=needs, drafts=depth_of(speculation)
             )
+        elif which in get_args(Part):
+            lowered = programs.lower_verify(cast(Part, which), *given, np.arange(SLOTS, dtype=np.int32), needs)
         else:
             step = lay_out([], TOKENS, SLOTS, [])
             lowered = programs._step.lower(*given, step.packed(), **step.sizes)
@@ -148,6 +151,20 @@ def test_a_loop_that_speculates_moves_no_cache_and_asks_no_host(method, config, 
     aliased = re.findall(r"\{(\d+)\}: \((\d+), \{\}", header)
     assert len(aliased) == len(jax.tree.leaves((loop.state, loop.cache)))
     assert not re.search(r"infeed|outfeed|send\(|recv\(|callback", loop.text)
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [(EarlyExit(3, 1), "float32"), (Branching((-1, -1, 0)), "int8")],
+    ids=["EarlyExit", "Branching"],
+)
+@pytest.mark.parametrize("part", get_args(Part))
+def test_a_step_that_the_host_checks_moves_no_cache(part, method, dtype):
+    """Nor the state of the slots, which the last part alone gives back."""
+    found = compiled(part, ODD, speculation=method, cache_dtype=dtype)
+    assert moved(found.text, {array.size for array in jax.tree.leaves(found.cache)}) == []
+    updated = jax.tree.leaves((found.state, found.cache) if part == "verify" else found.cache)
+    assert len(re.findall(r"\{\d+\}: \(\d+, \{\}", found.text.splitlines()[0])) == len(updated)
 
 
 def test_grouped_heads_share_keys_and_values(alone):

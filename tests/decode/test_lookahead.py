@@ -132,16 +132,16 @@ def test_the_papers_sizes_fit():
     assert len(Lookahead(15, 5, 15).tree.paths) == 120
     assert by_name("lookahead") == Lookahead()
     for count in (7, 11, 55, 127):
-        method = by_name("lookahead", count)
+        method = by_name("lookahead", num_speculative_tokens=count)
         assert method.num_speculative_tokens == count == len(method.tree.parents)
-    assert by_name("lookahead", 55) == Lookahead()
+    assert by_name("lookahead", num_speculative_tokens=55) == Lookahead()
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 128, 131, 0, -1])
 def test_sizes_that_no_tree_has_are_refused(count):
     message = rf"num_speculative_tokens = {count} must be one less than a multiple of 4 in 8\.\.128 where speculate"
     with pytest.raises(ValueError, match=message):
-        by_name("lookahead", count)
+        by_name("lookahead", num_speculative_tokens=count)
 
 
 @pytest.mark.parametrize(

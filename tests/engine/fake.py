@@ -7,7 +7,7 @@ Programs run when they are dispatched, which is the order in which a device runs
 
 import functools
 from concurrent import futures
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -75,6 +75,9 @@ class Chain:
 
     def accept(self, token):
         self.seen = longer(self.seen, token)
+
+    def copy(self):
+        return replace(self)
 
 
 def first_allowed(token: int, words_U: np.ndarray) -> int:

@@ -21,7 +21,7 @@ from jaxinfer.parallel import make_mesh
 from jaxinfer.training.train import DenseRows
 from tests.engine.eagle_heads import by_hand, features, nearly_right, nearly_right_third, ranked, write_head
 from tests.engine.test_medusa import FOLLOWS, PARAMS, PROMPTS, D, V, assert_all_is_right, write
-from tests.engine.test_speculation import answers
+from tests.engine.test_speculation import answers, assert_constrained_alike
 from tests.engine.tiny import CONFIG, assert_clean, drawing_alike, tiny_folder, write_checkpoint
 
 OPTIONS = Options(
@@ -187,13 +187,14 @@ def assert_those_of_the_whole_text(llm: LLM, tensors: dict[str, np.ndarray]) -> 
 
 
 def test_a_head_never_changes_an_output(llm, model, one_rectangle):
-    """Greedy and sampled, preempted and shared."""
+    """Greedy and sampled, preempted and shared, with constraints and without."""
     plain = drawing_alike(LLM(model, options=replace(OPTIONS, num_pages=None)))
     before = llm.engine.counters.preemptions
     assert answers(llm, PROMPTS, PARAMS) == answers(plain, PROMPTS, PARAMS)
     assert llm.engine.counters.preemptions > before
     assert llm.engine.metrics.prefix_hit_rate > 0
     assert llm.engine.counters.tokens_per_draft > 1.5
+    assert_constrained_alike(llm, plain)
     assert_clean(llm)
 
 
@@ -296,4 +297,4 @@ def test_settings_out_of_range_are_refused():
         with pytest.raises(ValueError, match=message):
             Eagle("head", **settings)
     assert by_name("eagle") == Eagle()
-    assert by_name("eagle", 7, "head") == Eagle("head", 7)
+    assert by_name("eagle", num_speculative_tokens=7, draft_model="head") == Eagle("head", 7)

@@ -20,7 +20,7 @@ from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import MEASURED, StepTimes, decode_step, independent
 from tests.decode.branching import Branching
-from tests.engine.fake import FakeTimes
+from tests.engine.fake import Chain, FakeTimes
 
 DRAFTS, SLOTS = 4, 256
 LAYOUT = Layout(SLOTS, 16, (4096,), 512, "bfloat16", speculation=PromptLookup(DRAFTS))
@@ -322,3 +322,18 @@ def test_the_scheduler_asks_for_programs_of_decode_steps_alone():
     assert [(plan.steps, plan.drafts) for plan in made] == [(3, 2), (3, 0), (3, 2)]
     assert asked == [2, 2, 2]
     assert [sequence.proposed for sequence in made[0].decoding] == [12, 12]
+
+
+def test_a_step_beside_a_constraint_may_propose():
+    """It is a single one, for all."""
+    options = Options(
+        max_num_seqs=4, max_num_batched_tokens=64, page_size=4, num_pages=99, steps_per_dispatch=3,
+        speculation=PromptLookup(2),
+    )  # fmt: skip
+    plans = Scheduler(Layout(4, 4, (99,), 96, "float32", speculation=PromptLookup(2)), (None,), options)
+    for number, constraint in enumerate((None, Chain())):
+        plans.add(Request(number, (1, 2, 3), SamplingParams(max_tokens=90, ignore_eos=True), (), 0), constraint)
+    assert plans.schedule().drafts == 0  # beside prompts
+    made = [plans.schedule() for _ in range(2)]
+    assert [(plan.steps, plan.drafts, len(plan.decoding)) for plan in made] == [(1, 2, 2)] * 2
+    assert [(one.scheduled, one.proposed) for one in made[0].decoding] == [(3, 4)] * 2

@@ -12,7 +12,7 @@ from jaxinfer.engine.gate import Gate
 from jaxinfer.llm import LLM
 from tests.decode.test_lookahead import ByHand
 from tests.engine.test_medusa import FOLLOWS, OPTIONS, write
-from tests.engine.test_speculation import Alternating, answers
+from tests.engine.test_speculation import CONSTRAINED, CONSTRAINED_PROMPTS, Alternating, answers
 from tests.engine.tiny import assert_clean, drawing_alike, tiny_folder
 
 METHOD = Lookahead(window_size=4, ngram_size=4, max_verification_set_size=2, pool_size=50)
@@ -81,11 +81,14 @@ def test_looking_ahead_never_changes_an_output(one_rectangle, tmp_path, tiny):
         SamplingParams(temperature=1.0, max_tokens=33, seed=5, ignore_eos=True),
     ]
     found, counters = answers(llm, prompts, params), llm.engine.counters
+    constrained = answers(llm, CONSTRAINED_PROMPTS, CONSTRAINED)
+    assert llm.engine.runner.programs.traces["verify"] > 0
     assert counters.preemptions > 0
     assert counters.tokens_per_draft > 1.1
     for gate in (Alternating(llm.engine.layout), Never(llm.engine.layout)):
         llm.engine.gate = llm.engine.scheduler.gate = gate
         drafts = counters.drafts
         assert answers(llm, prompts, params) == found
+        assert answers(llm, CONSTRAINED_PROMPTS, CONSTRAINED) == constrained
         assert (counters.drafts == drafts) == isinstance(gate, Never)
     assert_clean(llm)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from benchmarks.copying import Shut
+from benchmarks.speculative.comparing import Shut
 from jaxinfer import SamplingParams, checkpoint
 from jaxinfer.decode.sampling import pack
 from jaxinfer.decode.slots import Admission, admit, empty_slots, put_back, taken
@@ -21,7 +21,7 @@ from jaxinfer.engine.gate import Gate
 from jaxinfer.llm import LLM
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
-from tests.engine.test_speculation import Alternating, answers
+from tests.engine.test_speculation import Alternating, answers, assert_constrained_alike
 from tests.engine.tiny import CONFIG, assert_clean, drawing_alike, tiny_folder
 
 V, D, HEADS = CONFIG["vocab_size"], CONFIG["hidden_size"], 3
@@ -127,6 +127,7 @@ def test_heads_never_change_an_output(one_rectangle, tmp_path, tiny):
     assert counters.preemptions > 0
     assert counters.accepted_by_position[0] > 0.5
     assert counters.accepted[-1] > 0
+    assert_constrained_alike(llm, plain)
     assert_clean(llm)
 
 
@@ -211,7 +212,10 @@ def test_heads_of_another_model_are_refused(tmp_path, tiny):
         llm(options=replace(OPTIONS, speculation=Medusa(tiny)))
     with pytest.raises(ValueError, match="num_speculative_tokens = 128 must be"):
         Medusa(tmp_path, 128)
-    assert (by_name("medusa"), by_name("medusa", 7, "heads")) == (Medusa(), Medusa("heads", 7))
+    assert (by_name("medusa"), by_name("medusa", num_speculative_tokens=7, draft_model="heads")) == (
+        Medusa(),
+        Medusa("heads", 7),
+    )
 
 
 @pytest.mark.parametrize(

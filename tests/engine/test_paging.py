@@ -182,12 +182,12 @@ class Requests(RuleBasedStateMachine):
 @pytest.mark.parametrize("sharing", [True, False])
 def test_requests_of_random_arrivals(sharing, monkeypatch):
     """Many more, and longer, than the machine above tries; among them everything that can happen."""
-    preemptions, hits, evictions = 0, 0, 0
+    preemptions, hits, evictions, dropped = 0, 0, 0, 0
     for seed in range(30):
         random = Random(seed)
         monkeypatch.setattr("jaxinfer.engine.engine.IN_FLIGHT", random.choice([1, 2, 4]))
         options = dataclasses.replace(OPTIONS, enable_prefix_caching=sharing, num_pages=random.choice([37, 44, 90]))
-        engine, requests, told = fake_engine(options, CONTEXT, times=random.choice(TIMES)), [], {}
+        engine, requests, told, aborted = fake_engine(options, CONTEXT, times=random.choice(TIMES)), [], {}, set()
         engine.budget.most = random.choice([3, 17, 64])
         while len(requests) < 40:
             stops, priority = random.random() < 0.5, random.choice([0, 0, 0, 1])
@@ -199,14 +199,21 @@ def test_requests_of_random_arrivals(sharing, monkeypatch):
             for _ in range(random.choice([0, 1, 1, 2, 8])):
                 gather(told, engine.step())
                 assert_exact(engine)
+            if engine.scheduler.running and random.random() < 0.2:
+                sequence = random.choice([*engine.scheduler.running.values()])
+                dropped += sequence.in_flight > 0
+                aborted.add(sequence.request.id)
+                engine.abort(sequence.request.id)
+                assert_exact(engine)  # its pages are free, whatever is in flight
         run(engine, told)
         assert_idle(engine)
         for each in requests:
-            assert_told(told, each)
+            assert_told(told, each, each.id in aborted)
         preemptions += engine.counters.preemptions
         hits += engine.counters.prefix_hits
         evictions += engine.metrics.evictions
     assert preemptions > 100
+    assert dropped > 50
     assert (hits > 1000, evictions > 1000) == (sharing, sharing)
 
 

@@ -107,3 +107,29 @@ def test_preempted_log_probabilities_are_told_once(llm):
         for before, after in zip(plain[1] + plain[2][1:], preempted[1] + preempted[2][1:], strict=True):
             assert before.token == after.token
             assert after.logprob == pytest.approx(before.logprob, abs=2e-5)  # float32, summed in another order
+
+
+@pytest.mark.parametrize("programs", [1, 2, 3])
+@pytest.mark.parametrize("same", [False, True])
+def test_what_a_dropped_request_held_serves_the_next_while_programs_that_name_it_are_in_flight(llm, programs, same):
+    """Those were dispatched before, and run before: another prompt overwrites the pages, the same one finds them."""
+    greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    prompts = COMMON, COMMON if same else COMMON[::-1]
+    dropped, asked = (Request(number, prompt, greedy, (EOS,), 0) for number, prompt in enumerate(prompts))
+    one, told = engine(llm, pages=8), {}
+    one.add(dropped)
+    for _ in range(programs):
+        gather(told, one.step())
+    (sequence,) = one.scheduler.running.values()
+    held = [set(pages) for pages in sequence.pages]
+    assert sequence.in_flight > 0
+    one.abort(dropped.id)
+    assert [pool.used for pool in one.scheduler.paging.pools] == [0, 0]
+    one.add(asked)
+    gather(told, one.step())
+    (sequence,) = one.scheduler.running.values()
+    assert all(before & set(pages) for before, pages in zip(held, sequence.pages, strict=True))
+    assert bool(one.counters.prefix_hits) == same
+    run(one, told)
+    assert told[asked.id] == alone(llm, [asked])[asked.id]
+    assert told.get(dropped.id, ([], None))[1] is None

@@ -1,20 +1,27 @@
 """An engine that speculates gives what a plain one gives, for every request and in any company."""
 
+from collections import Counter
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 
 from jaxinfer import SamplingParams
 from jaxinfer.decode.speculative import DraftModel, EarlyExit, PromptLookup, Speculation
 from jaxinfer.engine import engine, warm_up
+from jaxinfer.engine.constraints import Constraints
 from jaxinfer.engine.gate import Gate
 from jaxinfer.engine.options import IN_FLIGHT
 from jaxinfer.engine.request import TokenLogprobs
 from jaxinfer.engine.warm_up import WARM
 from jaxinfer.llm import LLM
 from tests.engine.tiny import (
+    CHARACTERS,
     CONFIG,
+    EOS,
     OPTIONS,
     assert_clean,
     assert_warm,
@@ -24,6 +31,7 @@ from tests.engine.tiny import (
     warm_llm,
     write_checkpoint,
 )
+from tests.test_structured import GROWING, SCHEMA, ask
 
 PARAMS = [
     SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
@@ -39,8 +47,26 @@ PROMPTS = [
 ]  # fmt: skip
 
 
-# Of one kind of sampling. Loops: of 1 and 4 slots, each with proposals and without.
-TRACES = {"admit": 2, "release": 1, "extend": 1, "step": 2 + 1, "mask": 1, "sample": 1, "loop": 2 * 2}
+# Requests with constraints and without. One has an end in its prompt, which is proposed; the grammar of one fails.
+CONSTRAINED_PROMPTS: list[str | list[int]] = [
+    "ab" * 9, "the cat and the cat and", '{"name": "x", "on": true}', "z" * 33, [1, 2, EOS, 1, 2, EOS, 1], "aaaa", "x"
+]  # fmt: skip
+CONSTRAINED = [
+    ask(max_tokens=60, temperature=0.0, regex="(ab|ac){5,9}"),
+    SamplingParams(temperature=0.7, max_tokens=60, seed=3, logprobs=2, ignore_eos=True),
+    ask(4, 70, json=SCHEMA, logprobs=2, n=2),
+    SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
+    ask(5, temperature=0.0, regex='("#)*', max_tokens=30),
+    ask(6, regex=GROWING),
+    ask(7, regex="[a-z]{9,30}", presence_penalty=0.3, top_k=9, stop=["aa", "q"], n=2),
+]
+
+# Of one kind of sampling. Loops: of 1 and 4 slots, each with proposals and without; and the parts of a step whose
+# proposals the host checks.
+TRACES = {
+    "admit": 2, "release": 1, "extend": 1, "step": 2 + 1, "mask": 1, "sample": 1, "loop": 2 * 2,
+    "propose": 2, "drafted": 2, "verify": 2,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +90,10 @@ class Alternating(Gate):
         return self._depth * (self.asked % 2)
 
 
-def answers(llm: LLM, prompts: list[str], params: list[SamplingParams]) -> list[tuple]:
+def answers(llm: LLM, prompts: list[str] | list[str | list[int]], params: list[SamplingParams]) -> list[tuple]:
     outputs = llm.generate(prompts, params)
     return [
-        (one.token_ids, one.text, one.finish_reason, [likeliest(entry) for entry in one.logprobs or ()])
+        (one.token_ids, one.text, one.finish_reason, one.problem, [likeliest(entry) for entry in one.logprobs or ()])
         for output in outputs
         for one in output.outputs
     ]
@@ -118,6 +144,60 @@ def test_what_repeats_takes_fewer_programs(speculative):
     assert accepted > drafts
 
 
+def test_constrained_requests_get_what_plain_decoding_gives_them(tmp_path_factory, speculative):
+    """Beside others. Some end with what was proposed, or where an end was, and one because its grammar fails."""
+    plain, counters = warm_llm(tmp_path_factory.getbasetemp()), speculative.engine.counters
+    drafts, preemptions = counters.drafts, counters.preemptions
+    asked = CONSTRAINED_PROMPTS * 2, CONSTRAINED * 2
+    expected = answers(plain, *asked)
+    assert answers(speculative, *asked) == expected
+    assert {reason for _, _, reason, _, _ in expected} == {"stop", "length", "constraint"}
+    assert counters.drafts > drafts
+    assert counters.preemptions > preemptions
+    assert_warm(speculative, TRACES)
+
+
+def test_what_a_constraint_lets_copy_takes_fewer_steps(speculative):
+    """Three proposals of four tokens are right, until the end, which none of them is."""
+    counters = speculative.engine.counters
+    before = counters.drafts, *counters.accepted
+    params = ask(max_tokens=70, temperature=0.0, regex="(the cat and ){5}")
+    (output,) = speculative.generate(["the cat and the cat and "], params)
+    assert output.outputs[0].text == "the cat and " * 5
+    assert output.outputs[0].finish_reason == "stop"
+    taken = [new - old for new, old in zip((counters.drafts, *counters.accepted), before, strict=True)]
+    assert taken == [15] * 4  # the first token is the prompt's, then come 59 and the end
+    assert_warm(speculative, TRACES)
+
+
+def test_proposals_are_checked_while_the_forward_pass_is_on_its_way(speculative, monkeypatch):
+    order, programs = [], speculative.engine.runner.programs
+
+    def logged(owner, name):
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, **named: order.append(name) or call(*given, **named))
+
+    for name in ("_step", "_propose", "_drafted", "_verify", "_loop"):
+        logged(programs, name)
+    logged(Constraints, "masks")
+    speculative.generate(["abcabcabcab"], ask(max_tokens=20, temperature=0.0, regex="(cab){3}"))
+    checked = ["_propose", "_drafted", "masks", "_verify"]
+    assert order == ["_step", "masks", *checked * 3, *checked]  # the last was on its way when the end was read
+    assert_warm(speculative, TRACES)
+
+
+def test_programs_that_the_host_checks_are_only_made_where_it_may(speculative):
+    """For each rectangle its proposals, its forward pass, and draws of each kind."""
+    with_masks, without = (
+        {program.name for program in warm_up.warm_programs(speculative.engine.runner, 64, masked)}
+        for masked in (True, False)
+    )
+    named = {name for name in with_masks if name.startswith(tuple(warm_up.PARTS.values()))}
+    assert len(named) == 2 * (1 + 1 + len(WARM))
+    assert with_masks - named - without == {"8 rows without prompts", "masks"}
+    assert without < with_masks - named
+
+
 def test_texts_are_shared_and_cut_as_ever(tmp_path_factory, speculative):
     """A prompt that was prefilled in chunks, and one that begins like it."""
     plain, params = warm_llm(tmp_path_factory.getbasetemp()), SamplingParams(temperature=0.0, max_tokens=12)
@@ -141,9 +221,20 @@ def test_devices_that_share_the_model_speculate_alike(tmp_path_factory):
         tensor_parallel_size=2,
         options=replace(OPTIONS, max_num_seqs=2, speculation=PromptLookup(3), always_speculate=True),
     )
-    asked = PROMPTS[:1], [replace(PARAMS[2], max_tokens=30)]
-    assert answers(shared, *asked) == answers(warm_llm(root), *asked)
-    assert shared.engine.counters.drafts > 0
+    for prompt, params in (
+        (PROMPTS[0], replace(PARAMS[2], max_tokens=30)),
+        ("abcabcabcab", ask(3, 20, regex="(ca?b){4}")),
+    ):
+        drafts = shared.engine.counters.drafts
+        assert answers(shared, [prompt], [params]) == answers(warm_llm(root), [prompt], [params])
+        assert shared.engine.counters.drafts > drafts
+
+
+def assert_constrained_alike(llm: LLM, plain: LLM) -> None:
+    drafts = llm.engine.counters.drafts
+    assert answers(llm, CONSTRAINED_PROMPTS, CONSTRAINED) == answers(plain, CONSTRAINED_PROMPTS, CONSTRAINED)
+    assert llm.engine.counters.drafts > drafts
+    assert llm.engine.runner.programs.traces["verify"] > 0
 
 
 # --- drafts
@@ -175,9 +266,31 @@ def test_coupled_drafts_never_change_an_output(tmp_path_factory, small_draft, me
     expected = answers(warm_llm(root), *asked)
     with one_rectangle():
         assert answers(llm, *asked) == expected
+        assert_constrained_alike(llm, warm_llm(root))
     assert llm.engine.counters.preemptions > 0
     assert llm.engine.counters.accepted[0] > 0
     assert_clean(llm)
+
+
+def test_constrained_outputs_have_the_distribution_of_the_model(tmp_path_factory, small_draft):
+    """What a draft drew without a constraint is accepted as the model would draw it with one. A bias lets it propose
+    little else than two letters that may come, and one that may not."""
+    root, count, temperature = tmp_path_factory.getbasetemp(), 600, 0.25
+    texts = ["".join(text) for text in product("ab", repeat=3)]
+    scored = warm_llm(root).generate(["b" + text for text in texts], SamplingParams(max_tokens=1, prompt_logprobs=1))
+    # The probability of each token of each text, by its three letters, then of the two that are allowed.
+    logp_222T = np.array([[entry.logprob for entry in one.prompt_logprobs[-3:]] for one in scored]).reshape(2, 2, 2, 3)
+    p_222T = np.exp(logp_222T / temperature)
+    bound_222T = [p_222T[..., place] / p_222T[..., place].sum(place, keepdims=True) for place in range(3)]
+    expected = count * np.prod(bound_222T, axis=0).ravel()
+    llm, bias = drafted(root, DraftModel(small_draft, 2)), {CHARACTERS.index(letter): 20.0 for letter in "abc"}
+    params = [ask(seed, regex="[ab]{3}", temperature=temperature, logit_bias=bias) for seed in range(count)]
+    with one_rectangle():
+        outputs = llm.generate(["b"] * count, params)
+    found = Counter(output.outputs[0].text for output in outputs)
+    assert scipy.stats.chisquare([found[text] for text in texts], expected).pvalue > 0.01
+    counters = llm.engine.counters
+    assert 0.2 < counters.accepted_by_position[0] < 0.8
 
 
 def test_a_draft_that_is_the_model_is_always_right(tmp_path_factory):

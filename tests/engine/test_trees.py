@@ -10,7 +10,7 @@ from jaxinfer.engine.options import IN_FLIGHT
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.llm import LLM
 from tests.decode.branching import Branching
-from tests.engine.test_speculation import answers
+from tests.engine.test_speculation import answers, assert_constrained_alike
 from tests.engine.tiny import assert_clean, drawing_alike, tiny_folder
 
 OPTIONS = Options(
@@ -34,12 +34,13 @@ def test_trees_never_change_an_output(one_rectangle, tmp_path_factory):
     plain = drawing_alike(LLM(folder, options=replace(OPTIONS, num_pages=None)))
     llm = drawing_alike(LLM(folder, options=replace(options, speculation=Branching())))
     assert answers(llm, PROMPTS, PARAMS) == answers(plain, PROMPTS, PARAMS)
-    assert_clean(llm)
     counters = llm.engine.counters
     assert counters.preemptions > 0
     assert counters.prefix_hits > 0
     assert counters.drafts > counters.accepted[0] > counters.accepted[1] > counters.accepted[3] > 0
     assert len(counters.accepted) == 4
+    assert_constrained_alike(llm, plain)
+    assert_clean(llm)
 
 
 def test_pages_are_held_for_all_nodes():

@@ -87,17 +87,12 @@ def test_parts_of_the_keys_of_a_tile_are_its_blocks_evenly(sequences, kind):
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.integers(1, 9), st.integers(1, 60), st.integers(0, 8))
-def test_shares_are_complete_and_even(blocks, items, seed):
-    work = np.sort(np.random.default_rng(seed).integers(1, 50, items))[::-1]
-    rounds = jnp.arange(60, dtype=jnp.int32)  # as many whatever is drawn, so that little is compiled
-    taken = []
-    for i in map(jnp.int32, range(blocks)):
-        share = schedule.share(i, blocks, jnp.int32(items))
-        taken.append(np.asarray(schedule.item(i, blocks, rounds))[: int(share)])
-    assert sorted(itertools.chain(*taken)) == list(range(items))
-    sums = [work[mine].sum() for mine in taken]
-    assert max(sums) - min(sums) <= work[0]
+@given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 8))
+def test_items_are_all_tiles_of_all_heads_and_those_of_a_kv_head_come_together(tiles, kv_heads, group):
+    items = jnp.arange(tiles * kv_heads * group, dtype=jnp.int32)
+    ranks, heads = map(np.asarray, schedule.rank_and_head(items, jnp.int32(tiles), group))
+    expected = itertools.product(range(kv_heads), range(tiles), range(group))
+    assert [(head // group, rank, head % group) for rank, head in zip(ranks, heads, strict=True)] == list(expected)
 
 
 def test_sorting_tiles_takes_memory_for_tiles_and_not_for_pairs_of_them():

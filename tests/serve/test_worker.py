@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -38,9 +39,9 @@ def progress(warmed, total):
     raise AssertionError("nothing is compiled")
 
 
-def held(running: int) -> Metrics:
+def held(running: int, learned: int = 0) -> Metrics:
     """A page for each that runs."""
-    return Metrics(Counters(), 0, running, 9, running, 0, 0, 0, 0)
+    return Metrics(Counters(draft_updates=learned), 0, running, 9, running, 0, 0, 0, 0)
 
 
 @dataclass
@@ -50,11 +51,12 @@ class Engine:
     errors: list = field(default_factory=list)
     left: dict = field(default_factory=dict)
     steps: int = 0
+    learned: int = 0
     refusals: list = field(default_factory=list)  # errors of `abort`
 
     @property
     def metrics(self):
-        return held(len(self.left))
+        return held(len(self.left), self.learned)
 
     @property
     def busy(self):
@@ -85,12 +87,12 @@ class Engine:
         return updates
 
 
-def run(engine, *messages):
+def run(engine, *messages, watch=None):
     """All messages, which are there from the start, and what the worker says until it has nothing to do."""
     inbox, said = SimpleQueue(), []
     for message in messages:
         inbox.put(message)
-    loop = worker.Worker(engine, inbox, said.append)
+    loop = worker.Worker(engine, inbox, said.append, watch)
     code = []
     thread = threading.Thread(target=lambda: code.append(loop.run()))
     thread.start()
@@ -166,6 +168,39 @@ def test_an_abort_that_fails_is_a_step_that_fails(caplog):
     assert said[-1].message == "3 steps in a row failed: a bug"
 
 
+def test_who_watches_is_told_after_the_callers_and_what_that_changes_is_told_too():
+    engine, seen = Engine(), []
+
+    def watch(updates):
+        seen.append([update.tokens for update in updates])
+        engine.learned += 1
+
+    code, said = run(engine, Add((request(1, tokens=2),)), watch=watch)
+    assert (code, seen) == (0, [[(7,)]] * 2)
+    assert said == [
+        Step((), held(0)),
+        Step((Tokens(1, (7,), (), None, None),), held(1)),
+        Step((), held(1, learned=1)),
+        Step((Tokens(1, (7,), (), None, "length"),), held(0, learned=1)),
+        Step((), held(0, learned=2)),
+    ]
+
+
+@pytest.mark.parametrize(("failures", "code"), [(worker.FAILURES - 1, 0), (worker.FAILURES, 1)])
+def test_who_watches_may_fail_now_and_then_and_no_token_is_lost(failures, code, caplog):
+    left = [ZeroDivisionError("a bug")] * failures
+
+    def watch(updates):
+        if left:
+            raise left.pop()
+
+    ended, said = run(Engine(), Add((request(1, tokens=failures),)), watch=watch)
+    assert ended == code
+    assert [entry.finish_reason for step in said[1 : failures + 1] for entry in step.tokens][-1] == "length"
+    assert isinstance(said[-1], Failed) == bool(code)
+    assert {record.message for record in caplog.records} == {"what watches the steps failed at one"}
+
+
 def test_what_the_cache_holds_is_asked_of_the_engine():
     engine = SimpleNamespace(problems=lambda request: ["no"] if request.capacity > 37 else [])
     assert worker.longest(engine, 64) == 37
@@ -186,10 +221,15 @@ def test_what_is_compiled_is_told_before_the_engine_is_ready(monkeypatch):
     there, here = multiprocessing.Pipe()
     llm = SimpleNamespace(engine=SimpleNamespace(warm_up=warm_up))
     monkeypatch.setattr("jaxinfer.llm.LLM", lambda *arguments, **options: llm)
-    loaded = worker.load(Setup(None, warm_up=True), lambda *told: there.send(Warming(*told)))
-    assert loaded == (llm, DONE)
-    assert worker.load(Setup(None), progress) == (llm, None)
-    ready = Ready("a folder", 10, 64, (), 64, 2, DONE)
+    ordered = time.monotonic()
+    loaded = worker.load(Setup(None, warm_up=True), ordered, lambda *told: there.send(Warming(*told)))
+    passed = time.monotonic() - ordered
+    assert (loaded.llm, loaded.warm_up) == (llm, DONE)
+    parts = loaded.loading.imports, loaded.loading.device, loaded.loading.model
+    assert min(parts) > 0
+    assert sum(parts) <= passed
+    assert worker.load(Setup(None), ordered, progress).warm_up is None
+    ready = Ready("a folder", 10, 64, (), 64, 2, loaded.loading, DONE)
     there.send(ready)
     seen = []
     assert wait_until_ready(SimpleNamespace(), here, seen.append) == ready
@@ -210,9 +250,9 @@ def test_a_terminal_shows_the_warm_up_until_it_is_over(terminal):
 
 
 def test_a_model_that_is_not_there_is_named():
-    failed = worker.load(Setup("no-such-model", LLM_ARGUMENTS, OPTIONS), progress)
+    failed = worker.load(Setup("no-such-model", LLM_ARGUMENTS, OPTIONS), 0.0, progress)
     assert (failed.reason, "no-such-model" in failed.message) == ("input", True)
-    failed = worker.load(Setup(None, LLM_ARGUMENTS, OPTIONS | {"max_num_seqs": 3}), progress)
+    failed = worker.load(Setup(None, LLM_ARGUMENTS, OPTIONS | {"max_num_seqs": 3}), 0.0, progress)
     assert failed == Failed("input", "max_num_seqs = 3 must be an integer power of two in 1..4096")
 
 
@@ -225,7 +265,7 @@ def test_out_of_memory_tells_the_plan(monkeypatch, error):
         raise error
 
     monkeypatch.setattr("jaxinfer.llm.LLM", load)
-    failed = worker.load(Setup(None, LLM_ARGUMENTS, OPTIONS), progress)
+    failed = worker.load(Setup(None, LLM_ARGUMENTS, OPTIONS), 0.0, progress)
     assert (failed.reason, failed.message) == ("memory", "RESOURCE_EXHAUSTED: 9 bytes")
     setup = Setup(None, LLM_ARGUMENTS, OPTIONS | {"num_pages": 2 * 10**9})
     lines = "\n".join(memory_lines(setup, failed.device))

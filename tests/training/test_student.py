@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.copying import Shut
+from benchmarks.speculative.comparing import Shut
 from jaxinfer import SamplingParams
 from jaxinfer.decode.speculative import DraftModel
 from jaxinfer.engine import Options

@@ -15,8 +15,13 @@ A proposal may also be a tree of tokens, of which several may follow the same on
 the token that it is, if that was proposed there. What is on the path that was taken is then moved to its place in the
 cache; outputs are those of plain decoding all the same.
 
+Where a constraint says which tokens may be drawn, the host gives every draw the mask that the proposed tokens before
+it bring: draws are those of plain decoding again.
+
 Each method is a file. It says how many tokens it proposes, and which.
 """
+
+from typing import Any
 
 from jaxinfer.decode.speculative.draft import DraftModel
 from jaxinfer.decode.speculative.eagle import Eagle
@@ -37,6 +42,7 @@ from jaxinfer.decode.speculative.method import (
     drafts_of,
     tree_of,
 )
+from jaxinfer.decode.speculative.step import SpeculativeStep, remembering
 from jaxinfer.decode.speculative.verify import verify
 from jaxinfer.decode.tree import MOST_DRAFTS, Tree
 
@@ -47,34 +53,31 @@ METHODS: dict[str, type[Speculation]] = {
 
 __all__ = [
     "METHODS", "MOST_DRAFTS", "DraftModel", "Eagle", "EarlyExit", "Loader", "Lookahead", "Medusa", "Observed", "Pass",
-    "Pool", "PromptLookup", "Proposal", "Speculation", "Tree", "Typical", "beyond_of", "by_name", "depth_of",
-    "drafts_of", "tree_of", "verify",
+    "Pool", "PromptLookup", "Proposal", "Speculation", "SpeculativeStep", "Tree", "Typical", "beyond_of", "by_name",
+    "depth_of", "drafts_of", "remembering", "tree_of", "verify",
 ]  # fmt: skip
 
 
-def by_name(
-    name: str | None, num_speculative_tokens: int | None = None, draft_model: str | None = None
-) -> Speculation | None:
+def by_name(speculate: str | None = None, **settings: Any) -> Speculation | None:
     """The method of that name in METHODS; None for none.
 
     Args:
-        num_speculative_tokens: of each proposal; the method's own number by default. See `Lookahead.of_size`.
-        draft_model: the checkpoint of "draft", see `DraftModel`; the heads of "medusa", see `Medusa`; or the head of
-            "eagle", see `Eagle`. The demo model's own by default.
+        settings: of the method, see `Speculation.settings`; None leaves one to it.
 
     Raises:
         ValueError: there is no such method, or it has no use for one of the settings, or not for this value.
     """
-    if name is None:
-        for setting, value in (("num_speculative_tokens", num_speculative_tokens), ("draft_model", draft_model)):
-            if value is not None:
-                raise ValueError(f"{setting} = {value!r} has no use without a method")
+    given = {name: value for name, value in settings.items() if value is not None}
+    if speculate is None:
+        for name, value in given.items():
+            raise ValueError(f"{name} = {value!r} has no use without a method")
         return None
-    if name not in METHODS:
-        raise ValueError(f"speculate = {name!r} must be one of {', '.join(METHODS)}")
-    if draft_model is not None and name not in ("draft", "eagle", "medusa"):
-        raise ValueError(f"draft_model = {draft_model!r} has no use where speculate = {name!r}")
-    if name == "lookahead" and num_speculative_tokens is not None:
-        return Lookahead.of_size(num_speculative_tokens)
-    settings = {"num_speculative_tokens": num_speculative_tokens, "checkpoint": draft_model}
-    return METHODS[name](**{setting: value for setting, value in settings.items() if value is not None})
+    if speculate not in METHODS:
+        raise ValueError(f"speculate = {speculate!r} must be one of {', '.join(METHODS)}")
+    for name, value in given.items():
+        if name not in METHODS[speculate].settings():
+            users = [method for method in METHODS if name in METHODS[method].settings()]
+            raise ValueError(
+                f"{name} = {value!r} has no use where speculate = {speculate!r}, but with {' or '.join(users)}"
+            )
+    return METHODS[speculate].of(**given)

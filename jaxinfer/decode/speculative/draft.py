@@ -56,6 +56,7 @@ class DraftModel(Speculation):
     params: Params | None = field(default=None, repr=False, compare=False)
     adapts = True
     reads_text = True
+    draws = True
 
     def __post_init__(self):
         check_drafts(self.num_speculative_tokens)

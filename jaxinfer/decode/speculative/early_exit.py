@@ -34,6 +34,7 @@ class EarlyExit(Speculation):
     exit_layers: int | None = None
     coupled: bool = False
     adapts = True
+    draws = True
 
     def __post_init__(self):
         check_drafts(self.num_speculative_tokens)

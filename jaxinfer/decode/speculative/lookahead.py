@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -84,14 +84,19 @@ class Lookahead(Speculation):
             )
 
     @classmethod
-    def of_size(cls, num_speculative_tokens: int) -> Self:
-        """Of as many proposed tokens, with n-grams of the default size: half of them for the window, half for n-grams
-        of the pool, one column more than n-grams if it does not come out even.
+    def settings(cls) -> tuple[str, ...]:
+        return (*super().settings(), "num_speculative_tokens")
 
-        Raises:
-            ValueError: no such tree has as many nodes.
-        """
-        levels = cls.ngram_size - 1
+    @classmethod
+    def of(cls, *, num_speculative_tokens: int | None = None, **settings: Any) -> Self:
+        """`num_speculative_tokens` takes the place of `window_size` and `max_verification_set_size`: half of the rows
+        of a step are for the window, half for n-grams of the pool, with one column more than n-grams if they do not
+        come out even."""
+        if num_speculative_tokens is None:
+            return super().of(**settings)
+        for name in [name for name in ("window_size", "max_verification_set_size") if name in settings]:
+            raise ValueError(f"{name} = {settings[name]!r} has no use beside num_speculative_tokens, which implies it")
+        levels = cls(1, max_verification_set_size=1, **settings)._levels
         chains, rest = divmod(num_speculative_tokens + 1, levels)
         if rest or chains < 2 or num_speculative_tokens > MOST_DRAFTS:
             raise ValueError(
@@ -99,7 +104,7 @@ class Lookahead(Speculation):
                 f"{2 * levels}..{MOST_DRAFTS + 1} where speculate = 'lookahead': it takes chains of {levels} tokens, "
                 "of which the newest one is the first"
             )
-        return cls(window_size=chains - chains // 2, max_verification_set_size=chains // 2)
+        return super().of(window_size=chains - chains // 2, max_verification_set_size=chains // 2, **settings)
 
     @property
     def num_speculative_tokens(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]

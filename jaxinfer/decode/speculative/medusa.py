@@ -36,6 +36,8 @@ _NAME = re.compile(r"(\d+)\.(\d+)\.(linear\.weight|linear\.bias|weight)")
 # after it, and NEXT times as often for the token that comes next in likelihood: a rule of thumb, to choose a tree by.
 FIRST, LATER, NEXT = 0.6, 0.8, 0.35
 
+_TYPICAL = {f"typical_{name}": name for name in Typical._fields}
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -79,6 +81,21 @@ class Medusa(Speculation):
         check_drafts(self.num_speculative_tokens)
         if self.typical is not None:
             self.typical.check()
+
+    @classmethod
+    def settings(cls) -> tuple[str, ...]:
+        return (*super().settings(), *_TYPICAL)
+
+    @classmethod
+    def of(cls, *, typical: bool = False, **settings: Any) -> Self:
+        """`typical` asks for typical acceptance, with `typical_epsilon` and `typical_delta`."""
+        numbers = {name: settings.pop(name) for name in _TYPICAL if name in settings}
+        if typical:
+            settings["typical"] = Typical(**{_TYPICAL[name]: value for name, value in numbers.items()})
+        elif numbers:
+            name, value = numbers.popitem()
+            raise ValueError(f"{name} = {value!r} has no use without typical")
+        return super().of(**settings)
 
     def loaded(self, loader: Loader) -> Self:
         method = replace(self, heads=read_heads(loader.tensors(self.checkpoint, FILE)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
@@ -119,13 +119,32 @@ class Speculation:
         num_speculative_tokens: k, proposed for each sequence in each step, 1..MOST_DRAFTS.
         adapts: whether it proposes any number of tokens, one after the other: see `fewer`.
         reads_text: whether the slots keep their text.
+        draws: whether what it proposes depends on what requests need of the sampler.
         typical: how proposed tokens count that are likely enough; None for those alone that are drawn.
     """
 
     num_speculative_tokens: int
     adapts = False
     reads_text = False
+    draws = False
     typical: Typical | None = None
+
+    @classmethod
+    def settings(cls) -> tuple[str, ...]:
+        """Names of what `of` takes: fields of a method, but for what is loaded, which is no part of comparisons."""
+        names = [one.name for one in fields(cast(Any, cls)) if one.compare]
+        return tuple("draft_model" if name == "checkpoint" else name for name in names)
+
+    @classmethod
+    def of(cls, **settings: Any) -> Self:
+        """A method with settings as commands name them.
+
+        Raises:
+            ValueError: one of them is out of range, or has no use beside another.
+        """
+        if "draft_model" in settings:
+            settings["checkpoint"] = settings.pop("draft_model")
+        return cls(**settings)
 
     @property
     def tree(self) -> Tree | GrownTree | None:

@@ -1,0 +1,50 @@
+"""A checkpoint of random weights in the shapes of a model of configs/models, for what reads one, such as a server.
+
+    python -m benchmarks.checkpoint llama-3-8b FOLDER
+
+The tokenizer is the demo model's, whose tokens every larger vocabulary has.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import jax
+
+from benchmarks.bench import MODELS
+from jaxinfer.checkpoint import export
+from jaxinfer.llm import DEMO
+from jaxinfer.model import Model, read_config
+from jaxinfer.parallel import make_mesh
+from jaxinfer.training.demo import TOKENIZER_FILES
+
+SHARD_BYTES = 5 * 10**9  # of one file, as large checkpoints are published
+
+
+def write(source: Path, folder: Path) -> None:
+    """Writes the model of the `config.json` in `source` into `folder`.
+
+    Raises:
+        ValueError: `folder` exists.
+    """
+    model = Model(read_config(source), make_mesh(devices=jax.devices()[:1]))
+    files = {name: (DEMO / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES}
+    files["config.json"] = (source / "config.json").read_text(encoding="utf-8")
+    export(folder, model, dict(zip(model.parameters, model.random_params(), strict=True)), files, SHARD_BYTES)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.checkpoint",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", choices=sorted(path.name for path in MODELS.iterdir()), help="of configs/models")
+    parser.add_argument("folder", type=Path, help="that is to be made")
+    options = parser.parse_args()
+    write(MODELS / options.model, options.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What speculation costs, and what it brings."""
