@@ -22,7 +22,10 @@ from tests.engine.test_warm_up import counted
 from tests.engine.tiny import OPTIONS, assert_clean, assert_warm, drawing_alike, one_rectangle, tiny_folder, warm_llm
 
 # Of one kind of sampling, and one rectangle. Loops: plain, and with 1 and 2 tokens proposed.
-TRACES = {"admit": 2, "release": 1, "extend": 1, "step": 2 + 1, "mask": 1, "sample": 1, "loop": 3}
+TRACES = {
+    "admit": 2, "release": 1, "extend": 1, "step": 2 + 1, "mask": 1, "sample": 1, "loop": 3,
+    "propose": 1, "drafted": 1, "verify": 1,
+}  # fmt: skip
 
 
 class Changing(Gate):
