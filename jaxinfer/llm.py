@@ -102,10 +102,12 @@ class LLM:
         eos_ids = _checked_eos(self.folder, self.tokenizer, config.vocab_size)
         self.model = Model(config, make_mesh(tensor_parallel_size), max_model_len, dtype)
         self.intake = Intake(self.tokenizer, Limits(config.vocab_size, self.model.context, eos_ids))
-        params = self.model.params(checkpoint.load(self.folder, self.model))
         if options is not None and options.speculation is not None:
             loader = Loader(self.model, self._load_beside, self._tensors, self._load_head)
-            options = replace(options, speculation=options.speculation.loaded(loader))
+            method = options.speculation.loaded(loader)
+            method.check(self.model)  # before the model's weights are there
+            options = replace(options, speculation=method)
+        params = self.model.params(checkpoint.load(self.folder, self.model))
         constrain = self.intake.grammars.constraint if self.intake.grammars.possible else None
         self.engine = Engine(self.model, params, options, constrain)
         if warm_up:

@@ -6,8 +6,8 @@ import math
 import pytest
 from safetensors import safe_open
 
-from jaxinfer import SamplingParams
-from jaxinfer.decode.speculative import DraftModel, Eagle, Medusa
+from jaxinfer import SamplingParams, checkpoint
+from jaxinfer.decode.speculative import DraftModel, Eagle, EarlyExit, Medusa
 from jaxinfer.engine import Options
 from jaxinfer.llm import DEMO, DRAFT, EAGLE, LLM, MEDUSA
 from tests.engine.tiny import tiny_folder
@@ -58,10 +58,14 @@ def test_what_it_proposes_is_often_right_and_changes_nothing(method, right):
             r"head 0 of the demo model's own has a linear\.weight of shape \(384, 384\); for this model, of hidden ",
         ),
         (Eagle(), "384"),
+        (EarlyExit(exit_layers=9), "exit_layers = 9 must be fewer than the model's 2 layers"),
     ],
-    ids=NAMES,
+    ids=[*NAMES, "early-exit"],
 )
-def test_it_drafts_for_no_other_model(method, message, tmp_path_factory):
+def test_a_method_for_another_model_is_refused_before_any_weights_are_read(
+    method, message, tmp_path_factory, monkeypatch
+):
     folder = tiny_folder(tmp_path_factory.getbasetemp())
+    monkeypatch.setattr(checkpoint, "load", lambda *_: pytest.fail("weights are read"))
     with pytest.raises(ValueError, match=message):
         LLM(folder, options=Options(max_num_seqs=1, speculation=method))
