@@ -34,7 +34,7 @@ from jaxinfer.engine.options import IN_FLIGHT, Options
 from jaxinfer.engine.request import Request, Update
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.scheduler import Plan, Scheduler
-from jaxinfer.engine.sequence import Sequence
+from jaxinfer.engine.sequence import Sequence, constrained
 from jaxinfer.engine.step_input import lay_out, next_tokens, padded
 from jaxinfer.engine.warm_up import WARM, Progress, loop_programs, make_ready, time_loops, warm_programs
 from jaxinfer.model import Model, Params
@@ -235,21 +235,22 @@ class Engine:
         drawing = [*plan.decoding, *(chunk.sequence for chunk in plan.chunks if chunk.last)]
         by_slot = [(sequence.slot, sequence) for sequence in drawing if sequence.slot is not None]
         needs, slots = self._needs(plan), self.layout.slots
-        constrained = any(sequence.constraint is not None for sequence in drawing)
         occupied = [slot for slot, _ in by_slot[: len(plan.decoding)]]
-        loops = not plan.chunks and not constrained and plan.steps == self.options.steps_per_dispatch
+        checked = constrained(drawing)
+        loops = not plan.chunks and not checked and plan.steps == self.options.steps_per_dispatch
         if loops or plan.drafts:
             size = rectangle(len(occupied), slots)
             rows = by_slot if size == slots else list(enumerate(plan.decoding))
             slots_B = padded(occupied, size, slots)
             if loops:
                 return Work(plan, rows, self.runner.loop(slots_B, needs, plan.drafts), loop=True)
+            assert plan.drafts == self.layout.depth, "there are pages for fewer tokens than are proposed"
             return Work(plan, rows, self.runner.verify(slots_B, needs, partial(self._masks, rows)))
         tokens = step_size(len(occupied) + sum(chunk.tokens for chunk in plan.chunks), bool(plan.chunks))
         given = lay_out(plan.chunks, tokens, slots, occupied or None)
         wants = any(chunk.sequence.scores_prompt for chunk in plan.chunks)
         targets_T = next_tokens(plan.chunks, tokens, len(occupied)) if wants else None
-        masks = partial(self._masks, by_slot, *[np.zeros((slots, 0), np.int32)] * 2) if constrained else None
+        masks = partial(self._masks, by_slot, *[np.zeros((slots, 0), np.int32)] * 2) if checked else None
         return Work(plan, by_slot, self.runner.step(given, needs, targets_T, masks))
 
     def _tell(self, plan: Plan) -> None:

@@ -26,7 +26,7 @@ import numpy as np
 from jaxinfer.decode.step import Layout
 from jaxinfer.engine.costs import Costs, predicted_costs
 from jaxinfer.engine.options import Options
-from jaxinfer.engine.sequence import Sequence
+from jaxinfer.engine.sequence import Sequence, constrained
 from jaxinfer.model import Model
 
 MEMORY = 256  # proposals over which what earlier ones brought fades
@@ -65,12 +65,14 @@ class Gate:
 
     def drafts(self, decoding: list[Sequence]) -> int:
         """Proposed tokens that a step of the next program may bring each of these: one of the layout's `choices`, or
-        none, where nothing is to be proposed."""
+        none, where nothing is to be proposed. Where the host checks what is proposed, it is all or none."""
         if not self._depth or self._costs is None:
             return self._depth
-        contexts = [len(sequence.tokens) for sequence in decoding]
-        seconds = {drafts: self._costs.seconds(contexts, drafts) for drafts in self._choices}
-        rates = {drafts: self.tokens(drafts) / seconds[drafts] for drafts in self._choices}
+        contexts, choices = [len(sequence.tokens) for sequence in decoding], self._choices
+        if constrained(decoding):
+            choices = tuple(drafts for drafts in choices if drafts in (0, self._depth))
+        seconds = {drafts: self._costs.seconds(contexts, drafts) for drafts in choices}
+        rates = {drafts: self.tokens(drafts) / seconds[drafts] for drafts in choices}
         best = max(rates, key=rates.__getitem__)
         if best < self._depth and self._probes(best, seconds[self._depth] / seconds[best]):
             best = self._depth

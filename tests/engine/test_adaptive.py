@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 
 from jaxinfer import SamplingParams
+from jaxinfer.cache import NULL_PAGE
 from jaxinfer.decode.sampling import GREEDY
+from jaxinfer.decode.slots import SlotState
 from jaxinfer.decode.speculative import DraftModel, EarlyExit, PromptLookup
 from jaxinfer.engine import engine, warm_up
 from jaxinfer.engine.costs import Costs
 from jaxinfer.engine.gate import Gate
+from jaxinfer.engine.sequence import constrained
 from jaxinfer.engine.warm_up import WARM
 from jaxinfer.llm import LLM
 from tests.engine.fake import FakeTimes
-from tests.engine.test_speculation import PARAMS, PROMPTS, answers
+from tests.engine.test_speculation import CONSTRAINED, CONSTRAINED_PROMPTS, PARAMS, PROMPTS, answers
 from tests.engine.test_warm_up import counted
 from tests.engine.tiny import OPTIONS, assert_clean, assert_warm, drawing_alike, one_rectangle, tiny_folder, warm_llm
 
@@ -155,6 +158,58 @@ def test_the_gate_is_told_what_a_step_took(adaptive, one_rectangle, monkeypatch)
     assert 3 <= len(gate.timed) < len(programs)
     assert {drafts for _, drafts, _ in gate.timed} == {0, 1, 2}
     assert clock.paused == 1
+
+
+def test_a_step_that_the_host_checks_proposes_all_or_none(tmp_path_factory, adaptive, one_rectangle, monkeypatch):
+    """Where the gate else takes one token, or none. Nobody's keys are written where no page is."""
+    runner, layout, gaps, chosen = adaptive.engine.runner, adaptive.engine.layout, [], set()
+
+    class Turning(Costs):
+        turn = 0
+
+        def seconds(self, contexts, drafts):
+            self.turn += drafts == 0  # the first that is asked for
+            return 1.0 if drafts == self.turn % 2 else 9.0
+
+    class Seen(Gate):
+        def drafts(self, decoding):
+            chosen.add((constrained(decoding), drafts := super().drafts(decoding)))
+            return drafts
+
+    def looked(name, tokens):
+        run = getattr(runner, name)
+
+        def ran(slots_B, needs, given):
+            gaps.append(without_page(runner.state, layout.page_size, tokens(given)))
+            return run(slots_B, needs, given)
+
+        monkeypatch.setattr(runner, name, ran)
+
+    looked("loop", lambda drafts: OPTIONS.steps_per_dispatch * (1 + drafts))
+    looked("verify", lambda masks: 1 + layout.depth)
+    gate = Seen(layout, Turning(layout, FakeTimes(1.0, 0.0, 0.0)))
+    monkeypatch.setattr(adaptive.engine, "gate", gate)
+    monkeypatch.setattr(adaptive.engine.scheduler, "gate", gate)
+    plain = warm_llm(tmp_path_factory.getbasetemp())
+    for asked in ((CONSTRAINED_PROMPTS, CONSTRAINED), (PROMPTS[:1], PARAMS[:1])):
+        assert answers(adaptive, *asked) == answers(plain, *asked)
+    assert chosen == {(False, 0), (False, 1), (True, 0), (True, 2)}
+    assert gaps == [0] * len(gaps)
+    assert_warm(adaptive, TRACES)
+
+
+def without_page(state: SlotState, page_size: int, tokens: int) -> int:
+    """In how many places of so many next tokens of each slot, until its output ends, keys would have no page."""
+    length_B, left_B, active_B = (
+        np.asarray(array) for array in (state.length_B, state.max_tokens_B - state.index_B, state.active_B)
+    )
+    places = [
+        (slot, place)
+        for slot in np.flatnonzero(active_B)
+        for place in range(length_B[slot], length_B[slot] + min(tokens, left_B[slot]))
+    ]
+    tables = [np.asarray(table_BJ) for table_BJ in state.tables]
+    return sum(table_BJ[slot, place // page_size] == NULL_PAGE for slot, place in places for table_BJ in tables)
 
 
 @pytest.mark.parametrize("method", ["draft", "early-exit"])

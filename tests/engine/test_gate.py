@@ -287,6 +287,17 @@ def test_an_engine_that_always_proposes_chooses_how_many():
     assert brought(gate, 0.0, 32, 1) == [1]
 
 
+@pytest.mark.parametrize(("acceptance", "best", "allowed"), [(0.5, 1, 0), (0.7, 2, DRAFTS)])
+def test_what_the_host_checks_proposes_all_or_none(acceptance, best, allowed):
+    """Whichever brings more, where another number would bring the most; all where something is always proposed."""
+    free, checked = decoding(8), decoding(8)
+    checked[-1].constraint = Chain()
+    for always in (False, True):
+        gate = Gate(ADAPTIVE, Costs(ADAPTIVE, TIMES), always)
+        learn(gate, acceptance, LONG)
+        assert [gate.drafts(free), gate.drafts(checked)] == [best, DRAFTS if always else allowed]
+
+
 def test_fewer_tokens_take_fewer_passes(monkeypatch):
     """Of a draft, whose every token takes one."""
     monkeypatch.setattr(budget, "known_machine", lambda dtype: MEASURED["h100-measured"])
