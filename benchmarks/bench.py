@@ -154,7 +154,7 @@ class Bench:
         for _ in range(count):
             self.state, self.cache, output = self.programs.loop(
                 self.params, self.state, self.cache, np.arange(self.layout.slots, dtype=np.int32),
-                steps=self.subject.steps, needs=needs([GREEDY]), speculate=self.layout.drafts > 0,
+                steps=self.subject.steps, needs=needs([GREEDY]), drafts=self.layout.depth,
             )  # fmt: skip
         assert output is not None
         assert np.asarray(output.emits_nW)[:: 1 + self.layout.depth].all()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.decode.speculative import Medusa
 from jaxinfer.engine import Options
 from jaxinfer.llm import LLM
 from tests.engine.tiny import CONFIG, CONTEXT, assert_warm, tiny_folder, warm_llm
@@ -223,6 +224,12 @@ def test_one_error_lists_every_conversation(llm):
     ({"num_pages": 1}, ["num_pages = 1", "at least 2"]),
     ({"enable_prefix_caching": 1}, ["enable_prefix_caching = 1", "True or False"]),
     ({"always_speculate": "no"}, ["always_speculate = 'no'", "True or False"]),
+    ({"adaptive_speculation": 1}, ["adaptive_speculation = 1", "True or False"]),
+    ({"adaptive_speculation": True}, ["adaptive_speculation = True", "speculation = None", "DraftModel"]),
+    (
+        {"adaptive_speculation": True, "speculation": Medusa()},
+        ["adaptive_speculation = True", "speculation = Medusa(", "tokens one after the other"],
+    ),
     ({"speculation": "lookup"}, ["speculation = 'lookup'", "a method of speculation, or None"]),
     ({"max_waiting_time": 0}, ["max_waiting_time = 0", "above 0"]),
     ({"max_waiting_time": float("nan")}, ["max_waiting_time = nan", "above 0"]),

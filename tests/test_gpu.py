@@ -10,7 +10,7 @@ import pytest
 
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.decode.speculative import Speculation
+from jaxinfer.decode.speculative import Speculation, depth_of
 from jaxinfer.decode.step import Layout, Programs
 from jaxinfer.engine import Options
 from jaxinfer.llm import LLM
@@ -32,7 +32,7 @@ def decode_loop(num_pages: int, cache_dtype: str, slots: int = 16, speculation: 
     programs = Programs(model, Layout(slots, 16, (num_pages,), 400, cache_dtype, speculation=speculation))
     state, cache = programs.new_state()
     given = (list(model.parameters.values()), state, cache, np.arange(slots, dtype=np.int32))
-    asked = {"steps": 4, "needs": Needs("greedy", 0), "speculate": speculation is not None}
+    asked = {"steps": 4, "needs": Needs("greedy", 0), "drafts": depth_of(speculation)}
     return programs.lower_loop(*given, **asked).compile(), model, cache
 
 

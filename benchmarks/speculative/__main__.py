@@ -108,7 +108,7 @@ def measure_drafting(options: argparse.Namespace) -> Iterator[list[Record]]:
 
 def written(engine: Engine, jobs: Sequence[Job]) -> list[list[int]]:
     """What a warm engine writes plainly, all at once."""
-    return comparing.run(engine, comparing.Shut(engine.layout, times=None), jobs, len(jobs)).texts
+    return comparing.run(engine, comparing.Shut(engine.layout), jobs, len(jobs)).texts
 
 
 def measure_replay(options: argparse.Namespace) -> Iterator[list[Record]]:

@@ -14,6 +14,7 @@ from benchmarks.serving.offline import request
 from benchmarks.serving.workload import Job
 from benchmarks.speculative.methods import name_of
 from jaxinfer.engine import Engine, Request
+from jaxinfer.engine.costs import predicted_costs
 from jaxinfer.engine.gate import Gate, predicted_gate
 from jaxinfer.engine.sequence import Sequence as Sequenced
 from jaxinfer.engine.warm_up import make_ready, warm_programs
@@ -91,11 +92,10 @@ def compare(engine: Engine, case: str, jobs: Sequence[Job], batch: int, rounds: 
     """
     jobs = list(itertools.islice(itertools.cycle(jobs), max(batch, ALONE)))
     gated, always = ways(engine)
-    deciding = predicted_gate(engine.model, engine.layout, engine.options)
     gates = {
-        PLAIN: Shut(engine.layout, times=None),
-        gated: deciding,
-        always: Gate(engine.layout, times=None),
+        PLAIN: Shut(engine.layout),
+        gated: predicted_gate(engine.model, engine.layout, engine.options),
+        always: Gate(engine.layout),
     }
     took = {
         way: min((run(engine, gate, jobs, batch) for _ in range(rounds)), key=lambda one: one.seconds)
@@ -105,7 +105,7 @@ def compare(engine: Engine, case: str, jobs: Sequence[Job], batch: int, rounds: 
     for way in (gated, always):
         records.append(Record(case, way, FASTER, took[PLAIN].seconds / took[way].seconds, "x"))
         records += _acceptance(case, way, took[way])
-    speedup = predicted(deciding, jobs, batch).speedup(tokens_per_step(took[always].accepted))
+    speedup = predicted(engine, jobs, batch).speedup(tokens_per_step(took[always].accepted))
     records.append(Record(case, "plan", FASTER, max(speedup, 1.0), "x"))
     records.append(Record(case, f"plan, {always}", FASTER, speedup, "x"))
     return records
@@ -130,8 +130,8 @@ def _acceptance(case: str, way: str, took: Run) -> list[Record]:
     ]
 
 
-def predicted(gate: Gate, jobs: Sequence[Job], batch: int) -> Verification:
-    """What the engine's gate goes by, halfway through the outputs."""
+def predicted(engine: Engine, jobs: Sequence[Job], batch: int) -> Verification:
+    """What the engine's gate goes by at first, halfway through the outputs."""
     halfway = int(np.mean([len(job.prompt) + job.output / 2 for job in jobs]))
-    sequence = Sequenced(request(0, Job((0,) * halfway, 1)))
-    return gate.predicted([sequence] * batch)
+    costs = predicted_costs(engine.model, engine.layout)
+    return Verification(*(costs.predicted([halfway] * batch, drafts) for drafts in (0, engine.layout.depth)))

@@ -46,7 +46,7 @@ class Text:
 
 def drafted(engine: Engine, jobs: Sequence[Job], outputs: Sequence[Sequence[int]]) -> list[Text]:
     """What the engine wrote, with how many proposals of its method are right: it is asked to go on from each place."""
-    engine.gate = engine.scheduler.gate = Gate(engine.layout, times=None)
+    engine.gate = engine.scheduler.gate = Gate(engine.layout)
     longest, texts = engine.layout.depth + 2, []
     for job, output in zip(jobs, outputs, strict=True):
         ends = range(len(output) - 1)

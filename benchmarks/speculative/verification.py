@@ -94,7 +94,7 @@ def compile_all(benches: Sequence[Bench]) -> None:
         state = bench.params, bench.state, bench.cache
         slots_B = np.arange(bench.layout.slots, dtype=np.int32)
         lowered.append(bench.programs.lower_step(*state, step))
-        loop = {"steps": bench.subject.steps, "needs": GREEDY, "speculate": bench.layout.drafts > 0}
+        loop = {"steps": bench.subject.steps, "needs": GREEDY, "drafts": bench.layout.depth}
         lowered.append(bench.programs.lower_loop(*state, slots_B, **loop))
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         list(threads.map(lambda one: one.compile(), lowered))

@@ -64,6 +64,7 @@ def batch(
                 cache_dtype=cache_dtype,
                 speculation=by_name(**speculation.settings),
                 always_speculate=speculation.always,
+                adaptive_speculation=speculation.adaptive,
             ),
         )
     except (ValueError, OSError) as error:

@@ -55,20 +55,24 @@ def generate(
 
     keep_compiled()
 
-    def load(method: Speculation | None) -> LLM:
+    def load(method: Speculation | None, adaptive: bool) -> LLM:
         return LLM(
             DEMO if model is None else model,
             dtype=dtype,
             max_model_len=max_model_len,
             tensor_parallel_size=tensor_parallel,
             options=Options(
-                max_num_seqs=1, cache_dtype=cache_dtype, speculation=method, always_speculate=speculation.always
+                max_num_seqs=1,
+                cache_dtype=cache_dtype,
+                speculation=method,
+                always_speculate=speculation.always,
+                adaptive_speculation=adaptive,
             ),
         )
 
     try:
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        llm = load(method := by_name(**speculation.settings))
+        llm = load(method := by_name(**speculation.settings), speculation.adaptive)
         llm.stream(prompt, params)  # tells what is wrong
         compile_for(llm, prompt, params)
     except (ValueError, OSError) as error:
@@ -82,13 +86,14 @@ def generate(
     if method is not None and clock.per_token:
         counters = llm.engine.counters
         del llm  # the plain one takes its place in memory
-        plain = load(None)
+        plain = load(None, adaptive=False)
         compile_for(plain, prompt, params)
         console.print(gain(counters, timed(plain, prompt, params, lambda text: None).per_token / clock.per_token))
 
 
 def compile_for(llm: LLM, prompt: str, params: SamplingParams) -> None:
-    """Compiles what a stream runs, so that its tokens alone are timed."""
+    """Compiles what a stream runs, with proposals and without, so that its tokens alone are timed."""
+    llm.engine.compile_loops(params)
     llm.generate(prompt, replace(params, max_tokens=min(2, params.max_tokens)))
 
 

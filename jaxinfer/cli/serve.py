@@ -123,6 +123,7 @@ def serve(
             "steps_per_dispatch": steps_per_dispatch,
             "cache_dtype": cache_dtype,
             "always_speculate": speculation.always,
+            "adaptive_speculation": speculation.adaptive,
             "enable_prefix_caching": prefix_caching,
             "max_waiting_time": max_waiting_time,
         },

@@ -22,11 +22,12 @@ class Speculating:
 
     Attributes:
         settings: arguments of `decode.speculative.by_name`; None leaves one to the method.
-        always: as `always_speculate` of the engine's `Options`.
+        always, adaptive: as `always_speculate` and `adaptive_speculation` of the engine's `Options`.
     """
 
     settings: dict[str, Any]
     always: bool
+    adaptive: bool
 
     def warn(self, say: Callable[[str], None]) -> None:
         """Says so where outputs will not have the model's distribution."""
@@ -62,6 +63,10 @@ OPTIONS = {
         "--always-speculate", "Propose tokens also where plain decoding is predicted to be faster."
     ),
     "num_speculative_tokens": _integer("Tokens of a proposal, of a tree its nodes."),
+    "adaptive_speculation": _flag(
+        "--adaptive-speculation",
+        "lookup, draft, early-exit: propose fewer tokens where that is predicted to be faster.",
+    ),
     "draft_model": _text(
         "The smaller model of draft, with the same tokenizer, the heads of medusa or the head of eagle: a folder or a "
         "Hugging Face id; the demo model has its own of each."
@@ -100,8 +105,8 @@ def speculating(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(**given: Any) -> None:
         asked = {name: given.pop(name) for name in OPTIONS}
-        always = bool(asked.pop("always_speculate"))
-        command(**given, speculation=Speculating(asked, always))
+        always, adaptive = (bool(asked.pop(name)) for name in ("always_speculate", "adaptive_speculation"))
+        command(**given, speculation=Speculating(asked, always, adaptive))
 
     vars(run)["__signature__"] = signature.replace(parameters=parameters)
     return run

@@ -80,6 +80,7 @@ class Layout:
         attention: the implementation of attention, by its name in `pallas_kernels`; by default chosen by hardware
             and input.
         speculation: what loops of decode steps may propose; None for plain decoding.
+        adaptive: whether they may propose fewer tokens than that says, see `choices`. Only of a method that adapts.
     """
 
     slots: int
@@ -89,6 +90,7 @@ class Layout:
     cache_dtype: str
     attention: str = "auto"
     speculation: Speculation | None = None
+    adaptive: bool = False
 
     @property
     def drafts(self) -> int:
@@ -99,6 +101,21 @@ class Layout:
     def depth(self) -> int:
         """How many of these may be right: of a tree, those of its longest path."""
         return depth_of(self.speculation)
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """How many proposed tokens may be right in a step of a loop that proposes, from few to many: `depth`, and of
+        a layout that adapts the powers of two below it."""
+        if not self.depth:
+            return ()
+        fewer = [1 << shift for shift in range((self.depth - 1).bit_length())] if self.adaptive else []
+        return (*fewer, self.depth)
+
+    def method(self, drafts: int) -> Speculation:
+        """What proposes in steps in which so many proposed tokens may be right, one of `choices`."""
+        assert self.speculation is not None
+        assert drafts in self.choices, drafts
+        return self.speculation if drafts == self.depth else self.speculation.fewer(drafts)
 
     @property
     def beyond(self) -> int:
@@ -132,9 +149,7 @@ class Programs:
         self._sample = jax.jit(self._traced_sample, static_argnames=("needs",), donate_argnames=("state",))
         self._mask = jax.jit(self._traced_mask)
         self._score = jax.jit(self._traced_score)
-        self._loop = jax.jit(
-            self._traced_loop, static_argnames=("steps", "needs", "speculate"), donate_argnames=donated
-        )
+        self._loop = jax.jit(self._traced_loop, static_argnames=("steps", "needs", "drafts"), donate_argnames=donated)
         self._propose = jax.jit(self._traced_propose, static_argnames=("needs",), donate_argnames=("cache",))
         self._drafted = jax.jit(self._traced_drafted, donate_argnames=("cache",))
         self._verify = jax.jit(self._traced_verify, static_argnames=("needs",), donate_argnames=donated)
@@ -188,24 +203,24 @@ class Programs:
 
     def loop(
         self, params: Params, state: SlotState, cache: Cache, slots_B: np.ndarray, *, steps: int, needs: Needs,
-        speculate: bool = False,
+        drafts: int = 0,
     ) -> tuple[SlotState, Cache, StepOutput]:  # fmt: skip
         """`steps` decode steps in one program.
 
         Args:
             slots_B: those that decode, one past the last slot pads. As many as there are stand for all in their order.
-            speculate: whether they propose tokens, by the layout's method.
+            drafts: how many proposed tokens may be right in each, one of the layout's `choices`; none decode plainly.
         """
         with jax.set_mesh(self.model.mesh):
-            return self._loop(params, state, cache, slots_B, steps=steps, needs=needs, speculate=speculate)
+            return self._loop(params, state, cache, slots_B, steps=steps, needs=needs, drafts=drafts)
 
     def lower_loop(
         self, params: Params, state: SlotState, cache: Cache, slots_B: np.ndarray, *, steps: int, needs: Needs,
-        speculate: bool = False,
+        drafts: int = 0,
     ) -> Lowered:  # fmt: skip
         """`loop`, not compiled yet. Once it is, `loop` finds it."""
         with jax.set_mesh(self.model.mesh):
-            return self._loop.lower(params, state, cache, slots_B, steps=steps, needs=needs, speculate=speculate)
+            return self._loop.lower(params, state, cache, slots_B, steps=steps, needs=needs, drafts=drafts)
 
     def verify(
         self, params: Params, state: SlotState, cache: Cache, slots_B: np.ndarray, needs: Needs,
@@ -224,7 +239,7 @@ class Programs:
             for array in jax.tree.leaves(proposal._replace(kept_BkV=None)):
                 array.copy_to_host_async()
             cache, *ran = self._drafted(params, state, cache, slots_B, proposal._replace(kept_BkV=None))
-            words_WU = masks(*self._speculative.on_host(proposal))
+            words_WU = masks(*self._checked.on_host(proposal))
             return self._verify(state, cache, slots_B, proposal, *ran, words_WU, needs=needs)
 
     def lower_verify(
@@ -326,28 +341,28 @@ class Programs:
         top = min(MAX_LOGPROBS, self.model.config.vocab_size)
         return prompt_logprobs(normed_TD, head_VD, targets_T, top, chunk=VOCABULARY_CHUNK, transform=cap)
 
-    def _traced_loop(self, params, state, cache, slots_B, *, steps, needs, speculate):
+    def _traced_loop(self, params, state, cache, slots_B, *, steps, needs, drafts):
         self.traces["loop"] += 1
         own = self._own(state, slots_B)
-        body = partial(self._proposing if speculate else self._plain, params, needs)
-        (own, cache), (sampled, emits_nW) = jax.lax.scan(body, (own, cache), length=steps)
-        if speculate:
-            places = steps * (1 + self.layout.depth)
+        body = partial(self._proposing, self._speculative(drafts)) if drafts else self._plain
+        (own, cache), (sampled, emits_nW) = jax.lax.scan(partial(body, params, needs), (own, cache), length=steps)
+        if drafts:
+            places = steps * (1 + drafts)
             sampled, emits_nW = jax.tree.map(lambda x: x.reshape(places, *x.shape[2:]), (sampled, emits_nW))
         return self._with(state, slots_B, own, sampled, emits_nW), cache, StepOutput(sampled, emits_nW, ())
 
     def _traced_propose(self, params, state, cache, slots_B, *, needs):
         self.traces["propose"] += 1
-        return self._speculative.propose(params, needs, self._own(state, slots_B), cache)
+        return self._checked.propose(params, needs, self._own(state, slots_B), cache)
 
     def _traced_drafted(self, params, state, cache, slots_B, proposal):
         self.traces["drafted"] += 1
-        return self._speculative.run(params, self._own(state, slots_B), cache, proposal)
+        return self._checked.run(params, self._own(state, slots_B), cache, proposal)
 
     def _traced_verify(self, state, cache, slots_B, proposal, logits_WV, shown_TE, words_WU, *, needs):
         self.traces["verify"] += 1
         own, logits_WV = self._own(state, slots_B), masked(logits_WV, words_WU)
-        own, cache, sampled, emits_dB = self._speculative.take(needs, own, cache, proposal, logits_WV, shown_TE)
+        own, cache, sampled, emits_dB = self._checked.take(needs, own, cache, proposal, logits_WV, shown_TE)
         return self._with(state, slots_B, own, sampled, emits_dB), cache, StepOutput(sampled, emits_dB, ())
 
     def _traced_admit(self, state, slot, packed_U, form):
@@ -370,18 +385,22 @@ class Programs:
         state, sampled = self._draw(state, logits_WV, rows, shown_WE, needs)
         return (state, cache), (sampled, rows.emits_W)
 
-    def _proposing(self, params, needs: Needs, carry, _):
+    def _proposing(self, speculative: SpeculativeStep, params, needs: Needs, carry, _):
         """A step of a loop that verifies what it proposes."""
         state, cache = carry
-        proposal, cache = self._speculative.propose(params, needs, state, cache)
-        cache, logits_WV, shown_TE = self._speculative.run(params, state, cache, proposal)
-        state, cache, sampled, emits_dB = self._speculative.take(needs, state, cache, proposal, logits_WV, shown_TE)
+        proposal, cache = speculative.propose(params, needs, state, cache)
+        cache, logits_WV, shown_TE = speculative.run(params, state, cache, proposal)
+        state, cache, sampled, emits_dB = speculative.take(needs, state, cache, proposal, logits_WV, shown_TE)
         return (state, cache), (sampled, emits_dB)
 
+    def _speculative(self, drafts: int) -> SpeculativeStep:
+        """That may find so many proposed tokens right, one of the layout's `choices`."""
+        return SpeculativeStep(self.forward, self.layout.method(drafts), tuple(self._pools))
+
     @property
-    def _speculative(self) -> SpeculativeStep:
-        assert self.layout.speculation is not None
-        return SpeculativeStep(self.forward, self.layout.speculation, tuple(self._pools))
+    def _checked(self) -> SpeculativeStep:
+        """That of `verify`."""
+        return self._speculative(self.layout.depth)
 
     def _proposed_by(self, needs: Needs) -> Needs:
         """What a program of proposals must be able to do: no more of these than the method has a use for."""

@@ -20,9 +20,11 @@ import numpy as np
 
 from jaxinfer.decode import sampling
 from jaxinfer.decode.sampling import Needs
+from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import StepOutput
 from jaxinfer.engine.buckets import rectangle, step_size
 from jaxinfer.engine.budget import predicted_budget
+from jaxinfer.engine.clock import DeviceClock
 from jaxinfer.engine.commit import corrections, join_tiles, keep_prompt_logprobs, read_row
 from jaxinfer.engine.constraints import Constrain, Constraints
 from jaxinfer.engine.gate import predicted_gate
@@ -32,9 +34,9 @@ from jaxinfer.engine.options import IN_FLIGHT, Options
 from jaxinfer.engine.request import Request, Update
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.scheduler import Plan, Scheduler
-from jaxinfer.engine.sequence import Sequence
+from jaxinfer.engine.sequence import Sequence, constrained
 from jaxinfer.engine.step_input import lay_out, next_tokens, padded
-from jaxinfer.engine.warm_up import WARM, Progress, make_ready, warm_programs
+from jaxinfer.engine.warm_up import WARM, Progress, loop_programs, make_ready, time_loops, warm_programs
 from jaxinfer.model import Model, Params
 
 logger = logging.getLogger(__name__)
@@ -42,11 +44,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Work:
-    """A dispatched program: its plan and output, and the sequences that may draw in it, by their rows."""
+    """A dispatched program: its plan and output, and the sequences that may draw in it, by their rows; and whether it
+    is one of decode steps alone, a loop."""
 
     plan: Plan
     drawing: list[tuple[int, Sequence]]
     output: StepOutput
+    loop: bool = False
 
 
 class Engine:
@@ -70,6 +74,7 @@ class Engine:
         self.scheduler = self._new_scheduler()
         self.runner = Runner(model, params, self.layout, self.options.steps_per_dispatch)
         self._in_flight: deque[Work] = deque()
+        self._clock = DeviceClock()
         self._constraints = Constraints(constrain)
         self._updates: list[Update] = []  # to be told; what was read outlasts a step that fails
         self._lost: list[Request] = []  # by a failed step, to be told
@@ -158,6 +163,8 @@ class Engine:
         return updates
 
     def _step(self) -> None:
+        if not self._in_flight:
+            self._clock.idle()
         self._welcome()
         self._expire()
         if (work := self._dispatch(self.scheduler.schedule())) is not None:
@@ -206,7 +213,16 @@ class Engine:
         assert not self.scheduler.running
         programs = warm_programs(self.runner, self.options.max_num_batched_tokens, self._constraints.possible)
         done = make_ready(programs, progress, self.runner.wait)
+        time_loops(self.runner, WARM[0], self.gate)
         self._warm = WARM
+        return done
+
+    def compile_loops(self, params: SamplingParams) -> WarmUp:
+        """Compiles the programs of decode steps that requests with these parameters meet, on an idle engine: a small
+        part of what `warm_up` does."""
+        assert not self.scheduler.running
+        done = make_ready(loop_programs(self.runner, [sampling.needs([params])]), None, self.runner.wait)
+        time_loops(self.runner, sampling.needs([params]), self.gate)
         return done
 
     # --- run
@@ -219,21 +235,22 @@ class Engine:
         drawing = [*plan.decoding, *(chunk.sequence for chunk in plan.chunks if chunk.last)]
         by_slot = [(sequence.slot, sequence) for sequence in drawing if sequence.slot is not None]
         needs, slots = self._needs(plan), self.layout.slots
-        constrained = any(sequence.constraint is not None for sequence in drawing)
         occupied = [slot for slot, _ in by_slot[: len(plan.decoding)]]
-        loops = not plan.chunks and not constrained and plan.steps == self.options.steps_per_dispatch
+        checked = constrained(drawing)
+        loops = not plan.chunks and not checked and plan.steps == self.options.steps_per_dispatch
         if loops or plan.drafts:
             size = rectangle(len(occupied), slots)
             rows = by_slot if size == slots else list(enumerate(plan.decoding))
             slots_B = padded(occupied, size, slots)
             if loops:
-                return Work(plan, rows, self.runner.loop(slots_B, needs, plan.drafts > 0))
+                return Work(plan, rows, self.runner.loop(slots_B, needs, plan.drafts), loop=True)
+            assert plan.drafts == self.layout.depth, "there are pages for fewer tokens than are proposed"
             return Work(plan, rows, self.runner.verify(slots_B, needs, partial(self._masks, rows)))
         tokens = step_size(len(occupied) + sum(chunk.tokens for chunk in plan.chunks), bool(plan.chunks))
         given = lay_out(plan.chunks, tokens, slots, occupied or None)
         wants = any(chunk.sequence.scores_prompt for chunk in plan.chunks)
         targets_T = next_tokens(plan.chunks, tokens, len(occupied)) if wants else None
-        masks = partial(self._masks, by_slot, *[np.zeros((slots, 0), np.int32)] * 2) if constrained else None
+        masks = partial(self._masks, by_slot, *[np.zeros((slots, 0), np.int32)] * 2) if checked else None
         return Work(plan, by_slot, self.runner.step(given, needs, targets_T, masks))
 
     def _tell(self, plan: Plan) -> None:
@@ -268,6 +285,10 @@ class Engine:
 
     def _commit(self, work: Work) -> None:
         """Reads a program. An exception at one request's part of it ends that request alone."""
+        seconds = self._clock.wait(work.output)
+        if work.loop and seconds is not None:
+            contexts = [len(sequence.tokens) for sequence in work.plan.decoding]
+            self.gate.time(contexts, work.plan.drafts, seconds / work.plan.steps)
         output = jax.tree.map(np.asarray, work.output)
         for sequence in (*work.plan.decoding, *(chunk.sequence for chunk in work.plan.chunks)):
             sequence.in_flight -= 1

@@ -46,6 +46,7 @@ def make_layout(model: Model, options: Options) -> Layout:
         max_tokens=model.context,
         cache_dtype=dtype,
         speculation=options.speculation,
+        adaptive=options.adaptive_speculation,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -19,7 +20,8 @@ class Counters:
         prefilled_tokens: tokens computed in chunks, those of a preempted sequence again.
         output_tokens: tokens told.
         drafts: how often tokens were proposed to a sequence.
-        accepted: how often the first of them was right, the first two, and so on.
+        accepted: how often the first of them was right, the first two, and so on; not, where so many were not
+            proposed.
         draft_updates: how often what proposes them was given other weights.
     """
 
@@ -41,8 +43,7 @@ class Counters:
         """
         drafts, *accepted = brought_Q.tolist()
         self.drafts += drafts
-        before = self.accepted or (0,) * len(accepted)
-        self.accepted = tuple(old + new for old, new in zip(before, accepted, strict=True))
+        self.accepted = tuple(old + new for old, new in zip_longest(self.accepted, accepted, fillvalue=0))
 
     @property
     def tokens_per_draft(self) -> float:

@@ -42,6 +42,9 @@ class Options:
             None decodes plainly. Outputs are the same, or by the method's choice other draws of the same distribution.
         always_speculate: also where plain decoding is predicted to be faster; by default nothing is proposed there, as
             `jaxinfer.engine.gate` says.
+        adaptive_speculation: proposals have at most the method's `num_speculative_tokens`, and before every program of
+            decode steps the gate chooses how many, of that and the powers of two below it. Only of a method that
+            proposes tokens one after the other.
         max_waiting_time: seconds after its arrival at which a request that has not begun to run ends with the reason
             `timeout`; None lets it wait.
     """
@@ -56,6 +59,7 @@ class Options:
     enable_prefix_caching: bool = True
     speculation: Speculation | None = None
     always_speculate: bool = False
+    adaptive_speculation: bool = False
     max_waiting_time: float | None = None
 
     def __post_init__(self):
@@ -78,9 +82,14 @@ class Options:
             raise ValueError(f"num_pages = {self.num_pages!r} must be an integer, at least 2, the null page included")
         if self.speculation is not None and not isinstance(self.speculation, Speculation):
             raise ValueError(f"speculation = {self.speculation!r} must be a method of speculation, or None")
-        for name in ("enable_prefix_caching", "always_speculate"):
+        for name in ("enable_prefix_caching", "always_speculate", "adaptive_speculation"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name} = {value!r} must be True or False")
+        if self.adaptive_speculation and not (self.speculation and self.speculation.adapts):
+            raise ValueError(
+                f"adaptive_speculation = True has no use where speculation = {self.speculation!r}; that must be a "
+                "method that proposes tokens one after the other: DraftModel, EarlyExit or PromptLookup"
+            )
         if self.max_waiting_time is not None and not _is_duration(self.max_waiting_time):
             raise ValueError(f"max_waiting_time = {self.max_waiting_time!r} must be seconds above 0, or None")
 

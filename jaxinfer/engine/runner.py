@@ -66,10 +66,10 @@ class Runner:
         )
         return _send(output)
 
-    def loop(self, slots_B: np.ndarray, needs: Needs, speculate: bool = False) -> StepOutput:
+    def loop(self, slots_B: np.ndarray, needs: Needs, drafts: int = 0) -> StepOutput:
         """A program of decode steps of these slots; see `Programs.loop`."""
         self.state, self.cache, output = self.programs.loop(
-            self.params, self.state, self.cache, slots_B, steps=self.steps, needs=needs, speculate=speculate
+            self.params, self.state, self.cache, slots_B, steps=self.steps, needs=needs, drafts=drafts
         )
         return _send(output)
 
@@ -84,10 +84,10 @@ class Runner:
         """The model's part of a step, to be compiled ahead."""
         return self.programs.lower_step(self.params, self.state, self.cache, given)
 
-    def lower_loop(self, slots_B: np.ndarray, needs: Needs, speculate: bool = False) -> Lowered:
+    def lower_loop(self, slots_B: np.ndarray, needs: Needs, drafts: int = 0) -> Lowered:
         """A program of decode steps, to be compiled ahead."""
         return self.programs.lower_loop(
-            self.params, self.state, self.cache, slots_B, steps=self.steps, needs=needs, speculate=speculate
+            self.params, self.state, self.cache, slots_B, steps=self.steps, needs=needs, drafts=drafts
         )
 
     def lower_verify(self, part: Part, slots_B: np.ndarray, needs: Needs) -> Lowered:

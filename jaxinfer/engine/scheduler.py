@@ -22,7 +22,7 @@ from jaxinfer.engine.metrics import Counters
 from jaxinfer.engine.options import Options
 from jaxinfer.engine.paging import Paging
 from jaxinfer.engine.request import Request
-from jaxinfer.engine.sequence import Chunk, Sequence
+from jaxinfer.engine.sequence import Chunk, Sequence, constrained
 
 Entry = tuple[int, int, int, int]  # of a page table: cache group, slot, column, page
 
@@ -68,7 +68,7 @@ class Scheduler:
     ):  # fmt: skip
         self.slots, self.beyond, self.options, self.clock = layout.slots, layout.beyond, options, clock
         self.budget = budget or Budget(layout, options, times=None)
-        self.gate = gate or Gate(layout, times=None)
+        self.gate = gate or Gate(layout)
         self.counters = counters or Counters()
         self.paging = Paging(layout, windows, options.enable_prefix_caching)
         self.waiting: list[Sequence] = []
@@ -140,8 +140,7 @@ class Scheduler:
         chunks, admitted = self._prefilled(_holding(decoding), released)
         decoding = _holding(decoding)
         # What a constrained sequence may draw next, the host knows only after its last token.
-        single = chunks or any(sequence.constraint is not None for sequence in decoding)
-        steps = 1 if single else self.options.steps_per_dispatch
+        steps = 1 if chunks or constrained(decoding) else self.options.steps_per_dispatch
         drafts = 0 if chunks or not decoding else self.gate.drafts(decoding)
         released += self._hold(decoding, steps * (1 + drafts), self.beyond if drafts else 0)
         decoding = _holding(decoding)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING
@@ -141,6 +142,11 @@ class Sequence:
         assert 0 <= self.outputs <= self.scheduled, self
         assert self.proposed >= 0, self
         assert len(self.tokens) <= self.request.capacity, self
+
+
+def constrained(sequences: Iterable[Sequence]) -> bool:
+    """Whether the host has a say in what one of them draws."""
+    return any(sequence.constraint is not None for sequence in sequences)
 
 
 @dataclass(frozen=True)

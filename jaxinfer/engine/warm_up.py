@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,9 @@ from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.speculative import Speculation
 from jaxinfer.decode.step import SCORED, Part
 from jaxinfer.engine.buckets import FEW, powers, rectangles
+from jaxinfer.engine.clock import DeviceClock
+from jaxinfer.engine.costs import ENOUGH
+from jaxinfer.engine.gate import Gate
 from jaxinfer.engine.metrics import Warmed, WarmUp
 from jaxinfer.engine.options import SMALLEST_BUCKET
 from jaxinfer.engine.runner import Runner
@@ -70,11 +73,7 @@ def warm_programs(runner: Runner, largest_step: int, masked: bool) -> Iterator[P
         for tokens in powers(SMALLEST_BUCKET, largest_step):
             given = lay_out([], tokens, slots, decoding)
             yield _step(runner, f"{tokens} rows of prompts{beside}", given)
-    ways = {"": False} if runner.layout.speculation is None else {"": False, ", with proposals": True}
-    for decode, needs, (way, speculate) in product(rectangles(slots), WARM, ways.items()):
-        loop = padded([], decode, slots), needs, speculate
-        name = f"decoding {decode} slots, {needs.level}{way}"
-        yield Program(name, partial(runner.loop, *loop), partial(runner.lower_loop, *loop))
+    yield from loop_programs(runner, WARM)
     given, targets_T = lay_out([], SCORED, slots), next_tokens([], SCORED)
     for needs in WARM[1:]:
         yield Program(f"{needs.level} sampling of prompts", partial(runner.step, given, needs, targets_T))
@@ -103,6 +102,15 @@ def _checked(runner: Runner, method: Speculation) -> Iterator[Program]:
             name = f"{PARTS[part]} of {decode} slots" + (f", {kind.level}" if needs == every else "")
             step = padded([], decode, slots), kind
             yield Program(name, partial(runner.verify, *step, masks), partial(runner.lower_verify, part, *step))
+
+
+def loop_programs(runner: Runner, kinds: Sequence[Needs]) -> Iterator[Program]:
+    """Those of decode steps alone, with these kinds of sampling: plain, and with every number of proposed tokens."""
+    slots = runner.layout.slots
+    for decode, needs, drafts in product(rectangles(slots), kinds, (0, *runner.layout.choices)):
+        loop = padded([], decode, slots), needs, drafts
+        name = f"decoding {decode} slots, {needs.level}" + (f", with proposals of depth {drafts}" if drafts else "")
+        yield Program(name, partial(runner.loop, *loop), partial(runner.lower_loop, *loop))
 
 
 def _step(runner: Runner, name: str, given: StepInput) -> Program:
@@ -135,6 +143,20 @@ def make_ready(programs: Iterable[Program], progress: Progress | None, wait: Cal
     done = WarmUp(tuple(warmed), time.perf_counter() - start, kernels)
     logger.info("%s", done)
     return done
+
+
+def time_loops(runner: Runner, needs: Needs, gate: Gate) -> None:
+    """Tells a gate what the programs take between which it chooses, while no slot has a request: that corrects its
+    first predictions. Only of programs that are ready.
+
+    All rows then hold the same token, of which a mixture of experts reads few; programs with requests soon tell more.
+    """
+    for decode, drafts in product(rectangles(runner.layout.slots), gate.weighed):
+        clock = DeviceClock()
+        slots_B = padded([], decode, runner.layout.slots)
+        for output in [runner.loop(slots_B, needs, drafts) for _ in range(1 + ENOUGH)]:
+            if (seconds := clock.wait(output)) is not None:
+                gate.time([1] * decode, drafts, seconds / runner.steps)
 
 
 def _compile_all(lower: dict[str, Callable[[], Lowered]], tell: Callable[[Warmed], None]) -> int:

@@ -75,7 +75,7 @@ def test_a_replay_writes_the_recorded_texts_with_the_recorded_acceptance(engine,
     jobs = replaying.replay(engine, texts)
     ends = [job.prompt[0] // 10 for job in jobs]
     assert ends == [0, 1, 2]
-    for gate in (comparing.Shut(engine.layout, times=None), Gate(engine.layout, times=None)):
+    for gate in (comparing.Shut(engine.layout), Gate(engine.layout)):
         took = comparing.run(engine, gate, jobs, batch=2)
         assert [[token % 10 for token in output] for output in took.texts] == [[*text.output] for text in texts]
     steps = [count for text in texts for count in text.accepted]
@@ -109,7 +109,7 @@ def test_a_replayed_method_is_right_where_the_recorded_one_was(tmp_path, name):
     changed = replaying.replayed(method, recorded, ONE_LAYER["vocab_size"])
     with one_rectangle():
         engine = Engine(model, random_params(model, 0), replace(options, speculation=changed))
-        gate = Gate(engine.layout, times=None)
+        gate = Gate(engine.layout)
         took = comparing.run(engine, gate, replaying.replay(engine, recorded), batch=2)
     assert [[token % 10 for token in output] for output in took.texts] == [[*text.output] for text in recorded]
     steps = [count for counts in STEPS for count in counts]

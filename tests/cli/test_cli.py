@@ -81,30 +81,33 @@ def test_generate_says_what_proposals_bring():
 @pytest.mark.parametrize("command", ["generate", "batch"])
 def test_the_dtype_of_the_cache_and_the_method_reach_the_engine(command, tmp_path, monkeypatch):
     def refuse(model, *, options, **arguments):
-        raise ValueError(f"a cache of {options.cache_dtype}, {options.always_speculate} and {options.speculation}")
+        how = options.always_speculate, options.adaptive_speculation
+        raise ValueError(f"a cache of {options.cache_dtype}, {how} and {options.speculation}")
 
     monkeypatch.setattr("jaxinfer.llm.LLM", refuse)
     (tmp_path / "in").touch()
     files = [str(tmp_path / name) for name in ("in", "out")]
-    asked = ["--cache-dtype", "int8", "--speculate", "lookup", "--num-speculative-tokens", "5", "--always-speculate"]
+    asked = ["--cache-dtype", "int8", "--speculate", "lookup", "--num-speculative-tokens", "5", "--always-speculate",
+             "--adaptive-speculation"]  # fmt: skip
     result = run(command, *(["a"] if command == "generate" else files), *asked)
-    assert "a cache of int8, True and PromptLookup(num_speculative_tokens=5" in flat(result.output)
+    assert "a cache of int8, (True, True) and PromptLookup(num_speculative_tokens=5" in flat(result.output)
 
 
 def test_a_server_bounds_how_long_a_prompt_holds_up_the_others(monkeypatch):
     asked = []
 
     def served(setup, *others):
-        asked.append((Options(**setup.options), setup.speculation))
+        asked.append(Options(**setup.options, speculation=by_name(**setup.speculation)))
         return 0
 
     monkeypatch.setattr("jaxinfer.serve.server.run", served)
-    asks = ["--speculate", "lookup", "--num-speculative-tokens", "5", "--always-speculate"]
+    asks = ["--speculate", "lookup", "--num-speculative-tokens", "5", "--always-speculate", "--adaptive-speculation"]
     assert run("serve", "--port", "0", *asks).exit_code == 0
-    ((options, speculation),) = asked
+    (options,) = asked
     assert (options.max_slowdown, Options().max_slowdown) == (1.75, math.inf)
-    assert by_name(**speculation) == PromptLookup(5)
+    assert options.speculation == PromptLookup(5)
     assert options.always_speculate
+    assert options.adaptive_speculation
 
 
 def test_what_learns_is_made_in_the_engine_process(monkeypatch):
@@ -156,6 +159,10 @@ def test_convert_keeps_every_bit(tmp_path):
         (["generate", "a", "--speculate", "magic"], "speculate = 'magic' must be one of draft, eagle, early-exit"),
         (["generate", "a", "--num-speculative-tokens", "4"], "num_speculative_tokens = 4 has no use without a method"),
         (["generate", "a", "--draft-model", "b"], "draft_model = 'b' has no use without a method"),
+        (
+            ["generate", "a", "--adaptive-speculation"],
+            "adaptive_speculation = True has no use where speculation = None",
+        ),
         (
             ["generate", "a", "--speculate", "lookup", "--draft-model", "b"],
             "draft_model = 'b' has no use where speculate = 'lookup'",

@@ -45,7 +45,7 @@ ASKED = [
 
 def test_all_that_a_method_can_be_told_has_an_option():
     settings = {name for method in METHODS.values() for name in method.settings()}
-    assert set(OPTIONS) == settings | {"speculate", "always_speculate"}
+    assert set(OPTIONS) == settings | {"speculate", "always_speculate", "adaptive_speculation"}
 
 
 def test_the_readme_lists_the_options_of_each_method():

@@ -82,14 +82,18 @@ def packed(params: SamplingParams, rows: int) -> dict[str, jax.Array]:
     return {name: jnp.asarray(np.tile(value, (rows,) + (1,) * value.ndim)) for name, value in row.items()}
 
 
-def speculative_step(state: SlotState, model_VV, draft_VV, needs: sampling.Needs, coupled=False, lies=False):
+def speculative_step(
+    state: SlotState, model_VV, draft_VV, needs: sampling.Needs, coupled=False, lies=False, drafts=DRAFTS
+):
     """A draft that lies says of what it drew that it was from a uniform distribution."""
-    return _speculative_step(state, model_VV, draft_VV, lies, needs, coupled)
+    return _speculative_step(state, model_VV, draft_VV, lies, needs, coupled, drafts)
 
 
-@partial(jax.jit, static_argnums=(4, 5))
-def _speculative_step(state: SlotState, model_VV, draft_VV, lies: jax.Array, needs: sampling.Needs, coupled: bool):
-    proposal, _ = draft(TABLE, [draft_VV], (), state, needs, DRAFTS, catch_up=False, coupled=coupled)
+@partial(jax.jit, static_argnums=(4, 5, 6))
+def _speculative_step(
+    state: SlotState, model_VV, draft_VV, lies: jax.Array, needs: sampling.Needs, coupled: bool, drafts: int
+):
+    proposal, _ = draft(TABLE, [draft_VV], (), state, needs, drafts, catch_up=False, coupled=coupled)
     if not coupled:
         proposal = proposal._replace(kept_BkV=jnp.where(lies, 0.0, proposal.kept_BkV))
     tokens_BQ = jnp.concatenate([state.token_B[:, None], proposal.drafts_Bk], axis=1)
@@ -146,6 +150,31 @@ def test_outputs_have_the_distribution_of_the_model(request_):
         step = lambda state, tables=tables: speculative_step(state, *tables, needs(params))  # noqa: E731
         expected_VVV = joint(tables[0], params)
         found += [probability(outputs(start(params, seed), step)[0], expected_VVV) for seed in range(4)]
+    assert min(found) > 1e-4
+    assert scipy.stats.kstest(found, "uniform").pvalue > 1e-3
+
+
+def test_how_many_tokens_are_proposed_changes_no_distribution():
+    """Chosen by what was right before, in the same slots: the gate does so for a whole batch."""
+    params, found, chosen = REQUESTS["filters and penalties"], [], set()
+
+    class Adapting:
+        drafts = 2
+
+        def __init__(self, tables):
+            self.tables = tables
+
+        def __call__(self, state):
+            state, sampled, emits_QB = speculative_step(state, *self.tables, needs(params), drafts=self.drafts)
+            chosen.add(self.drafts)
+            self.drafts = 1 + int(emits_QB[:, :3].sum()) % 3
+            return state, sampled, emits_QB
+
+    for name in ("random", "uniform", "deterministic"):
+        tables = DRAFT_MODELS[name]
+        expected_VVV = joint(tables[0], params)
+        found += [probability(outputs(start(params, seed), Adapting(tables))[0], expected_VVV) for seed in range(4)]
+    assert chosen == {1, 2, 3}
     assert min(found) > 1e-4
     assert scipy.stats.kstest(found, "uniform").pvalue > 1e-3
 

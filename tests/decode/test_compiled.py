@@ -13,7 +13,7 @@ import pytest
 from jaxinfer.decode import sampling
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.decode.speculative import DraftModel, Eagle, EarlyExit, Lookahead, PromptLookup, Speculation
+from jaxinfer.decode.speculative import DraftModel, Eagle, EarlyExit, Lookahead, PromptLookup, Speculation, depth_of
 from jaxinfer.decode.step import Layout, Part, Programs
 from jaxinfer.engine.step_input import lay_out
 from jaxinfer.engine.warm_up import WARM
@@ -60,7 +60,7 @@ def compiled(
     with jax.set_mesh(model.mesh):
         if which == "loop":
             lowered = programs._loop.lower(
-                *given, np.arange(SLOTS, dtype=np.int32), steps=3, needs=needs, speculate=speculation is not None
+                *given, np.arange(SLOTS, dtype=np.int32), steps=3, needs=needs, drafts=depth_of(speculation)
             )
         elif which in get_args(Part):
             lowered = programs.lower_verify(cast(Part, which), *given, np.arange(SLOTS, dtype=np.int32), needs)

@@ -285,7 +285,7 @@ def test_a_tree_leaves_the_keys_and_values_of_plain_decoding():
         for _ in range(2 if method else 3):
             state, cache, output = programs.loop(
                 weights, state, cache, np.arange(2, dtype=np.int32), steps=steps, needs=needs,
-                speculate=method is not None,
+                drafts=depth_of(method),
             )  # fmt: skip
             tokens += np.asarray(output.sampled.tokens_W)[np.asarray(output.emits_nW)[:, 1], 1].tolist()
         found[method] = state, cache, tokens, pages

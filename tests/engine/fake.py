@@ -33,6 +33,9 @@ class Sent(np.ndarray):
     def copy_to_host_async(self):
         pass
 
+    def is_ready(self):
+        return True
+
 
 def longer(text: int, token: int) -> int:
     return hash((text, token))
@@ -150,8 +153,8 @@ class FakePrograms:
                     tokens_W[number], emits_W[number] = self._draw(slot, text, words_BU[number]), True
         return state, cache, _output([tokens_W], [emits_W])
 
-    def loop(self, params, state, cache, slots_B, *, steps, needs, speculate):
-        assert not speculate
+    def loop(self, params, state, cache, slots_B, *, steps, needs, drafts):
+        assert not drafts
         some = len(slots_B) < len(state)
         numbers = [number for number in slots_B.tolist() if number < len(state)] if some else range(len(state))
         assert not any(state[number].active and state[number].request[0].structured_outputs for number in numbers)

@@ -35,7 +35,7 @@ def test_an_engine_foresees_what_is_foreseen_by_hand(tmp_path, tiny):
     devices."""
     folder, options = write(tmp_path / "table", tiny, rest=0.0), replace(OPTIONS, max_num_seqs=1, speculation=METHOD)
     llm = drawing_alike(LLM(folder, tensor_parallel_size=2, options=options))
-    llm.engine.gate = llm.engine.scheduler.gate = Alternating(llm.engine.layout, times=None)
+    llm.engine.gate = llm.engine.scheduler.gate = Alternating(llm.engine.layout)
     params, depth = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=36), llm.engine.layout.depth
     for prompt in ("ab" * 9, "abcabd" * 9, "abcabd" * 8 + "xyz"):
         drafts, before = llm.engine.counters.drafts, llm.engine.counters.accepted or (0,) * depth
@@ -85,7 +85,7 @@ def test_looking_ahead_never_changes_an_output(one_rectangle, tmp_path, tiny):
     assert llm.engine.runner.programs.traces["verify"] > 0
     assert counters.preemptions > 0
     assert counters.tokens_per_draft > 1.1
-    for gate in (Alternating(llm.engine.layout, times=None), Never(llm.engine.layout, times=None)):
+    for gate in (Alternating(llm.engine.layout), Never(llm.engine.layout)):
         llm.engine.gate = llm.engine.scheduler.gate = gate
         drafts = counters.drafts
         assert answers(llm, prompts, params) == found

@@ -96,7 +96,7 @@ def tiny(tmp_path_factory) -> Path:
 def assert_all_is_right(llm: LLM, depth: int) -> None:
     """Of what is proposed after prompts, in chunks and shared, after steps with proposals and after steps without."""
     assert llm.engine.layout.depth == depth
-    llm.engine.gate = llm.engine.scheduler.gate = Alternating(llm.engine.layout, times=None)
+    llm.engine.gate = llm.engine.scheduler.gate = Alternating(llm.engine.layout)
     greedy = SamplingParams(temperature=0.0, ignore_eos=True)
     for prompt in ("ab" * 9, "abcabd" * 12, "abcabd" * 11 + "xyz"):
         drafts, before = llm.engine.counters.drafts, llm.engine.counters.accepted or (0,) * depth
@@ -140,10 +140,10 @@ def test_typical_acceptance_takes_what_is_likely_enough(tmp_path, tiny):
     llm.generate(["ab" * 9, "x"], params)
     counters = llm.engine.counters
     assert (counters.drafts, *counters.accepted) == (2 * 3,) * (1 + HEADS)
-    llm.engine.gate = llm.engine.scheduler.gate = Shut(llm.engine.layout, times=None)
+    llm.engine.gate = llm.engine.scheduler.gate = Shut(llm.engine.layout)
     greedy = replace(params, temperature=0.0)
     plain = answers(llm, ["ab" * 9, "x"], [greedy, params])
-    llm.engine.gate = llm.engine.scheduler.gate = Gate(llm.engine.layout, times=None)
+    llm.engine.gate = llm.engine.scheduler.gate = Gate(llm.engine.layout)
     found = answers(llm, ["ab" * 9, "x"], [greedy, params])
     assert found[0] == plain[0]
     assert found[1] != plain[1]

@@ -87,7 +87,7 @@ class Alternating(Gate):
 
     def drafts(self, decoding):
         self.asked += 1
-        return self._drafts * (self.asked % 2)
+        return self._depth * (self.asked % 2)
 
 
 def answers(llm: LLM, prompts: list[str] | list[str | list[int]], params: list[SamplingParams]) -> list[tuple]:
@@ -117,7 +117,7 @@ def test_every_request_gets_what_plain_decoding_gives_it(tmp_path_factory, specu
 
 def test_a_gate_changes_no_output_and_compiles_nothing(tmp_path_factory, speculative, monkeypatch):
     scheduler, counters = speculative.engine.scheduler, speculative.engine.counters
-    gate = Alternating(speculative.engine.layout, times=None)
+    gate = Alternating(speculative.engine.layout)
     monkeypatch.setattr(speculative.engine, "gate", gate)
     monkeypatch.setattr(scheduler, "gate", gate)
     plans, schedule = [], scheduler.schedule

@@ -57,7 +57,7 @@ def lowered(
     with jax.set_mesh(model.mesh):
         if prefill is None:
             slots_B, needs = np.arange(slots, dtype=np.int32), Needs("greedy", 0)
-            traced = programs._loop.trace(*given, slots_B, steps=3, needs=needs, speculate=False)
+            traced = programs._loop.trace(*given, slots_B, steps=3, needs=needs, drafts=0)
         else:
             step = lay_out([], prefill, slots, [])
             traced = programs._step.trace(*given, step.packed(), **step.sizes)

@@ -109,7 +109,7 @@ def test_the_student_is_a_model_and_drafts_for_its_teacher(taught, teacher):
         return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
 
     drafted, drafts = texts(), counters.drafts
-    llm.engine.scheduler.gate = Shut(llm.engine.layout, times=None)
+    llm.engine.scheduler.gate = Shut(llm.engine.layout)
     assert texts() == drafted
     assert [len(text) for text in drafted] == [8, 8, 8]
     assert counters.drafts == drafts  # none without them

@@ -54,6 +54,7 @@ class DraftModel(Speculation):
     coupled: bool = False
     model: Model | None = field(default=None, repr=False, compare=False)
     params: Params | None = field(default=None, repr=False, compare=False)
+    adapts = True
     reads_text = True
     draws = True
 

@@ -33,6 +33,7 @@ class EarlyExit(Speculation):
     num_speculative_tokens: int = 3
     exit_layers: int | None = None
     coupled: bool = False
+    adapts = True
     draws = True
 
     def __post_init__(self):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
@@ -117,12 +117,14 @@ class Speculation:
 
     Attributes:
         num_speculative_tokens: k, proposed for each sequence in each step, 1..MOST_DRAFTS.
+        adapts: whether it proposes any number of tokens, one after the other: see `fewer`.
         reads_text: whether the slots keep their text.
         draws: whether what it proposes depends on what requests need of the sampler.
         typical: how proposed tokens count that are likely enough; None for those alone that are drawn.
     """
 
     num_speculative_tokens: int
+    adapts = False
     reads_text = False
     draws = False
     typical: Typical | None = None
@@ -148,6 +150,12 @@ class Speculation:
     def tree(self) -> Tree | GrownTree | None:
         """Of `num_speculative_tokens` nodes: which of them follow which. None where each follows the one before."""
         return None
+
+    def fewer(self, count: int) -> Self:
+        """The same method with `count` tokens in a proposal, at most `num_speculative_tokens`. Only of one that
+        adapts: steps of any of the two may follow each other."""
+        assert self.adapts, self
+        return replace(cast(Any, self), num_speculative_tokens=count)
 
     def loaded(self, loader: Loader) -> Self:
         """With the weights that it names."""

@@ -1,0 +1,91 @@
+"""What a decode step takes, plain or with proposals: predicted by the cost model, and corrected by what steps took.
+
+Predicted are the model's pass over all tokens of the step, in the rectangle that has room for those who decode, the
+passes that a method of speculation makes for its proposals, and the small kernels beside these. What is missing or
+wrong there is much the same in all steps of a kind, those of one rectangle with as many proposed tokens: the seconds
+that some of them took, over those predicted, correct the others.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from statistics import median
+
+from jaxinfer.decode.speculative import tree_of
+from jaxinfer.decode.step import Layout, pools_of
+from jaxinfer.engine.buckets import rectangle, rectangles
+from jaxinfer.engine.budget import Times, attends_whole_rows, step_times
+from jaxinfer.model import Model
+
+# Small kernels beside the model's: those of a search in the text, and for each draw, by estimate and not timed.
+SEARCH, DRAW = 9, 4
+MOVE = 4  # kernels for each layer of the cache, in which the keys and values of a tree's accepted tokens are moved
+TIMED, ENOUGH = 9, 3  # programs of a kind that correct the next: the latest, and how many it takes
+Passes = Mapping[int, tuple[tuple[Times, int], ...]]
+
+
+class Costs:
+    """Of the steps of one engine."""
+
+    def __init__(
+        self, layout: Layout, times: Times, whole_rows: bool = False, passes: Passes | None = None, layers: int = 0,
+    ):  # fmt: skip
+        """Args:
+        whole_rows: whether decoding reads every slot's whole row of pages, whatever it holds.
+        passes: what runs for a proposal, by the layout's `choices`: each pass with its queries of each slot.
+        layers: of the cache, in which accepted tokens are moved.
+        """
+        self._slots, self._times, self._layers = layout.slots, times, layers
+        self._whole_row = layout.pages_per_row * layout.page_size if whole_rows else None
+        methods = {drafts: layout.method(drafts) for drafts in layout.choices}
+        self._queries = {0: 1} | {drafts: 1 + one.num_speculative_tokens for drafts, one in methods.items()}
+        self._outputs = {drafts: one.outputs for drafts, one in methods.items()}
+        self._passes = passes or dict.fromkeys(methods, ())
+        # What programs took, over what was predicted: by rectangle and proposed tokens.
+        self._slower = {
+            size: {drafts: deque[float](maxlen=TIMED) for drafts in self._queries} for size in rectangles(self._slots)
+        }
+
+    def seconds(self, contexts: list[int], drafts: int) -> float:
+        """Of a step of sequences of so many tokens each, in which so many proposed tokens may be right: one of the
+        layout's `choices`, or 0.
+
+        The median of a few programs corrects it, so that one that was held up does not count; until there are enough,
+        that of all in the rectangle, which favours no kind.
+        """
+        by_drafts = self._slower[rectangle(len(contexts), self._slots)]
+        timed = [*by_drafts[drafts]]
+        if len(timed) < ENOUGH:
+            timed = [ratio for every in by_drafts.values() for ratio in every]
+        return self.predicted(contexts, drafts) * (median(timed) if timed else 1.0)
+
+    def learn(self, contexts: list[int], drafts: int, seconds: float) -> None:
+        """Takes in what such a step took, as the mean of a program's."""
+        ratio = seconds / self.predicted(contexts, drafts)
+        self._slower[rectangle(len(contexts), self._slots)][drafts].append(ratio)
+
+    def predicted(self, contexts: list[int], drafts: int) -> float:
+        """By the cost model alone."""
+        slots, queries, times = rectangle(len(contexts), self._slots), self._queries[drafts], self._times
+        if self._whole_row is None:
+            read = [context + queries - 1 for context in contexts]
+        else:
+            read = [self._whole_row] * slots
+        seconds = times.rest(slots * queries, slots * queries) + times.decoding(read, queries)
+        if not drafts:
+            return seconds
+        for own, each in self._passes[drafts]:
+            seconds += own.rest(slots * each, slots) + own.decoding(read, each)
+        seconds += self._outputs[drafts] * times.head(slots)
+        return seconds + times.kernels(SEARCH + DRAW * (1 + drafts) + MOVE * self._layers)
+
+
+def predicted_costs(model: Model, layout: Layout) -> Costs:
+    """By what the cost model says of this model and its method of speculation on this machine."""
+    passes = {drafts: layout.method(drafts).passes(model) for drafts in layout.choices}
+    configs = {one.config for all_of_it in passes.values() for one in all_of_it}
+    own = {config: step_times(model, layout, config) for config in configs}
+    proposing = {drafts: tuple((own[one.config], one.queries) for one in each) for drafts, each in passes.items()}
+    layers = 0 if tree_of(layout.speculation) is None else len(pools_of(model, layout.speculation))
+    return Costs(layout, step_times(model, layout), attends_whole_rows(layout), proposing, layers)
