@@ -68,10 +68,13 @@ async def ask(app, path, body, gone=None) -> tuple[int, dict]:
     return told[0]["status"], json.loads(told[1]["body"] or "{}")
 
 
-async def begin(*asked):
-    """Lets requests run until they wait for something."""
-    tasks = [asyncio.create_task(one) for one in asked]
-    await asyncio.sleep(0.2)
+async def begin(held, *asked):
+    """Lets requests run until one is held at least, and no more are for a while."""
+    tasks, before = [asyncio.create_task(one) for one in asked], 0
+    async with asyncio.timeout(20):
+        while not before or len(held.begun) > before:
+            before = len(held.begun)
+            await asyncio.sleep(0.2)
     assert not any(task.done() for task in tasks)
     return tasks
 
@@ -82,7 +85,7 @@ async def begin(*asked):
 def test_a_short_text_waits_for_no_long_ones_and_for_no_grammars(service, held, path, slow):
     async def run():
         app = make_app(service)
-        tasks = await begin(*(ask(app, path, slow) for _ in range(MANY)))
+        tasks = await begin(held, *(ask(app, path, slow) for _ in range(MANY)))
         assert 2 <= len(held.begun) < MANY / 2
         async with asyncio.timeout(20):
             status, answer = await ask(app, "/tokenize", {"prompt": "a b"})
@@ -101,7 +104,7 @@ def test_who_finds_the_queue_full_is_told_so_before_any_text_is_tokenized(servic
 
     async def run():
         app, gone = make_app(service), asyncio.Event()
-        tasks = await begin(ask(app, COMPLETION, {"prompt": [TEXT, "a"], "n": MANY // 2}, gone))
+        tasks = await begin(held, ask(app, COMPLETION, {"prompt": [TEXT, "a"], "n": MANY // 2}, gone))
         begun = list(held.begun)
         async with asyncio.timeout(20):
             for prompt in ("a", TEXT):
