@@ -8,7 +8,9 @@ and has it check what step n + 1 proposes.
 
 from __future__ import annotations
 
+import atexit
 import logging
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +55,14 @@ class Work:
     loop: bool = False
 
 
+def _outlast(engine: Engine, runner: Runner) -> None:
+    """Sees that whoever drops an engine, or ends the process, waits for what is in flight: a process that ended during
+    a program would abort on a CPU."""
+    ended = weakref.finalize(engine, runner.wait)
+    ended.atexit = False  # the registry's own hook may be older than JAX's, and then comes after it
+    atexit.register(ended)
+
+
 class Engine:
     """One model with one cache, serving many requests. Not thread-safe: one caller drives `step`."""
 
@@ -80,6 +90,7 @@ class Engine:
         self._lost: list[Request] = []  # by a failed step, to be told
         self._failed_slots: list[int] = []  # of requests that failed alone, to be released
         self._warm: tuple[Needs, ...] = ()  # what `warm_up` compiled, the cheapest first
+        _outlast(self, self.runner)
 
     def problems(self, request: Request) -> list[str]:
         """Why the engine could never run a request, in words; empty when it can."""

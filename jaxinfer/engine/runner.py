@@ -41,8 +41,9 @@ class Runner:
         self.params = [*self.params[: -len(weights)], *weights]
 
     def wait(self) -> None:
-        """Until the device has nothing to do."""
-        jax.block_until_ready(self.state)
+        """Until the device has nothing to do. What a failed program consumed is not waited for."""
+        held = [array for array in jax.tree.leaves(self.state) if not array.is_deleted()]
+        jax.block_until_ready(held)
 
     def admit(self, slot: int, row: Admission) -> None:
         """Gives a slot to a request."""

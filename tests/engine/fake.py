@@ -103,6 +103,9 @@ class Slot:
     index: int = 0
     active: bool = False
 
+    def is_deleted(self):
+        return False
+
 
 @dataclass
 class FakePrograms:

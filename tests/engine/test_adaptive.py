@@ -107,7 +107,7 @@ def test_the_number_follows_what_is_right(adaptive, one_rectangle):
     layout = adaptive.engine.layout
     gate = Untimed(layout, Costs(layout, FakeTimes(40.0, 1.0, 0.0)))
     chosen = []
-    for params, count in ((copied, 8), (random, 16), (copied, 60)):
+    for params, count in ((copied, 4), (random, 12), (copied, 24)):
         prompts = ["ab" * 9] * count
         chosen += [watched(adaptive, gate, lambda prompts=prompts, params=params: adaptive.generate(prompts, params))]
     assert [Counter(programs[-9:]).most_common(1)[0][0] for programs in chosen] == [2, 0, 2]
@@ -147,6 +147,8 @@ def test_the_gate_is_told_what_a_step_took(adaptive, one_rectangle, monkeypatch)
             return None if self.asked % 4 == 0 else 8.0
 
     clock, gate, programs = Clock(), Changing(adaptive.engine.layout, [0, 1, 2]), []
+    while adaptive.engine.busy:  # with what the test before left on its way
+        adaptive.engine.step()
     commit = adaptive.engine._commit
     monkeypatch.setattr(adaptive.engine, "_clock", clock)
     monkeypatch.setattr(adaptive.engine, "_commit", lambda work: programs.append(work) or commit(work))
@@ -191,7 +193,7 @@ def test_a_step_that_the_host_checks_proposes_all_or_none(tmp_path_factory, adap
     monkeypatch.setattr(adaptive.engine, "gate", gate)
     monkeypatch.setattr(adaptive.engine.scheduler, "gate", gate)
     plain = warm_llm(tmp_path_factory.getbasetemp())
-    for asked in ((CONSTRAINED_PROMPTS, CONSTRAINED), (PROMPTS[:1], PARAMS[:1])):
+    for asked in ((CONSTRAINED_PROMPTS[:5], CONSTRAINED[:5]), (PROMPTS[:1], PARAMS[:1])):
         assert answers(adaptive, *asked) == answers(plain, *asked)
     assert chosen == {(False, 0), (False, 1), (True, 0), (True, 2)}
     assert gaps == [0] * len(gaps)
