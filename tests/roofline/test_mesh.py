@@ -63,7 +63,7 @@ def test_the_bubble_is_the_time_that_stages_idle(stages, microbatches):
     assert found.bubble == pytest.approx(1 - microbatches / found.limit(H200))
 
 
-def totals(costs) -> dict[str, Work]:
+def totals(costs) -> dict[tuple[str, str], float]:
     added: Counter = Counter()
     for name, part in (item for cost in costs for item in cost.parts.items()):
         for field in ("flops", "bytes", "sent", "messages"):

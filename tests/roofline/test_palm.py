@@ -1,0 +1,52 @@
+"""Bounds beside Pope et al. 2022, "Efficiently Scaling Transformer Inference": PaLM 540B on 64 TPU v4.
+
+Their abstract: 29 ms a token with int8 weights at a small batch (64 sequences), and 76 % of the matmul peak in
+processing tokens of a large one (512 prompts of 2,048), where 2 N FLOPs count for a token. A bound that is more than
+they measured is wrong.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from jaxinfer.cli.models import find_model
+from jaxinfer.roofline import Mesh, Precision, find_hardware, make_plan, parameters, prefill
+
+DEVICES, CONTEXT = 64, 2048
+TPU, PALM, PADDED = find_hardware("tpu-v4"), find_model("palm-540b"), find_model("palm-540b-64-heads")
+README = Path(__file__).parents[2] / "README.md"
+
+
+def milliseconds() -> float:
+    """Of a decode step, at the least."""
+    plan = make_plan(PADDED, TPU, 64, CONTEXT, Precision("int8"), Mesh(tensor=DEVICES))
+    assert plan.memory.fits
+    return plan.decode.limit(TPU) * 1e3
+
+
+def utilization() -> float:
+    """Of the matmul peak, at the most: FLOPs of the model as published, without those of padding and attention."""
+    step = prefill(PADDED, CONTEXT, sequences=512, tensor_parallel=DEVICES)
+    return 2 * parameters(PALM) * step.tokens / (DEVICES * TPU.rate("bf16") * step.limit(TPU))
+
+
+def test_the_model_has_the_published_size():
+    assert parameters(PALM) == 540_356_474_880  # 540.35 B, as its table says
+    assert parameters(PADDED) - parameters(PALM) == pytest.approx(18e9, rel=0.02)  # as the padding is said to cost
+
+
+def test_the_machine_is_the_one_of_the_paper():
+    assert (TPU.rate("bf16"), TPU.interconnect) == (275e12, 270e9)
+    assert TPU.bandwidth == pytest.approx(1.2e12, rel=0.03)
+
+
+def test_no_bound_is_beyond_what_was_measured():
+    assert milliseconds() < 29
+    assert 1 > utilization() > 0.76
+
+
+def test_the_readme_has_bounds_and_ratios():
+    step, used = milliseconds(), utilization()
+    text = README.read_text()
+    assert f"| ms of a decode step, 64 sequences, int8 weights | 29 | {step:.1f} | {29 / step:.2f} |" in text
+    assert f"| matmul peak in a prefill of 512 prompts | 76% | {used:.0%} | {used / 0.76:.2f} |" in text
