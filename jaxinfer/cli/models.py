@@ -9,10 +9,15 @@ if TYPE_CHECKING:
     from jaxinfer.model import ModelConfig
 
 _PACKAGE = Path(__file__).parents[1]
-# A wheel carries the configs inside the package.
-MODELS = next(
-    folder for folder in (_PACKAGE / "assets" / "models", _PACKAGE.parent / "configs" / "models") if folder.is_dir()
-)
+
+
+def shipped(name: str) -> Path:
+    """A folder of `configs`, which a wheel carries inside the package."""
+    folders = (_PACKAGE / "assets" / name, _PACKAGE.parent / "configs" / name)
+    return next(folder for folder in folders if folder.is_dir())
+
+
+MODELS = shipped("models")
 
 
 # Query heads of PaLM 540B (Chowdhery et al. 2022, table 1), and as it was run on 64 devices: padded (Pope et al. 2022,
