@@ -72,9 +72,10 @@ def proposal_tables(proposal: Proposal, devices: int, goal: Goal) -> list[Table]
     for plan in proposal.plans[:_SHOWN]:
         best.add_row(*_candidate(plan))
     others = Table("mesh", "why not", title="What does not fit")
+    reasons: dict[str, list[Mesh]] = {}
     for plan in proposal.too_large:
-        others.add_row(str(plan.mesh), _too_large(plan))
-    for reason, meshes in proposal.refused.items():
+        reasons.setdefault(_lacking(plan.memory), []).append(plan.mesh)
+    for reason, meshes in (reasons | proposal.refused).items():
         others.add_row(_listed(meshes), reason)
     return [table for table in (best, others) if table.row_count]
 
@@ -84,7 +85,8 @@ def proposal_verdict(proposal: Proposal, devices: int, goal: Goal) -> str:
     if proposal.plans:
         plan, count = proposal.plans[0], len(proposal.plans)
         what = f"{count} {'mesh fits' if count == 1 else 'meshes fit'}"
-        return f"{what}; the best for {goal} is {plan.mesh}: {_options(plan)}"
+        lacking = "" if plan.hardware.overhead else " (no constants of kernels and messages, which a datasheet lacks)"
+        return f"{what}; the best for {goal} is {plan.mesh}: {_options(plan)}{lacking}"
     nearest = f"; nearest is {proposal.too_large[0].mesh}: {_too_large(proposal.too_large[0])}"
     return f"[bold red]No mesh of {devices} fits[/]{nearest if proposal.too_large else ''}."
 
@@ -113,6 +115,15 @@ def _candidate(plan: Plan) -> list[str]:
         f"{plan.decode.bubble:.0%}",
         si(sum(sent for sent, _ in plan.decode.collectives().values()), "B"),
     ]
+
+
+def _lacking(memory: MemoryPlan) -> str:
+    """What does not fit, in words that are the same for meshes that it is the same for."""
+    if memory.cache < 0:
+        room = si(memory.memory - memory.reserved, "B")
+        return f"{si(memory.weights, 'B')} of weights, beside activations, of {room} that there are"
+    needed = si(memory.batch * memory.per_sequence, "B")
+    return f"{needed} of cache needed, {_left(memory)} beside {si(memory.weights, 'B')} of weights"
 
 
 def _too_large(plan: Plan) -> str:

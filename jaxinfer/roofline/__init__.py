@@ -21,7 +21,7 @@ from jaxinfer.roofline.memory import (
     sequence_bytes,
     weight_memory,
 )
-from jaxinfer.roofline.mesh import Mesh
+from jaxinfer.roofline.mesh import Mesh, Share
 from jaxinfer.roofline.mixed import StepTimes
 from jaxinfer.roofline.pipeline import Pipeline
 from jaxinfer.roofline.plan import Goal, Plan, Proposal, make_plan, propose
@@ -45,6 +45,7 @@ __all__ = [
     "Plan",
     "Precision",
     "Proposal",
+    "Share",
     "StepTimes",
     "Verification",
     "Work",

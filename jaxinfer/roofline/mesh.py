@@ -65,6 +65,12 @@ class Share:
 ALL = Share()
 
 
+# As callers name the axes.
+_OPTIONS = {
+    "pipe": "pipeline_parallel", "tensor": "tensor_parallel", "context": "context_parallel", "replicas": "replicas",
+}  # fmt: skip
+
+
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     """Raises ValueError, with axis and sizes to blame, where the model does not spread evenly over the mesh."""
     for axis in fields(mesh):
@@ -73,11 +79,6 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     if config.num_layers % mesh.pipe:
         raise ValueError(f"pipeline_parallel is {mesh.pipe}; it must divide num_layers {config.num_layers}")
     check_tensor_parallel(config, mesh.tensor)
-
-
-_OPTIONS = {
-    "pipe": "pipeline_parallel", "tensor": "tensor_parallel", "context": "context_parallel", "replicas": "replicas",
-}  # fmt: skip
 
 
 def stages(config: ModelConfig, pipe: int) -> list[ModelConfig]:
