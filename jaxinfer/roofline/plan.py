@@ -150,16 +150,16 @@ def propose(
 def _most_sequences(config: ModelConfig, hardware: Hardware, context: int, precision: Precision, mesh: Mesh) -> int:
     """Sequences of all replicas that fit, a power of two in each; one each where none does."""
 
-    def fitting(batch: int) -> int:
+    def fits(batch: int) -> bool:
         return plan_memory(
             config, hardware, batch, context, precision, mesh.tensor,
             pipeline_parallel=mesh.pipe, context_parallel=mesh.context,
-        ).sequences  # fmt: skip
+        ).fits  # fmt: skip
 
-    own = fitting(1)
-    while own > 1 and (room := fitting(own)) < own:  # logits take memory, too
-        own = room
-    return mesh.replicas * 2 ** (max(1, own).bit_length() - 1)
+    own = 1
+    while fits(2 * own):
+        own *= 2
+    return mesh.replicas * own
 
 
 def _missing(plan: Plan) -> float:

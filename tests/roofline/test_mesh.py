@@ -171,13 +171,14 @@ def test_ranks_hold_pages_in_turn():
     assert (one.per_sequence, four.per_sequence) == ((25 + 9) * page, (7 + 3) * page)
     assert four.per_token == one.per_token / 4
     assert four.weights == one.weights
+    assert four.activations == plan_memory(*arguments, chunk=7).activations  # each has a part of a chunk
 
 
 def test_the_tightest_stage_counts():
     uneven = dataclasses.replace(DEEP, layers=windowed(100, 100, 100, None, None, None))
     last = dataclasses.replace(DEEP, layers=windowed(None, None, None))
-    found = plan_memory(uneven, DATASHEETS["t4"], 4, 1000, pipeline_parallel=2)
-    assert found == plan_memory(last, DATASHEETS["t4"], 4, 1000)
+    found = plan_memory(uneven, DATASHEETS["t4"], 4, 1000, chunk=28, pipeline_parallel=2)
+    assert found == plan_memory(last, DATASHEETS["t4"], 4, 1000, chunk=28)
     assert [stage.num_layers for stage in stages(uneven, 2)] == [3, 3]
 
 

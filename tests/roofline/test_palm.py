@@ -1,8 +1,8 @@
 """Bounds beside Pope et al. 2022, "Efficiently Scaling Transformer Inference": PaLM 540B on 64 TPU v4.
 
-Their abstract: 29 ms a token with int8 weights at a small batch (64 sequences), and 76 % of the matmul peak in
-processing tokens of a large one (512 prompts of 2,048), where 2 N FLOPs count for a token. A bound that is more than
-they measured is wrong.
+29 ms a token with int8 weights and 76 % of the matmul peak in processing tokens, says the abstract; its configurations
+have 64 sequences for the one and 512 prompts of 2,048 tokens for the other, and 2 N FLOPs count for a token. A bound
+beyond what they measured is wrong.
 """
 
 from pathlib import Path

@@ -50,6 +50,16 @@ def test_the_best_for_throughput_has_the_most_tokens_of_as_many_sequences_as_fit
         assert not more.memory.fits
 
 
+@pytest.mark.parametrize("room", [1.0, 1.25, 1.5, 1.75])
+def test_logits_of_many_sequences_take_their_room(room):
+    """Here a fifth of what a sequence takes, so that fewer fit than beside the logits of one."""
+    machine = dataclasses.replace(H200, memory=room * 1e8)
+    proposal = propose(FOUR, machine, 2, "throughput", 16)
+    assert len(proposal.plans) == 4
+    for plan in proposal.plans:
+        assert not make_plan(FOUR, machine, 2 * plan.batch, 16, mesh=plan.mesh).memory.fits
+
+
 def test_links_decide_between_a_shared_model_and_replicas():
     """The best of four for one sequence is a shared model, unless talking takes longer than it saves."""
     config = small(hidden_size=2048, intermediate_size=8192, num_kv_heads=8)
