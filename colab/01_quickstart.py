@@ -138,8 +138,9 @@ print("tokens in the cache of each slot:", state.length_B)
 # %%
 from rich.console import Console
 
-from jaxinfer.cli.plan import find_model, make_plan, plan_tables, verdict
-from jaxinfer.roofline import Precision, find_hardware
+from jaxinfer.cli.models import find_model
+from jaxinfer.cli.plan_tables import plan_tables, verdict
+from jaxinfer.roofline import Precision, find_hardware, make_plan
 
 plan = make_plan(find_model("llama-3-8b"), find_hardware("h200"), batch=64, context=4096, precision=Precision())
 console = Console(width=110)
@@ -155,5 +156,6 @@ from IPython.display import Image
 from jaxinfer.roofline.plot import plot_roofline
 
 picture = BytesIO()
-plot_roofline(plan.hardware, {"decode": plan.decode, "prefill": plan.prefill}).savefig(picture, dpi=110)
+steps = {"decode": plan.decode.slowest(plan.hardware), "prefill": plan.prefill.slowest(plan.hardware)}
+plot_roofline(plan.hardware, steps).savefig(picture, dpi=110)
 Image(picture.getvalue())

@@ -12,6 +12,7 @@ from jaxinfer.cli.convert import convert
 from jaxinfer.cli.doctor import doctor
 from jaxinfer.cli.generate import generate
 from jaxinfer.cli.plan import plan
+from jaxinfer.cli.run import run
 from jaxinfer.cli.serve import serve
 from jaxinfer.cli.train import train_app
 
@@ -20,6 +21,7 @@ app.command()(generate)
 app.command()(plan)
 app.command()(serve)
 app.command()(batch)
+app.command()(run)
 app.command()(doctor)
 app.command()(convert)
 app.add_typer(train_app, name="train")

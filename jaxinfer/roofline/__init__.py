@@ -5,8 +5,8 @@
     step.limit(find_hardware("h200"))             # seconds at the least
     step.fraction(find_hardware("h200"), 4.4e-3)  # what a measured step made of the machine
 
-Plain arithmetic: nothing here touches a device or a checkpoint. All costs and sizes are those of one device of a
-tensor-parallel group.
+Plain arithmetic: nothing here touches a device or a checkpoint. All costs and sizes are those of one device. Tensor
+parallelism is an argument of everything; `make_plan` knows all axes of a `Mesh`, and `propose` finds the best one.
 """
 
 from jaxinfer.roofline.attention import Attended, Attention
@@ -21,7 +21,10 @@ from jaxinfer.roofline.memory import (
     sequence_bytes,
     weight_memory,
 )
+from jaxinfer.roofline.mesh import Mesh, Share
 from jaxinfer.roofline.mixed import StepTimes
+from jaxinfer.roofline.pipeline import Pipeline
+from jaxinfer.roofline.plan import Goal, Plan, Proposal, make_plan, propose
 from jaxinfer.roofline.precision import Precision
 from jaxinfer.roofline.shapes import parameters
 from jaxinfer.roofline.speculation import Verification, independent, tokens_per_step, verification
@@ -34,9 +37,15 @@ __all__ = [
     "Attended",
     "Attention",
     "Cost",
+    "Goal",
     "Hardware",
     "MemoryPlan",
+    "Mesh",
+    "Pipeline",
+    "Plan",
     "Precision",
+    "Proposal",
+    "Share",
     "StepTimes",
     "Verification",
     "Work",
@@ -47,11 +56,13 @@ __all__ = [
     "find_by_device",
     "find_hardware",
     "independent",
+    "make_plan",
     "most_pages",
     "page_bytes",
     "parameters",
     "plan_memory",
     "prefill",
+    "propose",
     "sequence_bytes",
     "tokens_per_step",
     "verification",

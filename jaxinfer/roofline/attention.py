@@ -44,7 +44,7 @@ class Attended(NamedTuple):
     def plus(self, other: Attended) -> Attended:
         return Attended(*(own + others for own, others in zip(self, other, strict=True)))
 
-    def times(self, count: int) -> Attended:
+    def times(self, count: float) -> Attended:
         return Attended(*(count * own for own in self))
 
 
@@ -53,6 +53,7 @@ class _Layers:
     """The layers of one window together. `window` None sees all keys."""
 
     window: int | None
+    count: int
     flops_per_pair: float  # of a query and a key
     bytes_per_key: float  # of the cache: a key and its value in every layer and head
     score_bytes_per_pair: float  # of materialized attention
@@ -73,6 +74,7 @@ class AttentionModel:
         self._layers = [
             _Layers(
                 window,
+                count,
                 flops_per_pair=count * 4 * config.num_heads * config.head_size / devices,
                 bytes_per_key=count * vector,
                 score_bytes_per_pair=count * config.num_heads * _SCORE_BYTES / devices,
@@ -122,6 +124,13 @@ class AttentionModel:
             flops += sum(pairs) * layers.flops_per_pair
             cache += (sum(own) + min(shared, read - min(own)) + queries * len(contexts)) * layers.bytes_per_key
         return Attended(flops, cache)
+
+    def ring(self, tokens: int, cached: int, ranks: int) -> tuple[float, int]:
+        """Bytes that a rank sends to the next one of `ranks` for a sequence of which each has an equal part, and
+        messages that these are: the keys and values that the next `tokens` queries see, but for the rank's last."""
+        seen = cached + tokens
+        read = sum(min(seen, (own.window or seen) + tokens - 1) * own.bytes_per_key for own in self._layers)
+        return read * (ranks - 1) / ranks, (ranks - 1) * sum(own.count for own in self._layers)
 
     def work(self, attended: Attended, sequences: int = 1) -> Work:
         """Of `sequences` that attend alike."""

@@ -2,9 +2,12 @@
 
 The roofline (Williams, Waterman and Patterson 2009): a computation of F FLOPs that moves Q bytes takes at least
 max(F / peak, Q / bandwidth) seconds. A step is a row of computations, one after the other, each with a bound of its
-own, so its limit is the sum over them.
+own, so its limit is the sum over them. What devices send each other can pass meanwhile, even where a computation
+needs it, for both can be cut in pieces (Wang et al. 2023, "Overlap communication with dependent computation via
+decomposition"): the limit is that sum, or the time on the links if that is longer.
 
-The prediction adds what the limit leaves out. Kernels take a constant each. And a computation that keeps two resources
+The prediction adds what the limit leaves out. Kernels and messages take a constant each, and what is sent hides under
+nothing but its own part. And a computation that keeps two resources
 busy for about as long as each other takes longer than the busier one alone: a tile is loaded before it is multiplied,
 and waves of tiles do not divide evenly. It takes between max(a, b) and a + b seconds; the root of a^2 + b^2 is what an
 H200 measured, within a fifth from 1 to 256 sequences, where the matmuls go from one bound to the other.
@@ -61,6 +64,11 @@ class Work:
         """Seconds at the least: those of the busiest resource."""
         return max(self.times(hardware).values())
 
+    def own_limit(self, hardware: Hardware) -> float:
+        """Seconds at the least of what the device does itself, whatever it sends."""
+        times = self.times(hardware)
+        return max(times["compute"], times["memory"])
+
     def expected(self, hardware: Hardware) -> float:
         """Seconds that it is expected to take, its kernels' and messages' constants included."""
         constants = self.kernels * hardware.overhead + self.messages * hardware.message_latency
@@ -106,7 +114,8 @@ class Cost:
 
     def limit(self, hardware: Hardware) -> float:
         """Seconds that the step takes at the least."""
-        return sum(part.limit(hardware) for part in self.parts.values())
+        own = sum(part.own_limit(hardware) for part in self.parts.values())
+        return max(own, self.times(hardware)["interconnect"])
 
     def predict(self, hardware: Hardware) -> float:
         """Seconds that the step is expected to take. A datasheet states no constants of kernels and messages."""

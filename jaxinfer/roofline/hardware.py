@@ -25,6 +25,7 @@ class Hardware:
     interconnect: float  # out of the device to its peers, all links, one direction
     overhead: float = 0.0  # seconds to start, fill and drain one kernel; a datasheet states none
     message_latency: float = 0.0  # seconds of an all-reduce of no bytes; a datasheet states none
+    peers: int = 8  # devices that the interconnect joins: those of one host, or a TPU's pod
 
     def rate(self, dtype: str) -> float:
         """Dense matmul FLOP/s with operands of `dtype`.
@@ -149,6 +150,7 @@ _TPU_V4 = Hardware(
     shared_memory=16 * MIB,
     pcie=16e9,
     interconnect=270e9,
+    peers=4096,
 )
 # Google Cloud documentation of TPU v5e; four links of 45 GB/s.
 _TPU_V5E = Hardware(
@@ -161,6 +163,7 @@ _TPU_V5E = Hardware(
     shared_memory=128 * MIB,
     pcie=16e9,
     interconnect=180e9,
+    peers=256,
 )
 
 DATASHEETS = {

@@ -6,18 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jaxinfer.roofline.hardware import Hardware
+from jaxinfer.roofline.mesh import Mesh, check_mesh, stages
 from jaxinfer.roofline.precision import BF16, Precision
-from jaxinfer.roofline.shapes import (
-    check_tensor_parallel,
-    embedding_size,
-    kv_heads,
-    layer_shapes,
-    norm_size,
-)
+from jaxinfer.roofline.shapes import embedding_size, kv_heads, layer_shapes, norm_size
 
 if TYPE_CHECKING:
     from jaxinfer.model.config import ModelConfig
 
+CHUNK = 1024  # tokens of prompts in a step: the engine's `max_num_batched_tokens`
 _LOGITS_COPIES = 2  # float32 logits, and what the sampler sorts
 
 
@@ -29,7 +25,7 @@ class MemoryPlan:
     reserved: float  # left to the runtime and to fragmentation
     weights: float
     activations: float
-    per_token: int  # cache of one token
+    per_token: float  # cache of one token
     per_sequence: int  # cache of one sequence of `context` tokens, in whole pages
     batch: int
     context: int
@@ -57,10 +53,13 @@ def plan_memory(
     precision: Precision = BF16,
     tensor_parallel: int = 1,
     page_size: int = 16,
-    chunk: int = 1024,
+    chunk: int = CHUNK,
     memory_fraction: float = 0.9,
+    pipeline_parallel: int = 1,
+    context_parallel: int = 1,
 ) -> MemoryPlan:
-    """Lays out one device's memory.
+    """Lays out the memory of one device: of a stage whose weights and cache are the largest. Every stage holds
+    embedding and head beside its layers. Page j of a sequence lies on rank j mod `context_parallel`.
 
     Args:
         page_size: tokens in a page of the cache; by default the engine's.
@@ -77,17 +76,25 @@ def plan_memory(
             raise ValueError(f"{name} is {value}; it must be at least 1")
     if not 0 < memory_fraction <= 1:
         raise ValueError(f"memory_fraction is {memory_fraction}; it must be above 0 and at most 1")
-    check_tensor_parallel(config, tensor_parallel)
-    return MemoryPlan(
-        memory=hardware.memory,
-        reserved=hardware.memory * (1 - memory_fraction),
-        weights=weight_memory(config, precision, tensor_parallel),
-        activations=activation_memory(config, batch, chunk, precision, tensor_parallel),
-        per_token=sum(page_bytes(config, window, 1, precision, tensor_parallel) for window in config.windows),
-        per_sequence=sequence_bytes(config, context, page_size, chunk, precision, tensor_parallel),
-        batch=batch,
-        context=context,
-    )
+    check_mesh(config, Mesh(pipeline_parallel, tensor_parallel, context_parallel))
+
+    def lay_out(stage: ModelConfig) -> MemoryPlan:
+        pages = sequence_pages(stage, context, page_size, chunk, context_parallel)
+        one_token = sum(page_bytes(stage, window, 1, precision, tensor_parallel) for window in stage.windows)
+        own_tokens = -(-chunk // context_parallel)
+        return MemoryPlan(
+            memory=hardware.memory,
+            reserved=hardware.memory * (1 - memory_fraction),
+            weights=weight_memory(stage, precision, tensor_parallel),
+            activations=activation_memory(stage, batch, own_tokens, precision, tensor_parallel),
+            per_token=one_token / context_parallel,
+            per_sequence=_pages_bytes(stage, pages, page_size, precision, tensor_parallel),
+            batch=batch,
+            context=context,
+        )
+
+    plans = (lay_out(stage) for stage in stages(config, pipeline_parallel))
+    return max(plans, key=lambda plan: plan.weights + batch * plan.per_sequence)
 
 
 def weight_memory(config: ModelConfig, precision: Precision, tensor_parallel: int = 1) -> float:
@@ -147,11 +154,20 @@ def sequence_bytes(
 
     Window layers give pages back as the window moves on, by `chunk` tokens at most in one step.
     """
-    return sum(
-        most_pages(context, page_size, window, chunk)
-        * page_bytes(config, window, page_size, precision, tensor_parallel)
-        for window in config.windows
-    )
+    pages = sequence_pages(config, context, page_size, chunk)
+    return _pages_bytes(config, pages, page_size, precision, tensor_parallel)
+
+
+def sequence_pages(config: ModelConfig, context: int, page_size: int, chunk: int, ranks: int = 1) -> list[int]:
+    """Pages of each cache group on the rank that has most of one sequence."""
+    return [-(-most_pages(context, page_size, window, chunk) // ranks) for window in config.windows]
+
+
+def _pages_bytes(
+    config: ModelConfig, pages: list[int], page_size: int, precision: Precision, tensor_parallel: int
+) -> int:
+    sizes = (page_bytes(config, window, page_size, precision, tensor_parallel) for window in config.windows)
+    return sum(count * size for count, size in zip(pages, sizes, strict=True))
 
 
 def most_pages(tokens: int, page_size: int, window: int | None, ahead: int) -> int:

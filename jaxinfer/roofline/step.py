@@ -4,16 +4,23 @@ Counted are the bytes that no implementation avoids: every weight once (of the e
 the experts those that some token chose), keys and values of the true context once, the new ones written, and the
 residual stream around each norm. Other activations stay on the chip or pass behind a matmul's arithmetic. Counted as
 FLOPs are matmuls, the two products of attention, and the norms.
+
+Context parallelism gives each rank an equal part of every sequence. Of a prompt it computes that part's tokens, chosen
+so that all ranks have equally many scores (Brandon et al. 2023, "Striped Attention"), while the blocks of keys and
+values go around the ring: the exchange is a part of attention, which may hide it. In a decode step each rank reads its
+part of the cache, and all ranks compute everything else alike.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from jaxinfer.roofline.attention import Attention, AttentionModel, Counting
+from jaxinfer.roofline.collectives import all_reduces, all_to_alls, hand_over, merges
 from jaxinfer.roofline.cost import Cost, Work
 from jaxinfer.roofline.hardware import Hardware
+from jaxinfer.roofline.mesh import ALL, Share
 from jaxinfer.roofline.precision import BF16, Precision
 from jaxinfer.roofline.shapes import (
     check_tensor_parallel,
@@ -37,6 +44,7 @@ class _Step:
     config: ModelConfig
     precision: Precision
     devices: int
+    share: Share
     sequences: int
     tokens: int
     cached: int
@@ -49,6 +57,16 @@ class _Step:
     def all_tokens(self) -> int:
         return self.sequences * self.tokens
 
+    @property
+    def own_tokens(self) -> int:
+        """Tokens that a device computes: of a prompt those of its rank, of a decode step all."""
+        return self.sequences * (self.tokens if self.decodes else -(-self.tokens // self.share.ranks))
+
+    @property
+    def hidden(self) -> int:
+        """Bytes of a token in the residual stream."""
+        return self.config.hidden_size * self.precision.residual_bytes
+
 
 def decode_step(
     config: ModelConfig,
@@ -58,6 +76,7 @@ def decode_step(
     tensor_parallel: int = 1,
     queries: int = 1,
     attention: Attention = "flash",
+    share: Share = ALL,
 ) -> Cost:
     """One decode step of `batch` sequences, each `context` tokens long with the step's own `queries` (1, or more
     when drafted tokens are verified). Materialized attention gathers a sequence's whole row of pages: `context` is
@@ -72,12 +91,14 @@ def decode_step(
     _check_at_least("batch", batch, 1)
     _check_at_least("queries", queries, 1)
     _check_at_least("context", context, queries)
+    _check_at_least("context_parallel", share.ranks, 1)
     check_tensor_parallel(config, tensor_parallel)
     return _cost(
         _Step(
             config,
             precision,
             tensor_parallel,
+            share,
             sequences=batch,
             tokens=queries,
             cached=context - queries,
@@ -98,6 +119,7 @@ def prefill(
     tensor_parallel: int = 1,
     counting: Counting = "causal",
     attention: Attention = "flash",
+    share: Share = ALL,
 ) -> Cost:
     """A prefill of `sequences` prompts of `tokens` each, after `cached` tokens that the cache holds already.
 
@@ -114,12 +136,14 @@ def prefill(
     _check_at_least("tokens", tokens, 1)
     _check_at_least("sequences", sequences, 1)
     _check_at_least("cached", cached, 0)
+    _check_at_least("context_parallel", share.ranks, 1)
     check_tensor_parallel(config, tensor_parallel)
     return _cost(
         _Step(
             config,
             precision,
             tensor_parallel,
+            share,
             sequences=sequences,
             tokens=tokens,
             cached=cached,
@@ -138,6 +162,7 @@ def compute_bound_batch(
     precision: Precision = BF16,
     tensor_parallel: int = 1,
     attention: Attention = "flash",
+    share: Share = ALL,
 ) -> int | None:
     """The smallest batch whose decode step keeps arithmetic busy for longer than memory.
 
@@ -146,7 +171,7 @@ def compute_bound_batch(
     """
 
     def is_compute_bound(batch: int) -> bool:
-        step = decode_step(config, batch, context, precision, tensor_parallel, attention=attention)
+        step = decode_step(config, batch, context, precision, tensor_parallel, 1, attention, share)
         times = step.times(hardware)
         return times["compute"] >= times["memory"]
 
@@ -176,21 +201,21 @@ def _cost(step: _Step) -> Cost:
         "attention": _attention(step),
         **_mlp_parts(step),
         "head": _head(step),
+        **_collectives(step),
     }
-    if step.devices > 1:
-        parts["all-reduce"] = _all_reduce(step)
-    return Cost(parts, step.all_tokens)
+    absent = {"embedding": not step.share.first, "head": not step.share.last}
+    return Cost({name: part for name, part in parts.items() if not absent.get(name)}, step.all_tokens)
 
 
 def _embedding(step: _Step) -> Work:
-    rows = step.all_tokens * step.config.hidden_size
+    rows = step.own_tokens * step.config.hidden_size
     return Work(weights=rows * step.precision.unquantized_bytes, dtype=step.precision.residual, kernels=1)
 
 
 def _norms(step: _Step) -> Work:
     config = step.config
-    count = config.num_layers * norms_per_layer(config) + 1
-    numbers = count * step.all_tokens * config.hidden_size
+    count = config.num_layers * norms_per_layer(config) + step.share.last
+    numbers = count * step.own_tokens * config.hidden_size
     return Work(
         flops=_NORM_FLOPS * numbers,
         weights=count * norm_size(config) * step.precision.unquantized_bytes,
@@ -206,8 +231,14 @@ def _projections(step: _Step) -> Work:
 
 
 def _attention(step: _Step) -> Work:
+    """A rank's part of it; in a prefill, with what the rank sends around the ring meanwhile."""
     model = AttentionModel(step.config, step.precision, step.devices, step.attention)
-    return model.work(model.sequence(step.tokens, step.cached, step.counting, step.decodes), step.sequences)
+    whole = model.sequence(step.tokens, step.cached, step.counting, step.decodes)
+    own = model.work(whole.times(1 / step.share.ranks), step.sequences)
+    if step.share.ranks == 1 or step.decodes:
+        return own
+    sent, messages = model.ring(step.tokens, step.cached, step.share.ranks)
+    return replace(own, sent=step.sequences * sent, messages=messages)
 
 
 def _mlp_parts(step: _Step) -> dict[str, Work]:
@@ -219,7 +250,7 @@ def _mlp_parts(step: _Step) -> dict[str, Work]:
         shapes = layer_shapes(config, layer, step.devices)
         dense += shapes.dense
         if layer.moe:
-            touched = experts_touched(layer.moe, step.all_tokens)
+            touched = experts_touched(layer.moe, step.own_tokens)
             experts_read += touched / step.devices * shapes.expert
             experts_used += layer.moe.experts_per_token / step.devices * shapes.expert
             router += shapes.router
@@ -228,7 +259,7 @@ def _mlp_parts(step: _Step) -> dict[str, Work]:
         parts["mlp"] = _matmul(step, dense, dense, kernels=3 * (config.num_layers - len(sparse)))
     if sparse:
         parts["experts"] = _matmul(step, experts_used, experts_read, kernels=3 * len(sparse))
-        parts["router"] = _unquantized_matmul(step, router, step.all_tokens, kernels=2 * len(sparse))
+        parts["router"] = _unquantized_matmul(step, router, step.own_tokens, kernels=2 * len(sparse))
     return parts
 
 
@@ -236,19 +267,33 @@ def _head(step: _Step) -> Work:
     return _unquantized_matmul(step, embedding_size(step.config, step.devices), step.rows, kernels=2)
 
 
-def _all_reduce(step: _Step) -> Work:
-    """Two all-reduces a layer and one of the embedding, each of which sends 2 (n - 1) / n of its array."""
-    count = 2 * step.config.num_layers + 1
-    array = step.all_tokens * step.config.hidden_size * step.precision.residual_bytes
-    sent = count * array * 2 * (step.devices - 1) / step.devices
-    return Work(sent=sent, dtype=step.precision.residual, messages=count)
+def _collectives(step: _Step) -> dict[str, Work]:
+    """Two all-reduces a layer and one of the embedding; the exchange of experts; the merge of parts of a context; what
+    goes to the next stage."""
+    config, dtype, works = step.config, step.precision.residual, {}
+    if step.devices > 1:
+        choices = [layer.moe.experts_per_token for layer in config.layers if layer.moe]
+        exchanging = len(choices) if step.share.experts == "all-to-all" else 0
+        count = 2 * config.num_layers + step.share.first - exchanging
+        sums = all_reduces(count, step.own_tokens * step.hidden, step.devices, dtype)
+        works["all-reduce"] = replace(sums, messages=count + exchanging)  # an exchange stands between its two halves
+        if exchanging:
+            works["all-to-all"] = all_to_alls(
+                exchanging, step.own_tokens, sum(choices), step.hidden, step.devices, dtype
+            )
+    if step.share.ranks > 1 and step.decodes:
+        heads = config.num_heads / step.devices
+        works["merge"] = merges(config.num_layers, step.own_tokens, heads, config.head_size, step.share.ranks, dtype)
+    if not step.share.last:
+        works["hand-over"] = hand_over(step.own_tokens, step.hidden, dtype)
+    return works
 
 
 def _matmul(step: _Step, used: float, read: float, kernels: int) -> Work:
     """Every token multiplies with `used` weights; the device reads `read` of them."""
     precision = step.precision
     return Work(
-        flops=2 * step.all_tokens * used,
+        flops=2 * step.own_tokens * used,
         weights=read * precision.weight_bytes,
         dtype=precision.activations,
         kernels=kernels,

@@ -45,12 +45,14 @@ def workload_limit(
         return decode_step(config, rows, 1, precision, tensor_parallel).parts["head"].limit(hardware)
 
     @cache
-    def rest(tokens: int) -> float:
-        parts = prefill(config, tokens, precision=precision, tensor_parallel=tensor_parallel).parts
-        return sum(part.limit(hardware) for name, part in parts.items() if name not in ("attention", "head"))
+    def rest(tokens: int) -> tuple[float, float]:
+        cost = prefill(config, tokens, precision=precision, tensor_parallel=tensor_parallel)
+        own = (part.own_limit(hardware) for name, part in cost.parts.items() if name not in ("attention", "head"))
+        return sum(own), cost.times(hardware)["interconnect"]
 
     def step(tokens: int, rows: int, attended: Attended) -> float:
-        return rest(tokens) + head(rows) + attention.work(attended).limit(hardware)
+        own, links = rest(tokens)
+        return max(own + head(rows) + attention.work(attended).limit(hardware), links)
 
     own = [prompt - shared for prompt, _ in sizes]
     prompts = attention.sequence(shared, 0) if shared else Attended()

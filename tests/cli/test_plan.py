@@ -8,9 +8,11 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from jaxinfer.cli.plan import MODELS, find_model, make_plan, plan, plan_tables
+from jaxinfer.cli.models import MODELS, find_model
+from jaxinfer.cli.plan import plan
+from jaxinfer.cli.plan_tables import plan_tables
 from jaxinfer.cli.units import si
-from jaxinfer.roofline import DATASHEETS, Precision, decode_step, find_hardware, prefill
+from jaxinfer.roofline import DATASHEETS, Mesh, Precision, decode_step, find_hardware, make_plan, prefill
 from jaxinfer.roofline.precision import BITS
 
 app = typer.Typer()
@@ -122,7 +124,7 @@ def test_every_model_of_the_repository_can_be_planned():
     folders = sorted(folder.name for folder in MODELS.iterdir())
     assert folders
     for name in folders:
-        made = make_plan(find_model(name), find_hardware("h200"), 1, 512, Precision(), tensor_parallel=2)
+        made = make_plan(find_model(name), find_hardware("h200"), 1, 512, Precision(), Mesh(tensor=2))
         assert made.memory.fits, name
 
 
@@ -150,6 +152,18 @@ def test_every_model_of_the_repository_can_be_planned():
             ["llama-3-8b", "--hardware", "tpu-v5e", "--weights", "fp32", "--cache", "fp32"],
             "tpu-v5e has no fp32 matmul; it has bf16, int8; pass --weights bf16 --cache bf16 --activations bf16",
         ),
+        (["llama-3-8b", "--pipeline-parallel", "3"], "pipeline_parallel is 3; it must divide num_layers 32"),
+        (["llama-3-8b", "--tensor-parallel", "16"], "a replica has 16 devices; h200 joins 8 by its interconnect"),
+        (["llama-3-8b", "--replicas", "2"], "batch is 1; it must be at least replicas 2, a sequence for each"),
+        (["llama-3-8b", "--microbatches", "2"], "microbatches is 2; it must be in 1..1, the sequences of a replica"),
+        (["llama-3-8b", "--goal", "latency"], "--goal and --devices belong together; give both"),
+        (["llama-3-8b", "--devices", "8"], "--goal and --devices belong together; give both"),
+        (
+            ["llama-3-8b", "--goal", "latency", "--devices", "8", "--replicas", "2", "--plot", "x.png"],
+            "--goal proposes the mesh; leave out --replicas, --plot",
+        ),
+        (["llama-3-8b", "--goal", "cost", "--devices", "8"], "'cost' is not one of 'latency', 'throughput'"),
+        (["llama-3-8b", "--goal", "latency", "--devices", "0"], "0 must be an integer, at least 1"),
         (["llama-3-8b", "--batch", "0"], "Invalid value for '--batch': 0 must be an integer, at least 1"),
         (["llama-3-8b", "--batch", "-5"], "Invalid value for '--batch': -5 must be an integer, at least 1"),
         (["llama-3-8b", "--attention", "xla"], "'xla' is not one of 'flash', 'materialized'"),
@@ -198,7 +212,7 @@ def test_without_matplotlib_the_plot_says_what_to_install(tmp_path, monkeypatch)
 
 
 def test_tables_show_every_part_and_the_interconnect_of_several_devices():
-    made = make_plan(find_model("mixtral-8x7b"), find_hardware("h200"), 8, 1024, Precision("int4"), tensor_parallel=2)
+    made = make_plan(find_model("mixtral-8x7b"), find_hardware("h200"), 8, 1024, Precision("int4"), Mesh(tensor=2))
     console = Console(width=200, record=True, file=io.StringIO())
     for table in plan_tables(made):
         console.print(table)
@@ -206,3 +220,41 @@ def test_tables_show_every_part_and_the_interconnect_of_several_devices():
     for part in ("embedding", "norms", "projections", "attention", "experts", "router", "head", "all-reduce"):
         assert part in text
     assert "interconnect" in text
+
+
+def test_every_axis_has_its_figures():
+    axes = ["--tensor-parallel", "2", "--pipeline-parallel", "2", "--context-parallel", "2", "--replicas", "2"]
+    result = run("llama-3-8b", "--hardware", "h200-measured", "--batch", "32", *axes)
+    assert result.exit_code == 0, result.output
+    for line in (
+        "16: pipe 2 x tensor 2 x context 2 x replicas 2",
+        "Cache of 16 x 4,096 tokens in each of 2 replicas:",
+        "Decode step: 8 x 1 token, context 4,096, the slowest stage",
+        "2 micro-batches of a decode step leave a bubble of 33%",
+        "4 chunks of a prompt one of 20%",
+    ):
+        assert line in result.output
+    for collective in ("all-reduces of tensor parallelism", "ring of keys", "merge of parts", "to the next stage"):
+        assert collective in result.output
+
+
+def test_a_proposal_is_the_plan_that_its_options_make():
+    result = run("llama-3-70b", "--hardware", "h200-measured", "--goal", "throughput", "--devices", "8")
+    assert result.exit_code == 0, result.output
+    (options,) = re.findall(r"the best for throughput is .*?: (--.*)", result.output)
+    best = [cell.strip() for cell in re.findall(r"│([^│\n]+)", result.output)[:9]]
+    rate, first = best[5], best[6]
+    again = run("llama-3-70b", "--hardware", "h200-measured", *options.split())
+    assert again.exit_code == 0, again.output
+    assert f"decode is expected at {rate} tokens/s" in " ".join(again.output.split())
+    assert f"the first token after {first}." in " ".join(again.output.split())
+    assert "What does not fit" in result.output
+    assert "141 GB of weights" in result.output
+
+
+def test_a_proposal_without_a_mesh_that_fits_says_no_with_figures():
+    result = run("llama-3-70b", "--hardware", "l4", "--goal", "latency", "--devices", "2")
+    assert result.exit_code == 1
+    flat = " ".join(result.output.split())
+    assert "No mesh of 2 fits; nearest is tensor 2: 70.6 GB of weights; " in flat
+    assert "of cache needed, none left, for weights and activations alone are" in flat

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.serving.workload import WORKLOADS
-from jaxinfer.cli.plan import MODELS
+from jaxinfer.cli.models import MODELS
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import Layout
 from jaxinfer.decode.structured_params import StructuredOutputsParams

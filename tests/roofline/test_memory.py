@@ -34,6 +34,7 @@ VARIANTS = {
 }
 PUBLISHED = {  # parameters, as the model cards and the sizes of the checkpoints state them
     "llama-3-8b": 8_030_261_248,
+    "llama-3.1-8b": 8_030_261_248,
     "llama-3-70b": 70_553_706_496,
     "llama-3.2-1b": 1_235_814_400,
     "llama-2-13b": 13_015_864_320,

@@ -167,18 +167,21 @@ def test_decoding_turns_compute_bound_at_the_balance_of_the_machine(published):
     assert compute_bound_batch(config, 4096, H200) is None
 
 
-def test_a_cost_is_the_sum_of_its_parts_and_each_part_the_time_of_its_busiest_resource():
+def test_a_cost_is_the_sum_of_its_parts_or_the_time_of_its_links():
     parts = {
         "arithmetic": Work(flops=746e12, weights=1.0),
         "traffic": Work(flops=1.0, cache=2 * 4.54e12),
-        "links": Work(sent=3 * 450e9, messages=10, kernels=5),
+        "links": Work(sent=2.5 * 450e9, messages=10, kernels=5),
     }
     cost = Cost(parts, tokens=1)
     assert [part.bound(H200) for part in parts.values()] == ["compute", "memory", "interconnect"]
-    assert cost.limit(H200) == pytest.approx(1 + 2 + 3)
+    assert cost.limit(H200) == pytest.approx(1 + 2)  # under which what is sent is hidden
     assert cost.bound(H200) == "interconnect"
-    assert cost.predict(H200) == pytest.approx(6 + 10 * H200.message_latency + 5 * H200.overhead)
-    assert cost.fraction(H200, 12.0) == pytest.approx(0.5)
+    assert cost.predict(H200) == pytest.approx(5.5 + 10 * H200.message_latency + 5 * H200.overhead)
+    assert cost.fraction(H200, 12.0) == pytest.approx(0.25)
+    talking = Cost(parts | {"more links": Work(sent=450e9)}, tokens=1)
+    assert talking.limit(H200) == pytest.approx(3.5)  # which is longer than what it hides
+    assert talking.predict(H200) == pytest.approx(1 + cost.predict(H200))
     balanced = Cost({"both": Work(flops=3 * 746e12, weights=4 * 4.54e12)}, tokens=1)
     assert (balanced.limit(H200), balanced.predict(H200)) == pytest.approx((4, 5))
     with pytest.raises(ValueError, match=r"seconds is 0\.0; a measured time is above 0"):

@@ -1,0 +1,99 @@
+"""How devices share a model: the axes of the mesh, and replicas of the whole beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields, replace
+from math import prod
+from typing import TYPE_CHECKING, Literal
+
+from jaxinfer.roofline.shapes import check_tensor_parallel
+
+if TYPE_CHECKING:
+    from jaxinfer.model.config import ModelConfig
+
+
+Experts = Literal["replicated", "all-to-all"]
+"""How tokens come to experts on several devices. "replicated": every device has all tokens and computes its experts'
+part of each; an all-reduce adds up. "all-to-all": every device has a part of the tokens between the two halves of that
+all-reduce, and sends each to its experts and back, which is less to send where a token has fewer experts than there
+are devices."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices by what they share.
+
+    Attributes:
+        pipe: stages of layers.
+        tensor: parts of every layer: heads, columns and rows of the MLP, experts, vocabulary.
+        context: parts of every sequence.
+        replicas: engines with a model each, behind one router.
+    """
+
+    pipe: int = 1
+    tensor: int = 1
+    context: int = 1
+    replicas: int = 1
+
+    @property
+    def devices(self) -> int:
+        return prod(astuple(self))
+
+    def __str__(self) -> str:
+        sizes = [f"{field.name} {getattr(self, field.name)}" for field in fields(self)]
+        return " x ".join(size for size in sizes if not size.endswith(" 1")) or "one device"
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one device has of a step, beside its part of every layer.
+
+    Attributes:
+        ranks: devices that each have a part of every sequence.
+        experts: how tokens come to them.
+        first: its stage embeds the tokens.
+        last: its stage makes the logits.
+    """
+
+    ranks: int = 1
+    experts: Experts = "replicated"
+    first: bool = True
+    last: bool = True
+
+
+ALL = Share()
+
+
+# As callers name the axes.
+_OPTIONS = {
+    "pipe": "pipeline_parallel", "tensor": "tensor_parallel", "context": "context_parallel", "replicas": "replicas",
+}  # fmt: skip
+
+
+def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
+    """Raises ValueError, with axis and sizes to blame, where the model does not spread evenly over the mesh."""
+    for axis in fields(mesh):
+        if (size := getattr(mesh, axis.name)) < 1:
+            raise ValueError(f"{_OPTIONS[axis.name]} is {size}; it must be at least 1")
+    if config.num_layers % mesh.pipe:
+        raise ValueError(f"pipeline_parallel is {mesh.pipe}; it must divide num_layers {config.num_layers}")
+    check_tensor_parallel(config, mesh.tensor)
+
+
+def stages(config: ModelConfig, pipe: int) -> list[ModelConfig]:
+    """The model of every stage of a pipe: equally many layers each."""
+    depth = config.num_layers // pipe
+    return [replace(config, layers=config.layers[first : first + depth]) for first in range(0, depth * pipe, depth)]
+
+
+def meshes(devices: int) -> Iterator[Mesh]:
+    """Every mesh of so many devices."""
+    for pipe in _divisors(devices):
+        for tensor in _divisors(devices // pipe):
+            for context in _divisors(devices // pipe // tensor):
+                yield Mesh(pipe, tensor, context, devices // pipe // tensor // context)
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -1,0 +1,130 @@
+"""The set-ups of configs/runs, and the command that runs one."""
+
+import json
+import re
+import tomllib
+
+import pytest
+from typer.testing import CliRunner
+
+import jaxinfer.cli.run as command
+from benchmarks.record import RESULTS, parts
+from jaxinfer.cli import app
+from jaxinfer.cli.run import RUNS, Run, find_run
+
+FILES = sorted(RUNS.glob("*.toml"))
+files = pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, ["run", *arguments], env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+
+
+def flat(text: str) -> str:
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+
+
+def written(tmp_path, **changes) -> str:
+    """A file like one of configs/runs; a field that is None is left out."""
+    content = tomllib.loads(find_run("llama-3-8b-1-h200").read_text()) | {"measured": []} | changes
+    path = tmp_path / "set-up.toml"
+    lines = (f"{name} = {json.dumps(value)}" for name, value in content.items() if value is not None)
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def test_there_are_set_ups():
+    assert FILES
+
+
+@files
+def test_a_file_says_what_its_command_makes(file):
+    setup = Run.read(file)
+    plan = setup.plan()
+    assert plan.memory.fits
+    assert plan.mesh.devices == setup.devices
+    assert setup.tokens_per_second == round(plan.expected)
+    assert setup.first_token == round(plan.prefill.predict(plan.hardware) * 1e3, 1)
+
+
+@files
+def test_what_is_said_to_be_measured_was_measured_on_that_hardware(file):
+    setup = Run.read(file)
+    for measured in setup.measured:
+        figure = {name: value for name, value in measured.items() if name != "results"}
+        content = parts(json.loads((RESULTS / measured["results"]).read_text()))
+        devices = [
+            part["environment"]["device"]
+            for part in content
+            for record in part["records"]
+            if figure.items() <= record.items()
+        ]
+        assert devices == [setup.machine().device_kind]
+
+
+def test_the_command_runs_where_the_devices_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "devices_here", lambda: ["NVIDIA H200", "NVIDIA H200"])
+    answers, requests = tmp_path / "answers.jsonl", tmp_path / "requests.jsonl"
+    body = {"prompt": "def f(", "max_tokens": 2, "temperature": 0}
+    line = {"custom_id": "one", "method": "POST", "url": "/v1/completions", "body": body}
+    requests.write_text(json.dumps(line) + "\n")
+    text = f"jaxinfer batch {requests} {answers} --max-model-len 16 --max-num-seqs 1"
+    result = run(written(tmp_path, command=text, title="A title", tokens_per_second=1234.4, first_token=5))
+    assert result.exit_code == 0, result.output
+    assert json.loads(answers.read_text())["response"]["status_code"] == 200
+    assert f"A title\n$ {text}\npredicted: 1,234 tokens/s of decoding, with 256" in result.output
+    assert "first token of such a prompt after 5 ms" in result.output
+
+
+@pytest.mark.parametrize(
+    ("here", "found"),
+    [
+        (["NVIDIA H200"], "here are 1 x NVIDIA H200"),
+        (["NVIDIA H100 80GB HBM3"] * 8, "here are 8 x NVIDIA H100 80GB HBM3"),
+        ([], "here are no devices"),
+    ],
+)
+def test_other_hardware_is_refused(here, found, monkeypatch):
+    monkeypatch.setattr(command, "devices_here", lambda: here)
+    result = run("llama-3-8b-2-h200")
+    assert result.exit_code == 2
+    assert f"Llama-3-8B on two H200, tensor parallel: needs 2 x NVIDIA H200; {found}" in flat(result.output)
+
+
+def test_devices_are_those_of_a_process_of_its_own(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
+    assert command.devices_here() == ["cpu"] * 3
+    monkeypatch.setenv("JAX_PLATFORMS", "abacus")
+    with pytest.raises(ValueError, match=r"JAX finds no devices here: .*abacus"):
+        command.devices_here()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None, "title": None}, "set-up.toml misses model, title; expected title, command, model"),
+        ({"color": "red"}, "set-up.toml has unknown color; expected title, command"),
+        ({"devices": "two"}, "set-up.toml: devices is 'two'; expected int"),
+        ({"command": "rm -r x"}, "command is 'rm -r x'; expected one of jaxinfer batch, jaxinfer generate, "),
+        ({"command": "jaxinfer run x"}, "command is 'jaxinfer run x'; expected one of jaxinfer batch"),
+        ({"command": ""}, "command is ''; expected one of jaxinfer batch"),
+        ({"command": "jaxinfer serve --pipes 2"}, "command is 'jaxinfer serve --pipes 2': No such option: --pipes"),
+        ({"command": "jaxinfer serve --port x"}, "Invalid value for '--port': 'x' must be an integer in 0..65535"),
+        ({"hardware": "h300"}, "hardware is 'h300'; expected one of"),
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_refused(tmp_path, changes, message, monkeypatch):
+    monkeypatch.setattr(command, "devices_here", lambda: ["NVIDIA H200"])
+    result = run(written(tmp_path, **changes))
+    assert result.exit_code == 2
+    assert message in flat(result.output)
+
+
+def test_what_is_no_file_is_refused_with_the_names(tmp_path):
+    with pytest.raises(ValueError, match=r"file is 'mine'; expected a file, or one of llama-3-70b-2-h200, "):
+        find_run("mine")
+    (tmp_path / "set-up.toml").write_text("title = ")
+    result = run(str(tmp_path / "set-up.toml"))
+    assert result.exit_code == 2
+    assert "is not valid TOML" in flat(result.output)
