@@ -25,7 +25,7 @@ def shares(data_parallel_size: int, tensor_parallel_size: int) -> list[str | Non
     if needed > len(gpus):
         raise ValueError(
             f"data_parallel_size = {data_parallel_size} replicas with tensor_parallel_size = {tensor_parallel_size} "
-            f"need {needed} GPUs, and there are {len(gpus)}: {fitting} replicas would fit"
+            f"need {needed} GPUs, and there are {len(gpus)}; replicas that would fit: {fitting}"
         )
     each = range(0, needed, tensor_parallel_size)
     return [",".join(gpus[first : first + tensor_parallel_size]) for first in each]

@@ -57,8 +57,8 @@ def test_where_jax_runs_on_a_cpu_every_process_has_its_own(gpus, machine):
 @pytest.mark.parametrize(("replicas", "each", "needed", "fitting"), [(5, 1, 5, 4), (2, 3, 6, 1), (2, 8, 16, 0)])
 def test_more_replicas_than_the_gpus_allow_are_refused(gpus, replicas, each, needed, fitting):
     gpus(4, platforms="cuda")
-    sizes = f"data_parallel_size = {replicas} replicas with tensor_parallel_size = {each} "
-    with pytest.raises(ValueError, match=f"{sizes}need {needed} GPUs, and there are 4: {fitting} replicas would fit"):
+    sizes = f"data_parallel_size = {replicas} replicas with tensor_parallel_size = {each} need {needed} GPUs"
+    with pytest.raises(ValueError, match=f"{sizes}, and there are 4; replicas that would fit: {fitting}"):
         shares(replicas, each)
 
 

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jaxinfer.cli import app
+from jaxinfer.serve import devices, server
 from jaxinfer.serve.processes import StartError
 from jaxinfer.serve.server import bind, listen
 from tests.engine.tiny import ONE_LAYER, write_checkpoint
@@ -115,6 +116,7 @@ def test_of_two_servers_that_start_on_one_port_the_later_says_so():
     [
         (["--host", "256.0.0.1"], "cannot listen on port 8000 of 256.0.0.1"),
         (["--port", "70000"], "Invalid value for '--port': 70000 must be an integer in 0..65535"),
+        (["--data-parallel-size", "0"], "Invalid value for '--data-parallel-size': 0 must be an integer, at least 1"),
         (["--shutdown-timeout", "nan"], "Invalid value for '--shutdown-timeout': nan must be a number, at least 0"),
         (["--api-key", ""], "api_key is empty"),
         (["--api-key", "schlüssel"], "api_key must be printable ASCII"),
@@ -129,6 +131,15 @@ def test_bad_options_are_one_sentence(arguments, message):
     code, said = run(*arguments)
     assert code == 2
     assert message in said
+
+
+def test_more_replicas_than_there_are_gpus_for_are_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(devices, "visible_gpus", lambda: ["0", "1", "2"])
+    monkeypatch.setattr(server, "run", None)
+    code, said = run("--data-parallel-size", "2", "--tensor-parallel", "2", "--port", "0")
+    assert code == 2
+    sizes = "--data-parallel-size = 2 replicas with --tensor-parallel = 2"
+    assert f"{sizes} need 4 GPUs, and there are 3; replicas that would fit: 1" in said
 
 
 def test_the_extra_that_is_missing_is_named(monkeypatch):
