@@ -7,6 +7,7 @@ import signal
 import socket
 import ssl
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,15 @@ def test_bad_options_are_one_sentence(arguments, message):
     code, said = run(*arguments)
     assert code == 2
     assert message in said
+
+
+def test_replicas_are_alike_but_for_their_gpus(monkeypatch):
+    asked = []
+    monkeypatch.setattr(devices, "visible_gpus", lambda: ["0", "1", "2", "3", "4"])
+    monkeypatch.setattr(server, "run", lambda setups, *others: asked.extend(setups) or 0)
+    assert run("--data-parallel-size", "2", "--tensor-parallel", "2", "--port", "0")[0] == 0
+    assert [setup.devices for setup in asked] == ["0,1", "2,3"]
+    assert replace(asked[0], devices="2,3") == asked[1]
 
 
 def test_more_replicas_than_there_are_gpus_for_are_refused_before_anything_starts(monkeypatch):
