@@ -122,7 +122,7 @@ def ready(loaded: Loaded) -> Ready:
         longest=longest(llm.engine, limits.context),
         max_num_seqs=options.max_num_seqs,
         page_size=options.page_size,
-        pages=max(llm.engine.layout.num_pages) if options.enable_prefix_caching else 0,
+        pages=max(llm.engine.layout.num_pages) - 1 if options.enable_prefix_caching else 0,
         loading=loaded.loading,
         warm_up=loaded.warm_up,
     )
