@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from jaxinfer.engine.page_keys import extend_keys
 
-MARGIN = 8192  # tokens of load above the least that a known prefix is worth, and
-RATIO = 1.5  # times the least that it is worth where that is more
-SHARE = 0.3  # of a prompt that must be known
+MARGIN = 8192  # tokens by which a load may exceed the least: SGLang's 64 requests, of 128 tokens each,
+RATIO = 1.5  # or times the least that it may be, where that is more
+SHARE = 0.3  # of a prompt that a replica must know for that to count
 
 
 @dataclass(eq=False)
@@ -74,8 +74,8 @@ class Router:
     3. Of the replicas that are not, the prompt goes to the one that knows the longest prefix of it, in whole pages, if
        that is at least `SHARE` of the prompt; of several such to the least loaded. Otherwise to the least loaded.
     4. What a replica was given, and later what came of it, it knows from then on, as many pages as its cache has; the
-       least recently used are forgotten first, as they are there. With the n continuations of a prompt, which stay
-       together, this makes sure that turns of a conversation and prompts that begin alike meet their pages again.
+       least recently used are forgotten first, as they are there. So turns of a conversation and prompts that begin
+       alike meet their pages again. The n continuations of a prompt stay together.
     """
 
     def __init__(self, replicas: Sequence[Replica], page_size: int):

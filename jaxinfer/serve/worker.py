@@ -1,6 +1,6 @@
 """The engine process: it loads the model, drives `Engine.step`, and takes requests between steps.
 
-The HTTP process imports this module, so that it can start the other one; JAX is imported only there.
+The HTTP process imports this module, so that it can start the others; JAX is imported only there.
 """
 
 from __future__ import annotations
