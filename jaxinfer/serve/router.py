@@ -70,7 +70,7 @@ class Router:
        pages.
     2. A replica is overloaded if its load is more than `MARGIN` tokens above the least, and more than `RATIO` times
        the least. Where any replica has a free slot, those that have none are overloaded too, and the least load is
-       that of the others: nobody waits for a slot while another replica has one.
+       that of the others: no prompt is sent to wait where another would run it now.
     3. Of the replicas that are not, the prompt goes to the one that knows the longest prefix of it, in whole pages, if
        that is at least `SHARE` of the prompt; of several such to the least loaded. Otherwise to the least loaded.
     4. What a replica was given, and later what came of it, it knows from then on, as many pages as its cache has; the

@@ -105,7 +105,7 @@ def test_no_more_is_remembered_than_a_cache_holds(pages, prompts):
         assert max(len(one.known) for one in router.replicas) <= pages
 
 
-def test_nobody_waits_for_a_slot_while_another_replica_has_one():
+def test_no_prompt_is_sent_to_wait_for_a_slot_while_another_replica_has_one():
     """However little runs where all slots are taken."""
     router = made(slots=2)
     seats = [router.place(text(0, 0, own, own))[0].replica for own in (4000, 10, 11, 12, 13)]
