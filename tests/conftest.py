@@ -31,11 +31,11 @@ WARM_ENGINE = (
     "tests/engine/test_sharing.py", "tests/test_llm.py", "tests/test_bad_input.py", "tests/test_structured.py",
     "tests/benchmarks/test_serving.py", "tests/serve/test_batch.py", "tests/engine/test_speculation.py",
 )  # fmt: skip
-# These ask one server, which the last of them ends.
+# These ask one server, which the last of them ends; the one before compares it with two replicas.
 SERVER = (
     "tests/serve/test_answers.py", "tests/serve/test_structured.py", "tests/serve/test_refusals.py",
     "tests/serve/test_hang_ups.py", "tests/serve/test_metrics.py", "tests/serve/test_page.py",
-    "tests/serve/test_sigterm.py",
+    "tests/serve/test_replicas.py", "tests/serve/test_sigterm.py",
 )  # fmt: skip
 # What runs longest comes first, so that no process is left alone with it at the end.
 FIRST = (*WARM_ENGINE, "tests/model/test_parity.py", "tests/pallas_kernels/test_sanitizer.py", *SERVER)

@@ -9,6 +9,8 @@ from typing import Any
 
 import typer
 
+_NAMES = {"tensor_parallel_size": "--tensor-parallel", "data_parallel_size": "--data-parallel-size"}
+
 
 def integer(least: int | None = None, most: int | None = None, **option: Any) -> Any:
     """A `typer.Option` of an integer in `least`..`most`; `option` goes to it."""
@@ -21,8 +23,11 @@ def number(least: float | None = None, most: float | None = None, **option: Any)
 
 
 def bad_argument(error: Exception | str) -> typer.BadParameter:
-    """An error of the front door, whose one argument with another name here gets that name."""
-    return typer.BadParameter(str(error).replace("tensor_parallel_size", "--tensor-parallel"))
+    """An error of other layers, whose arguments with another name here get that name."""
+    message = str(error)
+    for theirs, ours in _NAMES.items():
+        message = message.replace(theirs, ours)
+    return typer.BadParameter(message)
 
 
 def _number(

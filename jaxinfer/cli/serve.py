@@ -1,9 +1,10 @@
-"""`jaxinfer serve`: an OpenAI-compatible server. This process imports no JAX; the engine has one of its own."""
+"""`jaxinfer serve`: an OpenAI-compatible server. This process imports no JAX; the engine has others of its own."""
 
 from __future__ import annotations
 
 import ssl
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
@@ -58,6 +59,9 @@ def serve(
     tensor_parallel: Annotated[
         int, integer(least=1, help="Devices that share the model.", rich_help_panel=_ENGINE)
     ] = 1,
+    data_parallel_size: Annotated[
+        int, integer(least=1, help="Replicas of the engine, each with devices of its own.", rich_help_panel=_ENGINE)
+    ] = 1,
     max_num_seqs: Annotated[
         int, integer(help="Sequences that run at once; a power of two.", rich_help_panel=_ENGINE)
     ] = 64,
@@ -101,8 +105,10 @@ def serve(
 ) -> None:
     """Serve MODEL to OpenAI's clients: completions and chats, whole or streamed; SIGTERM ends it in order."""
     try:
+        from jaxinfer.serve.devices import shares
         from jaxinfer.serve.messages import Setup
-        from jaxinfer.serve.server import Settings, StartError, bind, run
+        from jaxinfer.serve.processes import StartError
+        from jaxinfer.serve.server import Settings, bind, run
     except ModuleNotFoundError as error:
         raise typer.BadParameter(f"{error.name} is not installed: pip install 'jaxinfer[serve]'") from error
     _check_tls(ssl_certfile, ssl_keyfile)
@@ -137,6 +143,10 @@ def serve(
             batch=online_batch,
         ),
     )
+    try:
+        setups = [replace(setup, devices=share) for share in shares(data_parallel_size, tensor_parallel)]
+    except ValueError as error:
+        raise bad_argument(error) from error
     name = served_model_name or ("demo" if model is None else model)
     settings = Settings(name, max_waiting, shutdown_timeout, api_key, ssl_certfile, ssl_keyfile)
     try:
@@ -147,7 +157,7 @@ def serve(
     try:
         speculation.warn(console.print)
         with bound, WarmUpBar(console) as bar:
-            code = run(setup, settings, bound, lambda line: console.print(line, markup=False), bar.show)
+            code = run(setups, settings, bound, lambda line: console.print(line, markup=False), bar.show)
     except StartError as error:
         _explain(error.failed, setup, console.print)
         code = 1

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import TYPE_CHECKING
 
+from jaxinfer.engine.page_keys import extend_keys
 from jaxinfer.engine.request import Request, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -126,15 +125,8 @@ class Sequence:
         return len(self.pages[0])
 
     def key(self, column: int, page_size: int) -> bytes:
-        """What a page is found by: a hash of its tokens and all before them. Only for a column of known tokens.
-
-        One key serves every cache group. 32 bytes of BLAKE2b do not collide, by chance or on purpose.
-        """
-        while len(self.keys) <= column:
-            start = len(self.keys) * page_size
-            before = self.keys[-1] if self.keys else b"pages of %d tokens" % page_size
-            text = array("i", self.tokens[start : start + page_size]).tobytes()
-            self.keys.append(blake2b(before + text, digest_size=32).digest())
+        """What a page is found by, in every cache group. Only for a column of known tokens."""
+        extend_keys(self.keys, self.tokens, page_size, column + 1)
         return self.keys[column]
 
     def check(self) -> None:

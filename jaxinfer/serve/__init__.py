@@ -1,1 +1,1 @@
-"""The OpenAI-compatible server: an HTTP process without JAX, and a process for the engine; README.md says how."""
+"""The OpenAI-compatible server: a process for HTTP, without JAX, and one for each replica; README.md says how."""

@@ -1,4 +1,4 @@
-"""The HTTP process's side of the engine: requests out, tokens in, and text from tokens.
+"""The HTTP process's side of the engine, in all its replicas: requests out, tokens in, and text from tokens.
 
 Everything here runs in the event loop's thread; messages of the engine are brought there.
 """
@@ -9,6 +9,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,11 +20,13 @@ import numpy as np
 
 from jaxinfer.continuation import Continuation
 from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.engine import Request
 from jaxinfer.intake import Intake
 from jaxinfer.outputs import CompletionOutput
 from jaxinfer.serve.errors import ApiError, given_up, refused
 from jaxinfer.serve.messages import Abort, Add, Failed, Refused, Step, Tokens
 from jaxinfer.serve.metrics import Metrics
+from jaxinfer.serve.router import Router, Seat
 
 _SMOOTH = 0.1  # weight of the newest request in the mean duration
 _LONGEST_RETRY = 60  # seconds
@@ -87,15 +90,16 @@ class Group:
 
 @dataclass(eq=False)
 class _Running:
-    """A continuation in the engine, the group that waits for it, and when its last tokens came."""
+    """A continuation in the engine, the group that waits for it, its replica, and when its last tokens came."""
 
     group: Group
     continuation: Continuation
+    seat: Seat
     last: float | None = None
 
 
 class Client:
-    """Queues requests with the engine process, and gives what it brings to those who wait.
+    """Queues requests with the engine processes, and gives what it brings to those who wait.
 
     Attributes:
         closed: what new requests are told, when no more are taken.
@@ -103,19 +107,19 @@ class Client:
 
     def __init__(
         self,
-        send: Callable[[Any], None],
+        send: Callable[[int, Any], None],
         intake: Intake,
-        max_num_seqs: int,
+        router: Router,
         max_waiting: int,
         metrics: Metrics,
     ):
         """Args:
-        send: to the engine process.
-        max_num_seqs: continuations that run at once.
-        max_waiting: continuations that may wait besides.
+        send: to the engine process of a replica, by its number.
+        router: of the replicas.
+        max_waiting: continuations that may wait besides those that run.
         """
         self.intake, self.metrics = intake, metrics
-        self._send, self._max_num_seqs, self._capacity = send, max_num_seqs, max_num_seqs + max_waiting
+        self._send, self._router, self._capacity = send, router, router.slots + max_waiting
         self._running: dict[int, _Running] = {}
         self._groups: set[Group] = set()
         self._kept = 0  # places
@@ -154,17 +158,20 @@ class Client:
             ApiError: they are more than the queue has room for, now or ever, or the server takes none any more.
         """
         self._check_room(len(prompts) * params.n)
-        arrived, requests = time.monotonic() if arrived is None else arrived, []
+        arrived = time.monotonic() if arrived is None else arrived
+        group, sent = Group(self, [], arrived, spelled or {}), defaultdict[int, list[Request]](list)
         for ids in prompts:
             seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
-            requests += self.intake.requests(self._ids, ids, params, seed, priority, arrived)
-        group = Group(self, [], arrived, spelled or {})
-        for index, request in enumerate(requests):
-            group.continuations.append(Continuation.start(request, index, self.intake.tokenizer))
-            self._running[request.id] = _Running(group, group.continuations[-1])
+            requests = self.intake.requests(self._ids, ids, params, seed, priority, arrived)
+            for request, seat in zip(requests, self._router.place(ids, params.n), strict=True):
+                continuation = Continuation.start(request, len(group.continuations), self.intake.tokenizer)
+                group.continuations.append(continuation)
+                self._running[request.id] = _Running(group, continuation, seat)
+                sent[seat.replica].append(request)
         self._groups.add(group)
         self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
-        self._send(Add(tuple(requests)))
+        for replica, requests in sent.items():
+            self._send(replica, Add(tuple(requests)))
         return group
 
     def _check_room(self, wanted: int) -> None:
@@ -176,7 +183,7 @@ class Client:
             )
         taken = len(self._running) + self._kept
         if taken + wanted > self._capacity:
-            rounds = (taken + wanted - self._max_num_seqs) / self._max_num_seqs
+            rounds = (taken + wanted - self._router.slots) / self._router.slots
             seconds = min(_LONGEST_RETRY, max(1, math.ceil(rounds * self._mean_seconds)))
             raise ApiError(
                 429,
@@ -189,12 +196,19 @@ class Client:
     def drop(self, group: Group) -> None:
         """Forgets a group; what it still has in the engine is aborted."""
         self._groups.discard(group)
-        names = tuple(one.request.id for one in group.continuations if one.request.id in self._running)
-        for name in names:
-            del self._running[name]
+        dropped = defaultdict[int, list[int]](list)
+        for name in [one.request.id for one in group.continuations if one.request.id in self._running]:
+            dropped[self._leave(name).seat.replica].append(name)
             self.metrics.requests.labels("abort").inc()
-        if names:
-            self._send(Abort(names))
+        for replica, names in dropped.items():
+            self._send(replica, Abort(tuple(names)))
+
+    def _leave(self, name: int) -> _Running:
+        """Forgets a continuation that ends."""
+        running = self._running.pop(name)
+        continuation = running.continuation
+        self._router.leave(running.seat, (*continuation.request.prompt_ids, *continuation.token_ids))
+        return running
 
     @property
     def idle(self) -> bool:
@@ -212,18 +226,19 @@ class Client:
 
     # --- tokens in
 
-    def receive(self, message: Step | Refused | Failed) -> None:
-        """Takes a message of the engine process."""
+    def receive(self, message: Step | Refused | Failed, replica: int = 0) -> None:
+        """Takes a message of a replica's engine process."""
         match message:
             case Refused():
-                if (running := self._running.pop(message.id, None)) is not None:
+                if message.id in self._running:
+                    running = self._leave(message.id)
                     self._fail(running.group, refused([message.message], "prompt", running.group.spelled))
             case Step():
-                self.metrics.hold(message.engine)
+                self.metrics.hold(message.engine, replica)
                 now = time.monotonic()
                 stopped = [entry.id for entry in message.tokens if self._push(entry, now)]
                 if stopped:
-                    self._send(Abort(tuple(stopped)))
+                    self._send(replica, Abort(tuple(stopped)))
 
     def _push(self, entry: Tokens, now: float) -> bool:
         """Gives tokens to their continuation; true where that has ended, and the engine does not know."""
@@ -236,6 +251,7 @@ class Client:
             logger.exception("the text of request %d cannot be made", entry.id)
             self._fail(group, ApiError(500, "the text of this request cannot be made", code="internal_error"))
             return False
+        self._router.grow(running.seat, len(entry.tokens))
         self._time(running, entry, now)
         if (error := given_up(continuation.finish_reason, continuation.problem, group.spelled)) is not None:
             self._ended(entry.id, continuation)
@@ -250,7 +266,7 @@ class Client:
         return entry.finish_reason is None
 
     def _ended(self, name: int, continuation: Continuation) -> None:
-        del self._running[name]
+        self._leave(name)
         self.metrics.requests.labels(continuation.finish_reason).inc()
 
     def _time(self, running: _Running, entry: Tokens, now: float) -> None:

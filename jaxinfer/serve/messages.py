@@ -1,4 +1,4 @@
-"""What the two processes tell each other. All of it is plain data, made to be pickled."""
+"""What the HTTP process and those of the engine tell each other. All of it is plain data, made to be pickled."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Setup:
         speculation: arguments of `decode.speculative.by_name`.
         watch: is called in the engine process, by the name that it is pickled with, and gives who is told what each
             step brought.
+        devices: `CUDA_VISIBLE_DEVICES` of the process; None leaves it as it is.
     """
 
     model: str | None
@@ -35,6 +36,7 @@ class Setup:
     warm_up: bool = False
     speculation: dict[str, Any] = field(default_factory=dict)
     watch: Callable[[Engine], Watch] | None = None
+    devices: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class Ready:
         vocab_size, context, eos_ids: as in `Limits`.
         longest: tokens of prompt and output that the cache can hold for one request; at most `context`.
         max_num_seqs: sequences that run at once.
+        page_size: tokens of a page of the cache.
+        pages: that can be found there; 0 where prompts do not share them.
         loading: how long that took.
         warm_up: what was compiled for it; None leaves that to the requests.
     """
@@ -107,6 +111,8 @@ class Ready:
     eos_ids: tuple[int, ...]
     longest: int
     max_num_seqs: int
+    page_size: int
+    pages: int
     loading: Loading
     warm_up: WarmUp | None = None
 

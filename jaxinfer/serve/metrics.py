@@ -40,22 +40,23 @@ _COUNTERS: _Figures = {
 }
 
 
-class _OfTheEngine(Collector):
-    """The engine's own figures, as it told them last."""
+class _OfTheEngines(Collector):
+    """The replicas' own figures, as they told them last."""
 
-    now: engine.Metrics | None = None
+    def __init__(self):
+        self.now: dict[int, engine.Metrics] = {}
 
     def collect(self) -> Iterator[Metric]:
-        if self.now is None:
-            return
-        for name, (text, value) in _GAUGES.items():
-            yield GaugeMetricFamily(f"jaxinfer_{name}", text, value(self.now))
-        for name, (text, value) in _COUNTERS.items():
-            yield CounterMetricFamily(f"jaxinfer_{name}", text, value(self.now))
+        for kind, figures in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for name, (text, value) in figures.items():
+                family = kind(f"jaxinfer_{name}", text, labels=["replica"])
+                for replica, now in sorted(self.now.items()):
+                    family.add_metric([str(replica)], value(now))
+                yield family
 
 
 class Metrics:
-    """Counters and histograms of one server, and what its engine tells, in a registry of their own."""
+    """Counters and histograms of one server, and what the replicas of its engine tell, in a registry of their own."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
@@ -69,12 +70,12 @@ class Metrics:
             "time_between_tokens_seconds", "Mean over the tokens that one step brought.", _BETWEEN
         )
         self.whole = self._histogram("request_seconds", "From queue to last token.", _LATENCY)
-        self._engine = _OfTheEngine()
-        self.registry.register(self._engine)
+        self._engines = _OfTheEngines()
+        self.registry.register(self._engines)
 
-    def hold(self, engine: engine.Metrics) -> None:
-        """Takes how the engine is, and what it has done."""
-        self._engine.now = engine
+    def hold(self, engine: engine.Metrics, replica: int = 0) -> None:
+        """Takes how a replica of the engine is, and what it has done."""
+        self._engines.now[replica] = engine
 
     def page(self) -> bytes:
         """All figures in Prometheus's text format."""

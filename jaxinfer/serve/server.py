@@ -1,34 +1,32 @@
-"""The HTTP process: it starts the engine's, serves until it is told to stop, and ends both."""
+"""The HTTP process: it starts the engine's, serves until it is told to stop, and ends them all."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import multiprocessing
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from functools import partial
 from typing import Any
 
 import uvicorn
 
 from jaxinfer.intake import Intake, Limits
-from jaxinfer.serve import worker
 from jaxinfer.serve.app import Service, make_app
 from jaxinfer.serve.channel import Channel
 from jaxinfer.serve.client import Client
 from jaxinfer.serve.http import Protocol
 from jaxinfer.serve.messages import Failed, Ready, Refused, Setup, Step, Stop, Warming
 from jaxinfer.serve.metrics import Metrics
+from jaxinfer.serve.processes import GRACE, EngineProcess, StartError, engine_processes, wait_until_ready
 from jaxinfer.serve.prompts import Prompts, template_or_reason
+from jaxinfer.serve.router import Replica, Router
 from jaxinfer.text import Tokenizer
 
 _POLL = 0.05  # seconds between looks at who still waits, while the server drains
-_GRACE = 5  # seconds for what was told to end
 _STOPPING = "the server is shutting down"
 
 
@@ -38,7 +36,7 @@ class Settings:
 
     Attributes:
         name: of the model.
-        max_waiting: continuations that may wait for the engine, before callers are told to come again later.
+        max_waiting: continuations that may wait for a replica, before callers are told to come again later.
         shutdown_timeout: seconds that running requests have to end after SIGTERM.
         ssl_certfile, ssl_keyfile: for TLS, both or none.
     """
@@ -49,60 +47,6 @@ class Settings:
     api_key: str | None = None
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
-
-
-class StartError(Exception):
-    """The engine process could not load its model; says why."""
-
-    def __init__(self, failed: Failed):
-        super().__init__(failed.message)
-        self.failed = failed
-
-
-@contextlib.contextmanager
-def engine_process(setup: Setup) -> Iterator[tuple[BaseProcess, Connection]]:
-    """The engine process while it is needed, and this side of the pipe to it. Ctrl-C ends it, too."""
-    context = multiprocessing.get_context("spawn")  # JAX must not be forked
-    here, there = context.Pipe()
-    process = context.Process(target=worker.main, args=(there, setup, time.monotonic()), name="jaxinfer-engine")
-    process.start()
-    there.close()
-    try:
-        yield process, here
-        process.join(_GRACE)
-    finally:
-        process.kill()
-        process.join()
-
-
-def wait_until_ready(process: BaseProcess, connection: Connection, warming: Callable[[Warming], None]) -> Ready:
-    """What the engine process tells when the model is loaded and compiled.
-
-    Args:
-        warming: is told of each program that is ready before.
-
-    Raises:
-        StartError: it failed, or died without a word.
-    """
-    try:
-        while isinstance(told := connection.recv(), Warming):
-            warming(told)
-    except EOFError:
-        process.join()
-        raise StartError(died(process)) from None
-    if isinstance(told, Failed):
-        raise StartError(told)
-    return told
-
-
-def died(process: BaseProcess) -> Failed:
-    """What can be said of an engine process that ended without a word."""
-    code = process.exitcode
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        hint = "; the system ends processes so when its memory is used up" if -code == signal.SIGKILL else ""
-        return Failed("memory" if hint else "device", f"the engine process was ended by {name}{hint}")
-    return Failed("device", f"the engine process ended with exit code {code}; its log above says why")
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -136,24 +80,28 @@ def listen(bound: socket.socket) -> None:
 
 
 def run(
-    setup: Setup, settings: Settings, bound: socket.socket, say: Callable[[str], None],
+    setups: Sequence[Setup], settings: Settings, bound: socket.socket, say: Callable[[str], None],
     warming: Callable[[Warming], None],
 ) -> int:  # fmt: skip
     """Serves on `bound` until SIGTERM or Ctrl-C; `say` takes lines for the terminal, `warming` what is compiled.
 
+    Args:
+        setups: of the replicas: one model with the same options, each on devices of its own.
+
     Returns:
-        the exit code: 0 after a stop that was asked for, 1 where the engine failed.
+        the exit code: 0 after a stop that was asked for, 1 where an engine failed.
 
     Raises:
-        StartError: the engine process could not start, or the address is taken meanwhile.
+        StartError: an engine process could not start, or the address is taken meanwhile.
     """
-    with engine_process(setup) as (process, connection):
-        ready = wait_until_ready(process, connection, warming)
-        say(str(ready.loading))
-        if ready.warm_up is not None:
-            say(str(ready.warm_up))
+    with engine_processes(setups) as engines:
+        ready = wait_until_ready(engines, warming)
+        for engine, one in zip(engines, ready, strict=True):
+            say(f"{engine.named}{one.loading}")
+            if one.warm_up is not None:
+                say(f"{engine.named}{one.warm_up}")
         listen(bound)
-        return asyncio.run(_Serving(ready, settings, process, connection, _address(bound, settings), say).serve(bound))
+        return asyncio.run(_Serving(ready, settings, engines, _address(bound, settings), say).serve(bound))
 
 
 class _Server(uvicorn.Server):
@@ -176,20 +124,16 @@ class _Serving:
     """A server from its first request to its last."""
 
     def __init__(
-        self, ready: Ready, settings: Settings, process: BaseProcess, connection: Connection,
+        self, ready: Sequence[Ready], settings: Settings, engines: Sequence[EngineProcess],
         address: str, say: Callable[[str], None],
     ):  # fmt: skip
-        self._settings, self._process, self._connection, self._say = settings, process, connection, say
-        tokenizer = Tokenizer.from_folder(ready.folder)
-        intake = Intake(tokenizer, Limits(ready.vocab_size, ready.context, ready.eos_ids))
-        self._client = Client(
-            lambda message: self._channel.send(message),
-            intake,
-            ready.max_num_seqs,
-            settings.max_waiting,
-            Metrics(),
-        )
-        prompts = Prompts(intake, template_or_reason(ready.folder), ready.longest)
+        self._settings, self._engines, self._say = settings, engines, say
+        first = ready[0]  # of one model, and therefore alike but for what the devices have room for
+        tokenizer = Tokenizer.from_folder(first.folder)
+        intake = Intake(tokenizer, Limits(first.vocab_size, first.context, first.eos_ids))
+        router = Router([Replica(one.max_num_seqs, one.pages) for one in ready], first.page_size)
+        self._client = Client(self._send, intake, router, settings.max_waiting, Metrics())
+        prompts = Prompts(intake, template_or_reason(first.folder), min(one.longest for one in ready))
         service = Service(settings.name, self._client, prompts, int(time.time()))
         self._server = _Server(
             uvicorn.Config(
@@ -199,7 +143,7 @@ class _Serving:
                 access_log=False,
                 ssl_certfile=settings.ssl_certfile,
                 ssl_keyfile=settings.ssl_keyfile,
-                timeout_graceful_shutdown=_GRACE,
+                timeout_graceful_shutdown=GRACE,
                 server_header=False,
             ),
             listens=lambda: say(f"serving {settings.name} at {address}"),
@@ -209,20 +153,28 @@ class _Serving:
 
     async def serve(self, bound: socket.socket) -> int:
         self._loop = asyncio.get_running_loop()
-        self._channel = Channel(
-            self._connection,
-            receive=lambda message: self._post(self._receive, message),
-            ended=lambda: self._post(self._lost),
-        )
+        self._channels = [
+            Channel(
+                engine.connection,
+                receive=partial(self._post, self._receive, index),
+                ended=partial(self._post, self._lost, engine),
+            )
+            for index, engine in enumerate(self._engines)
+        ]
         for number in (signal.SIGINT, signal.SIGTERM):
             self._loop.add_signal_handler(number, self._stop)
         await self._server.serve(sockets=[bound])
         self._over = True
-        self._channel.send(Stop())
-        self._channel.flush()
+        for channel in self._channels:
+            channel.send(Stop())
+        for channel in self._channels:
+            channel.flush()
         return self._code
 
-    # --- from the engine process
+    # --- to and from the engine processes
+
+    def _send(self, replica: int, message: Any) -> None:
+        self._channels[replica].send(message)
 
     def _post(self, call: Callable[..., None], *arguments: Any) -> None:
         """Makes a call in the loop's thread; what the engine still says after the last request, nobody needs."""
@@ -232,19 +184,18 @@ class _Serving:
             if not self._over:
                 raise
 
-    def _receive(self, message: Step | Refused | Failed) -> None:
+    def _receive(self, replica: int, message: Step | Refused | Failed) -> None:
         if isinstance(message, Failed):
-            self._fail(message)
+            self._fail(self._engines[replica].failed(message))
         else:
-            self._client.receive(message)
+            self._client.receive(message, replica)
 
-    def _lost(self) -> None:
+    def _lost(self, engine: EngineProcess) -> None:
         if not self._over and not self._code:
-            self._process.join(_GRACE)
-            self._fail(died(self._process))
+            self._fail(engine.died())
 
     def _fail(self, failed: Failed) -> None:
-        """Ends the server: without an engine there is nothing to serve."""
+        """Ends the server: it has no replica to spare, and without an engine there is nothing to serve."""
         self._code = 1
         self._say(f"error: {failed.message}")
         self._client.close(503, "the engine failed; the server is ending")

@@ -1,6 +1,6 @@
 """The engine process: it loads the model, drives `Engine.step`, and takes requests between steps.
 
-The HTTP process imports this module, so that it can start the other one; JAX is imported only there.
+The HTTP process imports this module, so that it can start the others; JAX is imported only there.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Metrics, Request, Warmed, WarmUp
 from jaxinfer.engine.request import Watch
 from jaxinfer.serve.channel import Channel
+from jaxinfer.serve.devices import VISIBLE
 from jaxinfer.serve.messages import Abort, Add, Failed, Loading, Ready, Refused, Setup, Step, Stop, Tokens, Warming
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def main(connection: Connection, setup: Setup, ordered: float) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the HTTP process says when to stop
         signal.signal(number, signal.SIG_IGN)
+    if setup.devices is not None:
+        os.environ[VISIBLE] = setup.devices  # before JAX looks for devices
     inbox: SimpleQueue[Any] = SimpleQueue()
     channel = Channel(connection, inbox.put, ended=lambda: os._exit(1))
     loaded = load(setup, ordered, lambda warmed, total: channel.send(Warming(warmed, total)))
@@ -110,14 +113,16 @@ def settle() -> None:
 def ready(loaded: Loaded) -> Ready:
     """What the HTTP process must know of the model."""
     llm = loaded.llm
-    limits = llm.intake.limits
+    limits, options = llm.intake.limits, llm.engine.options
     return Ready(
         folder=str(llm.folder),
         vocab_size=limits.vocab_size,
         context=limits.context,
         eos_ids=limits.eos_ids,
         longest=longest(llm.engine, limits.context),
-        max_num_seqs=llm.engine.options.max_num_seqs,
+        max_num_seqs=options.max_num_seqs,
+        page_size=options.page_size,
+        pages=max(llm.engine.layout.num_pages) - 1 if options.enable_prefix_caching else 0,
         loading=loaded.loading,
         warm_up=loaded.warm_up,
     )

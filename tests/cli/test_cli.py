@@ -96,7 +96,8 @@ def test_the_dtype_of_the_cache_and_the_method_reach_the_engine(command, tmp_pat
 def test_a_server_bounds_how_long_a_prompt_holds_up_the_others(monkeypatch):
     asked = []
 
-    def served(setup, *others):
+    def served(setups, *others):
+        (setup,) = setups
         asked.append(Options(**setup.options, speculation=by_name(**setup.speculation)))
         return 0
 
@@ -113,7 +114,7 @@ def test_a_server_bounds_how_long_a_prompt_holds_up_the_others(monkeypatch):
 def test_what_learns_is_made_in_the_engine_process(monkeypatch):
     """It is pickled on its way there, with what was asked for; the rest is as the help says."""
     asked, defaults = [], inspect.signature(OnlineDraft).parameters
-    monkeypatch.setattr("jaxinfer.serve.server.run", lambda setup, *others: asked.append(setup) or 0)
+    monkeypatch.setattr("jaxinfer.serve.server.run", lambda setups, *others: asked.extend(setups) or 0)
     monkeypatch.setattr(
         "jaxinfer.training.online.OnlineDraft", lambda *given, **named: SimpleNamespace(see=(given, named))
     )

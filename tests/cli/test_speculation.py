@@ -66,7 +66,8 @@ def test_an_option_reaches_its_method(command, asked, method, tmp_path, monkeypa
         reached.append(options)
         raise ValueError("enough")
 
-    def served(setup, *others):
+    def served(setups, *others):
+        (setup,) = setups
         reached.append(Options(**setup.options, speculation=by_name(**setup.speculation)))
         return 0
 
@@ -132,7 +133,7 @@ def folder(tmp_path_factory) -> Path:
 def proposed(folder: Path, monkeypatch, asked: str, params: SamplingParams) -> Counters:
     """What an engine counts whose method is what `serve` was asked for."""
     setups = []
-    monkeypatch.setattr("jaxinfer.serve.server.run", lambda setup, *others: setups.append(setup) or 0)
+    monkeypatch.setattr("jaxinfer.serve.server.run", lambda asked, *others: setups.extend(asked) or 0)
     assert run("serve", "--port", "0", "--speculate", *asked.split()).exit_code == 0
     method = by_name(**setups[0].speculation)
     llm = LLM(folder, options=replace(SIZES, max_num_seqs=1, speculation=method, always_speculate=True))

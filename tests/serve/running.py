@@ -14,10 +14,12 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "steps_per_dispatch": 4}
 DTYPE = "float32"  # in which an output does not depend on the batch
+COMMAND = "from jaxinfer.cli import app; app()"
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Add two numbers"}]
 LONG = {"max_tokens": 900, "temperature": 0, "extra_body": {"ignore_eos": True}}  # for OpenAI's client
@@ -52,12 +54,32 @@ class Running:
         status, _, answer = self.ask("POST", path, body, **headers)
         return status, json.loads(answer)
 
+    def begin(self, body: Any, **headers: str) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse, bytes]:
+        """Asks for a stream of a completion, and reads its first event."""
+        connection = self.connect()
+        body = json.dumps(body | {"stream": True})
+        connection.request("POST", COMPLETION, body, {"content-type": "application/json"} | headers)
+        response = connection.getresponse()
+        assert response.status == 200
+        return connection, response, response.readline()
+
+    @property
+    def engines(self) -> list[int]:
+        """The processes that run the replicas of the engine, children of the server's, in the order of their start."""
+        pid = self.process.pid
+        children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        return sorted(one for one in children if b"spawn_main" in Path(f"/proc/{one}/cmdline").read_bytes())
+
     def figures(self, **headers: str) -> dict[str, float]:
-        """The figures of `/metrics` by name."""
+        """The figures of `/metrics` by name and labels, and besides those of the replicas their sums by name."""
         status, _, page = self.ask("GET", "/metrics", **headers)
         assert status == 200
-        lines = [line.rpartition(" ") for line in page.decode().splitlines() if not line.startswith("#")]
-        return {name: float(value) for name, _, value in lines}
+        found: dict[str, float] = {}
+        for name, _, value in (line.rpartition(" ") for line in page.decode().splitlines() if line[0] != "#"):
+            found[name] = float(value)
+            if (total := re.sub(r"\{replica=.*\}", "", name)) != name:
+                found[total] = found.get(total, 0.0) + float(value)
+        return found
 
     def wait_for(self, seconds: float = 60, **wanted: float) -> None:
         """Waits until figures have the values that are wanted."""
@@ -72,10 +94,12 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(*arguments: str, context: ssl.SSLContext | None = None, **options: Any) -> Iterator[Running]:
-    """A server on a free port, until the block ends."""
+def serving(
+    *arguments: str, context: ssl.SSLContext | None = None, code: str = COMMAND, **options: Any
+) -> Iterator[Running]:
+    """A server on a free port, until the block ends; `code` starts the command."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in (OPTIONS | options).items()]
-    command = [sys.executable, "-c", "from jaxinfer.cli import app; app()", "serve", *arguments, *flags]
+    command = [sys.executable, "-c", code, "serve", *arguments, *flags]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest", "COLUMNS": "400"}
     process = subprocess.Popen(
         [*command, "--port=0", f"--dtype={DTYPE}", "--no-warm-up"],

@@ -1,6 +1,7 @@
 """The HTTP process's side of the engine, told by hand what the engine brings."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from jaxinfer.serve import metrics
 from jaxinfer.serve.client import Client
 from jaxinfer.serve.errors import ApiError
 from jaxinfer.serve.messages import Abort, Add, Refused, Step, Tokens
+from jaxinfer.serve.router import Replica, Router
 from jaxinfer.text import Tokenizer
 
 INTAKE = Intake(Tokenizer.from_folder(DEMO), Limits(4096, 1024, (0,)))
@@ -19,10 +21,16 @@ IDLE = Metrics(Counters(), 0, 0, 9, 0, 0, 0, 0, 0)
 PARAMS = SamplingParams(max_tokens=4)
 
 
-def made():
-    """A client, and what it sends."""
-    sent = []
-    return Client(sent.append, INTAKE, max_num_seqs=2, max_waiting=1, metrics=metrics.Metrics()), sent
+def made(replicas=1):
+    """A client of replicas with two slots each, what it sends, and to which."""
+    sent, to, router = [], [], Router([Replica(slots=2, pages=8) for _ in range(replicas)], page_size=4)
+
+    def send(replica, message):
+        sent.append(message)
+        to.append(replica)
+
+    client = Client(send, INTAKE, router, max_waiting=1, metrics=metrics.Metrics())
+    return (client, sent) if replicas == 1 else (client, sent, to)
 
 
 def step(*tokens):
@@ -117,3 +125,47 @@ def test_a_slow_reader_gets_longer_pieces_and_a_stop_string_aborts():
         assert [type(message) for message in sent] == [Add, Abort]
 
     asyncio.run(ask())
+
+
+def test_continuations_stay_together_and_aborts_follow_them():
+    async def ask():
+        client, sent, to = made(replicas=2)
+        both = client.start([[1, 2], [3, 4]], SamplingParams(max_tokens=4, n=2))
+        assert [[request.prompt_ids for request in message.requests] for message in sent] == [
+            [(1, 2)] * 2,
+            [(3, 4)] * 2,
+        ]
+        assert [one.index for one in both.continuations] == [0, 1, 2, 3]
+        first, second = to
+        client.receive(step(Tokens(0, (5, 6, 7, 8), (), None, "length")), first)
+        waits = client.start([[9]], PARAMS)  # where a slot is free
+        assert to[-1] == first != second
+        client.drop(both)
+        assert sent[-2:] == [Abort((1,)), Abort((2, 3))]
+        assert to[-2:] == [first, second]
+        client.receive(Refused(4, "no"), first)
+        with pytest.raises(ApiError, match="no"):
+            await waits.outputs()
+        replicas = client._router.replicas
+        assert client.idle
+        assert [(one.tokens, one.sequences) for one in replicas] == [(0, 0), (0, 0)]
+        assert len(replicas[first].known) == 1  # the page of what came of a prompt
+
+    asyncio.run(ask())
+
+
+def test_the_queue_has_room_for_what_all_replicas_run():
+    client, _, to = made(replicas=3)
+    for _ in range(7):
+        client.start([[1]], PARAMS)
+    assert sorted(to[:6]) == [0, 0, 1, 1, 2, 2]
+    with pytest.raises(ApiError, match="7 requests run or wait, at most 7 may"):
+        client.start([[1]], PARAMS)
+
+
+def test_figures_of_the_engine_are_told_by_replica():
+    client, _, _ = made(replicas=2)
+    for replica, running in ((1, 4), (0, 3)):
+        client.receive(Step((), replace(IDLE, running=running)), replica)
+    found = client.metrics.registry.get_sample_value
+    assert [found("jaxinfer_running_requests", {"replica": replica}) for replica in ("0", "1")] == [3, 4]

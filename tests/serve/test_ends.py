@@ -7,13 +7,16 @@ import signal
 import socket
 import ssl
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from jaxinfer.cli import app
-from jaxinfer.serve.server import StartError, bind, listen
+from jaxinfer.serve import devices, server
+from jaxinfer.serve.processes import StartError
+from jaxinfer.serve.server import bind, listen
 from tests.engine.tiny import ONE_LAYER, write_checkpoint
 from tests.serve.running import serving
 
@@ -21,7 +24,6 @@ PEM = Path(__file__).parent / "localhost.pem"  # a key that is no secret, and it
 KEY = "a key"
 CONTEXT = 8192  # tokens that take longer than all else in a test
 LONG = {"prompt": "a", "max_tokens": CONTEXT - 2, "ignore_eos": True, "temperature": 0}
-HEADERS = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +33,6 @@ def long_folder(tmp_path_factory):
     return str(write_checkpoint(tmp_path_factory.mktemp("long") / "model", config))
 
 
-def engine_of(server) -> int:
-    """The process that runs the engine, a child of the server's."""
-    pid = server.process.pid
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return next(int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes())
-
-
 def maps(pid: int) -> str:
     return Path(f"/proc/{pid}/maps").read_text()
 
@@ -45,15 +40,6 @@ def maps(pid: int) -> str:
 def data(event: bytes):
     """What an event says."""
     return json.loads(event.strip().removeprefix(b"data: "))
-
-
-def begin(server, body):
-    """Asks for a stream, and reads its first event."""
-    connection = server.connect()
-    connection.request("POST", "/v1/completions", json.dumps(body | {"stream": True}), HEADERS)
-    response = connection.getresponse()
-    assert response.status == 200
-    return connection, response, response.readline()
 
 
 def test_a_server_with_a_key_and_tls_and_the_death_of_its_engine(long_folder):
@@ -76,11 +62,11 @@ def test_a_server_with_a_key_and_tls_and_the_death_of_its_engine(long_folder):
         status, _, models = server.ask("GET", "/v1/models", authorization=f"Bearer {KEY}")
         assert (status, [model["id"] for model in json.loads(models)["data"]]) == (200, ["tiny"])
 
-        engine = engine_of(server)
+        (engine,) = server.engines
         assert "jaxlib" in maps(engine)
         assert "jaxlib" not in maps(server.process.pid)
 
-        connection, response, first = begin(server, LONG)
+        connection, response, first = server.begin(LONG, authorization=f"Bearer {KEY}")
         assert data(first)["choices"][0]["finish_reason"] is None
         os.kill(engine, signal.SIGKILL)
         *_, error, done, _ = response.read().split(b"\n\n")
@@ -93,7 +79,7 @@ def test_a_server_with_a_key_and_tls_and_the_death_of_its_engine(long_folder):
 
 def test_a_request_that_outlasts_the_deadline_is_told_so(long_folder):
     with serving(long_folder, shutdown_timeout=0, steps_per_dispatch=1) as server:
-        connection, response, _ = begin(server, LONG)
+        connection, response, _ = server.begin(LONG, authorization=f"Bearer {KEY}")
         server.process.send_signal(signal.SIGTERM)
         *_, error, _, _ = response.read().split(b"\n\n")
         connection.close()
@@ -131,6 +117,7 @@ def test_of_two_servers_that_start_on_one_port_the_later_says_so():
     [
         (["--host", "256.0.0.1"], "cannot listen on port 8000 of 256.0.0.1"),
         (["--port", "70000"], "Invalid value for '--port': 70000 must be an integer in 0..65535"),
+        (["--data-parallel-size", "0"], "Invalid value for '--data-parallel-size': 0 must be an integer, at least 1"),
         (["--shutdown-timeout", "nan"], "Invalid value for '--shutdown-timeout': nan must be a number, at least 0"),
         (["--api-key", ""], "api_key is empty"),
         (["--api-key", "schlüssel"], "api_key must be printable ASCII"),
@@ -145,6 +132,24 @@ def test_bad_options_are_one_sentence(arguments, message):
     code, said = run(*arguments)
     assert code == 2
     assert message in said
+
+
+def test_replicas_are_alike_but_for_their_gpus(monkeypatch):
+    asked = []
+    monkeypatch.setattr(devices, "visible_gpus", lambda: ["0", "1", "2", "3", "4"])
+    monkeypatch.setattr(server, "run", lambda setups, *others: asked.extend(setups) or 0)
+    assert run("--data-parallel-size", "2", "--tensor-parallel", "2", "--port", "0")[0] == 0
+    assert [setup.devices for setup in asked] == ["0,1", "2,3"]
+    assert replace(asked[0], devices="2,3") == asked[1]
+
+
+def test_more_replicas_than_there_are_gpus_for_are_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(devices, "visible_gpus", lambda: ["0", "1", "2"])
+    monkeypatch.setattr(server, "run", None)
+    code, said = run("--data-parallel-size", "2", "--tensor-parallel", "2", "--port", "0")
+    assert code == 2
+    sizes = "--data-parallel-size = 2 replicas with --tensor-parallel = 2"
+    assert f"{sizes} need 4 GPUs, and there are 3; replicas that would fit: 1" in said
 
 
 def test_the_extra_that_is_missing_is_named(monkeypatch):

@@ -20,9 +20,10 @@ def test_what_only_grows_is_a_counter_and_all_else_of_the_engine_a_gauge():
     lines = metrics.page().decode().splitlines()
     for name, value in GROWING.items():
         assert f"# TYPE jaxinfer_{name}_total counter" in lines
-        assert f"jaxinfer_{name}_total {float(value)}" in lines
+        assert f'jaxinfer_{name}_total{{replica="0"}} {float(value)}' in lines
     gauges = {line.split()[2]: line for line in lines if line.endswith(" gauge")}
-    found = {name: metrics.registry.get_sample_value(name) for name in gauges if not name.endswith("_created")}
+    names = [name for name in gauges if not name.endswith("_created")]
+    found = {name: metrics.registry.get_sample_value(name, {"replica": "0"}) for name in names}
     assert found == {
         "jaxinfer_waiting_requests": 21, "jaxinfer_running_requests": 22, "jaxinfer_cache_pages": 23,
         "jaxinfer_cache_pages_used": 24, "jaxinfer_cache_pages_cached": 25, "jaxinfer_wasted_slots": 10,

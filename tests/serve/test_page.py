@@ -8,6 +8,10 @@ from selenium.common.exceptions import TimeoutException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
+from jaxinfer.engine import Counters
+from jaxinfer.engine import Metrics as EngineMetrics
+from jaxinfer.serve.metrics import Metrics
+
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1200,900",
@@ -110,3 +114,17 @@ def test_stop_ends_an_answer(page, server):
     wait(page, ready)
     server.wait_for(running_requests=0, cache_pages_used=0)
     assert shown(page, "error") == []
+
+
+def test_charts_show_sums_over_the_replicas(page):
+    metrics = Metrics()
+    for replica in (0, 1):
+        metrics.hold(EngineMetrics(Counters(), 2, 3 + replica, 10, 5, 0, 0, 0, 0), replica)
+    metrics.first_token.observe(0.5)
+    text = metrics.page().decode()
+    assert 'jaxinfer_running_requests{replica="1"} 4.0' in text
+    sums = page.execute_script("return parse(arguments[0])", text)
+    assert sums["jaxinfer_running_requests"] == 7
+    assert sums["jaxinfer_cache_pages"] == 20
+    assert sums["jaxinfer_time_to_first_token_seconds_sum"] == 0.5
+    assert sums["jaxinfer_tokens_total"] == 0

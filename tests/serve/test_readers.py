@@ -13,6 +13,7 @@ from jaxinfer.serve.client import Client
 from jaxinfer.serve.metrics import Metrics
 from jaxinfer.serve.prompts import Prompts
 from jaxinfer.serve.readers import LONG
+from jaxinfer.serve.router import Replica, Router
 from jaxinfer.text import Tokenizer
 from tests.serve.running import COMPLETION
 
@@ -25,7 +26,8 @@ MANY = 40  # more than the loop has threads
 def service():
     """Of a model with room for all of these texts, and a queue for `MANY` requests."""
     intake = Intake(Tokenizer.from_folder(DEMO), Limits(4096, 1 << 20, (0,)))
-    client = Client(lambda message: None, intake, MANY // 2, MANY // 2, Metrics())
+    router = Router([Replica(MANY // 2, 0)], page_size=16)
+    client = Client(lambda replica, message: None, intake, router, MANY // 2, Metrics())
     return Service("demo", client, Prompts(intake, "no template", 1 << 20), 0)
 
 

@@ -25,7 +25,7 @@ from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from jaxinfer.serve import worker
 from jaxinfer.serve.messages import Abort, Add, Failed, Ready, Refused, Setup, Step, Stop, Tokens, Warming
-from jaxinfer.serve.server import wait_until_ready
+from jaxinfer.serve.processes import EngineProcess, wait_until_ready
 
 OPTIONS = {"max_num_seqs": 2, "max_num_batched_tokens": 64, "page_size": 16, "num_pages": None, "cache_dtype": None}
 LLM_ARGUMENTS = {"dtype": None, "max_model_len": 64, "tensor_parallel_size": 1}
@@ -229,10 +229,10 @@ def test_what_is_compiled_is_told_before_the_engine_is_ready(monkeypatch):
     assert min(parts) > 0
     assert sum(parts) <= passed
     assert worker.load(Setup(None), ordered, progress).warm_up is None
-    ready = Ready("a folder", 10, 64, (), 64, 2, loaded.loading, DONE)
+    ready = Ready("a folder", 10, 64, (), 64, 2, 16, 9, loaded.loading, DONE)
     there.send(ready)
     seen = []
-    assert wait_until_ready(SimpleNamespace(), here, seen.append) == ready
+    assert wait_until_ready([EngineProcess(SimpleNamespace(sentinel=there), here)], seen.append) == [ready]
     assert seen == [Warming(warmed, 2) for warmed in WARMED]
 
 

@@ -1,0 +1,118 @@
+"""The engine processes, one for each replica: from their start until they are ready, and their ends."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from jaxinfer.serve import worker
+from jaxinfer.serve.messages import Failed, Ready, Setup, Warming
+
+GRACE = 5  # seconds for what was told to end
+
+
+class StartError(Exception):
+    """An engine process could not load its model; says why."""
+
+    def __init__(self, failed: Failed):
+        super().__init__(failed.message)
+        self.failed = failed
+
+
+@dataclass(frozen=True, eq=False)
+class EngineProcess:
+    """An engine process, and the HTTP process's side of the pipe to it.
+
+    Attributes:
+        named: what begins a line about it: nothing for an only one.
+    """
+
+    process: BaseProcess
+    connection: Connection
+    named: str = ""
+
+    def told(self) -> Warming | Ready:
+        """The next that it tells before it is ready, and that.
+
+        Raises:
+            StartError: it failed, or died without a word.
+        """
+        try:
+            told = self.connection.recv()
+        except EOFError:
+            raise StartError(self.died()) from None
+        if isinstance(told, Failed):
+            raise StartError(self.failed(told))
+        return told
+
+    def failed(self, failed: Failed) -> Failed:
+        """What it said of its end, with its name, unless that is an error in what all were given."""
+        return failed if failed.reason == "input" else replace(failed, message=self.named + failed.message)
+
+    def died(self) -> Failed:
+        """What can be said of its end when it ended without a word."""
+        self.process.join(GRACE)
+        code = self.process.exitcode
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            hint = "; the system ends processes so when its memory is used up" if -code == signal.SIGKILL else ""
+            return self.failed(Failed("memory" if hint else "device", f"the engine process was ended by {name}{hint}"))
+        return self.failed(Failed("device", f"the engine process ended with exit code {code}; its log above says why"))
+
+
+@contextlib.contextmanager
+def engine_processes(setups: Sequence[Setup]) -> Iterator[list[EngineProcess]]:
+    """An engine process for each setup while they are needed. Ctrl-C ends them, too."""
+    engines: list[EngineProcess] = []
+    try:
+        for index, setup in enumerate(setups):
+            engines.append(_start(setup, f"replica {index}: " if len(setups) > 1 else ""))
+        yield engines
+        deadline = time.monotonic() + GRACE
+        for engine in engines:
+            engine.process.join(max(0, deadline - time.monotonic()))
+    finally:
+        for engine in engines:
+            engine.process.kill()
+            engine.process.join()
+
+
+def _start(setup: Setup, named: str) -> EngineProcess:
+    context = multiprocessing.get_context("spawn")  # JAX must not be forked
+    here, there = context.Pipe()
+    process = context.Process(target=worker.main, args=(there, setup, time.monotonic()), name="jaxinfer-engine")
+    process.start()
+    there.close()
+    return EngineProcess(process, here, named)
+
+
+def wait_until_ready(engines: Sequence[EngineProcess], warming: Callable[[Warming], None]) -> list[Ready]:
+    """What the engine processes tell when their model is loaded and compiled, in their order.
+
+    Args:
+        warming: is told of each program that is ready before, in any of them, and how many these are in all.
+
+    Raises:
+        StartError: the first of them that failed, or died without a word.
+    """
+    ready: dict[EngineProcess, Ready] = {}
+    waiting: dict[Any, EngineProcess] = {engine.connection: engine for engine in engines}
+    while len(ready) < len(engines):
+        for speaks in wait(list(waiting)):
+            engine = waiting[speaks]
+            if engine in ready:  # and has died since
+                raise StartError(engine.died())
+            told = engine.told()
+            if isinstance(told, Warming):
+                warming(replace(told, total=len(engines) * told.total))
+            else:
+                ready[engine] = told
+                waiting[engine.process.sentinel] = waiting.pop(speaks)
+    return [ready[engine] for engine in engines]

@@ -1,0 +1,39 @@
+"""An engine process without an engine, which starts at once: it brings each request a token at every tick."""
+
+import signal
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import jaxinfer
+from jaxinfer.engine import Counters, Metrics
+from jaxinfer.serve.messages import Abort, Add, Loading, Ready, Setup, Step, Stop, Tokens
+
+DEMO = Path(jaxinfer.__file__).parent / "assets" / "demo"
+SLOTS, CONTEXT = 2, 1024
+TICK = 0.01  # seconds
+SERVED = (  # a server whose replicas are these
+    "from jaxinfer.serve import worker; from tests.serve import stub_replica; worker.main = stub_replica.main; "
+    "from jaxinfer.cli import app; app()"
+)
+
+
+def main(connection: Connection, setup: Setup, ordered: float) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    connection.send(Ready(str(DEMO), 4096, CONTEXT, (0,), CONTEXT, SLOTS, 16, 64, Loading(0.0, 0.0, 0.0)))
+    left: dict[int, int] = {}
+    while True:
+        while connection.poll():
+            match connection.recv():
+                case Stop():
+                    return
+                case Abort(ids):
+                    left = {name: tokens for name, tokens in left.items() if name not in ids}
+                case Add(requests):
+                    left |= {request.id: request.params.max_tokens for request in requests}
+        left = {name: tokens - 1 for name, tokens in left.items() if tokens}
+        ended = {name: None if tokens else "length" for name, tokens in left.items()}
+        told = tuple(Tokens(name, (5,), (), None, reason) for name, reason in ended.items())
+        connection.send(Step(told, Metrics(Counters(), 0, len(left), 64, 0, 0, 0, 0, 0)))
+        time.sleep(TICK)
