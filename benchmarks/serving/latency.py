@@ -49,6 +49,7 @@ class Desk:
         drawn: requests so far; the next one has this number.
         asked: numbers of those that the engine has.
         told: when it last told something.
+        preempted: sequences that the engine had preempted before.
     """
 
     name: str
@@ -57,6 +58,10 @@ class Desk:
     drawn: int = 0
     asked: set[int] = field(default_factory=set)
     told: float = 0.0
+    preempted: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.preempted = self.engine.counters.preemptions
 
     @property
     def precision(self) -> Precision:
@@ -98,7 +103,7 @@ class Desk:
         self.asked.clear()
         while self.engine.busy:
             self.engine.step()
-        assert not self.engine.metrics.counters.preemptions
+        assert self.engine.counters.preemptions == self.preempted
 
 
 def measure(desk: Desk, prompts: Sequence[int], stalls: Sequence[Stall]) -> Iterator[list[Record]]:
