@@ -35,7 +35,7 @@ def run(file: Annotated[str, typer.Argument(help="A file, or a name in configs/r
 
     try:
         setup = Run.read(find_run(file))
-        setup.options()  # tells what is wrong
+        setup.plan()  # tells what is wrong
         setup.check_devices(devices_here())
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
@@ -119,7 +119,7 @@ class Run:
         """What `jaxinfer plan` makes of it.
 
         Raises:
-            ValueError: as `options` and `make_plan`.
+            ValueError: as `options`, `find_model` and `make_plan`.
         """
         options, config = self.options(), find_model(self.model)
         precision = Precision.all_in(options["dtype"] or config.dtype, options["cache_dtype"])

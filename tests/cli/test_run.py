@@ -137,6 +137,8 @@ def test_devices_are_those_of_a_process_of_its_own(monkeypatch):
         ({"command": "jaxinfer serve --pipes 2"}, "command is 'jaxinfer serve --pipes 2': No such option: --pipes"),
         ({"command": "jaxinfer serve --port x"}, "Invalid value for '--port': 'x' must be an integer in 0..65535"),
         ({"measured.speed": 1}, "set-up.toml: measured has speed; expected tokens_per_second or first_token"),
+        ({"model": "mine"}, "model is 'mine'; expected a folder, a file, a Hugging Face id or one of"),
+        ({"context": 9000}, "context is 9000; the model was made for at most 8192"),
         ({"hardware": "h300"}, "hardware is 'h300'; expected one of"),
     ],
 )  # fmt: skip
