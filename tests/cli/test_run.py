@@ -3,29 +3,25 @@
 import json
 import re
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 import jaxinfer.cli.run as command
 from benchmarks.decode import NEW, PROMPT
 from benchmarks.record import RESULTS, parts
-from jaxinfer.cli import app
 from jaxinfer.cli.models import find_model
 from jaxinfer.cli.run import RUNS, Run, find_run
 from jaxinfer.roofline import parameters
+from tests.cli.test_cli import flat
+from tests.cli.test_cli import run as invoke
 
 FILES = sorted(RUNS.glob("*.toml"))
 files = pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
 
 
-def run(*arguments: str):
-    return CliRunner().invoke(app, ["run", *arguments], env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
-
-
-def flat(text: str) -> str:
-    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+run = partial(invoke, "run")
 
 
 def written(tmp_path, **changes) -> str:
