@@ -2,19 +2,30 @@
 
 import json
 import re
+import shlex
+import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import typer
+from typer.core import TyperGroup
 
 from benchmarks.record import RESULTS
 from benchmarks.tables import README, SOURCES, TABLES, render, section
+from jaxinfer.cli import app
 from jaxinfer.model import read_config
 from jaxinfer.model.families import FAMILIES
 from jaxinfer.roofline import decode_step, find_hardware, prefill
 
 ROOT = README.parent
 TEXT = README.read_text()
-PAGES = ["README.md", "CONTRIBUTING.md", "tests/golden/README.md"]
+PAGES = [
+    "CONTRIBUTING.md",
+    *(str(path.relative_to(ROOT)) for room in ("", "jaxinfer/**/", "pallas_kernels/**/", "tests/**/")
+      for path in sorted(ROOT.glob(f"{room}README.md"))),
+]  # fmt: skip
+COMMANDS = re.findall(r"^    (?:pip install uv && )?uv run .*?jaxinfer (.*)$", TEXT, re.MULTILINE)
 
 
 def test_tables_are_made_from_the_results():
@@ -38,8 +49,39 @@ def test_every_family_is_listed():
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     path = ROOT / page
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text())
-    assert [link for link in links if not (path.parent / link).exists()] == []
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", path.read_text())
+    assert [link for link, _ in links if not (path.parent / link).exists()] == []
+    assert [link + to for link, to in links if to and to not in anchors(path.parent / link if link else path)] == []
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {"#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_are_understood(line, tmp_path, monkeypatch):
+    """Every name and option; none is run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "requests.jsonl").touch()
+    command, words = typer.main.get_command(app), shlex.split(line, comments=True)
+    while isinstance(command, TyperGroup):
+        command, words = command.commands[words[0]], words[1:]
+    command.make_context("it", words)
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 10
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_extras_and_modules_of_commands_are_there(page):
+    text = (ROOT / page).read_text()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(re.findall(r"--extra (\w+)", text)) <= extras.keys()
+    modules = set(re.findall(r"python -m (benchmarks[.\w]*\w)", text))
+    assert [module for module in modules if find_spec(module) is None] == []
 
 
 def test_the_pipeline_runs_the_readmes_test_command():

@@ -51,10 +51,8 @@ from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import MEASURED, Hardware, find_by_device
 from jaxinfer.serve.worker import settle
 
-MORE_THAN_SLOTS = [
-    "1024 requests",
-    "1024 chats",
-]  # for static batching, which is continuous where every request has a slot
+# For static batching, which is continuous where every request has a slot.
+MORE_THAN_SLOTS = ["1024 requests", "1024 chats"]
 
 # Options of the engine, as both `Options` and `jaxinfer serve` name them.
 ENGINE = (
@@ -97,19 +95,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     _add_engine(timed, max_slowdown=1.75)  # a server's
     timed.add_argument("--prompts", type=int, nargs="*", default=[512, 2048, 8192], help="tokens of those alone")
     timed.add_argument("--long", type=int, nargs="*", default=[32768], help="tokens of those beside 16 sequences")
-    served = ways.add_parser("online")
-    served.add_argument("--url", required=True, help="of the server, with /v1")
-    served.add_argument("--model", required=True, help="the name that it serves")
-    served.add_argument("--key", help="of its API")
-    served.add_argument("--name", default=OURS, help="what the records call the system")
-    served.add_argument("--rates", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0, 16.0], help="requests/s")
-    served.add_argument("--workload", choices=WORKLOADS, default="256 requests")
-    many = served.add_mutually_exclusive_group()
-    many.add_argument("--requests", type=int, default=256, help="of the workload at each rate")
-    many.add_argument("--seconds", type=float, help="of arrivals at each rate, in place of a number of requests")
-    served.add_argument("--vocabulary", type=int, default=1000, help="prompts are token ids below it")
-    served.add_argument("--first-token", type=float, default=1.0, help="seconds; more is not served well")
-    served.add_argument("--per-token", type=float, default=0.05, help="seconds; likewise")
+    _add_online(ways.add_parser("online"))
     started = ways.add_parser("ready")
     started.add_argument("folder", type=Path, help="of a checkpoint, such as benchmarks.checkpoint makes")
     _add_engine(started, max_slowdown=1.75)  # a server's
@@ -120,6 +106,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.how == "online" and options.seconds is not None and math.inf in options.rates:
         parser.error("--seconds of arrivals at a rate of inf are endless requests; give --requests")
     return options
+
+
+def _add_online(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", required=True, help="of the server, with /v1")
+    parser.add_argument("--model", required=True, help="the name that it serves")
+    parser.add_argument("--key", help="of its API")
+    parser.add_argument("--name", default=OURS, help="what the records call the system")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0, 16.0], help="requests/s")
+    parser.add_argument("--workload", choices=WORKLOADS, default="256 requests")
+    many = parser.add_mutually_exclusive_group()
+    many.add_argument("--requests", type=int, default=256, help="of the workload at each rate")
+    many.add_argument("--seconds", type=float, help="of arrivals at each rate, in place of a number of requests")
+    parser.add_argument("--vocabulary", type=int, default=1000, help="prompts are token ids below it")
+    parser.add_argument("--first-token", type=float, default=1.0, help="seconds; more is not served well")
+    parser.add_argument("--per-token", type=float, default=0.05, help="seconds; likewise")
 
 
 def _add_engine(parser: argparse.ArgumentParser, max_slowdown: float, steps: int | list[int] = 8) -> None:

@@ -12,6 +12,7 @@ from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.speculative import Speculation, tree_of
 from jaxinfer.engine import Options
 from jaxinfer.llm import LLM
+from jaxinfer.roofline import tokens_per_step
 
 RIGHT, BROUGHT = "proposed tokens right", "tokens of a step"
 
@@ -30,7 +31,7 @@ def accepting(name: str, method: Speculation, temperatures: Sequence[float], new
         if tree_of(llm.engine.layout.speculation) is None:
             records.append(Record(case, OURS, RIGHT, 100 * sum(right) / sum([steps, *right[:-1]]), "%"))
         records += [
-            Record(case, OURS, BROUGHT, 1 + sum(right) / steps, "tokens"),
+            Record(case, OURS, BROUGHT, tokens_per_step([count / steps for count in right]), "tokens"),
             Record(case, OURS, "steps with proposals", steps, "steps"),
         ]
     return records

@@ -41,7 +41,6 @@ def batch(
         from jaxinfer.serve.batch import answer_lines, append, done, read_lines
     except ModuleNotFoundError as error:
         raise typer.BadParameter(f"{error.name} is not installed: pip install 'jaxinfer[serve]'") from error
-    from jaxinfer.decode.speculative import by_name
     from jaxinfer.engine import Options
     from jaxinfer.llm import DEMO, LLM
     from jaxinfer.machine import keep_compiled
@@ -59,13 +58,7 @@ def batch(
             dtype=dtype,
             max_model_len=max_model_len,
             tensor_parallel_size=tensor_parallel,
-            options=Options(
-                max_num_seqs=max_num_seqs,
-                cache_dtype=cache_dtype,
-                speculation=by_name(**speculation.settings),
-                always_speculate=speculation.always,
-                adaptive_speculation=speculation.adaptive,
-            ),
+            options=Options(max_num_seqs=max_num_seqs, cache_dtype=cache_dtype, **speculation.options()),
         )
     except (ValueError, OSError) as error:
         raise bad_argument(error) from error

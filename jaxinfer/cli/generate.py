@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,7 +18,6 @@ from jaxinfer.roofline import Precision, decode_step
 
 if TYPE_CHECKING:
     from jaxinfer.decode.sampling_params import SamplingParams
-    from jaxinfer.decode.speculative import Speculation
     from jaxinfer.engine.metrics import Counters
     from jaxinfer.llm import LLM
 
@@ -48,31 +47,24 @@ def generate(
 ) -> None:
     """Continue PROMPT and stream the text; then print tokens/s, the bandwidth that is, and the machine's limit."""
     from jaxinfer.decode.sampling_params import SamplingParams
-    from jaxinfer.decode.speculative import by_name
     from jaxinfer.engine import Options
     from jaxinfer.llm import DEMO, LLM
     from jaxinfer.machine import keep_compiled
 
     keep_compiled()
 
-    def load(method: Speculation | None, adaptive: bool) -> LLM:
+    def load(**speculating: Any) -> LLM:
         return LLM(
             DEMO if model is None else model,
             dtype=dtype,
             max_model_len=max_model_len,
             tensor_parallel_size=tensor_parallel,
-            options=Options(
-                max_num_seqs=1,
-                cache_dtype=cache_dtype,
-                speculation=method,
-                always_speculate=speculation.always,
-                adaptive_speculation=adaptive,
-            ),
+            options=Options(max_num_seqs=1, cache_dtype=cache_dtype, **speculating),
         )
 
     try:
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        llm = load(method := by_name(**speculation.settings), speculation.adaptive)
+        llm = load(**speculation.options())
         llm.stream(prompt, params)  # tells what is wrong
         compile_for(llm, prompt, params)
     except (ValueError, OSError) as error:
@@ -83,10 +75,10 @@ def generate(
     clock = timed(llm, prompt, params, partial(typer.echo, nl=False))
     typer.echo()
     console.print(summary(llm, len(llm.tokenizer.encode(prompt)), clock))
-    if method is not None and clock.per_token:
+    if llm.engine.options.speculation is not None and clock.per_token:
         counters = llm.engine.counters
         del llm  # the plain one takes its place in memory
-        plain = load(None, adaptive=False)
+        plain = load()
         compile_for(plain, prompt, params)
         console.print(gain(counters, timed(plain, prompt, params, lambda text: None).per_token / clock.per_token))
 

@@ -223,7 +223,7 @@ def _step_table(title: str, cost: Cost, hardware: Hardware) -> Table:
         )
     table.add_section()
     table.add_row(
-        "all",
+        "all, what is sent meanwhile" if any(part.sent for part in cost.parts.values()) else "all",
         si(cost.flops, "FLOP"),
         si(cost.bytes, "B"),
         f"{cost.intensity:.1f}",

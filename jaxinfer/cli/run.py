@@ -25,7 +25,8 @@ _PROGRAM = "jaxinfer"
 _COMMANDS = ("batch", "generate", "serve")
 _DEVICES = "import jax, json; print(json.dumps([device.device_kind for device in jax.devices()]))"
 _USAGE: Any = typer.BadParameter.__base__  # what is wrong with a command line
-_TYPES = {"str": (str,), "int": (int,), "float": (int, float), "list[dict[str, Any]]": (list,)}
+_TYPES = {"str": (str,), "int": (int,), "float": (int, float), "dict[str, dict[str, str]]": (dict,)}
+_FIGURES = ("tokens_per_second", "first_token")
 
 
 def run(file: Annotated[str, typer.Argument(help="A file, or a name in configs/runs.")]) -> None:
@@ -34,7 +35,7 @@ def run(file: Annotated[str, typer.Argument(help="A file, or a name in configs/r
 
     try:
         setup = Run.read(find_run(file))
-        setup.options()  # tells what is wrong
+        setup.plan()  # tells what is wrong
         setup.check_devices(devices_here())
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
@@ -52,10 +53,10 @@ class Run:
         hardware: an entry of the hardware table.
         devices: of it that there must be.
         context: tokens of each sequence that the figures are of; there are as many sequences as the command lets run.
-        tokens_per_second: of decoding, predicted as `jaxinfer plan` does it.
-        first_token: milliseconds to the first token of one prompt of `context` tokens, predicted so too, as if a step
-            took all of it.
-        measured: figures of benchmarks/results that are of this set-up, each with its file.
+        tokens_per_second: of decoding.
+        first_token: milliseconds to the first token of one prompt of `context` tokens.
+        measured: where in benchmarks/results the measured ones of these two figures are, by name; the others are
+            predicted, as `jaxinfer plan` does it, a prompt as if one step took all of it.
     """
 
     title: str
@@ -66,7 +67,7 @@ class Run:
     context: int
     tokens_per_second: float
     first_token: float
-    measured: list[dict[str, Any]]
+    measured: dict[str, dict[str, str]]
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -76,7 +77,7 @@ class Run:
             ValueError: it is no TOML, or a field is missing, unknown or of another type.
         """
         try:
-            found: dict[str, Any] = {"measured": []} | tomllib.loads(path.read_text(encoding="utf-8"))
+            found: dict[str, Any] = {"measured": {}} | tomllib.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is not valid TOML: {error}") from None
         types = {field.name: str(field.type) for field in fields(cls)}
@@ -86,6 +87,8 @@ class Run:
         for name, kind in types.items():
             if type(found[name]) not in _TYPES[kind]:
                 raise ValueError(f"{path}: {name} is {found[name]!r}; expected {kind}")
+        if unknown := found["measured"].keys() - set(_FIGURES):
+            raise ValueError(f"{path}: measured has {', '.join(sorted(unknown))}; expected {' or '.join(_FIGURES)}")
         return cls(**found)
 
     @property
@@ -116,11 +119,12 @@ class Run:
         """What `jaxinfer plan` makes of it.
 
         Raises:
-            ValueError: as `options` and `make_plan`.
+            ValueError: as `options`, `find_model` and `make_plan`.
         """
         options, config = self.options(), find_model(self.model)
         precision = Precision.all_in(options["dtype"] or config.dtype, options["cache_dtype"])
-        batch, mesh = options.get("max_num_seqs", 1), Mesh(tensor=options["tensor_parallel"])
+        mesh = Mesh(tensor=options["tensor_parallel"], replicas=options.get("data_parallel_size", 1))
+        batch = mesh.replicas * options.get("max_num_seqs", 1)
         return make_plan(config, self.machine(), batch, self.context, precision, mesh)
 
     def machine(self) -> Hardware:
@@ -135,13 +139,13 @@ class Run:
 
     def lines(self) -> list[str]:
         """What runs, and how fast it is expected to be."""
-        what = f"{self.context:,} tokens in each sequence"
-        predicted = f"predicted: {self.tokens_per_second:,.0f} tokens/s of decoding, with {what}; "
+        how = {name: "measured" if name in self.measured else "predicted" for name in _FIGURES}
         return [
             self.title,
             f"$ {self.command}",
-            f"{predicted}first token of such a prompt after {self.first_token:,.4g} ms",
-            *(f"measured: {m['metric']} {m['value']:,.5g} {m['unit']}, {m['case']}" for m in self.measured),
+            f"expected with {self.context:,} tokens in each sequence: {self.tokens_per_second:,.0f} tokens/s of "
+            f"decoding ({how['tokens_per_second']}); first token of such a prompt after {self.first_token:,.1f} ms "
+            f"({how['first_token']})",
         ]
 
 

@@ -22,12 +22,26 @@ class Speculating:
 
     Attributes:
         settings: arguments of `decode.speculative.by_name`; None leaves one to the method.
-        always, adaptive: as `always_speculate` and `adaptive_speculation` of the engine's `Options`.
+        always, adaptive: `always_speculate` and `adaptive_speculation` of the engine's `Options`.
     """
 
     settings: dict[str, Any]
     always: bool
     adaptive: bool
+
+    def options(self) -> dict[str, Any]:
+        """For the engine's `Options`.
+
+        Raises:
+            ValueError: as `by_name`.
+        """
+        from jaxinfer.decode.speculative import by_name
+
+        return {
+            "speculation": by_name(**self.settings),
+            "always_speculate": self.always,
+            "adaptive_speculation": self.adaptive,
+        }
 
     def warn(self, say: Callable[[str], None]) -> None:
         """Says so where outputs will not have the model's distribution."""

@@ -1,8 +1,8 @@
 """What devices send each other in a step, and when all of them have it.
 
 Sizes are of one device. The bytes that it sends are those of algorithms that no other undercuts, on links that send
-and receive at once (Chan et al. 2007, "Collective communication: theory, practice, and experience", section 4): of an
-array of S bytes on each of n devices,
+and receive at once (Chan et al. 2007, "Collective communication: theory, practice, and experience"): of an array of S
+bytes on each of n devices,
 
     reduce-scatter, all-gather   (n - 1) / n S each
     all-reduce                   2 (n - 1) / n S, for it is the one and then the other
@@ -24,7 +24,7 @@ def all_reduces(count: int, array: float, devices: int, dtype: str) -> Work:
 
 
 def all_to_alls(layers: int, tokens: int, choices: int, hidden: float, devices: int, dtype: str) -> Work:
-    """Tokens on their way to their experts and back (Lepikhin et al. 2020, "GShard", section 3.2), where each device
+    """Tokens on their way to their experts and back (Lepikhin et al. 2020, "GShard", section 3), where each device
     holds an equal part of the tokens. The experts are taken to be chosen evenly.
 
     Args:
@@ -44,7 +44,7 @@ def merges(layers: int, queries: int, heads: float, head_size: int, ranks: int, 
 
 
 def hand_over(tokens: int, hidden: float, dtype: str) -> Work:
-    """The residual stream on its way to the next stage (Huang et al. 2019, "GPipe", section 2.2)."""
+    """The residual stream on its way to the next stage (Huang et al. 2019, "GPipe", section 2)."""
     return Work(sent=tokens * hidden, dtype=dtype, messages=1)
 
 

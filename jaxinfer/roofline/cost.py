@@ -2,15 +2,15 @@
 
 The roofline (Williams, Waterman and Patterson 2009): a computation of F FLOPs that moves Q bytes takes at least
 max(F / peak, Q / bandwidth) seconds. A step is a row of computations, one after the other, each with a bound of its
-own, so its limit is the sum over them. What devices send each other can pass meanwhile, even where a computation
-needs it, for both can be cut in pieces (Wang et al. 2023, "Overlap communication with dependent computation via
-decomposition"): the limit is that sum, or the time on the links if that is longer.
+own. What devices send each other can pass meanwhile, even where a computation needs it, for both can be cut in pieces
+(Wang et al. 2023, "Overlap communication with dependent computation via decomposition"). So the limit of a step is the
+sum over its computations, or the time on the links if that is longer.
 
 The prediction adds what the limit leaves out. Kernels and messages take a constant each, and what is sent hides under
-nothing but its own part. And a computation that keeps two resources
-busy for about as long as each other takes longer than the busier one alone: a tile is loaded before it is multiplied,
-and waves of tiles do not divide evenly. It takes between max(a, b) and a + b seconds; the root of a^2 + b^2 is what an
-H200 measured, within a fifth from 1 to 256 sequences, where the matmuls go from one bound to the other.
+nothing but its own part. And a computation that keeps two resources busy for about as long as each other takes longer
+than the busier one alone: a tile is loaded before it is multiplied, and waves of tiles do not divide evenly. It takes
+between max(a, b) and a + b seconds; the root of a^2 + b^2 is what an H200 measured, within a fifth from 1 to 256
+sequences, where the matmuls go from one bound to the other.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Work:
     sent: float = 0.0  # bytes to other devices
     dtype: str = "bf16"  # operands of its matmuls
     kernels: int = 0
-    messages: int = 0  # all-reduces
+    messages: int = 0  # collectives
 
     @property
     def bytes(self) -> float:
@@ -108,14 +108,19 @@ class Cost:
         return {resource: sum(times[resource] for times in parts) for resource in RESOURCES}
 
     def bound(self, hardware: Hardware) -> str:
-        """The busiest resource of the whole step, one of `RESOURCES`."""
+        """What sets the limit, one of `RESOURCES`: the links, or what else is busiest over the whole step."""
         times = self.times(hardware)
-        return max(RESOURCES, key=times.__getitem__)
+        if times["interconnect"] > self.own_limit(hardware):
+            return "interconnect"
+        return max(("compute", "memory"), key=times.__getitem__)
 
     def limit(self, hardware: Hardware) -> float:
         """Seconds that the step takes at the least."""
-        own = sum(part.own_limit(hardware) for part in self.parts.values())
-        return max(own, self.times(hardware)["interconnect"])
+        return max(self.own_limit(hardware), self.times(hardware)["interconnect"])
+
+    def own_limit(self, hardware: Hardware) -> float:
+        """Seconds at the least of what the device does itself, whatever it sends."""
+        return sum(part.own_limit(hardware) for part in self.parts.values())
 
     def predict(self, hardware: Hardware) -> float:
         """Seconds that the step is expected to take. A datasheet states no constants of kernels and messages."""

@@ -2,7 +2,7 @@
 
 In every tick each stage computes one micro-batch and hands it over; a tick lasts as long as its slowest stage. m
 micro-batches take m + p - 1 ticks through p stages, of which a stage idles p - 1: the bubble is (p - 1) / (m + p - 1)
-(Huang et al. 2019, "GPipe", section 2.2). Decode steps need not drain the pipe in between: with at least as many
+(Huang et al. 2019, "GPipe", section 2). Decode steps need not drain the pipe in between: with at least as many
 micro-batches as stages, the first one's next token is known when the last one has left the first stage. That is the
 limit; predicted is a step that drains.
 """

@@ -86,54 +86,47 @@ def test_the_limit_is_the_one_that_other_systems_are_held_against():
     assert sum(output for _, output in sizes) / seconds == pytest.approx(13_300, rel=0.03)
 
 
-def test_latencies_through_the_engine(tmp_path_factory, monkeypatch):
-    for name, value in {
-        "PROMPT": 5,
-        "NEW": 8,
-        "REPEATS": 2,
-        "FIRST_TOKENS": 2,
-        "SETTLE": 1,
-        "STEADY": 2,
-        "PIECES": 9,
-    }.items():
+STALL = latency.Stall(decoding=2, context=6, prompt=80)
+
+
+@pytest.fixture
+def desk(tmp_path_factory, monkeypatch):
+    sizes = {"PROMPT": 5, "NEW": 8, "REPEATS": 2, "FIRST_TOKENS": 2, "SETTLE": 1, "STEADY": 2, "PIECES": 9}
+    for name, value in sizes.items():
         monkeypatch.setattr(latency, name, value)
     llm = warm_llm(tmp_path_factory.getbasetemp())
-    desk = latency.Desk("tiny", llm.engine, find_hardware("h200"))
-    stall = latency.Stall(decoding=2, context=6, prompt=80)
-    groups = [*latency.measure(desk, [7, 60], [stall]), *(latency.decoding(desk, batch) for batch in (1, 4))]
+    yield latency.Desk("tiny", llm.engine, find_hardware("h200"))
+    assert_warm(llm)
+
+
+def test_latencies_through_the_engine(desk):
+    groups = [*latency.measure(desk, [7, 60], [STALL]), *(latency.decoding(desk, batch) for batch in (1, 4))]
     found = {(record.case, record.metric): record for group in groups for record in group}
-    assert {case for case, _ in found} == {
-        MACHINE,
-        "tiny B1",
-        "tiny B4",
-        "tiny prompt 7",
-        "tiny prompt 60",
-        f"tiny {stall.name}",
-    }
+    prompts = {"tiny prompt 7", "tiny prompt 60"}
+    assert {case for case, _ in found} == {MACHINE, "tiny B1", "tiny B4", f"tiny {STALL.name}"} | prompts
     for batch in (1, 4):
         rate, step = (found[f"tiny B{batch}", metric] for metric in ("decode", "decode step"))
         assert rate.value * step.value == pytest.approx(1e3 * batch)
         assert rate.low <= rate.value <= rate.high
         assert rate.roofline_fraction == step.roofline_fraction
     assert found["tiny prompt 60", "first token"].samples == 2
-    assert (
-        1 <= found[MACHINE, "p99 over a piece of Python"].value <= found[MACHINE, "worst over a piece of Python"].value
-    )
-    case = f"tiny {stall.name}"
-    middle, p99, worst = (found[case, f"step with the prompt{name}"] for name in (" p50", " p99", ", worst"))
+    p99, worst = (found[MACHINE, f"{name} over a piece of Python"].value for name in ("p99", "worst"))
+    assert 1 <= p99 <= worst
+
+
+def test_steps_beside_a_prompt_as_the_host_sees_them_and_on_the_device_alone(desk):
+    found = {record.metric: record for record in latency.beside(desk, STALL)}
+    middle, p99, worst = (found[f"step with the prompt{name}"] for name in (" p50", " p99", ", worst"))
     assert middle.samples == 2 * 2  # 80 tokens beside 2 take two programs of 64 rows, in each of two rounds
     assert middle.value <= p99.value <= worst.value
     for where in ("", " on the device"):
-        ratio = found[case, f"worst over a decode step{where}"].value
-        worst = found[case, f"step with the prompt{where}, worst"].value
-        assert ratio == pytest.approx(worst / found[case, f"decode step{where}"].value)
-    assert found[case, "step with the prompt on the device p50"].samples == 2 * 1  # all but the first of a round
-    rows, cached = (
-        found[case, name].value for name in ("rows of the worst step on the device", "tokens before its chunk")
-    )
+        ratio = found[f"worst over a decode step{where}"].value
+        worst = found[f"step with the prompt{where}, worst"].value
+        assert ratio == pytest.approx(worst / found[f"decode step{where}"].value)
+    assert found["step with the prompt on the device p50"].samples == 2 * 1  # all but the first of a round
+    rows, cached = (found[name].value for name in ("rows of the worst step on the device", "tokens before its chunk"))
     assert (rows, cached) == (64, 62)  # the first chunk is 62 of the 64 rows
-    assert {metric for _, metric in TABLES["beside-a-prompt"].places()} <= {metric for _, metric in found}
-    assert_warm(llm)
+    assert {metric for _, metric in TABLES["beside-a-prompt"].places()} <= found.keys()
     with pytest.raises(ValueError, match="max_num_seqs = 4 must be more than the 4 sequences that decode"):
         latency.beside(desk, latency.Stall(decoding=4))
 

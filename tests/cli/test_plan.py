@@ -220,6 +220,7 @@ def test_tables_show_every_part_and_the_interconnect_of_several_devices():
     for part in ("embedding", "norms", "projections", "attention", "experts", "router", "head", "all-reduce"):
         assert part in text
     assert "interconnect" in text
+    assert "all, what is sent meanwhile" in text
 
 
 def test_every_axis_has_its_figures():

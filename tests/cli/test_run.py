@@ -3,30 +3,30 @@
 import json
 import re
 import tomllib
+from functools import partial
+from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 import jaxinfer.cli.run as command
+from benchmarks.decode import NEW, PROMPT
 from benchmarks.record import RESULTS, parts
-from jaxinfer.cli import app
+from jaxinfer.cli.models import find_model
 from jaxinfer.cli.run import RUNS, Run, find_run
+from jaxinfer.roofline import parameters
+from tests.cli.test_cli import flat
+from tests.cli.test_cli import run as invoke
 
 FILES = sorted(RUNS.glob("*.toml"))
 files = pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
 
 
-def run(*arguments: str):
-    return CliRunner().invoke(app, ["run", *arguments], env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
-
-
-def flat(text: str) -> str:
-    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+run = partial(invoke, "run")
 
 
 def written(tmp_path, **changes) -> str:
     """A file like one of configs/runs; a field that is None is left out."""
-    content = tomllib.loads(find_run("llama-3-8b-1-h200").read_text()) | {"measured": []} | changes
+    content = tomllib.loads(find_run("llama-3-8b-1-h200").read_text()) | {"measured": None} | changes
     path = tmp_path / "set-up.toml"
     lines = (f"{name} = {json.dumps(value)}" for name, value in content.items() if value is not None)
     path.write_text("\n".join(lines))
@@ -43,23 +43,61 @@ def test_a_file_says_what_its_command_makes(file):
     plan = setup.plan()
     assert plan.memory.fits
     assert plan.mesh.devices == setup.devices
-    assert setup.tokens_per_second == round(plan.expected)
-    assert setup.first_token == round(plan.prefill.predict(plan.hardware) * 1e3, 1)
+    predicted = {
+        "tokens_per_second": round(plan.expected),
+        "first_token": round(plan.prefill.predict(plan.hardware) * 1e3, 1),
+    }
+    assert {name: getattr(setup, name) for name in predicted} == predicted | measured(setup)
+
+
+def records(results: str) -> list[tuple[str, dict]]:
+    """Of files of benchmarks/results, each with its device."""
+    content = [part for path in RESULTS.glob(results) for part in parts(json.loads(path.read_text()))]
+    return [(part["environment"]["device"], record) for part in content for record in part["records"]]
+
+
+def figure_of(setup: Run, record: dict) -> str | None:
+    """Which figure of a set-up with one device a record is on such a device."""
+    model, _, case = record["case"].partition(" ")
+    sought = {
+        "tokens_per_second": ("decode", f"B{setup.plan().batch}", PROMPT + NEW // 2),
+        "first_token": ("first token", f"prompt {setup.context}", setup.context),
+    }
+    for name, what in sought.items():
+        if (record["metric"], case.partition(" in chunks")[0], setup.context) == what and setup.devices == 1:
+            return name if parameters(find_model(model)) == parameters(find_model(setup.model)) else None
+    return None
+
+
+def measured(setup: Run) -> dict[str, float]:
+    found = {}
+    for name, where in setup.measured.items():
+        sought = {field: where[field] for field in ("case", "implementation", "metric")}
+        ((device, record),) = [one for one in records(where["results"]) if sought.items() <= one[1].items()]
+        assert (device, figure_of(setup, record)) == (setup.machine().device_kind, name)
+        found[name] = round(record["value"], 1)
+    return found
 
 
 @files
-def test_what_is_said_to_be_measured_was_measured_on_that_hardware(file):
+def test_what_was_measured_is_not_predicted(file):
     setup = Run.read(file)
-    for measured in setup.measured:
-        figure = {name: value for name, value in measured.items() if name != "results"}
-        content = parts(json.loads((RESULTS / measured["results"]).read_text()))
-        devices = [
-            part["environment"]["device"]
-            for part in content
-            for record in part["records"]
-            if figure.items() <= record.items()
-        ]
-        assert devices == [setup.machine().device_kind]
+    ours = [record for device, record in records("*/decode.json") if device == setup.machine().device_kind]
+    assert {figure_of(setup, record) for record in ours if record["implementation"] != "plan"} <= {
+        None, *setup.measured
+    }  # fmt: skip
+
+
+def test_replicas_have_devices_and_sequences_of_their_own(tmp_path):
+    text = "jaxinfer serve --data-parallel-size 4 --tensor-parallel 2 --max-num-seqs 8"
+    plan = Run.read(Path(written(tmp_path, command=text))).plan()
+    assert (plan.mesh.devices, plan.batch, plan.memory.batch) == (8, 32, 8)
+
+
+def test_what_is_measured_is_told_from_what_is_predicted():
+    (_, _, line) = Run.read(find_run("long-context-1-h100")).lines()
+    assert re.search(r"with 131,072 tokens in each sequence: \d+ tokens/s of decoding \(predicted\)", line)
+    assert line.endswith("after 10,476.5 ms (measured)")
 
 
 def test_the_command_runs_where_the_devices_are(tmp_path, monkeypatch):
@@ -72,8 +110,8 @@ def test_the_command_runs_where_the_devices_are(tmp_path, monkeypatch):
     result = run(written(tmp_path, command=text, title="A title", tokens_per_second=1234.4, first_token=5))
     assert result.exit_code == 0, result.output
     assert json.loads(answers.read_text())["response"]["status_code"] == 200
-    assert f"A title\n$ {text}\npredicted: 1,234 tokens/s of decoding, with 256" in result.output
-    assert "first token of such a prompt after 5 ms" in result.output
+    assert f"A title\n$ {text}\nexpected with 256 tokens in each sequence: 1,234 tokens/s of d" in result.output
+    assert "first token of such a prompt after 5.0 ms (predicted)" in result.output
 
 
 @pytest.mark.parametrize(
@@ -111,6 +149,9 @@ def test_devices_are_those_of_a_process_of_its_own(monkeypatch):
         ({"command": ""}, "command is ''; expected one of jaxinfer batch"),
         ({"command": "jaxinfer serve --pipes 2"}, "command is 'jaxinfer serve --pipes 2': No such option: --pipes"),
         ({"command": "jaxinfer serve --port x"}, "Invalid value for '--port': 'x' must be an integer in 0..65535"),
+        ({"measured.speed": 1}, "set-up.toml: measured has speed; expected tokens_per_second or first_token"),
+        ({"model": "mine"}, "model is 'mine'; expected a folder, a file, a Hugging Face id or one of"),
+        ({"context": 9000}, "context is 9000; the model was made for at most 8192"),
         ({"hardware": "h300"}, "hardware is 'h300'; expected one of"),
     ],
 )  # fmt: skip

@@ -176,11 +176,12 @@ def test_a_cost_is_the_sum_of_its_parts_or_the_time_of_its_links():
     cost = Cost(parts, tokens=1)
     assert [part.bound(H200) for part in parts.values()] == ["compute", "memory", "interconnect"]
     assert cost.limit(H200) == pytest.approx(1 + 2)  # under which what is sent is hidden
-    assert cost.bound(H200) == "interconnect"
+    assert cost.bound(H200) == "memory"
     assert cost.predict(H200) == pytest.approx(5.5 + 10 * H200.message_latency + 5 * H200.overhead)
     assert cost.fraction(H200, 12.0) == pytest.approx(0.25)
     talking = Cost(parts | {"more links": Work(sent=450e9)}, tokens=1)
     assert talking.limit(H200) == pytest.approx(3.5)  # which is longer than what it hides
+    assert talking.bound(H200) == "interconnect"
     assert talking.predict(H200) == pytest.approx(1 + cost.predict(H200))
     balanced = Cost({"both": Work(flops=3 * 746e12, weights=4 * 4.54e12)}, tokens=1)
     assert (balanced.limit(H200), balanced.predict(H200)) == pytest.approx((4, 5))
