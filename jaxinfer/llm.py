@@ -315,10 +315,8 @@ class LLM:
             self._drop([continuation])
 
     def _step(self) -> None:
-        """Runs the engine once; gives every update to its continuation, whoever asked for it."""
+        """Runs the engine once; gives every update to its continuation, whoever asked for it, and then to `watch`."""
         updates = self.engine.step()
-        if self.watch is not None:
-            self.watch(updates)
         for update in updates:
             if update.request.id in self._running:
                 continuation, ended = self._running[update.request.id]
@@ -330,6 +328,8 @@ class LLM:
                 if continuation.finish_reason is not None:
                     ended.append(continuation)
                     self._drop([continuation])
+        if self.watch is not None:
+            self.watch(updates)
 
     def _drop(self, continuations: Sequence[Continuation]) -> None:
         """Forgets continuations; those that still run, after a stop string or an interrupt, stop running."""

@@ -316,6 +316,23 @@ def test_streams_and_calls_interleave(llm, long):
     assert joined([*others, *second]) == CompletionOutput(0, long.text[:8], long.token_ids[:8], None, "length")
 
 
+def test_who_watches_may_fail_and_no_token_of_others_is_lost(llm, long, monkeypatch):
+    """That ends the call whose step it was, and no other."""
+    stream = llm.stream(PROMPT, greedy(max_tokens=40))
+    pieces, (name,) = [next(stream)], llm._running
+
+    def watch(updates):
+        if any(update.request.id == name for update in updates):
+            raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(llm, "watch", watch)
+    with pytest.raises(ZeroDivisionError):
+        llm.generate(PROMPT, greedy(max_tokens=40))
+    monkeypatch.undo()
+    assert joined([*pieces, *stream]) == long
+    assert_clean(llm)
+
+
 def test_an_interrupted_call_leaves_nothing_behind(llm, long, monkeypatch):
     step, left = llm.engine.step, iter(range(3))
 

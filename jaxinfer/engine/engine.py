@@ -222,7 +222,8 @@ class Engine:
         return Scheduler(self.layout, self.model.config.windows, self.options, self.counters, self.budget, self.gate)
 
     def warm_up(self, progress: Progress | None = None) -> WarmUp:
-        """Compiles every program that requests can meet from then on, on an idle engine.
+        """Compiles every program that requests can meet from then on, on an idle engine, and times those between which
+        the gate chooses.
 
         Three kinds of sampling are compiled: greedy without log-probabilities, all but filters, for which the
         vocabulary is sorted, and all that there is. A batch takes the first that serves it.
@@ -241,8 +242,8 @@ class Engine:
         return done
 
     def compile_loops(self, params: SamplingParams) -> WarmUp:
-        """Compiles the programs of decode steps that requests with these parameters meet, on an idle engine: a small
-        part of what `warm_up` does."""
+        """Compiles the programs of decode steps that requests with these parameters meet, on an idle engine, and times
+        them: a small part of what `warm_up` does."""
         assert not self.scheduler.running
         done = make_ready(loop_programs(self.runner, [sampling.needs([params])]), None, self.runner.wait)
         time_loops(self.runner, sampling.needs([params]), self.gate)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 from jaxinfer.cache import CACHE_DTYPES
-from jaxinfer.decode.speculative import Speculation, beyond_of, depth_of
+from jaxinfer.decode.speculative import METHODS, Speculation, beyond_of, depth_of
 from jaxinfer.decode.step import SCORED
 
 SMALLEST_BUCKET = SCORED  # the larger ones are whole multiples: one program scores all prompts
@@ -86,9 +86,10 @@ class Options:
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name} = {value!r} must be True or False")
         if self.adaptive_speculation and not (self.speculation and self.speculation.adapts):
+            able = ", ".join(method.__name__ for method in METHODS.values() if method.adapts)
             raise ValueError(
                 f"adaptive_speculation = True has no use where speculation = {self.speculation!r}; that must be a "
-                "method that proposes tokens one after the other: DraftModel, EarlyExit or PromptLookup"
+                f"method that proposes tokens one after the other, one of {able}"
             )
         if self.max_waiting_time is not None and not _is_duration(self.max_waiting_time):
             raise ValueError(f"max_waiting_time = {self.max_waiting_time!r} must be seconds above 0, or None")

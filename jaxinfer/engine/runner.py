@@ -16,7 +16,7 @@ from jaxinfer.decode.step import Layout, Part, Programs, StepOutput
 from jaxinfer.model import Model, Params
 
 Masks = Callable[[], np.ndarray]  # asked for the tokens that each slot may draw, as late as may be
-Check = Callable[[np.ndarray, np.ndarray], np.ndarray]  # the same of proposals; see `Programs.verify`
+CheckedMasks = Callable[[np.ndarray, np.ndarray], np.ndarray]  # the same, given what is proposed: `Programs.verify`
 
 
 class Runner:
@@ -74,7 +74,7 @@ class Runner:
         )
         return _send(output)
 
-    def verify(self, slots_B: np.ndarray, needs: Needs, masks: Check) -> StepOutput:
+    def verify(self, slots_B: np.ndarray, needs: Needs, masks: CheckedMasks) -> StepOutput:
         """A decode step of these slots that verifies proposals; see `Programs.verify`."""
         self.state, self.cache, output = self.programs.verify(
             self.params, self.state, self.cache, slots_B, needs, masks

@@ -45,7 +45,7 @@ class Channel:
         while True:
             try:
                 message = self._connection.recv()
-            except (EOFError, ConnectionResetError):
+            except (EOFError, OSError):  # the latter where it died within a message
                 break
             self._receive(message)
         self._ended()

@@ -24,7 +24,7 @@ from jaxinfer.engine import Request
 from jaxinfer.intake import Intake
 from jaxinfer.outputs import CompletionOutput
 from jaxinfer.serve.errors import ApiError, given_up, refused
-from jaxinfer.serve.messages import Abort, Add, Failed, Refused, Step, Tokens
+from jaxinfer.serve.messages import Abort, Add, Refused, Step, Tokens
 from jaxinfer.serve.metrics import Metrics
 from jaxinfer.serve.router import Router, Seat
 
@@ -99,7 +99,7 @@ class _Running:
 
 
 class Client:
-    """Queues requests with the engine processes, and gives what it brings to those who wait.
+    """Queues requests with the engine processes, and gives what they bring to those who wait.
 
     Attributes:
         closed: what new requests are told, when no more are taken.
@@ -226,7 +226,7 @@ class Client:
 
     # --- tokens in
 
-    def receive(self, message: Step | Refused | Failed, replica: int = 0) -> None:
+    def receive(self, message: Step | Refused, replica: int = 0) -> None:
         """Takes a message of a replica's engine process."""
         match message:
             case Refused():

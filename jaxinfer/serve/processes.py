@@ -46,7 +46,7 @@ class EngineProcess:
         """
         try:
             told = self.connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # the latter where it died within a message
             raise StartError(self.died()) from None
         if isinstance(told, Failed):
             raise StartError(self.failed(told))

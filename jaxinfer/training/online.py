@@ -50,10 +50,10 @@ class OnlineDraft:
         if not isinstance(method, DraftModel) or method.model is None:
             raise ValueError(f"the engine's speculation is {method!r}; it must be a DraftModel, which can learn")
         check_attention("the draft model", method.model.config)
-        counts = {"interval": (interval, 1), "batch": (batch, 1), "row": (row, 2), "buffer": (buffer, batch)}
-        for name, (value, least) in counts.items():
-            if value < least:
-                raise ValueError(f"{name} = {value!r} must be an integer, at least {least}")
+        for name, value, least in (
+            ("interval", interval, 1), ("batch", batch, 1), ("row", row, 2), ("buffer", buffer, batch)
+        ):  # fmt: skip
+            _check_count(name, value, least)
         if not learning_rate > 0:
             raise ValueError(f"learning_rate = {learning_rate!r} must be above 0")
         self._engine, self._batch, self._row = engine, batch, min(row, method.model.context)
@@ -67,9 +67,7 @@ class OnlineDraft:
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            raise NoRoomError(
-                f"no room beside the cache to train the draft model; use fewer pages: {error}"
-            ) from error
+            raise NoRoomError(f"no room beside the cache to train the draft; use fewer pages: {error}") from error
 
     def see(self, updates: Iterable[Update]) -> None:
         """Takes what a step of the engine brought, and makes a step of training when there is enough."""
@@ -135,6 +133,11 @@ class OnlineDraft:
         wrong = [place - first for place in wrong if place > first]  # what comes first is not predicted
         if wrong:
             self._buffer.append((text[first:], wrong))
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} = {value!r} must be an integer, at least {least}")
 
 
 def _learned(

@@ -246,3 +246,13 @@ def test_the_loops_of_a_request_can_be_compiled_alone(adaptive, one_rectangle):
     for drafts in (0, 1, 2):
         adaptive.engine.runner.loop(np.arange(4, dtype=np.int32), GREEDY, drafts)
     assert programs.traces["loop"] == before + 3
+
+
+def test_a_warm_engine_has_timed_its_loops_for_the_gate(adaptive, monkeypatch):
+    """Once all are ready."""
+    one, order = adaptive.engine, []
+    monkeypatch.setattr(engine, "WARM", WARM[-1:])
+    monkeypatch.setattr(engine, "make_ready", lambda *given: order.append("ready") or "done")
+    monkeypatch.setattr(engine, "time_loops", lambda *given: order.append(given))
+    assert one.warm_up() == one.compile_loops(SamplingParams(temperature=0.0)) == "done"
+    assert order == ["ready", (one.runner, WARM[-1], one.gate), "ready", (one.runner, GREEDY, one.gate)]

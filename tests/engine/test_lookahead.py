@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.speculative.comparing import Shut
 from jaxinfer import SamplingParams
 from jaxinfer.decode.speculative import Lookahead
-from jaxinfer.engine.gate import Gate
 from jaxinfer.llm import LLM
 from tests.decode.test_lookahead import ByHand
 from tests.engine.test_medusa import FOLLOWS, OPTIONS, write
@@ -16,13 +16,6 @@ from tests.engine.test_speculation import CONSTRAINED, CONSTRAINED_PROMPTS, Alte
 from tests.engine.tiny import assert_clean, drawing_alike, tiny_folder
 
 METHOD = Lookahead(window_size=4, ngram_size=4, max_verification_set_size=2, pool_size=50)
-
-
-class Never(Gate):
-    """Lets no program propose."""
-
-    def drafts(self, decoding):
-        return 0
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +78,10 @@ def test_looking_ahead_never_changes_an_output(one_rectangle, tmp_path, tiny):
     assert llm.engine.runner.programs.traces["verify"] > 0
     assert counters.preemptions > 0
     assert counters.tokens_per_draft > 1.1
-    for gate in (Alternating(llm.engine.layout), Never(llm.engine.layout)):
+    for gate in (Alternating(llm.engine.layout), Shut(llm.engine.layout)):
         llm.engine.gate = llm.engine.scheduler.gate = gate
         drafts = counters.drafts
         assert answers(llm, prompts, params) == found
         assert answers(llm, CONSTRAINED_PROMPTS, CONSTRAINED) == constrained
-        assert (counters.drafts == drafts) == isinstance(gate, Never)
+        assert (counters.drafts == drafts) == isinstance(gate, Shut)
     assert_clean(llm)

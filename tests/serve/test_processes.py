@@ -2,7 +2,9 @@
 
 import json
 import multiprocessing
+import os
 import signal
+import struct
 from types import SimpleNamespace
 
 import pytest
@@ -82,6 +84,13 @@ def test_one_that_dies_is_told_while_another_still_loads(replicas, code, words, 
         replicas.says[0].send(ready("a"))
     replicas.end(0, code)
     with pytest.raises(StartError, match=f"replica 0: the engine process {words}"):
+        wait_until_ready(replicas.engines, nothing)
+
+
+def test_one_that_dies_within_a_message_is_told(replicas):
+    os.write(replicas.says[1].fileno(), struct.pack("!i", 100) + b"its beginning")
+    replicas.end(1, -9)
+    with pytest.raises(StartError, match="replica 1: the engine process was ended by SIGKILL"):
         wait_until_ready(replicas.engines, nothing)
 
 

@@ -104,15 +104,15 @@ def test_a_learner_for_which_there_is_no_room_says_so(llm, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 bytes")
 
     monkeypatch.setattr("jaxinfer.training.online.initial_state", full)
-    with pytest.raises(
-        NoRoomError, match="no room beside the cache to train the draft model; use fewer pages: RESOURCE"
-    ):
+    with pytest.raises(NoRoomError, match="no room beside the cache to train the draft; use fewer pages: RESOURCE"):
         OnlineDraft(llm.engine)
 
 
 def test_what_cannot_learn_is_refused(llm, monkeypatch):
     for wrong, said in (
         ({"interval": 0}, "interval = 0 must be an integer, at least 1"),
+        ({"interval": 1.5}, "interval = 1.5 must be an integer, at least 1"),
+        ({"batch": True}, "batch = True must be an integer, at least 1"),
         ({"batch": 0}, "batch = 0 must be an integer, at least 1"),
         ({"row": 1}, "row = 1 must be an integer, at least 2"),
         ({"buffer": 7}, "buffer = 7 must be an integer, at least 8"),
