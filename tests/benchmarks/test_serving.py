@@ -24,6 +24,7 @@ from benchmarks.serving.summary import Objective, summarize
 from benchmarks.serving.workload import WORKLOADS, Job, Workload, longest, mixed
 from benchmarks.tables import TABLES
 from jaxinfer.engine import Engine, WarmUp
+from jaxinfer.engine.metrics import Counters
 from jaxinfer.llm import DEMO
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
@@ -134,7 +135,9 @@ def test_steps_beside_a_prompt_as_the_host_sees_them_and_on_the_device_alone(des
 def test_the_command_measures_static_batching_where_requests_outnumber_the_slots(monkeypatch):
     """Of an engine that does nothing: which workloads, and how."""
     seen, model = [], WarmUp((), 1.0, 0)
-    monkeypatch.setattr(command, "make_engine", lambda options, context: SimpleNamespace(warm_up=lambda: model))
+    monkeypatch.setattr(
+        command, "make_engine", lambda options, context: SimpleNamespace(warm_up=lambda: model, counters=Counters())
+    )
     monkeypatch.setattr(command, "ceilings", lambda: None)
     monkeypatch.setattr(offline, "measure", lambda engine, case, sizes, machine, static: seen.append((case, static)))
     monkeypatch.setattr(latency, "decoding", lambda desk, batch: seen.append((desk.name, batch)))
