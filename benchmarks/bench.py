@@ -11,10 +11,11 @@ import numpy as np
 
 from benchmarks.record import MACHINE, Record
 from jaxinfer.decode.batch import StepInput
+from jaxinfer.decode.layout import Layout
 from jaxinfer.decode.sampling import needs
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.speculative import Speculation, drafts_of
-from jaxinfer.decode.step import Layout, Programs
+from jaxinfer.decode.step import Programs
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.sequence import Chunk, Sequence
 from jaxinfer.engine.step_input import lay_out

@@ -90,7 +90,7 @@ def update(
         "records": [_entry(record) for record in records],
         "failures": [_entry(failure) for failure in failures],
     }
-    path, earlier = (folder or RESULTS / device_folder()) / f"{name}.json", []
+    path, earlier = results_folder(folder) / f"{name}.json", []
     for part in parts(json.loads(path.read_text())) if path.exists() else []:
         same = part["environment"] == made_in
         replaced = new if same else {key for key in new if key[0] != MACHINE}
@@ -116,11 +116,16 @@ def _entry(item: Record | Failure) -> dict[str, Any]:
 
 
 def _write(name: str, content: dict[str, Any], folder: Path | None) -> Path:
-    folder = folder or RESULTS / device_folder()
+    folder = results_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
+
+
+def results_folder(given: Path | None) -> Path:
+    """Where results go: by default to those of this machine's device."""
+    return given or RESULTS / device_folder()
 
 
 def device_folder() -> str:

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+from jaxinfer.decode.layout import Layout
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.speculative import Speculation, depth_of
-from jaxinfer.decode.step import Layout, Programs
+from jaxinfer.decode.step import Programs
 from jaxinfer.engine import Options
 from jaxinfer.llm import LLM
 from jaxinfer.model import Model, read_config

@@ -150,7 +150,7 @@ def test_a_module_imports_only_its_rooms_share(room, path):
             ["jaxinfer.cli", "jaxinfer.engine"],
         ),
         ("roofline", "if TYPE_CHECKING:\n    import jax", []),
-        ("engine", "import jaxinfer.engine.pages, json, jax\nfrom jaxinfer.decode.step import Layout", []),
+        ("engine", "import jaxinfer.engine.pages, json, jax\nfrom jaxinfer.decode.layout import Layout", []),
     ],
 )
 def test_what_is_beyond_it_is_found(room, source, found):

@@ -25,7 +25,17 @@ from benchmarks.kernels.ops import OPS
 from benchmarks.kernels.plot import lines, plot_speeds
 from benchmarks.kernels.timing import Effort
 from benchmarks.kernels.tune import tune
-from benchmarks.record import MACHINE, RESULTS, Failure, Record, device_folder, environment, parts, update
+from benchmarks.record import (
+    MACHINE,
+    RESULTS,
+    Failure,
+    Record,
+    device_folder,
+    environment,
+    parts,
+    results_folder,
+    update,
+)
 from jaxinfer.machine import measure_machine
 from jaxinfer.roofline import MEASURED, Hardware, find_by_device
 
@@ -51,7 +61,7 @@ def main(arguments: Sequence[str] | None = None, ops: Mapping[str, Op] = OPS) ->
     if options.tune:
         tune_all(selected, bench, machine.device_kind, options.output, deadline)
         return
-    folder = options.output or (None if options.quick else RESULTS / device_folder())
+    folder = None if options.quick and not options.output else results_folder(options.output)
     measure_all(selected, bench, machine_records(machine), folder, deadline)
     if folder is not None and (folder / "kernels.json").exists():
         draw(ops.values(), ceilings, folder)

@@ -38,7 +38,7 @@ from pathlib import Path
 import jax
 
 from benchmarks.bench import MODELS
-from benchmarks.record import OURS, RESULTS, Failure, Record, device_folder, environment, update
+from benchmarks.record import OURS, Failure, Record, environment, results_folder, update
 from benchmarks.serving import latency, offline, online, ready, soak
 from benchmarks.serving.plot import plot_curve
 from benchmarks.serving.server import leave_the_device, serving
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path = update("serving", made_in, records, list[Failure](), options.output)
         print(*group, f"written to {path}", sep="\n", flush=True)
     if options.how == "online":
-        folder = options.output or RESULTS / device_folder()
+        folder = results_folder(options.output)
         plot_curve(records).savefig(folder / "serving.png", dpi=120)
 
 

@@ -43,7 +43,7 @@ import jax
 
 from benchmarks.bench import MODELS, load
 from benchmarks.decode import PROMPT
-from benchmarks.record import RESULTS, Failure, Record, device_folder, environment, parts, update
+from benchmarks.record import Failure, Record, environment, parts, results_folder, update
 from benchmarks.serving.workload import Job
 from benchmarks.speculative import comparing, replaying, texts
 from benchmarks.speculative.acceptance import accepting
@@ -90,7 +90,7 @@ def measure_copying(options: argparse.Namespace) -> Iterator[list[Record]]:
     jobs = [Job(ids, options.new) for ids in texts.copies(llm.tokenizer, options.texts)]
     comparing.warm(llm.engine)
     recorded = replaying.recorded(jobs, written(llm.engine, jobs), method)
-    replaying.write(recorded, environment(), folder(options) / COPIED)
+    replaying.write(recorded, environment(), results_folder(options.output) / COPIED)
     yield from compared(options, "demo copying", llm.engine, jobs)
 
 
@@ -102,7 +102,7 @@ def measure_drafting(options: argparse.Namespace) -> Iterator[list[Record]]:
     comparing.warm(llm.engine)
     if options.method in RECORDED:
         recorded = replaying.drafted(llm.engine, jobs, written(llm.engine, jobs))
-        replaying.write(recorded, environment(), folder(options) / RECORDED[options.method])
+        replaying.write(recorded, environment(), results_folder(options.output) / RECORDED[options.method])
     yield from compared(options, "demo drafting", llm.engine, jobs, f" by {options.method}")
 
 
@@ -113,7 +113,7 @@ def written(engine: Engine, jobs: Sequence[Job]) -> list[list[int]]:
 
 def measure_replay(options: argparse.Namespace) -> Iterator[list[Record]]:
     """The records of each batch."""
-    recorded = replaying.read(folder(options) / RECORDED.get(options.method, COPIED))
+    recorded = replaying.read(results_folder(options.output) / RECORDED.get(options.method, COPIED))
     longest = max(len(text.prompt + text.output) for text in recorded)
     model = Model(read_config(MODELS / options.model), make_mesh(devices=jax.devices()[:1]), context=longest)
     (method,) = shaped(options.method, [options.drafts], options.draft_model, model)
@@ -146,10 +146,6 @@ def engine_options(options: argparse.Namespace, method: Speculation) -> Options:
     )
 
 
-def folder(options: argparse.Namespace) -> Path:
-    return options.output or RESULTS / device_folder()
-
-
 def draw(results: Path) -> None:
     """Writes the plot of the gains that the file in `results` holds, if there are any, or says what it needs."""
     measured = parts(json.loads((results / f"{NAME}.json").read_text()))
@@ -169,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             records += group
             path = update(NAME, made_in, records, list[Failure](), options.output)
             print(*group, f"written to {path}", sep="\n", flush=True)
-    draw(folder(options))
+    draw(results_folder(options.output))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -19,7 +19,7 @@ class Forward:
     """Calls one model with batches over one kind of pages.
 
     Attributes:
-        page_size, cache_dtype, attention: see `jaxinfer.decode.step.Layout`.
+        page_size, cache_dtype, attention: see `jaxinfer.decode.layout.Layout`.
         layers: how many of the first layers run; all by default.
         views: which of a batch's views each cache group of the model has; its own by default.
         taps: layers whose outputs a method of speculation is shown in the place of the last hidden states.

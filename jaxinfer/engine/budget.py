@@ -22,7 +22,8 @@ import math
 from typing import Protocol
 
 from jaxinfer.cache.gathers import gathers
-from jaxinfer.decode.step import SCORED, Layout
+from jaxinfer.decode.layout import Layout
+from jaxinfer.decode.step import SCORED
 from jaxinfer.engine.buckets import bucket, powers, rectangle
 from jaxinfer.engine.options import SMALLEST_BUCKET, Options
 from jaxinfer.engine.sequence import Sequence

@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Mapping
 from statistics import median
 
+from jaxinfer.decode.layout import Layout, pools_of
 from jaxinfer.decode.speculative import tree_of
-from jaxinfer.decode.step import Layout, pools_of
 from jaxinfer.engine.buckets import rectangle, rectangles
 from jaxinfer.engine.budget import Times, attends_whole_rows, step_times
 from jaxinfer.model import Model

@@ -23,7 +23,7 @@ import math
 
 import numpy as np
 
-from jaxinfer.decode.step import Layout
+from jaxinfer.decode.layout import Layout
 from jaxinfer.engine.costs import Costs, predicted_costs
 from jaxinfer.engine.options import Options
 from jaxinfer.engine.sequence import Sequence, constrained

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from jaxinfer.cache import page_bytes
+from jaxinfer.decode.layout import Layout, pools_of
 from jaxinfer.decode.speculative import Speculation, beyond_of
-from jaxinfer.decode.step import Layout, pools_of
 from jaxinfer.engine.options import Options
 from jaxinfer.machine import device_memory
 from jaxinfer.model import Model

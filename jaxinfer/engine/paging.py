@@ -14,7 +14,7 @@ yet to be scheduled reads it: those in flight that do, of a request that was dro
 from __future__ import annotations
 
 from jaxinfer.cache import NULL_PAGE
-from jaxinfer.decode.step import Layout
+from jaxinfer.decode.layout import Layout
 from jaxinfer.engine.pages import PagePool
 from jaxinfer.engine.sequence import Sequence
 from jaxinfer.roofline import most_pages

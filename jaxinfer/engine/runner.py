@@ -9,10 +9,11 @@ import numpy as np
 from jax.stages import Lowered
 
 from jaxinfer.decode.batch import StepInput
+from jaxinfer.decode.layout import Layout
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.slots import Admission
-from jaxinfer.decode.step import Layout, Part, Programs, StepOutput
+from jaxinfer.decode.step import Part, Programs, StepOutput
 from jaxinfer.model import Model, Params
 
 Masks = Callable[[], np.ndarray]  # asked for the tokens that each slot may draw, as late as may be

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import merge
 
-from jaxinfer.decode.step import Layout
+from jaxinfer.decode.layout import Layout
 from jaxinfer.engine.budget import Allowance, Budget
 from jaxinfer.engine.constraints import Constraint
 from jaxinfer.engine.gate import Gate

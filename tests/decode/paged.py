@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.decode.batch import StepInput, make_batch, make_rectangle
+from jaxinfer.decode.layout import Layout
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.decode.step import Layout, Programs
+from jaxinfer.decode.step import Programs
 from jaxinfer.model import Model, Params
 
 CHUNK = 24

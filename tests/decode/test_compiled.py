@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from jaxinfer.decode import sampling
+from jaxinfer.decode.layout import Layout
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.speculative import DraftModel, Eagle, EarlyExit, Lookahead, PromptLookup, Speculation, depth_of
-from jaxinfer.decode.step import Layout, Part, Programs
+from jaxinfer.decode.step import Part, Programs
 from jaxinfer.engine.step_input import lay_out
 from jaxinfer.engine.warm_up import WARM
 from jaxinfer.model import EagleHead, Model, read_config, read_eagle_config

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from jaxinfer.decode.batch import StepInput
+from jaxinfer.decode.layout import Layout
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.decode.step import Layout, Programs, StepOutput
+from jaxinfer.decode.step import Programs, StepOutput
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from tests.engine.tiny import CONFIG, CONTEXT

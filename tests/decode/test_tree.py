@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from jaxinfer.cache import make_cache, move
 from jaxinfer.decode import sampling
 from jaxinfer.decode.batch import accepted_moves, make_drafted
+from jaxinfer.decode.layout import Layout
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.slots import SlotState
 from jaxinfer.decode.speculative import Proposal, Tree, beyond_of, depth_of, drafts_of, tree_of, verify
 from jaxinfer.decode.speculative.verify import agreeing, walk
-from jaxinfer.decode.step import Layout, Programs
+from jaxinfer.decode.step import Programs
 from jaxinfer.decode.tree import Ancestry, GrownTree
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.sequence import Chunk, Sequence

@@ -14,10 +14,11 @@ from unittest import mock
 import numpy as np
 
 from jaxinfer.cache import NULL_PAGE
+from jaxinfer.decode.layout import Layout
 from jaxinfer.decode.masks import WORD, no_masks
 from jaxinfer.decode.sampling import Sampled
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.decode.step import Layout, StepOutput
+from jaxinfer.decode.step import StepOutput
 from jaxinfer.engine import Engine, Options, Request, Update
 from jaxinfer.engine.budget import Budget, Times
 from jaxinfer.roofline import Attended

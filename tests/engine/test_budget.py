@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from jaxinfer.cli.serve import serve
+from jaxinfer.decode.layout import Layout
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.decode.step import Layout
 from jaxinfer.engine import Options, Request
 from jaxinfer.engine.buckets import bucket
 from jaxinfer.engine.budget import Budget, StepSeconds

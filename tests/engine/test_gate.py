@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from jaxinfer.decode.layout import Layout
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.speculative import EarlyExit, PromptLookup
-from jaxinfer.decode.step import Layout
 from jaxinfer.engine import Options, Request, budget
 from jaxinfer.engine.budget import attends_whole_rows, step_times
 from jaxinfer.engine.costs import DRAW, MOVE, SEARCH, Costs, predicted_costs

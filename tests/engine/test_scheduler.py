@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.serving.workload import WORKLOADS
 from jaxinfer.cli.models import MODELS
+from jaxinfer.decode.layout import Layout
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.decode.step import Layout
 from jaxinfer.decode.structured_params import StructuredOutputsParams
 from jaxinfer.engine import Options, Request
 from jaxinfer.engine.scheduler import Scheduler

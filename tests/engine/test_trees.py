@@ -4,7 +4,7 @@ chunks, shared beginnings and preemption."""
 from dataclasses import replace
 
 from jaxinfer import SamplingParams
-from jaxinfer.decode.step import Layout
+from jaxinfer.decode.layout import Layout
 from jaxinfer.engine import Options, Request
 from jaxinfer.engine.options import IN_FLIGHT
 from jaxinfer.engine.scheduler import Scheduler

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from jaxinfer.cache.quantized import LARGEST
+from jaxinfer.decode.layout import Layout
 from jaxinfer.decode.sampling import Needs
-from jaxinfer.decode.step import Layout, Programs
+from jaxinfer.decode.step import Programs
 from jaxinfer.engine.step_input import lay_out
 from jaxinfer.model import Model, ModelConfig, read_config, transformer
 from jaxinfer.parallel import make_mesh

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.cache import CACHE_DTYPES, make_cache
-from jaxinfer.decode.step import Layout
+from jaxinfer.decode.layout import Layout
 from jaxinfer.engine import Options
 from jaxinfer.engine.paging import Paging
 from jaxinfer.model.config import MoEConfig
