@@ -8,10 +8,7 @@ and has it check what step n + 1 proposes.
 
 from __future__ import annotations
 
-import atexit
 import logging
-import time
-import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +32,7 @@ from jaxinfer.engine.memory import make_layout
 from jaxinfer.engine.metrics import Counters, Metrics, WarmUp
 from jaxinfer.engine.options import IN_FLIGHT, Options
 from jaxinfer.engine.request import Request, Update
-from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.runner import Runner, outlast
 from jaxinfer.engine.scheduler import Plan, Scheduler
 from jaxinfer.engine.sequence import Sequence, constrained
 from jaxinfer.engine.step_input import lay_out, next_tokens, padded
@@ -54,25 +51,6 @@ class Work:
     drawing: list[tuple[int, Sequence]]
     output: StepOutput
     loop: bool = False
-
-
-THREAD_ENDS = 0.2  # seconds
-
-
-def _outlast(engine: Engine, runner: Runner) -> None:
-    """Sees that whoever drops an engine, or ends the process, waits for what is in flight: a process that ended during
-    a program would abort on a CPU."""
-    ended = weakref.finalize(engine, runner.wait)
-    ended.atexit = False  # the registry's own hook may be older than JAX's, and then comes after it
-    atexit.register(_at_exit, ended)
-
-
-def _at_exit(ended: weakref.finalize) -> None:
-    """Waits, and then for the thread that ran the last program, of which nothing tells that it has ended: without it,
-    one process of eight aborted on a busy machine."""
-    if ended.alive:
-        ended()
-        time.sleep(THREAD_ENDS)
 
 
 class Engine:
@@ -102,7 +80,7 @@ class Engine:
         self._lost: list[Request] = []  # by a failed step, to be told
         self._failed_slots: list[int] = []  # of requests that failed alone, to be released
         self._warm: tuple[Needs, ...] = ()  # what `warm_up` compiled, the cheapest first
-        _outlast(self, self.runner)
+        outlast(self, self.runner)
 
     def problems(self, request: Request) -> list[str]:
         """Why the engine could never run a request, in words; empty when it can."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import time
+import weakref
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +22,7 @@ from jaxinfer.model import Model, Params
 
 Masks = Callable[[], np.ndarray]  # asked for the tokens that each slot may draw, as late as may be
 CheckedMasks = Callable[[np.ndarray, np.ndarray], np.ndarray]  # the same, given what is proposed: `Programs.verify`
+THREAD_ENDS = 0.2  # seconds
 
 
 class Runner:
@@ -104,6 +109,23 @@ class Runner:
             self.admit(0, row)
         self.extend([(0, self.layout.slots, 0, 0)])  # of no slot
         self.release([0])
+
+
+def outlast(owner: Any, runner: Runner) -> None:
+    """Sees that whoever drops the owner of a runner, or ends the process, waits for what is in flight: a process that
+    ended during a program would abort on a CPU."""
+    ended = weakref.finalize(owner, runner.wait)
+    ended.atexit = False  # the registry's own hook may be older than JAX's, and then comes after it
+    atexit.register(_at_exit, ended)
+
+
+def _at_exit(ended: weakref.finalize) -> None:
+    """Waits, and on a CPU then for the thread that ran the last program, of which nothing tells that it has ended:
+    without it, one process of eight aborted on a busy machine."""
+    if ended.alive:
+        ended()
+        if jax.default_backend() == "cpu":
+            time.sleep(THREAD_ENDS)
 
 
 def _send(output: StepOutput) -> StepOutput:

@@ -14,7 +14,7 @@ from pallas_kernels.flash_decoding.units import Shape
 from pallas_kernels.hopper import BUFFER_ALIGNMENT, SHARED_BYTES, buffer_bytes
 
 MOST_STAGES = 6
-FEW_ROWS = 8  # those of a decode step
+FEW_ROWS = 8  # of queries: no more than these have configs of their own, which are those of most decode steps
 TUNED = Path(__file__).with_name("tuned.json")
 
 
