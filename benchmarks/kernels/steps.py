@@ -68,8 +68,8 @@ def _masked_everywhere(key_blocks: Callable, *arguments: Any) -> schedule.Blocks
     return blocks._replace(clean_low=blocks.low, clean_high=blocks.low)
 
 
-def _all_heads(self: shared.Problem) -> int:
-    return self.query_heads
+def _all_heads(_, tiles: jax.Array, query_heads: int, *others: Any) -> int:
+    return query_heads
 
 
 def _dealt(make: Callable, *fields: Any) -> shared.Items:
@@ -88,7 +88,7 @@ STEPS: Mapping[str, Patch] = {
     "holding the assembler": partial(mock.patch.object, hopper, "complete", lambda *_: None),
     "falling order": _instead(schedule, "_in_falling_order", lambda _, tiles, key: tiles),
     "whoever is free": _instead(mosaic_gpu, "Items", _dealt),
-    "a KV head at a time": partial(mock.patch.object, shared.Problem, "heads_at_once", property(_all_heads)),
+    "a KV head at a time": _instead(schedule, "heads_at_once", _all_heads),
     "clean loops": _instead(schedule, "key_blocks", _masked_everywhere),
     "sums in parts": _instead(consumer, "_row_softmax", _exchanged),
 }

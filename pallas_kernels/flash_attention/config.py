@@ -25,8 +25,7 @@ from pallas_kernels.hopper import (
 TMA_ALIGNMENT = 128  # in shared memory
 CONSUMERS = 2  # warpgroups that compute
 MAX_SPLITS = 16
-# Items whose numbers consumers may still read: the next, this one, and the last, which one of them may just begin.
-ITEMS_AHEAD = 3
+ITEM_NUMBERS = 2  # that consumers may read: of this item, which one of them may just begin, and of the next
 BLOCKS_OF_A_PART = 8  # at least, on average, for a part to be worth its merge
 
 
@@ -152,7 +151,7 @@ def scratch(config: Config, head_size: int, page_size: int, dtype: jnp.dtype, kv
         "out": _rows((CONSUMERS, config.block_q, out_columns), out_dtype),
         # The last row holds the numbers of items, which would take 1 KB in a buffer of their own.
         "lse": plgpu.SMEM((CONSUMERS + 1, config.block_q), jnp.float32),
-        "items_full": plgpu.Barrier(num_barriers=ITEMS_AHEAD),
+        "items_full": plgpu.Barrier(num_barriers=ITEM_NUMBERS),
     }
     if quantized:
         # One for keys and one for values; one for both where there is no room.

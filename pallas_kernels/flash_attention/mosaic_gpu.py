@@ -107,6 +107,7 @@ def _kernel(problem: Problem, blocks: int, *refs, **smem):
     config, warpgroup = problem.config, lax.axis_index("warpgroup")
     signals = Signals.of(config, smem)
     tiles = refs.tile_count[0]
+    at_once = schedule.heads_at_once(tiles, problem.query_heads, problem.kv_heads, blocks)
     counted = refs.next_item, smem["lse"].at[CONSUMERS], smem["items_full"]
     items = Items(lax.axis_index("block"), blocks, tiles * problem.query_heads, *counted, config.interpretable)
 
@@ -116,12 +117,11 @@ def _kernel(problem: Problem, blocks: int, *refs, **smem):
 
         def step(carry):
             item, nth, done = carry
-            following = number(nth + 1)
-            rank, head = schedule.rank_and_head(item, tiles, problem.heads_at_once)
+            rank, head = schedule.rank_and_head(item, tiles, at_once)
             tile = Tile(*(refs.tiles[rank, field] for field in range(len(Tile._fields))))
             keys = schedule.key_blocks(tile, config.tile_rows, config.block_kv, problem.options.window, config.splits)
             work(tile, keys, head, done)
-            return following, nth + 1, done + keys.total
+            return number(nth + 1), nth + 1, done + keys.total
 
         lax.while_loop(lambda carry: carry[0] < items.total, step, (items.block, jnp.int32(0), jnp.int32(0)))
 

@@ -120,7 +120,16 @@ def _in_falling_order(x_I6: jax.Array, key_I: jax.Array) -> jax.Array:
     return jnp.zeros_like(x_I6).at[jnp.sum(first_II, axis=1, dtype=jnp.int32)].set(x_I6, unique_indices=True)
 
 
-def rank_and_head(item: jax.Array, tiles: jax.Array, at_once: int) -> tuple[jax.Array, jax.Array]:
+def heads_at_once(tiles: jax.Array, query_heads: int, kv_heads: int, blocks: int) -> jax.Array:
+    """Whose tiles are worked on at a time: those of the heads that share a KV head, which then stays in the L2.
+
+    If these are too few for the `blocks` that work on them, all: else tiles without keys come between those with.
+    """
+    group = query_heads // kv_heads
+    return jnp.where(tiles * group < blocks, query_heads, group)
+
+
+def rank_and_head(item: jax.Array, tiles: jax.Array, at_once: int | jax.Array) -> tuple[jax.Array, jax.Array]:
     """Which entry of the work list, and which head, an item is: all tiles of the first `at_once` heads come first,
     then those of the next."""
     section = lax.div(item, tiles * at_once)

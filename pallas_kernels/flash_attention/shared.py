@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.blockwise import Options
-from pallas_kernels.flash_attention.config import CONSUMERS, ITEMS_AHEAD, Config
+from pallas_kernels.flash_attention.config import CONSUMERS, ITEM_NUMBERS, Config
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,6 @@ class Problem:
     quantized: bool
     options: Options
     config: Config
-
-    @property
-    def heads_at_once(self) -> int:
-        """Whose tiles are worked on at a time: those that share a KV head, which then stays in the L2."""
-        return self.query_heads // self.kv_heads
 
     # Registers of a thread: the 128 threads of every warpgroup share 65,536.
     @property
@@ -100,8 +96,9 @@ class Meeting:
 class Items:
     """The numbers of the items that a block works on: first its own, then whichever block is free takes the next.
 
-    The producer takes a number one item ahead, so that nobody waits for it, and leaves it in shared memory for the
-    consumers. When it puts one where another was, it has waited for queries of a later item than that to be free.
+    The producer takes a number when all that it has to bring for an item is on its way, so that nobody waits for it,
+    and leaves it in shared memory for the consumers. When it puts one where another was, it has waited for the queries
+    of that item to be free.
     """
 
     block: jax.Array
@@ -114,27 +111,24 @@ class Items:
 
     def take(self, nth: int | jax.Array) -> jax.Array:
         """The number of the block's nth item, above 0; no less than `total` if there is none."""
-        if self.dealt:
-            return self.block + nth * self.blocks
-        slot = self._slot(nth)
-        # As many are taken as there are items, since a block stops at the first that is too large: the counter ends
-        # where it began.
-        hopper.take_number(self.counter.at[0], self.total - 1, self.numbers.at[slot])
-        plgpu.barrier_arrive(self.full.at[slot])
-        return self._number(slot)
+
+        def count(slot):
+            # As many are taken as there are items, since a block stops at the first that is too large: the counter
+            # ends where it began.
+            hopper.take_number(self.counter.at[0], self.total - 1, self.numbers.at[slot])
+            plgpu.barrier_arrive(self.full.at[slot])
+
+        return self._number(nth, count)
 
     def read(self, nth: int | jax.Array) -> jax.Array:
         """The same, for a consumer."""
+        return self._number(nth, lambda slot: plgpu.barrier_wait(self.full.at[slot]))
+
+    def _number(self, nth: int | jax.Array, prepare: Callable[[jax.Array], None]) -> jax.Array:
         if self.dealt:
             return self.block + nth * self.blocks
-        slot = self._slot(nth)
-        plgpu.barrier_wait(self.full.at[slot])
-        return self._number(slot)
-
-    def _slot(self, nth: int | jax.Array) -> jax.Array:
-        return lax.rem(jnp.int32(nth), jnp.int32(ITEMS_AHEAD))
-
-    def _number(self, slot: jax.Array) -> jax.Array:
+        slot = lax.rem(jnp.int32(nth), jnp.int32(ITEM_NUMBERS))
+        prepare(slot)
         return self.blocks + self.numbers[slot].astype(jnp.int32)
 
 
