@@ -88,7 +88,7 @@ def measure_copying(options: argparse.Namespace) -> Iterator[list[Record]]:
     method = PromptLookup(options.drafts)
     llm = LLM(options=engine_options(options, method))
     jobs = [Job(ids, options.new) for ids in texts.copies(llm.tokenizer, options.texts)]
-    comparing.warm(llm.engine)
+    comparing.warm(llm.engine, [jobs, *comparing.groups_of(jobs, options.batches)])
     recorded = replaying.recorded(jobs, written(llm.engine, jobs), method)
     replaying.write(recorded, environment(), results_folder(options.output) / COPIED)
     yield from compared(options, "demo copying", llm.engine, jobs)
@@ -99,7 +99,7 @@ def measure_drafting(options: argparse.Namespace) -> Iterator[list[Record]]:
     llm = LLM(options=engine_options(options, named(options.method, options.drafts)))
     begun = itertools.islice(texts.beginnings(llm.tokenizer, PROMPT, 8 * PROMPT), options.texts)
     jobs = [Job(ids, options.new) for ids in begun]
-    comparing.warm(llm.engine)
+    comparing.warm(llm.engine, [jobs, *comparing.groups_of(jobs, options.batches)])
     if options.method in RECORDED:
         recorded = replaying.drafted(llm.engine, jobs, written(llm.engine, jobs))
         replaying.write(recorded, environment(), results_folder(options.output) / RECORDED[options.method])
@@ -123,7 +123,7 @@ def measure_replay(options: argparse.Namespace) -> Iterator[list[Record]]:
         what, by = "replaying drafts", f" by {options.method}"
     engine = Engine(model, jax.block_until_ready(model.random_params()), engine_options(options, method))
     jobs = replaying.replay(engine, recorded)
-    comparing.warm(engine)
+    comparing.warm(engine, comparing.groups_of(jobs, options.batches))
     yield from compared(options, f"{options.model} {what}", engine, jobs, by)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,11 +13,16 @@ from benchmarks.record import OURS, Record
 from benchmarks.serving.offline import request
 from benchmarks.serving.workload import Job
 from benchmarks.speculative.methods import name_of
+from jaxinfer.decode.sampling import GREEDY, needs
+from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Engine, Request
+from jaxinfer.engine.buckets import rectangle, rectangles, step_size
 from jaxinfer.engine.costs import predicted_costs
 from jaxinfer.engine.gate import Gate, predicted_gate
+from jaxinfer.engine.metrics import Counters
+from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.sequence import Sequence as Sequenced
-from jaxinfer.engine.warm_up import make_ready, warm_programs
+from jaxinfer.engine.warm_up import Program, loop_program, make_ready, prompt_program
 from jaxinfer.roofline import Verification, tokens_per_step
 
 ALONE = 4  # texts at the least: of a smaller batch come as many after one another
@@ -44,14 +49,52 @@ class Run:
     texts: list[list[int]]
 
 
-def warm(engine: Engine, levels: Sequence[str] = ("greedy",)) -> None:
-    """Compiles what requests meet that need no more than these levels of sampling."""
-    programs = warm_programs(engine.runner, engine.options.max_num_batched_tokens, masked=False)
+def warm(engine: Engine, groups: Sequence[Sequence[Job]]) -> None:
+    """Compiles what these meet, each group served greedily, plainly or with proposals of all sizes: a small part of
+    what the engine's own warm-up does."""
+    runner, slots = engine.runner, engine.layout.slots
+    decoding = [size for size in rectangles(slots) if size <= rectangle(max(map(len, groups)), slots)]
+    prompts = {step for group in groups for step in prompt_steps(engine, group)}
+    programs = [
+        Program("slots and page tables", runner.update_all),
+        *(prompt_program(runner, *step) for step in sorted(prompts)),
+        *(
+            loop_program(runner, size, GREEDY, drafts)
+            for size, drafts in itertools.product(decoding, (0, *engine.layout.choices))
+        ),
+    ]
+    print(make_ready(programs, None, runner.wait), flush=True)
 
-    def met(name: str) -> bool:
-        return not name.startswith("decoding") or any(level in name for level in levels)
 
-    print(make_ready([one for one in programs if met(one.name)], None, engine.runner.wait), flush=True)
+def warm_loops(engine: Engine, every: Iterable[SamplingParams]) -> None:
+    """Compiles the decode steps of an engine that always proposes, for requests of each of these kinds; steps with
+    prompts are compiled as they come."""
+    runner, kinds = engine.runner, dict.fromkeys(needs([params]) for params in every)
+    sizes = itertools.product(rectangles(engine.layout.slots), kinds)
+    programs = [loop_program(runner, size, kind, engine.layout.depth) for size, kind in sizes]
+    print(make_ready(programs, None, runner.wait), flush=True)
+
+
+def prompt_steps(engine: Engine, jobs: Sequence[Job]) -> Iterator[tuple[int, bool]]:
+    """The rows of each step with prompts in it that an idle engine makes of these, and whether some decode there."""
+    counters, gate = Counters(), Shut(engine.layout)
+    windows = engine.model.config.windows
+    scheduler = Scheduler(engine.layout, windows, engine.options, counters, engine.budget, gate)
+    for number, job in enumerate(jobs):
+        scheduler.add(request(number, job))
+    while (plan := scheduler.schedule()).chunks:
+        rows = len(plan.decoding) + sum(chunk.tokens for chunk in plan.chunks)
+        yield step_size(rows, prompts=True), bool(plan.decoding)
+
+
+def groups_of(jobs: Sequence[Job], batches: Sequence[int]) -> list[list[Job]]:
+    """Those that are served together, for all batches."""
+    return [list(group) for batch in batches for group in itertools.batched(served(jobs, batch), batch)]
+
+
+def served(jobs: Sequence[Job], batch: int) -> list[Job]:
+    """The jobs for a batch; of a smaller one than ALONE so many after one another."""
+    return list(itertools.islice(itertools.cycle(jobs), max(batch, ALONE)))
 
 
 def run(engine: Engine, gate: Gate, jobs: Sequence[Job], batch: int) -> Run:
@@ -88,9 +131,9 @@ def compare(engine: Engine, case: str, jobs: Sequence[Job], batch: int, rounds: 
     some rounds.
 
     Args:
-        jobs: for a batch; of a smaller one than ALONE come so many after one another.
+        jobs: of which those are `served` that a batch takes.
     """
-    jobs = list(itertools.islice(itertools.cycle(jobs), max(batch, ALONE)))
+    jobs = served(jobs, batch)
     gated, always = ways(engine)
     gates = {
         PLAIN: Shut(engine.layout),

@@ -69,10 +69,8 @@ def warm_programs(runner: Runner, largest_step: int, masked: bool) -> Iterator[P
     """
     slots = runner.layout.slots
     yield Program("slots and page tables", runner.update_all)
-    for decoding, beside in ((None, ""), ([], " beside others")):
-        for tokens in powers(SMALLEST_BUCKET, largest_step):
-            given = lay_out([], tokens, slots, decoding)
-            yield _step(runner, f"{tokens} rows of prompts{beside}", given)
+    for beside, tokens in product((False, True), powers(SMALLEST_BUCKET, largest_step)):
+        yield prompt_program(runner, tokens, beside)
     yield from loop_programs(runner, WARM)
     given, targets_T = lay_out([], SCORED, slots), next_tokens([], SCORED)
     for needs in WARM[1:]:
@@ -106,11 +104,21 @@ def _checked(runner: Runner, method: Speculation) -> Iterator[Program]:
 
 def loop_programs(runner: Runner, kinds: Sequence[Needs]) -> Iterator[Program]:
     """Those of decode steps alone, with these kinds of sampling: plain, and with every number of proposed tokens."""
-    slots = runner.layout.slots
-    for decode, needs, drafts in product(rectangles(slots), kinds, (0, *runner.layout.choices)):
-        loop = padded([], decode, slots), needs, drafts
-        name = f"decoding {decode} slots, {needs.level}" + (f", with proposals of depth {drafts}" if drafts else "")
-        yield Program(name, partial(runner.loop, *loop), partial(runner.lower_loop, *loop))
+    for decode, needs, drafts in product(rectangles(runner.layout.slots), kinds, (0, *runner.layout.choices)):
+        yield loop_program(runner, decode, needs, drafts)
+
+
+def loop_program(runner: Runner, decode: int, needs: Needs, drafts: int) -> Program:
+    """That of decode steps of so many slots, in which so many proposed tokens may be right."""
+    loop = padded([], decode, runner.layout.slots), needs, drafts
+    name = f"decoding {decode} slots, {needs.level}" + (f", with proposals of depth {drafts}" if drafts else "")
+    return Program(name, partial(runner.loop, *loop), partial(runner.lower_loop, *loop))
+
+
+def prompt_program(runner: Runner, tokens: int, beside: bool) -> Program:
+    """That of a step of so many rows with prompts in it, and of sequences that decode beside them or not."""
+    name = f"{tokens} rows of prompts" + (" beside others" if beside else "")
+    return _step(runner, name, lay_out([], tokens, runner.layout.slots, [] if beside else None))
 
 
 def _step(runner: Runner, name: str, given: StepInput) -> Program:

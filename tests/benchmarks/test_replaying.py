@@ -167,7 +167,7 @@ def test_the_commands(engine, texts, tmp_path, monkeypatch):
     (tmp_path / "tiny" / "config.json").write_text(json.dumps(ONE_LAYER))
     folder, results = tmp_path / "tiny", tmp_path / "results"
     (job, *_) = replaying.replay(engine, texts)
-    monkeypatch.setattr(comparing, "warm", lambda engine: None)
+    monkeypatch.setattr(comparing, "warm", lambda engine, groups: None)
     monkeypatch.setattr(command.texts, "copies", lambda tokenizer, count: [job.prompt] * count)
     monkeypatch.setattr(command, "LLM", lambda options: SimpleNamespace(engine=engine, tokenizer=None))
     monkeypatch.setattr(command, "Engine", lambda model, params, options: engine)
@@ -196,7 +196,7 @@ def test_a_replay_by_another_method_has_cases_of_its_own(engine, texts, tmp_path
         return engine
 
     monkeypatch.setattr(command, "Engine", make)
-    monkeypatch.setattr(comparing, "warm", lambda engine: None)
+    monkeypatch.setattr(comparing, "warm", lambda engine, groups: None)
     monkeypatch.setattr(comparing, "compare", lambda engine, case, *rest: [Record(case, "it", "decode", 1.0, "tok/s")])
     model = ["--model", str(tmp_path), "--draft-model", str(tmp_path), "--batches", "1", "4"]
     monkeypatch.setattr(Model, "random_params", lambda model, seed=0: random_params(model, seed))
@@ -204,3 +204,18 @@ def test_a_replay_by_another_method_has_cases_of_its_own(engine, texts, tmp_path
     records = json.loads((tmp_path / "speculative.json").read_text())["records"]
     assert [record["case"] for record in records] == [f"{tmp_path} replaying drafts B{b} by draft" for b in (1, 4)]
     assert [(type(method), method.num_speculative_tokens) for method in asked] == [(DraftModel, 3)]
+
+
+def test_nothing_is_compiled_after_the_warm_up(texts):
+    """For batches in which prompts come in several steps, beside others too."""
+    model, options = Model(read_config(ONE_LAYER), make_mesh(1)), replace(OPTIONS, enable_prefix_caching=False)
+    jobs = [Job(tuple(range(1, 2 + 9 * number)), 7) for number in range(1, 7)]
+    with one_rectangle():
+        engine = Engine(model, random_params(model, 0), replace(options, speculation=METHOD))
+        groups = comparing.groups_of(jobs, [1, 4])
+        assert [len(group) for group in groups] == [1, 1, 1, 1, 4]
+        comparing.warm(engine, groups)
+        ready = engine.metrics.compilations
+        for batch in (1, 4):
+            comparing.compare(engine, f"tiny B{batch}", jobs, batch, 1)
+    assert engine.metrics.compilations == ready

@@ -99,7 +99,7 @@ def test_acceptance_accounts_for_every_token(monkeypatch, tmp_path_factory, tmp_
     method = PromptLookup(3) if name == "lookup" else Medusa(save_heads(tmp_path / "heads", blocks()), 3)
     folder = tiny_folder(tmp_path_factory.getbasetemp())
     monkeypatch.setattr(acceptance, "LLM", partial(LLM, folder))
-    monkeypatch.setattr(acceptance, "warm", lambda engine, levels: None)
+    monkeypatch.setattr(acceptance, "warm_loops", lambda engine, kinds: None)
     monkeypatch.setattr(acceptance, "beginnings", lambda *sizes: iter([range(9), range(7), range(8)]))
     with one_rectangle():
         records = acceptance.accepting("it", method, [0.0, 0.7], new=12, texts=2)
@@ -150,7 +150,7 @@ def test_drafting_measures_the_method_that_is_named(monkeypatch, tmp_path):
 
     monkeypatch.setattr(command, "LLM", tiny)
     monkeypatch.setattr(command.texts, "beginnings", lambda *sizes: iter([(1, 2, 3), (4, 5)]))
-    monkeypatch.setattr(comparing, "warm", lambda engine: None)
+    monkeypatch.setattr(comparing, "warm", lambda engine, groups: None)
     few = ["--method", "lookahead", "--drafts", "7", "--batches", "1", "2", "--texts", "2", "--new", "9"]
     small = ["--rounds", "1", "--slots", "2", "--max-num-batched-tokens", "64", "--steps-per-dispatch", "2"]
     with one_rectangle():
