@@ -53,7 +53,7 @@ def warm(engine: Engine, groups: Sequence[Sequence[Job]]) -> None:
     """Compiles what these meet, each group served greedily, plainly or with proposals of all sizes: a small part of
     what the engine's own warm-up does."""
     runner, slots = engine.runner, engine.layout.slots
-    decoding = [size for size in rectangles(slots) if size <= rectangle(max(map(len, groups)), slots)]
+    decoding = [size for size in rectangles(slots) if size <= rectangle(min(max(map(len, groups)), slots), slots)]
     prompts = {step for group in groups for step in prompt_steps(engine, group)}
     programs = [
         Program("slots and page tables", runner.update_all),
