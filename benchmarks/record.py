@@ -110,6 +110,11 @@ def parts(content: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"failures": [], **part} for part in (content, *content.get("earlier", []))]
 
 
+def records_of(path: Path) -> list[Record]:
+    """All that a file of results holds."""
+    return [Record(**record) for part in parts(json.loads(path.read_text())) for record in part["records"]]
+
+
 def _entry(item: Record | Failure) -> dict[str, Any]:
     kept = asdict(item).items()
     return {field: value for field, value in kept if value is not None or field == "roofline_fraction"}

@@ -32,7 +32,7 @@ from benchmarks.record import (
     Record,
     device_folder,
     environment,
-    parts,
+    records_of,
     results_folder,
     update,
 )
@@ -199,8 +199,7 @@ def show(progress: Progress, text: str) -> None:
 
 def draw(ops: Iterable[Op], ceilings: Hardware, folder: Path) -> None:
     """Writes the plot of all that the file in `folder` holds, or says what it needs."""
-    measured = parts(json.loads((folder / "kernels.json").read_text()))
-    records = [Record(**record) for part in measured for record in part["records"]]
+    records = records_of(folder / "kernels.json")
     drawn = [op for op in ops if lines(op, records)]
     try:
         if drawn:

@@ -23,7 +23,7 @@ Ready: a server of the checkpoint in FOLDER, which `python -m benchmarks.checkpo
 process until it listens: first with nothing compiled, then a second time.
 Soak: a server of the demo model under random arrivals, lengths, callers who hang up and overload; it must account for
 all of them, lose no page and compile nothing.
-Writes `serving.json`, and online `serving.png`.
+Writes `serving.json`, and online `serving.png`, of all rates that the file holds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pathlib import Path
 import jax
 
 from benchmarks.bench import MODELS
-from benchmarks.record import OURS, Failure, Record, environment, results_folder, update
+from benchmarks.record import OURS, Failure, Record, environment, records_of, results_folder, update
 from benchmarks.serving import latency, offline, online, ready, soak
 from benchmarks.serving.plot import plot_curve
 from benchmarks.serving.server import leave_the_device, serving
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(*group, f"written to {path}", sep="\n", flush=True)
     if options.how == "online":
         folder = results_folder(options.output)
-        plot_curve(records).savefig(folder / "serving.png", dpi=120)
+        plot_curve(records_of(folder / "serving.json")).savefig(folder / "serving.png", dpi=120)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -43,7 +42,7 @@ import jax
 
 from benchmarks.bench import MODELS, load
 from benchmarks.decode import PROMPT
-from benchmarks.record import Failure, Record, environment, parts, results_folder, update
+from benchmarks.record import Failure, Record, environment, records_of, results_folder, update
 from benchmarks.serving.workload import Job
 from benchmarks.speculative import comparing, replaying, texts
 from benchmarks.speculative.acceptance import accepting
@@ -148,8 +147,7 @@ def engine_options(options: argparse.Namespace, method: Speculation) -> Options:
 
 def draw(results: Path) -> None:
     """Writes the plot of the gains that the file in `results` holds, if there are any, or says what it needs."""
-    measured = parts(json.loads((results / f"{NAME}.json").read_text()))
-    records = [Record(**record) for part in measured for record in part["records"]]
+    records = records_of(results / f"{NAME}.json")
     try:
         if gains(records):
             plot_gains(records).savefig(results / f"{NAME}.png", dpi=120)
