@@ -5,11 +5,12 @@ Each error names the option, the value that was given and what is allowed.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import typer
 
-_NAMES = {"tensor_parallel_size": "--tensor-parallel", "data_parallel_size": "--data-parallel-size"}
+_PARALLEL = re.compile(r"\b(tensor|pipeline|context|data)_parallel(_size)?\b")  # as other layers name the options
 
 
 def integer(least: int | None = None, most: int | None = None, **option: Any) -> Any:
@@ -23,11 +24,8 @@ def number(least: float | None = None, most: float | None = None, **option: Any)
 
 
 def bad_argument(error: Exception | str) -> typer.BadParameter:
-    """An error of other layers, whose arguments with another name here get that name."""
-    message = str(error)
-    for theirs, ours in _NAMES.items():
-        message = message.replace(theirs, ours)
-    return typer.BadParameter(message)
+    """An error of other layers, in which the sizes of the mesh get the names that they have here."""
+    return typer.BadParameter(_PARALLEL.sub(r"--\1-parallel-size", str(error)))
 
 
 def _number(

@@ -94,12 +94,14 @@ def proposal_verdict(proposal: Proposal, devices: int, goal: Goal) -> str:
 def _options(plan: Plan) -> str:
     mesh = plan.mesh
     sizes = {
-        "tensor-parallel": mesh.tensor,
-        "pipeline-parallel": mesh.pipe,
-        "context-parallel": mesh.context,
-        "replicas": mesh.replicas,
+        "tensor": mesh.tensor,
+        "pipeline": mesh.pipe,
+        "context": mesh.context,
+        "data": mesh.replicas,
     }
-    return " ".join([*(f"--{name} {size}" for name, size in sizes.items() if size > 1), f"--batch {plan.batch}"])
+    return " ".join(
+        [*(f"--{axis}-parallel-size {size}" for axis, size in sizes.items() if size > 1), f"--batch {plan.batch}"]
+    )
 
 
 def _candidate(plan: Plan) -> list[str]:

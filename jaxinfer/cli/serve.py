@@ -56,7 +56,7 @@ def serve(
         int | None,
         integer(help="Tokens of prompt and output; the checkpoint's by default.", rich_help_panel=_ENGINE),
     ] = None,
-    tensor_parallel: Annotated[
+    tensor_parallel_size: Annotated[
         int, integer(least=1, help="Devices that share the model.", rich_help_panel=_ENGINE)
     ] = 1,
     data_parallel_size: Annotated[
@@ -118,7 +118,7 @@ def serve(
         {
             "dtype": dtype,
             "max_model_len": max_model_len,
-            "tensor_parallel_size": tensor_parallel,
+            "tensor_parallel_size": tensor_parallel_size,
         },
         {
             "max_num_seqs": max_num_seqs,
@@ -144,7 +144,7 @@ def serve(
         ),
     )
     try:
-        setups = [replace(setup, devices=share) for share in shares(data_parallel_size, tensor_parallel)]
+        setups = [replace(setup, devices=share) for share in shares(data_parallel_size, tensor_parallel_size)]
     except ValueError as error:
         raise bad_argument(error) from error
     name = served_model_name or ("demo" if model is None else model)

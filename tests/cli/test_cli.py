@@ -191,9 +191,15 @@ def test_convert_keeps_every_bit(tmp_path):
         (["serve", "--online-batch", "257"], "'--online-batch': 257 must be an integer in 1..256"),
         (["generate", "a", "--temperature", "x"], "Invalid value for '--temperature': 'x' must be a number"),
         (["generate", "a", "--max-tokens", "1.5"], "Invalid value for '--max-tokens': '1.5' must be an integer"),
-        (["generate", "a", "--tensor-parallel", "4"], "tensor"),
-        (["generate", "a", "--tensor-parallel", "0"], "'--tensor-parallel': 0 must be an integer, at least 1"),
-        (["generate", "a", "--tensor-parallel", "9"], "--tensor-parallel = 9 must be an integer in 1..8, the devices"),
+        (["generate", "a", "--tensor-parallel-size", "4"], "tensor"),
+        (
+            ["generate", "a", "--tensor-parallel-size", "0"],
+            "'--tensor-parallel-size': 0 must be an integer, at least 1",
+        ),
+        (
+            ["generate", "a", "--tensor-parallel-size", "9"],
+            "--tensor-parallel-size = 9 must be an integer in 1..8, the devices",
+        ),
         (["convert", "no-such-model", "own"], "no-such-model"),
         (["convert", str(DEMO), str(DEMO)], "demo"),
         (["plan", "no-such-model"], "no-such-model"),

@@ -138,7 +138,7 @@ def test_replicas_are_alike_but_for_their_gpus(monkeypatch):
     asked = []
     monkeypatch.setattr(devices, "visible_gpus", lambda: ["0", "1", "2", "3", "4"])
     monkeypatch.setattr(server, "run", lambda setups, *others: asked.extend(setups) or 0)
-    assert run("--data-parallel-size", "2", "--tensor-parallel", "2", "--port", "0")[0] == 0
+    assert run("--data-parallel-size", "2", "--tensor-parallel-size", "2", "--port", "0")[0] == 0
     assert [setup.devices for setup in asked] == ["0,1", "2,3"]
     assert replace(asked[0], devices="2,3") == asked[1]
 
@@ -146,9 +146,9 @@ def test_replicas_are_alike_but_for_their_gpus(monkeypatch):
 def test_more_replicas_than_there_are_gpus_for_are_refused_before_anything_starts(monkeypatch):
     monkeypatch.setattr(devices, "visible_gpus", lambda: ["0", "1", "2"])
     monkeypatch.setattr(server, "run", None)
-    code, said = run("--data-parallel-size", "2", "--tensor-parallel", "2", "--port", "0")
+    code, said = run("--data-parallel-size", "2", "--tensor-parallel-size", "2", "--port", "0")
     assert code == 2
-    sizes = "--data-parallel-size = 2 replicas with --tensor-parallel = 2"
+    sizes = "--data-parallel-size = 2 replicas with --tensor-parallel-size = 2"
     assert f"{sizes} need 4 GPUs, and there are 3; replicas that would fit: 1" in said
 
 
