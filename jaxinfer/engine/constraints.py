@@ -10,7 +10,7 @@ from typing import Protocol, Self
 
 import numpy as np
 
-from jaxinfer.decode.masks import allows, no_masks
+from jaxinfer.decode.masks import NOTHING_BARRED, allows, no_masks
 from jaxinfer.decode.structured_params import StructuredOutputsParams
 from jaxinfer.engine.request import Request, Update
 from jaxinfer.engine.sequence import Sequence
@@ -104,9 +104,11 @@ class Constraints:
 
     def masks(
         self, drawing: Iterable[tuple[int, Sequence]], vocab: int, drafts_Bk: np.ndarray, parents_Bk: np.ndarray
-    ) -> np.ndarray:
-        """The masks of a step, uint32 [B x (k + 1), U]: of every slot's draw after its newest token, and after each
-        proposed one.
+    ) -> tuple[np.ndarray, list[tuple[Sequence, BaseException]]]:
+        """The masks of a step, and the sequences whose constraint failed at that, with what it raised.
+
+        Masks are uint32 [B x (k + 1), U]: of every slot's draw after its newest token, and after each proposed one.
+        Those of a sequence that failed bar nothing: its draws are of no more use.
 
         Args:
             drawing: sequences that draw, by their rows in the proposals.
@@ -117,15 +119,27 @@ class Constraints:
         words_WU = no_masks(slots * queries, vocab)
         words_BQU = words_WU.reshape(slots, queries, -1)
         checks = [
-            partial(_check, one.constraint, one.request.stop_ids, drafts_Bk[row], parents_Bk[row], words_BQU[row])
+            partial(_problem, one, drafts_Bk[row], parents_Bk[row], words_BQU[row])
             for row, one in drawing
             if one.constraint is not None and not one.finished
         ]
         size = max(TOGETHER // queries, 1)
         together = [checks[at : at + size] for at in range(0, len(checks), size)]
-        for _ in self._masking.map(_call, together):  # raises what a check raises
-            pass
-        return words_WU
+        problems = [problem for some in self._masking.map(_call, together) for problem in some]
+        return words_WU, [problem for problem in problems if problem is not None]
+
+
+def _problem(
+    sequence: Sequence, drafts_k: np.ndarray, parents_k: np.ndarray, words_QU: np.ndarray
+) -> tuple[Sequence, BaseException] | None:
+    """Writes the masks of one sequence's draws, or none where its constraint raises, which is returned with it."""
+    assert sequence.constraint is not None
+    try:
+        _check(sequence.constraint, sequence.request.stop_ids, drafts_k, parents_k, words_QU)
+    except BaseException as error:  # a panic of compiled code is no Exception, and nobody interrupts these threads
+        words_QU[:] = NOTHING_BARRED
+        return sequence, error
+    return None
 
 
 def _check(
@@ -150,6 +164,5 @@ def _check(
             after[node] = own
 
 
-def _call(checks: list[Callable[[], None]]) -> None:
-    for check in checks:
-        check()
+def _call[T](checks: list[Callable[[], T]]) -> list[T]:
+    return [check() for check in checks]
