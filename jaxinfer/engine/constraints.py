@@ -15,6 +15,7 @@ from jaxinfer.decode.structured_params import StructuredOutputsParams
 from jaxinfer.engine.request import Request, Update
 from jaxinfer.engine.sequence import Sequence
 
+_Problem = tuple[Sequence, BaseException]
 THREADS = 8  # that make constraints, and as many that make masks: both leave Python's lock alone
 BRIEFLY = 0.01  # seconds that an idle engine waits at a time, before whoever drives it may add or abort something
 TOGETHER = 8  # masks that one of them makes, or those of one output: most take 20 us, and a thread is no sooner there
@@ -104,7 +105,7 @@ class Constraints:
 
     def masks(
         self, drawing: Iterable[tuple[int, Sequence]], vocab: int, drafts_Bk: np.ndarray, parents_Bk: np.ndarray
-    ) -> tuple[np.ndarray, list[tuple[Sequence, BaseException]]]:
+    ) -> tuple[np.ndarray, list[_Problem]]:
         """The masks of a step, and the sequences whose constraint failed at that, with what it raised.
 
         Masks are uint32 [B x (k + 1), U]: of every slot's draw after its newest token, and after each proposed one.
@@ -129,9 +130,7 @@ class Constraints:
         return words_WU, [problem for problem in problems if problem is not None]
 
 
-def _problem(
-    sequence: Sequence, drafts_k: np.ndarray, parents_k: np.ndarray, words_QU: np.ndarray
-) -> tuple[Sequence, BaseException] | None:
+def _problem(sequence: Sequence, drafts_k: np.ndarray, parents_k: np.ndarray, words_QU: np.ndarray) -> _Problem | None:
     """Writes the masks of one sequence's draws, or none where its constraint raises, which is returned with it."""
     assert sequence.constraint is not None
     try:
@@ -164,5 +163,5 @@ def _check(
             after[node] = own
 
 
-def _call[T](checks: list[Callable[[], T]]) -> list[T]:
+def _call(checks: Iterable[Callable[[], _Problem | None]]) -> list[_Problem | None]:
     return [check() for check in checks]
