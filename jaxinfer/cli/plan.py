@@ -70,7 +70,7 @@ def plan(
         machine = measure_machine() if hardware == "here" else find_hardware(hardware)
         if goal is not None and devices is not None:
             proposal = propose(config, machine, devices, goal, context, precision, batch, attention)
-            tables, lines = proposal_tables(proposal, devices, goal), [proposal_verdict(proposal, devices, goal)]
+            tables, lines = proposal_tables(proposal, devices, goal), proposal_verdict(proposal, devices, goal)
             fits = bool(proposal.plans)
         else:
             mesh = Mesh(*(size or 1 for size in axes.values()))

@@ -19,8 +19,8 @@ app = typer.Typer()
 app.command()(plan)
 
 
-def run(*arguments: str):
-    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+def run(*arguments: str, columns: str = "200"):
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": columns, "TERM": "dumb", "NO_COLOR": "1"})
 
 
 @pytest.mark.parametrize(
@@ -251,12 +251,31 @@ def test_every_axis_has_its_figures():
         assert collective in result.output
 
 
+def figure_of_the_best(name: str, output: str) -> str:
+    (figure,) = re.findall(rf"│ {name} +│ +([^│]*?) │", output)
+    return figure
+
+
+@pytest.mark.parametrize("goal", ["latency", "throughput"])
+@pytest.mark.parametrize("devices", [8, 64])
+def test_a_proposal_is_whole_in_80_columns(goal, devices):
+    """No figure of the best is cut, or wrapped, and nothing else is either."""
+    hardware = "h200-measured" if devices == 8 else "tpu-v4"
+    asked = ("llama-3-8b", "--hardware", hardware, "--goal", goal, "--devices", str(devices))
+    narrow, wide = (run(*asked, columns=columns).output for columns in ("80", "300"))
+    rows, expected = ([line.split() for line in told.splitlines() if line[:1] == "│"][:8] for told in (narrow, wide))
+    assert [row[1] for row in rows] == [
+        "sequences", "weights", "cache", "ms", "tokens/s", "first", "bubble", "sent"
+    ]  # fmt: skip
+    assert rows == expected
+    assert "…" not in narrow
+
+
 def test_a_proposal_is_the_plan_that_its_options_make():
     result = run("llama-3-70b", "--hardware", "h200-measured", "--goal", "throughput", "--devices", "8")
     assert result.exit_code == 0, result.output
-    (options,) = re.findall(r"the best for throughput is .*?: (--.*)", result.output)
-    best = [cell.strip() for cell in re.findall(r"│([^│\n]+)", result.output)[:9]]
-    rate, first = best[5], best[6]
+    (options,) = re.findall(r"the best for throughput is .*:\n(--.*)", result.output)
+    rate, first = (figure_of_the_best(name, result.output) for name in ("tokens/s", "first token"))
     again = run("llama-3-70b", "--hardware", "h200-measured", *options.split())
     assert again.exit_code == 0, again.output
     assert f"decode is expected at {rate} tokens/s" in " ".join(again.output.split())

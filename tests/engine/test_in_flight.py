@@ -13,7 +13,7 @@ from tests.engine.tiny import OPTIONS, assert_clean, drawing_alike, one_rectangl
 STEPS = 32  # of a loop: the host is back long before the device has run them
 FEW = replace(OPTIONS, steps_per_dispatch=STEPS, num_pages=24)
 SHARED = tuple(range(3, 27))  # three pages
-PROMPTS = [SHARED + (40,), SHARED[:16] + (41, 42, 43), SHARED + tuple(range(50, 58)), (60, 61), tuple(range(20, 60))]
+PROMPTS = [(*SHARED, 40), (*SHARED[:16], 41, 42, 43), SHARED + tuple(range(50, 58)), (60, 61), tuple(range(20, 60))]
 PARAMS = [SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True) for tokens in (50, 9, 33)]
 
 
