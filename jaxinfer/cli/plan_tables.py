@@ -65,8 +65,8 @@ def verdict(plan: Plan) -> list[str]:
 
 
 def proposal_tables(proposal: Proposal, devices: int, goal: Goal) -> list[Table]:
-    """The best meshes for the goal, which are columns, since their figures fit so into 80 characters; and why the others
-    are none."""
+    """The best meshes for the goal, and why the others are none. The best are columns: so their figures fit into 80
+    characters."""
     shown = proposal.plans[:_SHOWN]
     best = Table(Column("mesh", no_wrap=True), title=f"Best for {goal} on {devices} devices")
     for plan in shown:

@@ -7,6 +7,8 @@ import signal
 import socket
 import ssl
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from jaxinfer.serve.processes import StartError
 from jaxinfer.serve.server import bind, listen
 from tests.engine.tiny import ONE_LAYER, write_checkpoint
 from tests.serve.running import serving
+from tests.serve.stub_replica import LINGERS, served_by
 
 PEM = Path(__file__).parent / "localhost.pem"  # a key that is no secret, and its certificate
 KEY = "a key"
@@ -75,6 +78,22 @@ def test_a_server_with_a_key_and_tls_and_the_death_of_its_engine(long_folder):
         assert done == b"data: [DONE]"
         assert server.wait() == 1
     assert "error: the engine process was ended by SIGKILL" in "".join(server.said)
+
+
+def test_the_event_loop_does_not_wait_for_a_process_that_ends():
+    with serving(code=served_by("lingering")) as server:
+        assert server.ask("GET", "/health")[0] == 200
+        asking = threading.Thread(target=server.post, args=("/v1/completions", {"prompt": "a"}))
+        asking.start()
+        asked, answers, slowest = time.monotonic(), 0, 0.0
+        while time.monotonic() < asked + LINGERS - 1:
+            begun = time.monotonic()
+            assert server.ask("GET", "/health")[0] == 200
+            slowest, answers = max(slowest, time.monotonic() - begun), answers + 1
+        assert (answers > 3, slowest < LINGERS / 2) == (True, True)
+        asking.join()
+        assert server.wait() == 1
+    assert "error: the engine process ended with exit code 0; its log above says why" in "".join(server.said)
 
 
 def test_a_request_that_outlasts_the_deadline_is_told_so(long_folder):
