@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ from jaxinfer.serve.router import Replica, Router
 from jaxinfer.text import Tokenizer
 
 _POLL = 0.05  # seconds between looks at who still waits, while the server drains
+_LAST = 2 * GRACE  # seconds for the engine processes, and for what threads still read
 _STOPPING = "the server is shutting down"
 
 
@@ -190,6 +193,7 @@ class _Serving:
             channel.send(Stop())
         for channel in self._channels:
             channel.flush(GRACE)
+        _end_within(_LAST, self._code)
         return self._code
 
     # --- to and from the engine processes
@@ -249,6 +253,14 @@ class _Serving:
     def _end(self) -> None:
         self._client.fail_all(503, "the server was shut down before the request ended")
         self._server.should_exit = True
+
+
+def _end_within(seconds: float, code: int) -> None:
+    """Ends this process after so long, if it has not ended by itself: Python waits for all threads at its end, one of
+    which may be at a grammar that nobody needs any more."""
+    watch = threading.Timer(seconds, os._exit, (code,))
+    watch.daemon = True
+    watch.start()
 
 
 def _address(bound: socket.socket, settings: Settings) -> str:

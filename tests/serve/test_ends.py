@@ -25,6 +25,7 @@ from tests.serve.stub_replica import LINGERS, served_by
 
 PEM = Path(__file__).parent / "localhost.pem"  # a key that is no secret, and its certificate
 KEY = "a key"
+GRACE = 0.5  # seconds, where a test need not wait longer
 CONTEXT = 8192  # tokens that take longer than all else in a test
 LONG = {"prompt": "a", "max_tokens": CONTEXT - 2, "ignore_eos": True, "temperature": 0}
 
@@ -94,6 +95,24 @@ def test_the_event_loop_does_not_wait_for_a_process_that_ends():
         asking.join()
         assert server.wait() == 1
     assert "error: the engine process ended with exit code 0; its log above says why" in "".join(server.said)
+
+
+SLOW = (
+    f"processes.GRACE = {GRACE}; import sys, time; from jaxinfer.structured import Grammars; "
+    "Grammars.problem = lambda *given: print('reading', file=sys.stderr, flush=True) or time.sleep(600)"
+)
+
+
+def test_a_grammar_that_takes_long_does_not_hold_up_the_end():
+    with serving(code=served_by("main", SLOW), shutdown_timeout=0) as server:
+        body = json.dumps({"prompt": "a", "structured_outputs": {"regex": "a"}})
+        asking = server.connect()
+        asking.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        while "reading\n" not in server.said:
+            time.sleep(0.01)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+        asking.close()
 
 
 def test_a_request_that_outlasts_the_deadline_is_told_so(long_folder):
