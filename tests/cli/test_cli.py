@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from jaxinfer import checkpoint
 from jaxinfer.cli import app
-from jaxinfer.cli.online import MOST_TEXTS, RATE, STEPS, TEXTS
+from jaxinfer.cli.online import MOST_TEXTS
+from jaxinfer.cli.online import OPTIONS as ONLINE
 from jaxinfer.decode.speculative import PromptLookup, by_name
 from jaxinfer.engine import Options
 from jaxinfer.llm import DEMO
@@ -129,9 +130,9 @@ def test_what_learns_is_made_in_the_engine_process(monkeypatch):
     assert plain is None
     assert default("the engine") == (("the engine",), {})
     assert chosen("the engine") == (("the engine",), {"learning_rate": 0.1, "interval": 3})
-    assert f"; {defaults['learning_rate'].default} by default" in RATE
-    assert f"; {defaults['interval'].default} by default" in STEPS
-    assert f"; {defaults['batch'].default} by default" in TEXTS
+    for name in ("learning_rate", "interval", "batch"):
+        (option,) = ONLINE[f"online_{name}"][0].__metadata__
+        assert f"; {defaults[name].default} by default" in option.help
     assert defaults["buffer"].default == MOST_TEXTS
 
 
