@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from jaxinfer.decode.arguments import is_integer
 from jaxinfer.decode.sampling_params import SamplingParams, first_few
 from jaxinfer.engine import Request
 from jaxinfer.structured import Grammars
@@ -154,10 +154,6 @@ def is_list(value: Any) -> bool:
     if isinstance(value, np.ndarray):
         return value.ndim > 0
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
-
-
-def is_integer(value: Any, least: float = -math.inf) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= least
 
 
 def _checked_ids(prompt: Sequence[int]) -> list[int]:

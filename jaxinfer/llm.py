@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxinfer import checkpoint
 from jaxinfer.continuation import Continuation, request_output
+from jaxinfer.decode.arguments import check_size, is_size
 from jaxinfer.decode.sampling import MAX_EOS_IDS
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.speculative import Loader
@@ -28,7 +29,6 @@ from jaxinfer.intake import (
     Intake,
     Limits,
     Prompt,
-    is_integer,
     is_list,
     listed,
     paired,
@@ -351,17 +351,16 @@ def _check_arguments(
 ) -> None:  # fmt: skip
     if dtype is not None and (not isinstance(dtype, str) or dtype not in ("bfloat16", "float16", "float32")):
         raise ValueError(f"dtype = {dtype!r} must be bfloat16, float16 or float32")
-    if max_model_len is not None and not is_integer(max_model_len, 2):
+    if max_model_len is not None and not is_size(max_model_len, 2):
         raise ValueError(
             f"max_model_len = {max_model_len!r} must be an integer, at least 2 (a prompt and a new token)"
         )
     devices = len(jax.devices())
-    if not is_integer(tensor_parallel_size, 1) or tensor_parallel_size > devices:
+    if not is_size(tensor_parallel_size, 1, devices):
         raise ValueError(
             f"tensor_parallel_size = {tensor_parallel_size!r} must be an integer in 1..{devices}, the devices here"
         )
-    if not is_integer(seed, 0):
-        raise ValueError(f"seed = {seed!r} must be an integer, at least 0")
+    check_size("seed", seed, 0)
     if not isinstance(warm_up, bool):
         raise ValueError(f"warm_up = {warm_up!r} must be True or False")
     if not isinstance(options, Options | None):

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from dataclasses import replace
+from itertools import count
 
 import pytest
 
@@ -30,6 +31,25 @@ REGEXES = [r"[a-z]{2,9}@[a-z]{1,9}\.(com|org)", r"\d{4}-(0[1-9]|1[0-2])", r"(é|
 GROWING = "(a{1000}){1000}{1000}"  # to more than llguidance has room for, at the second token
 GRAMMAR = 'root ::= "a" root "b" | "c"'
 LARK = 'start: "(" start ")" | /[xyz]/'
+
+
+DIGITS = "[0-9]{20}"
+
+
+def break_digits(patched, llm, method, after):
+    """Plants a bug in constraints to DIGITS: a method of theirs raises when it is called for the time after these."""
+
+    def constrain(asked):
+        constraint = llm.intake.grammars.constraint(asked)
+        if asked.regex == DIGITS:
+            sound, calls = getattr(constraint, method), count()
+            setattr(constraint, method, lambda *given: sound(*given) if next(calls) < after else raised())
+        return constraint
+
+    def raised():
+        raise ZeroDivisionError("planted")
+
+    patched.setattr(llm.engine._constraints, "_constrain", constrain)
 
 
 def ask(seed=0, max_tokens=80, **options) -> SamplingParams:
@@ -207,6 +227,22 @@ def test_a_constraint_that_fails_ends_its_request_alone(llm, monkeypatch):
         assert (failed.finish_reason, len(failed.token_ids)) == ("constraint", 4)
         assert failed.problem == "structured_outputs has a regex that cannot be used: planted"
         assert [(one.text, one.finish_reason) for one in other.outputs] == expected[0]
+    assert_warm(llm)
+
+
+@pytest.mark.parametrize("method", ["mask", "accept"])
+def test_a_constraint_with_a_bug_ends_its_request_alone(llm, monkeypatch, caplog, method):
+    """And the others say what they say beside a sound one, those with a constraint too."""
+    params = [ask(3, regex=DIGITS), ask(4, regex="[a-z]{20}"), SamplingParams(seed=2, max_tokens=30)]
+    (whole,), *expected = texts(llm, ["ab"] * 3, params)
+    with monkeypatch.context() as patched:
+        break_digits(patched, llm, method, 5)
+        (failed,), *others = texts(llm, ["ab"] * 3, params)
+    assert others == expected
+    assert failed == (whole[0][: len(failed[0])], "error")
+    assert 4 <= len(failed[0]) <= 5
+    assert [record.exc_info[1].args for record in caplog.records] == [("planted",)]
+    assert_clean(llm)
     assert_warm(llm)
 
 

@@ -28,7 +28,7 @@ def batch(
     max_model_len: Annotated[
         int | None, integer(help="Tokens of prompt and output; the checkpoint's by default.")
     ] = None,
-    tensor_parallel: Annotated[int, integer(least=1, help="Devices that share the model.")] = 1,
+    tensor_parallel_size: Annotated[int, integer(least=1, help="Devices that share the model.")] = 1,
     max_num_seqs: Annotated[int, integer(help="Sequences that run at once; a power of two.")] = 64,
     cache_dtype: Annotated[
         str | None, typer.Option(help="Of keys and values, also int8 or float8_e4m3fn; the model's by default.")
@@ -57,7 +57,7 @@ def batch(
             DEMO if model is None else model,
             dtype=dtype,
             max_model_len=max_model_len,
-            tensor_parallel_size=tensor_parallel,
+            tensor_parallel_size=tensor_parallel_size,
             options=Options(max_num_seqs=max_num_seqs, cache_dtype=cache_dtype, **speculation.options()),
         )
     except (ValueError, OSError) as error:

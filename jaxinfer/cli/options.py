@@ -5,11 +5,15 @@ Each error names the option, the value that was given and what is allowed.
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
-_NAMES = {"tensor_parallel_size": "--tensor-parallel", "data_parallel_size": "--data-parallel-size"}
+_PARALLEL = re.compile(r"\b(tensor|pipeline|context|data)_parallel(_size)?\b")  # as other layers name the options
 
 
 def integer(least: int | None = None, most: int | None = None, **option: Any) -> Any:
@@ -23,11 +27,46 @@ def number(least: float | None = None, most: float | None = None, **option: Any)
 
 
 def bad_argument(error: Exception | str) -> typer.BadParameter:
-    """An error of other layers, whose arguments with another name here get that name."""
-    message = str(error)
-    for theirs, ours in _NAMES.items():
-        message = message.replace(theirs, ours)
-    return typer.BadParameter(message)
+    """An error of other layers, in which the sizes of the mesh get the names that they have here."""
+    return typer.BadParameter(_PARALLEL.sub(r"--\1-parallel-size", str(error)))
+
+
+def option(kind: Any, default: Any, info: Any) -> tuple[Any, Any]:
+    """An option for `gathering`: its type, its default, and what `typer.Option` or a function of this file gives."""
+    return Annotated[kind, info], default
+
+
+def gathering(
+    name: str, options: Mapping[str, tuple[Any, Any]], make: Callable[[dict[str, Any]], Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the `options`, declared once for several commands, in the place of its argument `name`.
+
+    Args:
+        options: by name, as `option` gives them.
+        make: the argument, of their values by name.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        kind, parameters = inspect.Parameter.KEYWORD_ONLY, []
+        signature = inspect.signature(command, eval_str=True)
+        for parameter in signature.parameters.values():
+            if parameter.name == name:
+                parameters += [
+                    inspect.Parameter(one, kind, default=default, annotation=annotation)
+                    for one, (annotation, default) in options.items()
+                ]
+            else:
+                parameters.append(parameter.replace(kind=kind))
+
+        @wraps(command)
+        def run(**given: Any) -> None:
+            asked = {one: given.pop(one) for one in options}
+            command(**given, **{name: make(asked)})
+
+        vars(run)["__signature__"] = signature.replace(parameters=parameters)
+        return run
+
+    return decorate
 
 
 def _number(

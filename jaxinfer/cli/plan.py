@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from jaxinfer.cli.models import find_model
-from jaxinfer.cli.options import integer
+from jaxinfer.cli.options import bad_argument, integer
 from jaxinfer.cli.plan_tables import plan_tables, proposal_tables, proposal_verdict, verdict
 from jaxinfer.roofline import Attention, Goal, Mesh, Plan, Precision, find_hardware, make_plan, propose
 from jaxinfer.roofline.plot import plot_roofline
@@ -35,14 +35,16 @@ def plan(
     attention: Annotated[
         Attention, typer.Option(help="flash, or materialized as XLA's is, of a row of pages of --context tokens.")
     ] = "flash",
-    tensor_parallel: Annotated[
+    tensor_parallel_size: Annotated[
         int | None, integer(least=1, help="Devices that share every layer.", rich_help_panel=_MESH)
     ] = None,
-    pipeline_parallel: Annotated[int | None, integer(least=1, help="Stages of layers.", rich_help_panel=_MESH)] = None,
-    context_parallel: Annotated[
+    pipeline_parallel_size: Annotated[
+        int | None, integer(least=1, help="Stages of layers.", rich_help_panel=_MESH)
+    ] = None,
+    context_parallel_size: Annotated[
         int | None, integer(least=1, help="Devices that share every sequence.", rich_help_panel=_MESH)
     ] = None,
-    replicas: Annotated[
+    data_parallel_size: Annotated[
         int | None, integer(least=1, help="Engines with a model each; they share the batch.", rich_help_panel=_MESH)
     ] = None,
     microbatches: Annotated[
@@ -58,8 +60,8 @@ def plan(
     from jaxinfer.machine import measure_machine
 
     axes = {
-        "--pipeline-parallel": pipeline_parallel, "--tensor-parallel": tensor_parallel,
-        "--context-parallel": context_parallel, "--replicas": replicas,
+        "--pipeline-parallel-size": pipeline_parallel_size, "--tensor-parallel-size": tensor_parallel_size,
+        "--context-parallel-size": context_parallel_size, "--data-parallel-size": data_parallel_size,
     }  # fmt: skip
     _check_together(goal, devices, axes | {"--microbatches": microbatches, "--plot": plot})
     console = Console()
@@ -68,7 +70,7 @@ def plan(
         machine = measure_machine() if hardware == "here" else find_hardware(hardware)
         if goal is not None and devices is not None:
             proposal = propose(config, machine, devices, goal, context, precision, batch, attention)
-            tables, lines = proposal_tables(proposal, devices, goal), [proposal_verdict(proposal, devices, goal)]
+            tables, lines = proposal_tables(proposal, devices, goal), proposal_verdict(proposal, devices, goal)
             fits = bool(proposal.plans)
         else:
             mesh = Mesh(*(size or 1 for size in axes.values()))
@@ -77,7 +79,7 @@ def plan(
             if plot:
                 _save_plot(made, plot)
     except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+        raise bad_argument(error) from error
     for table in tables:
         console.print(table)
     console.print(*lines, sep="\n")

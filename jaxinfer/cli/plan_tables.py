@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from jaxinfer.cli.units import si
 from jaxinfer.roofline import Cost, Goal, Hardware, MemoryPlan, Mesh, Plan, Proposal, parameters
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jaxinfer.model import ModelConfig
 
 _SHOWN = 5  # meshes of a proposal
+_FIGURES = ("sequences", "weights", "cache left", "ms a step", "tokens/s", "first token", "bubble", "sent a step")
 _COLLECTIVES = {
     "all-reduce": "all-reduces of tensor parallelism",
     "all-to-all": "all-to-alls of experts",
@@ -64,48 +65,51 @@ def verdict(plan: Plan) -> list[str]:
 
 
 def proposal_tables(proposal: Proposal, devices: int, goal: Goal) -> list[Table]:
-    """The best meshes for the goal, and why the others are none."""
-    best = Table("mesh", title=f"Best for {goal} on {devices} devices")
-    columns = ("sequences", "weights", "cache left", "ms a step", "tokens/s", "first token", "bubble", "sent a step")
-    for column in columns:
-        best.add_column(column, justify="right")
-    for plan in proposal.plans[:_SHOWN]:
-        best.add_row(*_candidate(plan))
+    """The best meshes for the goal, and why the others are none. The best are columns: so their figures fit into 80
+    characters."""
+    shown = proposal.plans[:_SHOWN]
+    best = Table(Column("mesh", no_wrap=True), title=f"Best for {goal} on {devices} devices")
+    for plan in shown:
+        best.add_column(str(plan.mesh).replace(" x ", "\n"), justify="right")
+    for name, *figures in zip(_FIGURES, *map(_candidate, shown), strict=True):
+        best.add_row(name, *figures)
     others = Table("mesh", "why not", title="What does not fit")
     reasons: dict[str, list[Mesh]] = {}
     for plan in proposal.too_large:
         reasons.setdefault(_lacking(plan.memory), []).append(plan.mesh)
     for reason, meshes in (reasons | proposal.refused).items():
         others.add_row(_listed(meshes), reason)
-    return [table for table in (best, others) if table.row_count]
+    return [table for table, rows in ((best, shown), (others, others.rows)) if rows]
 
 
-def proposal_verdict(proposal: Proposal, devices: int, goal: Goal) -> str:
-    """The best mesh in a sentence, with the options that plan it; or that there is none, and what comes nearest."""
+def proposal_verdict(proposal: Proposal, devices: int, goal: Goal) -> list[str]:
+    """The best mesh in a sentence, and the options that plan it; or that there is none, and what comes nearest."""
     if proposal.plans:
         plan, count = proposal.plans[0], len(proposal.plans)
         what = f"{count} {'mesh fits' if count == 1 else 'meshes fit'}"
         lacking = "" if plan.hardware.overhead else " (no constants of kernels and messages, which a datasheet lacks)"
-        return f"{what}; the best for {goal} is {plan.mesh}: {_options(plan)}{lacking}"
+        return [f"{what}; the best for {goal} is {plan.mesh}{lacking}:", _options(plan)]
     nearest = f"; nearest is {proposal.too_large[0].mesh}: {_too_large(proposal.too_large[0])}"
-    return f"[bold red]No mesh of {devices} fits[/]{nearest if proposal.too_large else ''}."
+    return [f"[bold red]No mesh of {devices} fits[/]{nearest if proposal.too_large else ''}."]
 
 
 def _options(plan: Plan) -> str:
     mesh = plan.mesh
     sizes = {
-        "tensor-parallel": mesh.tensor,
-        "pipeline-parallel": mesh.pipe,
-        "context-parallel": mesh.context,
-        "replicas": mesh.replicas,
+        "tensor": mesh.tensor,
+        "pipeline": mesh.pipe,
+        "context": mesh.context,
+        "data": mesh.replicas,
     }
-    return " ".join([*(f"--{name} {size}" for name, size in sizes.items() if size > 1), f"--batch {plan.batch}"])
+    return " ".join(
+        [*(f"--{axis}-parallel-size {size}" for axis, size in sizes.items() if size > 1), f"--batch {plan.batch}"]
+    )
 
 
 def _candidate(plan: Plan) -> list[str]:
+    """What `_FIGURES` names."""
     hardware = plan.hardware
     return [
-        str(plan.mesh),
         f"{plan.batch:,}",
         si(plan.memory.weights, "B"),
         si(plan.memory.cache, "B"),

@@ -45,7 +45,7 @@ def memory_lines(setup: Setup, device: tuple[str, str, int]) -> Iterator[str]:
     yield f"  left for the cache: {si(room, 'B')}"
     tokens = int(room // plan.per_token)
     if tokens < page_size:
-        yield "  would fit: no cache at all; use more devices (--tensor-parallel) or a smaller --dtype"
+        yield "  would fit: no cache at all; use more devices (--tensor-parallel-size) or a smaller --dtype"
         return
     yield f"  would fit: {tokens:,} tokens, which are {tokens // page_size:,} pages (--num-pages), or"
     yield f"  {tokens // context:,} sequences (--max-num-seqs) of {context:,} tokens (--max-model-len)"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from jaxinfer.cli.options import integer, number
+from jaxinfer.cli.options import gathering, integer, number, option
 
 PANEL = "Speculation"
 CHANGES = "outputs that are drawn at random no longer have the model's distribution"
@@ -50,19 +48,19 @@ class Speculating:
 
 
 def _flag(names: str, text: str) -> Any:
-    return Annotated[bool | None, typer.Option(names, help=text, rich_help_panel=PANEL)]
+    return option(bool | None, None, typer.Option(names, help=text, rich_help_panel=PANEL))
 
 
 def _integer(text: str) -> Any:
-    return Annotated[int | None, integer(help=text, rich_help_panel=PANEL)]
+    return option(int | None, None, integer(help=text, rich_help_panel=PANEL))
 
 
 def _number(text: str) -> Any:
-    return Annotated[float | None, number(help=text, rich_help_panel=PANEL)]
+    return option(float | None, None, number(help=text, rich_help_panel=PANEL))
 
 
 def _text(text: str) -> Any:
-    return Annotated[str | None, typer.Option(help=text, rich_help_panel=PANEL)]
+    return option(str | None, None, typer.Option(help=text, rich_help_panel=PANEL))
 
 
 # By the names of the methods' own settings; a number that is left out is the method's own.
@@ -105,22 +103,10 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def speculating(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the OPTIONS, in the place of its argument `speculation`, a `Speculating`."""
-    signature = inspect.signature(command, eval_str=True)
-    parameters = []
-    for parameter in signature.parameters.values():
-        if parameter.name == "speculation":
-            kind = inspect.Parameter.KEYWORD_ONLY
-            parameters += [inspect.Parameter(name, kind, default=None, annotation=OPTIONS[name]) for name in OPTIONS]
-        else:
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+def _asked(given: dict[str, Any]) -> Speculating:
+    always, adaptive = (bool(given.pop(name)) for name in ("always_speculate", "adaptive_speculation"))
+    return Speculating(given, always, adaptive)
 
-    @wraps(command)
-    def run(**given: Any) -> None:
-        asked = {name: given.pop(name) for name in OPTIONS}
-        always, adaptive = (bool(asked.pop(name)) for name in ("always_speculate", "adaptive_speculation"))
-        command(**given, speculation=Speculating(asked, always, adaptive))
 
-    vars(run)["__signature__"] = signature.replace(parameters=parameters)
-    return run
+speculating = gathering("speculation", OPTIONS, _asked)
+"""Gives a command the OPTIONS, in the place of its argument `speculation`, a `Speculating`."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 WORD = 32
+NOTHING_BARRED = np.uint32(0xFFFFFFFF)  # a word that allows all of its tokens
 
 
 def no_masks(rows: int, vocab: int) -> np.ndarray:
     """Words of draws that may be of every token, uint32 [W, U]."""
-    return np.full((rows, -(-vocab // WORD)), 0xFFFFFFFF, np.uint32)
+    return np.full((rows, -(-vocab // WORD)), NOTHING_BARRED, np.uint32)
 
 
 def allows(words_U: np.ndarray, token: int) -> bool:

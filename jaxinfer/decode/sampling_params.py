@@ -1,10 +1,10 @@
 """What a request may ask of the sampler: fields named and defaulted as in vLLM's `SamplingParams`."""
 
-import numbers
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from jaxinfer.decode.arguments import is_integer, is_number
 from jaxinfer.decode.structured_params import StructuredOutputsParams, shortened
 
 MAX_N = 1024
@@ -116,14 +116,6 @@ def first_few(problems: list[str]) -> list[str]:
     return [*problems[:_REPORTED], f"and {rest} more of this kind"] if rest > 0 else problems
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
 @dataclass(frozen=True)
 class _Rule:
     """What one field allows, in words and as a predicate that is total: NaN and wrong types give False."""
@@ -133,11 +125,11 @@ class _Rule:
 
 
 def _integers(low: int, high: int) -> _Rule:
-    return _Rule(f"an integer in {low}..{high}", lambda v: _is_integer(v) and low <= v <= high)
+    return _Rule(f"an integer in {low}..{high}", lambda v: is_integer(v, low, high))
 
 
 def _reals(low: float, high: float) -> _Rule:
-    return _Rule(f"a number in [{low:g}, {high:g}]", lambda v: _is_real(v) and low <= v <= high)
+    return _Rule(f"a number in [{low:g}, {high:g}]", lambda v: is_number(v) and low <= v <= high)
 
 
 def _or_none(rule: _Rule) -> _Rule:
@@ -151,7 +143,7 @@ _RULES = {
     "min_tokens": _integers(0, _LARGEST_INT32),
     "temperature": _reals(0, 1e6),
     "top_k": _integers(-1, _LARGEST_INT32),
-    "top_p": _Rule("a number in (0, 1]", lambda v: _is_real(v) and 0 < v <= 1),
+    "top_p": _Rule("a number in (0, 1]", lambda v: is_number(v) and 0 < v <= 1),
     "min_p": _reals(0, 1),
     "repetition_penalty": _reals(0.01, 100),
     "presence_penalty": _reals(-2, 2),

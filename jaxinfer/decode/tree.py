@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfer.decode.arguments import is_size
+
 MOST_DRAFTS = 127  # the decode kernel takes 128 queries of a sequence
 
 
@@ -53,7 +55,7 @@ class Tree:
         if not isinstance(self.parents, tuple) or not 1 <= len(self.parents) <= MOST_DRAFTS:
             raise ValueError(f"parents = {self.parents!r} must be a tuple of 1..{MOST_DRAFTS} nodes")
         for node, parent in enumerate(self.parents):
-            if not isinstance(parent, int) or isinstance(parent, bool) or not -1 <= parent < node:
+            if not is_size(parent, -1, node - 1):
                 raise ValueError(
                     f"parents[{node}] = {parent!r} must be -1, the newest token, or a node that comes before {node}"
                 )

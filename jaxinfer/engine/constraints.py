@@ -10,11 +10,12 @@ from typing import Protocol, Self
 
 import numpy as np
 
-from jaxinfer.decode.masks import allows, no_masks
+from jaxinfer.decode.masks import NOTHING_BARRED, allows, no_masks
 from jaxinfer.decode.structured_params import StructuredOutputsParams
 from jaxinfer.engine.request import Request, Update
 from jaxinfer.engine.sequence import Sequence
 
+_Problem = tuple[Sequence, BaseException]
 THREADS = 8  # that make constraints, and as many that make masks: both leave Python's lock alone
 BRIEFLY = 0.01  # seconds that an idle engine waits at a time, before whoever drives it may add or abort something
 TOGETHER = 8  # masks that one of them makes, or those of one output: most take 20 us, and a thread is no sooner there
@@ -104,9 +105,11 @@ class Constraints:
 
     def masks(
         self, drawing: Iterable[tuple[int, Sequence]], vocab: int, drafts_Bk: np.ndarray, parents_Bk: np.ndarray
-    ) -> np.ndarray:
-        """The masks of a step, uint32 [B x (k + 1), U]: of every slot's draw after its newest token, and after each
-        proposed one.
+    ) -> tuple[np.ndarray, list[_Problem]]:
+        """The masks of a step, and the sequences whose constraint failed at that, with what it raised.
+
+        Masks are uint32 [B x (k + 1), U]: of every slot's draw after its newest token, and after each proposed one.
+        Those of a sequence that failed bar nothing: its draws are of no more use.
 
         Args:
             drawing: sequences that draw, by their rows in the proposals.
@@ -117,15 +120,25 @@ class Constraints:
         words_WU = no_masks(slots * queries, vocab)
         words_BQU = words_WU.reshape(slots, queries, -1)
         checks = [
-            partial(_check, one.constraint, one.request.stop_ids, drafts_Bk[row], parents_Bk[row], words_BQU[row])
+            partial(_problem, one, drafts_Bk[row], parents_Bk[row], words_BQU[row])
             for row, one in drawing
             if one.constraint is not None and not one.finished
         ]
         size = max(TOGETHER // queries, 1)
         together = [checks[at : at + size] for at in range(0, len(checks), size)]
-        for _ in self._masking.map(_call, together):  # raises what a check raises
-            pass
-        return words_WU
+        problems = [problem for some in self._masking.map(_call, together) for problem in some]
+        return words_WU, [problem for problem in problems if problem is not None]
+
+
+def _problem(sequence: Sequence, drafts_k: np.ndarray, parents_k: np.ndarray, words_QU: np.ndarray) -> _Problem | None:
+    """Writes the masks of one sequence's draws, or none where its constraint raises, which is returned with it."""
+    assert sequence.constraint is not None
+    try:
+        _check(sequence.constraint, sequence.request.stop_ids, drafts_k, parents_k, words_QU)
+    except BaseException as error:  # a panic of compiled code is no Exception, and nobody interrupts these threads
+        words_QU[:] = NOTHING_BARRED
+        return sequence, error
+    return None
 
 
 def _check(
@@ -150,6 +163,5 @@ def _check(
             after[node] = own
 
 
-def _call(checks: list[Callable[[], None]]) -> None:
-    for check in checks:
-        check()
+def _call(checks: Iterable[Callable[[], _Problem | None]]) -> list[_Problem | None]:
+    return [check() for check in checks]

@@ -281,7 +281,10 @@ class Engine:
         """
         while self._in_flight:
             self._commit(self._in_flight.popleft())
-        return self._constraints.masks(drawing, self.model.config.vocab_size, drafts_Bk, parents_Bk)
+        words_WU, failed = self._constraints.masks(drawing, self.model.config.vocab_size, drafts_Bk, parents_Bk)
+        for sequence, error in failed:
+            self._give_up(sequence, error)
+        return words_WU
 
     # --- commit
 
@@ -309,17 +312,21 @@ class Engine:
 
     @contextmanager
     def _alone(self, sequence: Sequence) -> Iterator[None]:
-        """For what concerns one sequence alone: it ends where that fails, and is told so.
+        """For what concerns one sequence alone: it ends where that fails, and is told so."""
+        try:
+            yield
+        except Exception as error:
+            self._give_up(sequence, error)
+
+    def _give_up(self, sequence: Sequence, error: BaseException) -> None:
+        """Ends a sequence that failed alone, and tells so.
 
         Its slot is released before the next program, not here: a step may be between its forward pass and its sampler.
         """
-        try:
-            yield
-        except Exception:
-            logger.exception("request %d failed; the others go on", sequence.request.id)
-            if (slot := self.scheduler.drop(sequence.request.id)) is not None:
-                self._failed_slots.append(slot)
-            self._updates.append(Update(sequence.request, (), (), None, "error"))
+        logger.error("request %d failed; the others go on", sequence.request.id, exc_info=error)
+        if (slot := self.scheduler.drop(sequence.request.id)) is not None:
+            self._failed_slots.append(slot)
+        self._updates.append(Update(sequence.request, (), (), None, "error"))
 
     def _commit_row(self, plan: Plan, output: StepOutput, row: int, sequence: Sequence) -> Update | None:
         first, scored, drawn, corrected = sequence.outputs == 0, sequence.scores_prompt, None, ()

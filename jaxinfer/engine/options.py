@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeGuard
 
 from jaxinfer.cache import CACHE_DTYPES
+from jaxinfer.decode.arguments import check_size, is_number, is_size
 from jaxinfer.decode.speculative import METHODS, Speculation, beyond_of, depth_of
 from jaxinfer.decode.step import SCORED
 
@@ -65,20 +65,19 @@ class Options:
     def __post_init__(self):
         for name, (least, most) in POWERS.items():
             value = getattr(self, name)
-            if not _is_integer(value) or not least <= value <= most or value & (value - 1):
+            if not is_size(value, least, most) or value & (value - 1):
                 raise ValueError(f"{name} = {value!r} must be an integer power of two in {least}..{most}")
         if self.max_num_batched_tokens <= self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens = {self.max_num_batched_tokens} must be more than max_num_seqs = "
                 f"{self.max_num_seqs}: each sequence that decodes takes one of them"
             )
-        if not _is_integer(self.steps_per_dispatch) or not 1 <= self.steps_per_dispatch <= MOST_STEPS:
-            raise ValueError(f"steps_per_dispatch = {self.steps_per_dispatch!r} must be an integer in 1..{MOST_STEPS}")
-        if not _is_number(self.max_slowdown) or not self.max_slowdown >= 1:
+        check_size("steps_per_dispatch", self.steps_per_dispatch, 1, MOST_STEPS)
+        if not is_number(self.max_slowdown) or not self.max_slowdown >= 1:
             raise ValueError(f"max_slowdown = {self.max_slowdown!r} must be a number, at least 1")
         if self.cache_dtype not in (None, *CACHE_DTYPES):
             raise ValueError(f"cache_dtype = {self.cache_dtype!r} must be one of {', '.join(CACHE_DTYPES)}")
-        if self.num_pages is not None and (not _is_integer(self.num_pages) or self.num_pages < 2):
+        if self.num_pages is not None and not is_size(self.num_pages, 2):
             raise ValueError(f"num_pages = {self.num_pages!r} must be an integer, at least 2, the null page included")
         if self.speculation is not None and not isinstance(self.speculation, Speculation):
             raise ValueError(f"speculation = {self.speculation!r} must be a method of speculation, or None")
@@ -100,13 +99,5 @@ class Options:
         return self.steps_per_dispatch * (1 + depth_of(self.speculation) * IN_FLIGHT) + beyond_of(self.speculation)
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_duration(value: object) -> bool:
-    return _is_number(value) and 0 < value < math.inf
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number(value) and 0 < value < math.inf

@@ -6,9 +6,12 @@ known and a dispatched program writes them; a sequence that finds pages goes on 
 computes its last known token itself, and with it the rest of that page, if the page would be full: fewer tokens than
 one page has, in a step that has to run anyway.
 
-Programs run on the device in the order of dispatch. A page may therefore be found as soon as the program that fills
-it is scheduled, in that very program even (every layer writes before it reads), and given back as soon as no program
-yet to be scheduled reads it: those in flight that do, of a request that was dropped too, run before its next owner's.
+Programs run on the device in the order of dispatch, since each consumes the cache that the one before it left. A page
+may therefore be found as soon as the program that fills it is scheduled, in that very program even (every layer writes
+before it reads), and given back as soon as no program yet to be scheduled reads or writes it. Those in flight that do,
+of a request that was dropped, preempted or ended meanwhile, run before its next owner's, who reads no key that it, or
+whoever named the page, has not written: what they leave there is never seen. The slot of such a request is released
+before the next program, so that none writes for it again.
 """
 
 from __future__ import annotations

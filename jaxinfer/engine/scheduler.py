@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import merge
 
+from jaxinfer.decode.arguments import is_integer
 from jaxinfer.decode.layout import Layout
 from jaxinfer.engine.budget import Allowance, Budget
 from jaxinfer.engine.constraints import Constraint
@@ -80,7 +81,7 @@ class Scheduler:
 
     def problems(self, request: Request) -> list[str]:
         """Why a request could never run, in words; empty if it can."""
-        if not isinstance(request.priority, int) or isinstance(request.priority, bool):
+        if not is_integer(request.priority):
             return [f"priority = {request.priority!r} must be an integer"]
         size, ahead = self.paging.page_size, self.options.most_ahead
         for group, pool in enumerate(self.paging.pools):

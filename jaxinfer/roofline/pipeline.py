@@ -98,7 +98,7 @@ def decode_on(
     """
     check_mesh(config, mesh)
     if batch < mesh.replicas:
-        raise ValueError(f"batch is {batch}; it must be at least replicas {mesh.replicas}, a sequence for each")
+        raise ValueError(f"batch is {batch}; it must be at least {mesh.replicas}, a sequence for each replica")
     own = -(-batch // mesh.replicas)
     count = min(mesh.pipe, own) if microbatches is None else microbatches
     if not 1 <= count <= own:

@@ -29,10 +29,11 @@ class Channel:
         """Queues a message and returns at once. To a process that has ended, nothing is sent."""
         self._outgoing.put(message)
 
-    def flush(self) -> None:
-        """Waits until all that was queued is sent, after which nothing more can be."""
+    def flush(self, seconds: float) -> None:
+        """Waits until all that was queued is sent, after which nothing more can be; but no longer than that, for a
+        process that does not read."""
         self._outgoing.put(None)
-        self._sender.join()
+        self._sender.join(seconds)
 
     def _send(self) -> None:
         while (message := self._outgoing.get()) is not None:

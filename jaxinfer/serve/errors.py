@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 from jaxinfer.decode.structured_params import shortened
 from jaxinfer.engine.request import FinishReason
 
+_NAME = 80  # characters of an unknown field's name that are told
 _FIELD = re.compile(r"(?:SamplingParams: )?(\w+) (?:=|has) ")
 
 
@@ -98,8 +99,10 @@ def malformed(error: ValidationError, fields: set[str]) -> ApiError:
         return ApiError(400, f"the body is not valid JSON: {first['msg'].partition(': ')[2]}", code="invalid_json")
     param = _path(first["loc"], fields)
     if first["type"] == "extra_forbidden":
-        # The field is unknown, and therefore not in `fields`.
-        param = ".".join(filter(None, (param, str(first["loc"][-1]))))
+        *where, name = first["loc"]  # the caller's own, of any length
+        name = str(name)
+        shown = name if len(name) <= _NAME else name[: _NAME - 3] + "..."
+        param = ".".join(filter(None, (_path(where, fields), shown)))
         return ApiError(400, f"{param} is not a field that this server knows", param=param, code="unknown_field")
     if first["type"] == "missing":
         return ApiError(400, f"{param} is missing", param=param, code="missing_field")

@@ -13,9 +13,14 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from jaxinfer.serve import worker
-from jaxinfer.serve.messages import Failed, Ready, Setup, Warming
+from jaxinfer.serve.messages import Failed, Ready, Setup, Stop, Warming
 
 GRACE = 5  # seconds for what was told to end
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+class StoppedError(Exception):
+    """A signal said to stop before all engine processes were ready."""
 
 
 class StartError(Exception):
@@ -52,12 +57,17 @@ class EngineProcess:
             raise StartError(self.failed(told))
         return told
 
+    def stop(self) -> None:
+        """Tells it to end, whatever it does, as long as there is no `Channel` to it."""
+        with contextlib.suppress(OSError):  # it has ended
+            self.connection.send(Stop())
+
     def failed(self, failed: Failed) -> Failed:
         """What it said of its end, with its name, unless that is an error in what all were given."""
         return failed if failed.reason == "input" else replace(failed, message=self.named + failed.message)
 
     def died(self) -> Failed:
-        """What can be said of its end when it ended without a word."""
+        """What can be said of its end when it ended without a word. Waits for it."""
         self.process.join(GRACE)
         code = self.process.exitcode
         if code is not None and code < 0:
@@ -65,6 +75,26 @@ class EngineProcess:
             hint = "; the system ends processes so when its memory is used up" if -code == signal.SIGKILL else ""
             return self.failed(Failed("memory" if hint else "device", f"the engine process was ended by {name}{hint}"))
         return self.failed(Failed("device", f"the engine process ended with exit code {code}; its log above says why"))
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Connection]:
+    """While what is served still loads: the first SIGTERM or Ctrl-C comes as a message, the second ends this process,
+    with exit code 0."""
+    here, there = multiprocessing.Pipe(duplex=False)
+
+    def told(number: int, _: object) -> None:
+        if here.poll():
+            raise SystemExit(0)
+        there.send(number)
+
+    before = {number: signal.signal(number, told) for number in STOPPING}
+    with here, there:
+        try:
+            yield here
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -93,19 +123,26 @@ def _start(setup: Setup, named: str) -> EngineProcess:
     return EngineProcess(process, here, named)
 
 
-def wait_until_ready(engines: Sequence[EngineProcess], warming: Callable[[Warming], None]) -> list[Ready]:
+def wait_until_ready(
+    engines: Sequence[EngineProcess], warming: Callable[[Warming], None], stop: Connection | None = None
+) -> list[Ready]:
     """What the engine processes tell when their model is loaded and compiled, in their order.
 
     Args:
         warming: is told of each program that is ready before, in any of them, and how many these are in all.
+        stop: of `stop_signals`.
 
     Raises:
+        StoppedError: there is a message at `stop`.
         StartError: the first of them that failed, or died without a word.
     """
     ready: dict[EngineProcess, Ready] = {}
     waiting: dict[Any, EngineProcess] = {engine.connection: engine for engine in engines}
     while len(ready) < len(engines):
-        for speaks in wait(list(waiting)):
+        speaking = wait([*waiting, *([] if stop is None else [stop])])
+        if stop in speaking:
+            raise StoppedError
+        for speaks in speaking:
             engine = waiting[speaks]
             if engine in ready:  # and has died since
                 raise StartError(engine.died())

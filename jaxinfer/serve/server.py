@@ -4,29 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
+import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any
 
 import uvicorn
 
 from jaxinfer.intake import Intake, Limits
+from jaxinfer.serve import processes
 from jaxinfer.serve.app import Service, make_app
 from jaxinfer.serve.channel import Channel
 from jaxinfer.serve.client import Client
 from jaxinfer.serve.http import Protocol
 from jaxinfer.serve.messages import Failed, Ready, Refused, Setup, Step, Stop, Warming
 from jaxinfer.serve.metrics import Metrics
-from jaxinfer.serve.processes import GRACE, EngineProcess, StartError, engine_processes, wait_until_ready
+from jaxinfer.serve.processes import (
+    GRACE,
+    STOPPING,
+    EngineProcess,
+    StartError,
+    StoppedError,
+    engine_processes,
+    stop_signals,
+    wait_until_ready,
+)
 from jaxinfer.serve.prompts import Prompts, template_or_reason
 from jaxinfer.serve.router import Replica, Router
 from jaxinfer.text import Tokenizer
 
 _POLL = 0.05  # seconds between looks at who still waits, while the server drains
+_LAST = 2 * GRACE  # seconds for the engine processes, and for what threads still read
 _STOPPING = "the server is shutting down"
 
 
@@ -89,19 +102,25 @@ def run(
         setups: of the replicas: one model with the same options, each on devices of its own.
 
     Returns:
-        the exit code: 0 after a stop that was asked for, 1 where an engine failed.
+        the exit code: 0 after a stop that was asked for, be it while the engines load, 1 where one failed.
 
     Raises:
         StartError: an engine process could not start, or the address is taken meanwhile.
     """
-    with engine_processes(setups) as engines:
-        ready = wait_until_ready(engines, warming)
+    with stop_signals() as stop, engine_processes(setups) as engines:
+        try:
+            ready = wait_until_ready(engines, warming, stop)
+        except StoppedError:
+            say(f"stopping: what loads has {processes.GRACE:g} s to end; another signal ends it now")
+            for engine in engines:
+                engine.stop()
+            return 0
         for engine, one in zip(engines, ready, strict=True):
             say(f"{engine.named}{one.loading}")
             if one.warm_up is not None:
                 say(f"{engine.named}{one.warm_up}")
         listen(bound)
-        return asyncio.run(_Serving(ready, settings, engines, _address(bound, settings), say).serve(bound))
+        return asyncio.run(_Serving(ready, settings, engines, _address(bound, settings), say).serve(bound, stop))
 
 
 class _Server(uvicorn.Server):
@@ -151,24 +170,30 @@ class _Serving:
         self._code, self._over = 0, False
         self._draining: asyncio.Task[None] | None = None
 
-    async def serve(self, bound: socket.socket) -> int:
+    async def serve(self, bound: socket.socket, stop: Connection) -> int:
+        """Args:
+        stop: has a message where a signal came before those of the loop are minded.
+        """
         self._loop = asyncio.get_running_loop()
         self._channels = [
             Channel(
                 engine.connection,
                 receive=partial(self._post, self._receive, index),
-                ended=partial(self._post, self._lost, engine),
+                ended=partial(self._end_of, engine),
             )
             for index, engine in enumerate(self._engines)
         ]
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPPING:
             self._loop.add_signal_handler(number, self._stop)
+        if stop.poll():
+            self._stop()
         await self._server.serve(sockets=[bound])
         self._over = True
         for channel in self._channels:
             channel.send(Stop())
         for channel in self._channels:
-            channel.flush()
+            channel.flush(GRACE)
+        _end_within(_LAST, self._code)
         return self._code
 
     # --- to and from the engine processes
@@ -190,9 +215,14 @@ class _Serving:
         else:
             self._client.receive(message, replica)
 
-    def _lost(self, engine: EngineProcess) -> None:
+    def _end_of(self, engine: EngineProcess) -> None:
+        """In the thread of its channel, not the loop's: an end may be waited for."""
+        if not self._over:
+            self._post(self._lost, engine.died())
+
+    def _lost(self, failed: Failed) -> None:
         if not self._over and not self._code:
-            self._fail(engine.died())
+            self._fail(failed)
 
     def _fail(self, failed: Failed) -> None:
         """Ends the server: it has no replica to spare, and without an engine there is nothing to serve."""
@@ -223,6 +253,14 @@ class _Serving:
     def _end(self) -> None:
         self._client.fail_all(503, "the server was shut down before the request ended")
         self._server.should_exit = True
+
+
+def _end_within(seconds: float, code: int) -> None:
+    """Ends this process after so long, if it has not ended by itself: Python waits for all threads at its end, one of
+    which may be at a grammar that nobody needs any more."""
+    watch = threading.Timer(seconds, os._exit, (code,))
+    watch.daemon = True
+    watch.start()
 
 
 def _address(bound: socket.socket, settings: Settings) -> str:

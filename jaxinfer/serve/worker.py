@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from jaxinfer.engine import Engine
     from jaxinfer.llm import LLM
 
+FLUSH = 60  # seconds for the last words: the other side reads at once, unless it is stopped
 FAILURES = 3  # steps in a row that may fail on the host before the engine is given up
 
 logger = logging.getLogger(__name__)
@@ -55,15 +56,21 @@ def main(connection: Connection, setup: Setup, ordered: float) -> None:
         os.environ[VISIBLE] = setup.devices  # before JAX looks for devices
     inbox: SimpleQueue[Any] = SimpleQueue()
     channel = Channel(connection, inbox.put, ended=lambda: os._exit(1))
-    loaded = load(setup, ordered, lambda warmed, total: channel.send(Warming(warmed, total)))
+
+    def progress(warmed: Warmed, total: int) -> None:
+        channel.send(Warming(warmed, total))
+        if not inbox.empty():  # with `Stop`: nothing else comes before the engine is ready
+            sys.exit(0)
+
+    loaded = load(setup, ordered, progress)
     if isinstance(loaded, Failed):
         channel.send(loaded)
-        channel.flush()
+        channel.flush(FLUSH)
         sys.exit(1)
     channel.send(ready(loaded))
     settle()
     failed = Worker(loaded.llm.engine, inbox, channel.send, loaded.llm.watch).run()
-    channel.flush()
+    channel.flush(FLUSH)
     sys.exit(failed)
 
 

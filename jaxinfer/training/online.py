@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from jax.stages import Compiled
 
+from jaxinfer.decode.arguments import check_size
 from jaxinfer.decode.speculative import DraftModel
 from jaxinfer.engine import Engine, Update
 from jaxinfer.engine.memory import NoRoomError, is_out_of_memory
@@ -53,7 +54,7 @@ class OnlineDraft:
         for name, value, least in (
             ("interval", interval, 1), ("batch", batch, 1), ("row", row, 2), ("buffer", buffer, batch)
         ):  # fmt: skip
-            _check_count(name, value, least)
+            check_size(name, value, least)
         if not learning_rate > 0:
             raise ValueError(f"learning_rate = {learning_rate!r} must be above 0")
         self._engine, self._batch, self._row = engine, batch, min(row, method.model.context)
@@ -133,11 +134,6 @@ class OnlineDraft:
         wrong = [place - first for place in wrong if place > first]  # what comes first is not predicted
         if wrong:
             self._buffer.append((text[first:], wrong))
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} = {value!r} must be an integer, at least {least}")
 
 
 def _learned(

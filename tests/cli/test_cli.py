@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from jaxinfer import checkpoint
 from jaxinfer.cli import app
-from jaxinfer.cli.online import MOST_TEXTS, RATE, STEPS, TEXTS
+from jaxinfer.cli.online import MOST_TEXTS
+from jaxinfer.cli.online import OPTIONS as ONLINE
 from jaxinfer.decode.speculative import PromptLookup, by_name
 from jaxinfer.engine import Options
 from jaxinfer.llm import DEMO
@@ -129,9 +130,9 @@ def test_what_learns_is_made_in_the_engine_process(monkeypatch):
     assert plain is None
     assert default("the engine") == (("the engine",), {})
     assert chosen("the engine") == (("the engine",), {"learning_rate": 0.1, "interval": 3})
-    assert f"; {defaults['learning_rate'].default} by default" in RATE
-    assert f"; {defaults['interval'].default} by default" in STEPS
-    assert f"; {defaults['batch'].default} by default" in TEXTS
+    for name in ("learning_rate", "interval", "batch"):
+        (option,) = ONLINE[f"online_{name}"][0].__metadata__
+        assert f"; {defaults[name].default} by default" in option.help
     assert defaults["buffer"].default == MOST_TEXTS
 
 
@@ -191,9 +192,15 @@ def test_convert_keeps_every_bit(tmp_path):
         (["serve", "--online-batch", "257"], "'--online-batch': 257 must be an integer in 1..256"),
         (["generate", "a", "--temperature", "x"], "Invalid value for '--temperature': 'x' must be a number"),
         (["generate", "a", "--max-tokens", "1.5"], "Invalid value for '--max-tokens': '1.5' must be an integer"),
-        (["generate", "a", "--tensor-parallel", "4"], "tensor"),
-        (["generate", "a", "--tensor-parallel", "0"], "'--tensor-parallel': 0 must be an integer, at least 1"),
-        (["generate", "a", "--tensor-parallel", "9"], "--tensor-parallel = 9 must be an integer in 1..8, the devices"),
+        (["generate", "a", "--tensor-parallel-size", "4"], "tensor"),
+        (
+            ["generate", "a", "--tensor-parallel-size", "0"],
+            "'--tensor-parallel-size': 0 must be an integer, at least 1",
+        ),
+        (
+            ["generate", "a", "--tensor-parallel-size", "9"],
+            "--tensor-parallel-size = 9 must be an integer in 1..8, the devices",
+        ),
         (["convert", "no-such-model", "own"], "no-such-model"),
         (["convert", str(DEMO), str(DEMO)], "demo"),
         (["plan", "no-such-model"], "no-such-model"),

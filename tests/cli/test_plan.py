@@ -19,8 +19,8 @@ app = typer.Typer()
 app.command()(plan)
 
 
-def run(*arguments: str):
-    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+def run(*arguments: str, columns: str = "200"):
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": columns, "TERM": "dumb", "NO_COLOR": "1"})
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_weights_that_are_too_large_are_named():
     assert result.exit_code == 1
     assert "none left, for weights and activations alone are" in result.output
     assert run("llama-3-70b", "--hardware", "h100", "--context", "128", "--weights", "int4").exit_code == 0
-    assert run("llama-3-70b", "--hardware", "h100", "--context", "128", "--tensor-parallel", "4").exit_code == 0
+    assert run("llama-3-70b", "--hardware", "h100", "--context", "128", "--tensor-parallel-size", "4").exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -136,8 +136,14 @@ def test_every_model_of_the_repository_can_be_planned():
         (["llama-3-8b", "--weights", "bf15"], "weights is 'bf15'; expected one of"),
         (["llama-3-8b", "--cache", "none"], "cache is 'none'; expected one of"),
         (["llama-3-8b", "--context", "9000"], "context is 9000; the model was made for at most 8192"),
-        (["llama-3-8b", "--tensor-parallel", "3"], "tensor_parallel is 3; it must divide num_heads 32 and divide"),
-        (["mixtral-8x7b", "--tensor-parallel", "16"], "tensor_parallel is 16; it must divide num_experts 8"),
+        (
+            ["llama-3-8b", "--tensor-parallel-size", "3"],
+            "--tensor-parallel-size is 3; it must divide num_heads 32 and divide",
+        ),
+        (
+            ["mixtral-8x7b", "--tensor-parallel-size", "16"],
+            "--tensor-parallel-size is 16; it must divide num_experts 8",
+        ),
         (
             ["llama-3-8b", "--hardware", "t4"],
             "t4 has no bf16 matmul; it has fp16, int8, int4, fp32; "
@@ -152,15 +158,21 @@ def test_every_model_of_the_repository_can_be_planned():
             ["llama-3-8b", "--hardware", "tpu-v5e", "--weights", "fp32", "--cache", "fp32"],
             "tpu-v5e has no fp32 matmul; it has bf16, int8; pass --weights bf16 --cache bf16 --activations bf16",
         ),
-        (["llama-3-8b", "--pipeline-parallel", "3"], "pipeline_parallel is 3; it must divide num_layers 32"),
-        (["llama-3-8b", "--tensor-parallel", "16"], "a replica has 16 devices; h200 joins 8 by its interconnect"),
-        (["llama-3-8b", "--replicas", "2"], "batch is 1; it must be at least replicas 2, a sequence for each"),
+        (
+            ["llama-3-8b", "--pipeline-parallel-size", "3"],
+            "--pipeline-parallel-size is 3; it must divide num_layers 32",
+        ),
+        (["llama-3-8b", "--tensor-parallel-size", "16"], "a replica has 16 devices; h200 joins 8 by its interconnect"),
+        (
+            ["llama-3-8b", "--data-parallel-size", "2"],
+            "batch is 1; it must be at least 2, a sequence for each replica",
+        ),
         (["llama-3-8b", "--microbatches", "2"], "microbatches is 2; it must be in 1..1, the sequences of a replica"),
         (["llama-3-8b", "--goal", "latency"], "--goal and --devices belong together; give both"),
         (["llama-3-8b", "--devices", "8"], "--goal and --devices belong together; give both"),
         (
-            ["llama-3-8b", "--goal", "latency", "--devices", "8", "--replicas", "2", "--plot", "x.png"],
-            "--goal proposes the mesh; leave out --replicas, --plot",
+            ["llama-3-8b", "--goal", "latency", "--devices", "8", "--data-parallel-size", "2", "--plot", "x.png"],
+            "--goal proposes the mesh; leave out --data-parallel-size, --plot",
         ),
         (["llama-3-8b", "--goal", "cost", "--devices", "8"], "'cost' is not one of 'latency', 'throughput'"),
         (["llama-3-8b", "--goal", "latency", "--devices", "0"], "0 must be an integer, at least 1"),
@@ -170,8 +182,8 @@ def test_every_model_of_the_repository_can_be_planned():
         (["llama-3-8b", "--batch", "x"], "Invalid value for '--batch': 'x' must be an integer, at least 1"),
         (["llama-3-8b", "--context", "0"], "Invalid value for '--context': 0 must be an integer, at least 1"),
         (
-            ["llama-3-8b", "--tensor-parallel", "0"],
-            "Invalid value for '--tensor-parallel': 0 must be an integer, at least 1",
+            ["llama-3-8b", "--tensor-parallel-size", "0"],
+            "Invalid value for '--tensor-parallel-size': 0 must be an integer, at least 1",
         ),
         (
             ["llama-3-8b", "--plot", "/nonexistent/x.png"],
@@ -224,7 +236,7 @@ def test_tables_show_every_part_and_the_interconnect_of_several_devices():
 
 
 def test_every_axis_has_its_figures():
-    axes = ["--tensor-parallel", "2", "--pipeline-parallel", "2", "--context-parallel", "2", "--replicas", "2"]
+    axes = [word for axis in ("tensor", "pipeline", "context", "data") for word in (f"--{axis}-parallel-size", "2")]
     result = run("llama-3-8b", "--hardware", "h200-measured", "--batch", "32", *axes)
     assert result.exit_code == 0, result.output
     for line in (
@@ -239,12 +251,31 @@ def test_every_axis_has_its_figures():
         assert collective in result.output
 
 
+def figure_of_the_best(name: str, output: str) -> str:
+    (figure,) = re.findall(rf"│ {name} +│ +([^│]*?) │", output)
+    return figure
+
+
+@pytest.mark.parametrize("goal", ["latency", "throughput"])
+@pytest.mark.parametrize("devices", [8, 64])
+def test_a_proposal_is_whole_in_80_columns(goal, devices):
+    """No figure of the best is cut, or wrapped, and nothing else is either."""
+    hardware = "h200-measured" if devices == 8 else "tpu-v4"
+    asked = ("llama-3-8b", "--hardware", hardware, "--goal", goal, "--devices", str(devices))
+    narrow, wide = (run(*asked, columns=columns).output for columns in ("80", "300"))
+    rows, expected = ([line.split() for line in told.splitlines() if line[:1] == "│"][:8] for told in (narrow, wide))
+    assert [row[1] for row in rows] == [
+        "sequences", "weights", "cache", "ms", "tokens/s", "first", "bubble", "sent"
+    ]  # fmt: skip
+    assert rows == expected
+    assert "…" not in narrow
+
+
 def test_a_proposal_is_the_plan_that_its_options_make():
     result = run("llama-3-70b", "--hardware", "h200-measured", "--goal", "throughput", "--devices", "8")
     assert result.exit_code == 0, result.output
-    (options,) = re.findall(r"the best for throughput is .*?: (--.*)", result.output)
-    best = [cell.strip() for cell in re.findall(r"│([^│\n]+)", result.output)[:9]]
-    rate, first = best[5], best[6]
+    (options,) = re.findall(r"the best for throughput is .*:\n(--.*)", result.output)
+    rate, first = (figure_of_the_best(name, result.output) for name in ("tokens/s", "first token"))
     again = run("llama-3-70b", "--hardware", "h200-measured", *options.split())
     assert again.exit_code == 0, again.output
     assert f"decode is expected at {rate} tokens/s" in " ".join(again.output.split())

@@ -89,7 +89,7 @@ def test_what_was_measured_is_not_predicted(file):
 
 
 def test_replicas_have_devices_and_sequences_of_their_own(tmp_path):
-    text = "jaxinfer serve --data-parallel-size 4 --tensor-parallel 2 --max-num-seqs 8"
+    text = "jaxinfer serve --data-parallel-size 4 --tensor-parallel-size 2 --max-num-seqs 8"
     plan = Run.read(Path(written(tmp_path, command=text))).plan()
     assert (plan.mesh.devices, plan.batch, plan.memory.batch) == (8, 32, 8)
 

@@ -11,7 +11,7 @@ from jaxinfer.continuation import Continuation
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Request
 from jaxinfer.engine.commit import read_row
-from tests.engine.fake import Told, fake_engine, gather, run
+from tests.engine.fake import Chain, Told, expected_tokens, fake_engine, gather, run
 from tests.engine.test_paging import CONTEXT, OPTIONS, TIMES, assert_exact, assert_idle, assert_told, request
 from tests.engine.tiny import CONTEXT as CONTEXT_OF_TINY
 from tests.engine.tiny import assert_warm, warm_llm
@@ -79,6 +79,42 @@ def test_a_row_that_cannot_be_read_ends_its_own_request_alone(monkeypatch, caplo
         else:
             assert_told(told, each)
     assert len(caplog.records) == len(failed)
+
+
+def test_a_mask_that_cannot_be_made_ends_its_own_request_alone(monkeypatch, caplog):
+    """Whatever is in flight, is shared or is preempted then."""
+    sound, failed, preempted = Chain.mask, 0, 0
+
+    def mask(self):
+        if random.random() < 0.08:
+            raise ZeroDivisionError("a bug")
+        return sound(self)
+
+    for seed in range(5):
+        random, told, requests = Random(seed), Told(), []
+        engine = fake_engine(OPTIONS, CONTEXT, times=random.choice(TIMES))
+        with monkeypatch.context() as patched:
+            patched.setattr(Chain, "mask", mask)
+            for number in range(24):
+                prompt, bound = tuple(range(random.choice([3, 21, 40]))), number % 2 == 0
+                requests.append(request(number, prompt, random.randint(1, 40), bound, number, 0, bound))
+                engine.add(requests[-1])
+                for _ in range(random.choice([0, 1, 3])):
+                    gather(told, engine.step())
+                    assert_exact(engine)
+            run(engine, told)
+        assert_idle(engine)
+        broken = [each for each in requests if told[each.id][1] == "error"]
+        for each in requests:
+            if each in broken:
+                assert each.params.structured_outputs
+                assert told[each.id][0] == expected_tokens(each)[: len(told[each.id][0])]
+            else:
+                assert_told(told, each)
+        failed += len(broken)
+        preempted += engine.counters.preemptions
+    assert len(caplog.records) == failed > 10
+    assert preempted > 10
 
 
 def test_a_device_error_ends_all(monkeypatch):

@@ -31,7 +31,7 @@ from tests.engine.tiny import (
     warm_llm,
     write_checkpoint,
 )
-from tests.test_structured import GROWING, SCHEMA, ask
+from tests.test_structured import DIGITS, GROWING, SCHEMA, ask, break_digits
 
 PARAMS = [
     SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
@@ -154,6 +154,22 @@ def test_constrained_requests_get_what_plain_decoding_gives_them(tmp_path_factor
     assert {reason for _, _, reason, _, _ in expected} == {"stop", "length", "constraint"}
     assert counters.drafts > drafts
     assert counters.preemptions > preemptions
+    assert_warm(speculative, TRACES)
+
+
+def test_a_proposal_that_cannot_be_checked_ends_its_own_request_alone(speculative, monkeypatch):
+    """Between the forward pass and the draws of a step that others have a part in."""
+    prompts = ["121212121212", "abcabcabcab", "the cat and the cat and"]
+    params = [ask(temperature=0.0, regex=DIGITS), ask(max_tokens=30, temperature=0.0, regex="(cab)*"), PARAMS[0]]
+    _, *expected = answers(speculative, prompts, params)
+    drafts = speculative.engine.counters.drafts
+    with monkeypatch.context() as patched:
+        break_digits(patched, speculative, "mask", 3)
+        (_, text, reason, _, _), *others = answers(speculative, prompts, params)
+    assert others == expected
+    assert reason == "error"
+    assert text.isdigit()
+    assert speculative.engine.counters.drafts > drafts
     assert_warm(speculative, TRACES)
 
 

@@ -206,7 +206,7 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused(mesh, message):
 
 
 def test_counts_that_no_step_has_are_refused():
-    with pytest.raises(ValueError, match=r"batch is 2; it must be at least replicas 4, a sequence for each"):
+    with pytest.raises(ValueError, match=r"batch is 2; it must be at least 4, a sequence for each replica"):
         decode_on(DEEP, Mesh(replicas=4), 2, 300)
     with pytest.raises(ValueError, match=r"microbatches is 5; it must be in 1\.\.4, the sequences of a replica"):
         decode_on(DEEP, Mesh(pipe=2, replicas=2), 8, 300, microbatches=5)

@@ -1,6 +1,7 @@
 """An engine process without an engine, which starts at once: it brings each request a token at every tick."""
 
 import signal
+import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -12,16 +13,51 @@ from jaxinfer.serve.messages import Abort, Add, Loading, Ready, Setup, Step, Sto
 DEMO = Path(jaxinfer.__file__).parent / "assets" / "demo"
 SLOTS, CONTEXT = 2, 1024
 TICK = 0.01  # seconds
-SERVED = (  # a server whose replicas are these
-    "from jaxinfer.serve import worker; from tests.serve import stub_replica; worker.main = stub_replica.main; "
-    "from jaxinfer.cli import app; app()"
-)
+LINGERS = 4.0  # seconds
 
 
-def main(connection: Connection, setup: Setup, ordered: float) -> None:
+def served_by(main: str, more: str = "pass") -> str:
+    """The code of a server whose replicas run a function of this file."""
+    return (
+        f"from jaxinfer.serve import processes, worker; from tests.serve import stub_replica; {more}; "
+        f"worker.main = stub_replica.{main}; from jaxinfer.cli import app; app()"
+    )
+
+
+SERVED = served_by("main")
+
+
+def begin(connection: Connection) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     connection.send(Ready(str(DEMO), 4096, CONTEXT, (0,), CONTEXT, SLOTS, 16, 64, Loading(0.0, 0.0, 0.0)))
+
+
+def lingering(connection: Connection, setup: Setup, ordered: float) -> None:
+    """Hangs up at the first request, but takes its time to end."""
+    begin(connection)
+    connection.recv()
+    connection.close()
+    time.sleep(LINGERS)
+
+
+def loading(connection: Connection, setup: Setup, ordered: float) -> None:
+    """Is never ready, and ends when it is told to."""
+    print("loading", file=sys.stderr, flush=True)
+    assert isinstance(connection.recv(), Stop)
+    print("stopped", file=sys.stderr, flush=True)
+
+
+def stuck(connection: Connection, setup: Setup, ordered: float) -> None:
+    """Is never ready, and does not end when it is told to."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    print("loading", file=sys.stderr, flush=True)
+    time.sleep(600)
+
+
+def main(connection: Connection, setup: Setup, ordered: float) -> None:
+    begin(connection)
     left: dict[int, int] = {}
     while True:
         while connection.poll():

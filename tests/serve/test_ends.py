@@ -7,6 +7,8 @@ import signal
 import socket
 import ssl
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +21,11 @@ from jaxinfer.serve.processes import StartError
 from jaxinfer.serve.server import bind, listen
 from tests.engine.tiny import ONE_LAYER, write_checkpoint
 from tests.serve.running import serving
+from tests.serve.stub_replica import LINGERS, served_by
 
 PEM = Path(__file__).parent / "localhost.pem"  # a key that is no secret, and its certificate
 KEY = "a key"
+GRACE = 0.5  # seconds, where a test need not wait longer
 CONTEXT = 8192  # tokens that take longer than all else in a test
 LONG = {"prompt": "a", "max_tokens": CONTEXT - 2, "ignore_eos": True, "temperature": 0}
 
@@ -75,6 +79,40 @@ def test_a_server_with_a_key_and_tls_and_the_death_of_its_engine(long_folder):
         assert done == b"data: [DONE]"
         assert server.wait() == 1
     assert "error: the engine process was ended by SIGKILL" in "".join(server.said)
+
+
+def test_the_event_loop_does_not_wait_for_a_process_that_ends():
+    with serving(code=served_by("lingering")) as server:
+        assert server.ask("GET", "/health")[0] == 200
+        asking = threading.Thread(target=server.post, args=("/v1/completions", {"prompt": "a"}))
+        asking.start()
+        asked, answers, slowest = time.monotonic(), 0, 0.0
+        while time.monotonic() < asked + LINGERS - 1:
+            begun = time.monotonic()
+            assert server.ask("GET", "/health")[0] == 200
+            slowest, answers = max(slowest, time.monotonic() - begun), answers + 1
+        assert (answers > 3, slowest < LINGERS / 2) == (True, True)
+        asking.join()
+        assert server.wait() == 1
+    assert "error: the engine process ended with exit code 0; its log above says why" in "".join(server.said)
+
+
+SLOW = (
+    f"processes.GRACE = {GRACE}; import sys, time; from jaxinfer.structured import Grammars; "
+    "Grammars.problem = lambda *given: print('reading', file=sys.stderr, flush=True) or time.sleep(600)"
+)
+
+
+def test_a_grammar_that_takes_long_does_not_hold_up_the_end():
+    with serving(code=served_by("main", SLOW), shutdown_timeout=0) as server:
+        body = json.dumps({"prompt": "a", "structured_outputs": {"regex": "a"}})
+        asking = server.connect()
+        asking.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        while "reading\n" not in server.said:
+            time.sleep(0.01)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+        asking.close()
 
 
 def test_a_request_that_outlasts_the_deadline_is_told_so(long_folder):
@@ -138,7 +176,7 @@ def test_replicas_are_alike_but_for_their_gpus(monkeypatch):
     asked = []
     monkeypatch.setattr(devices, "visible_gpus", lambda: ["0", "1", "2", "3", "4"])
     monkeypatch.setattr(server, "run", lambda setups, *others: asked.extend(setups) or 0)
-    assert run("--data-parallel-size", "2", "--tensor-parallel", "2", "--port", "0")[0] == 0
+    assert run("--data-parallel-size", "2", "--tensor-parallel-size", "2", "--port", "0")[0] == 0
     assert [setup.devices for setup in asked] == ["0,1", "2,3"]
     assert replace(asked[0], devices="2,3") == asked[1]
 
@@ -146,9 +184,9 @@ def test_replicas_are_alike_but_for_their_gpus(monkeypatch):
 def test_more_replicas_than_there_are_gpus_for_are_refused_before_anything_starts(monkeypatch):
     monkeypatch.setattr(devices, "visible_gpus", lambda: ["0", "1", "2"])
     monkeypatch.setattr(server, "run", None)
-    code, said = run("--data-parallel-size", "2", "--tensor-parallel", "2", "--port", "0")
+    code, said = run("--data-parallel-size", "2", "--tensor-parallel-size", "2", "--port", "0")
     assert code == 2
-    sizes = "--data-parallel-size = 2 replicas with --tensor-parallel = 2"
+    sizes = "--data-parallel-size = 2 replicas with --tensor-parallel-size = 2"
     assert f"{sizes} need 4 GPUs, and there are 3; replicas that would fit: 1" in said
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxinfer.cache import Pages
+from jaxinfer.decode.arguments import check_size
 from jaxinfer.decode.batch import Batch, make_drafted
 from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.likeliest import likeliest
@@ -111,9 +112,7 @@ class Eagle(Speculation):
     def __post_init__(self):
         check_drafts(self.num_speculative_tokens)
         for name in ("depth", "branches"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_DRAFTS:
-                raise ValueError(f"{name} = {value!r} must be an integer in 1..{MOST_DRAFTS}")
+            check_size(name, getattr(self, name), 1, MOST_DRAFTS)
         most = self.branches + (self.depth - 1) * self.branches**2
         if self._grows and self.num_speculative_tokens > most:
             raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from jaxinfer.decode.arguments import check_size
 from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.slots import SlotState
@@ -38,9 +39,8 @@ class EarlyExit(Speculation):
 
     def __post_init__(self):
         check_drafts(self.num_speculative_tokens)
-        layers = self.exit_layers
-        if layers is not None and (not isinstance(layers, int) or isinstance(layers, bool) or layers < 1):
-            raise ValueError(f"exit_layers = {layers!r} must be an integer, at least 1")
+        if self.exit_layers is not None:
+            check_size("exit_layers", self.exit_layers, 1)
 
     def check(self, model: Model) -> None:
         if (layers := self._layers(model)) >= model.config.num_layers:

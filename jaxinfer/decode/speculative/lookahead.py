@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfer.decode.arguments import check_size
 from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.slots import SlotState
@@ -73,9 +74,7 @@ class Lookahead(Speculation):
 
     def __post_init__(self):
         for name, least in (("window_size", 1), ("ngram_size", 2), ("max_verification_set_size", 1), ("pool_size", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} = {value!r} must be an integer, at least {least}")
+            check_size(name, getattr(self, name), least)
         if self.num_speculative_tokens > MOST_DRAFTS:
             raise ValueError(
                 f"window_size = {self.window_size} and max_verification_set_size = {self.max_verification_set_size} "

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from jaxinfer.decode.arguments import check_size
 from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.slots import SlotState
@@ -41,9 +42,7 @@ class PromptLookup(Speculation):
 
     def __post_init__(self):
         check_drafts(self.num_speculative_tokens)
-        longest = self.prompt_lookup_max
-        if not isinstance(longest, int) or isinstance(longest, bool) or not 1 <= longest <= LONGEST:
-            raise ValueError(f"prompt_lookup_max = {longest!r} must be an integer in 1..{LONGEST}")
+        check_size("prompt_lookup_max", self.prompt_lookup_max, 1, LONGEST)
 
     def propose(
         self, target: Forward, params: Params, needs: Needs, state: SlotState, cache: Cache

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self, cast
 import jax
 import numpy as np
 
+from jaxinfer.decode.arguments import check_size, is_number
 from jaxinfer.decode.batch import Batch
 from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.sampling import Needs
@@ -50,7 +51,7 @@ class Typical(NamedTuple):
             ValueError: one of the two is not above 0 and at most 1.
         """
         for name, value in self._asdict().items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            if not is_number(value) or not 0 < value <= 1:
                 raise ValueError(f"typical.{name} = {value!r} must be a number above 0, at most 1")
 
 
@@ -281,5 +282,4 @@ def check_drafts(count: object) -> None:
     Raises:
         ValueError: it is no number of tokens that can be proposed.
     """
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_DRAFTS:
-        raise ValueError(f"num_speculative_tokens = {count!r} must be an integer in 1..{MOST_DRAFTS}")
+    check_size("num_speculative_tokens", count, 1, MOST_DRAFTS)
