@@ -47,6 +47,19 @@ def test_the_first_after_a_pause_is_not_known():
     assert clock.wait([Output(now, 6.0)]) == 1.0
 
 
+def test_what_the_host_checks_takes_from_one_reading_to_the_next():
+    """Whether or not the device was waited for: the host's part is in it."""
+    now = [0.0]
+    clock = DeviceClock(lambda: now[0])
+    assert clock.wait([Output(now, 1.0)], checked=True) is None
+    now[0] = 5.0
+    assert clock.wait([Output(now)], checked=True) == 4.0
+    assert clock.wait([Output(now, 7.0)], checked=True) == 2.0
+    assert clock.wait([Output(now, 8.0)]) == 1.0
+    clock.idle()
+    assert clock.wait([Output(now, 9.0)], checked=True) is None
+
+
 def test_the_loops_of_a_warm_engine_are_timed(monkeypatch):
     """As often as corrects a prediction: of every rectangle, plain and with each number of proposed tokens."""
     now, done, told = [0.0], [0.0], []
