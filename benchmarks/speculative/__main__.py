@@ -39,11 +39,9 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import jax
-
-from benchmarks.bench import MODELS, load
+from benchmarks.bench import MODELS, load, random_model
 from benchmarks.decode import PROMPT
-from benchmarks.record import Failure, Record, environment, parts, results_folder, update
+from benchmarks.record import Failure, Record, arguments_of, environment, parts, results_folder, update
 from benchmarks.serving.workload import Job
 from benchmarks.speculative import comparing, replaying, texts
 from benchmarks.speculative.acceptance import accepting
@@ -54,8 +52,6 @@ from jaxinfer.decode.speculative import METHODS, PromptLookup, Speculation
 from jaxinfer.engine import Engine, Options
 from jaxinfer.llm import DRAFT, LLM
 from jaxinfer.machine import keep_compiled
-from jaxinfer.model import Model, read_config
-from jaxinfer.parallel import make_mesh
 from pallas_kernels.flash_decoding import IMPLEMENTATIONS
 
 NAME = "speculative"  # of the files
@@ -115,13 +111,13 @@ def measure_replay(options: argparse.Namespace) -> Iterator[list[Record]]:
     """The records of each batch."""
     recorded = replaying.read(results_folder(options.output) / RECORDED.get(options.method, COPIED))
     longest = max(len(text.prompt + text.output) for text in recorded)
-    model = Model(read_config(MODELS / options.model), make_mesh(devices=jax.devices()[:1]), context=longest)
+    model, params = random_model(MODELS / options.model, longest)
     (method,) = shaped(options.method, [options.drafts], options.draft_model, model)
     what, by = "replaying", ""
     if options.method != "lookup":
         method = replaying.replayed(method, recorded, model.config.vocab_size)
         what, by = "replaying drafts", f" by {options.method}"
-    engine = Engine(model, jax.block_until_ready(model.random_params()), engine_options(options, method))
+    engine = Engine(model, params, engine_options(options, method))
     jobs = replaying.replay(engine, recorded)
     comparing.warm(engine, comparing.groups_of(jobs, options.batches))
     yield from compared(options, f"{options.model} {what}", engine, jobs, by)
@@ -169,11 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speculative",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments_of("benchmarks.speculative", __doc__)
     parser.add_argument("--output", type=Path, help="folder of the files")
     found = parser.add_subparsers(dest="part", required=True)
     _add_verification(found.add_parser("verification"))

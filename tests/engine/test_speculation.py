@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jaxinfer import SamplingParams
+from jaxinfer import SamplingParams, llm
 from jaxinfer.decode.speculative import DraftModel, EarlyExit, PromptLookup, Speculation
 from jaxinfer.engine import engine, warm_up
 from jaxinfer.engine.constraints import Constraints
@@ -310,8 +310,10 @@ def test_a_draft_that_is_the_model_is_always_right(tmp_path_factory):
     assert llm.engine.metrics.prefix_hit_rate > 0
 
 
-def test_what_does_not_go_with_the_model_is_refused(tmp_path_factory, small_draft):
+def test_what_does_not_go_with_the_model_is_refused(tmp_path_factory, small_draft, monkeypatch):
+    """Before any weights are read, the draft's or the model's."""
     root = tmp_path_factory.getbasetemp()
+    monkeypatch.setattr(llm.checkpoint, "load", lambda *given: pytest.fail("weights were read"))
     other = write_checkpoint(tmp_path_factory.mktemp("wide") / "wide", {**CONFIG, "vocab_size": 105})
     with pytest.raises(ValueError, match="has a vocabulary of 105 tokens; it must have the model's, 104"):
         drafted(root, DraftModel(other))
