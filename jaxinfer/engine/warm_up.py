@@ -153,9 +153,9 @@ def make_ready(programs: Iterable[Program], progress: Progress | None, wait: Cal
     return done
 
 
-def time_loops(runner: Runner, needs: Needs, gate: Gate) -> None:
+def time_loops(runner: Runner, needs: Needs, gate: Gate, most: int | None = None) -> None:
     """Tells a gate what the programs take between which it chooses, while no slot has a request: that corrects its
-    first predictions. Only of programs that are ready.
+    first predictions. Only of programs that are ready, those of `most` slots at the most, or all.
 
     All rows then hold the same token, of which a mixture of experts reads few; programs with requests soon tell more.
     Each kind runs as often as corrects its prediction. The next is on its way before one is waited for, so that the
@@ -168,7 +168,8 @@ def time_loops(runner: Runner, needs: Needs, gate: Gate) -> None:
         if (seconds := clock.wait(output)) is not None:
             gate.time([1] * decode, drafts, seconds / runner.steps)
 
-    for decode, drafts in product(rectangles(runner.layout.slots), gate.weighed):
+    sizes = [size for size in rectangles(runner.layout.slots) if most is None or size <= most]
+    for decode, drafts in product(sizes, gate.weighed):
         slots_B = padded([], decode, runner.layout.slots)
         for _ in range(ENOUGH if sent else 1 + ENOUGH):
             sent.append((decode, drafts, runner.loop(slots_B, needs, drafts)))
