@@ -23,6 +23,7 @@ from jaxinfer.decode.sampling import MAX_EOS_IDS
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.speculative import Loader
 from jaxinfer.engine import Engine, Options, Request
+from jaxinfer.engine.memory import check_weights
 from jaxinfer.engine.request import Watch
 from jaxinfer.intake import (
     Intake,
@@ -133,6 +134,11 @@ class LLM:
         return Model(config, self.model.mesh, self.model.context, self.model.config.dtype)
 
     def _params_beside(self, name: str | Path | None, model: Model) -> Params:
+        """
+        Raises:
+            NoRoomError: the devices cannot hold them and this model's.
+        """
+        check_weights(self.model, model)
         return model.params(checkpoint.load(checkpoint.resolve(DRAFT if name is None else name), model))
 
     def _tensors(self, name: str | Path | None, file: str) -> dict[str, np.ndarray]:

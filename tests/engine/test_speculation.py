@@ -11,7 +11,7 @@ import scipy.stats
 
 from jaxinfer import SamplingParams, llm
 from jaxinfer.decode.speculative import DraftModel, EarlyExit, PromptLookup, Speculation
-from jaxinfer.engine import engine, warm_up
+from jaxinfer.engine import engine, memory, warm_up
 from jaxinfer.engine.constraints import Constraints
 from jaxinfer.engine.gate import Gate
 from jaxinfer.engine.options import IN_FLIGHT
@@ -325,6 +325,9 @@ def test_what_does_not_go_with_the_model_is_refused(tmp_path_factory, small_draf
         DraftModel(small_draft, 0)
     with pytest.raises(ValueError, match=r"exit_layers = 0 must be an integer, at least 1"):
         EarlyExit(exit_layers=0)
+    monkeypatch.setattr(memory, "memory_of", lambda device: 100_000)  # the model fits, by itself
+    with pytest.raises(memory.NoRoomError, match=r"the draft beside it .* a smaller draft may fit, or more devices"):
+        drafted(root, DraftModel(small_draft))
     tokenizer = small_draft / "tokenizer.json"
     whole = tokenizer.read_text()
     tokenizer.write_text(whole.replace('"~"', '"ÿ"'))
