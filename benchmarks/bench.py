@@ -89,12 +89,21 @@ def load(
     """The model of a folder of configs/models, with random weights, on this machine as it is timed now. It takes
     prompts of so many tokens, also longer ones than it was made for."""
     machine = measure_machine()
-    config = read_config(MODELS / name)
-    longest = max(config.context, *(tokens + 1 for tokens in prompts), 0)
-    model = Model(config, make_mesh(devices=jax.devices()[:1]), context=longest)
-    params = jax.block_until_ready(model.random_params())  # drawing them must not count as a case's memory
+    longest = max(read_config(MODELS / name).context, *(tokens + 1 for tokens in prompts), 0)
+    model, params = random_model(MODELS / name, longest)
     ceilings = find_by_device(machine.device_kind, MEASURED) or machine
     return Subject(name, model, params, page_size, steps, implementation, cache_dtype, chunk, machine, ceilings)
+
+
+def random_model(folder: Path, context: int | None = None) -> tuple[Model, Params]:
+    """The model of a folder's `config.json` on one device, with random normal weights. They are there when this
+    returns: drawing them counts as no case's time or memory.
+
+    Args:
+        context: tokens of its longest sequence; None is the config's.
+    """
+    model = Model(read_config(folder), make_mesh(devices=jax.devices()[:1]), context)
+    return model, jax.block_until_ready(model.random_params())
 
 
 class Bench:

@@ -7,16 +7,12 @@ The tokenizer is the demo model's, whose tokens every larger vocabulary has.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-import jax
-
-from benchmarks.bench import MODELS
+from benchmarks.bench import MODELS, random_model
+from benchmarks.record import arguments_of
 from jaxinfer.checkpoint import export
 from jaxinfer.llm import DEMO
-from jaxinfer.model import Model, read_config
-from jaxinfer.parallel import make_mesh
 from jaxinfer.training.demo import TOKENIZER_FILES
 
 SHARD_BYTES = 5 * 10**9  # of one file, as large checkpoints are published
@@ -28,18 +24,14 @@ def write(source: Path, folder: Path) -> None:
     Raises:
         ValueError: `folder` exists.
     """
-    model = Model(read_config(source), make_mesh(devices=jax.devices()[:1]))
+    model, params = random_model(source)
     files = {name: (DEMO / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES}
     files["config.json"] = (source / "config.json").read_text(encoding="utf-8")
-    export(folder, model, dict(zip(model.parameters, model.random_params(), strict=True)), files, SHARD_BYTES)
+    export(folder, model, dict(zip(model.parameters, params, strict=True)), files, SHARD_BYTES)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.checkpoint",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments_of("benchmarks.checkpoint", __doc__)
     parser.add_argument("model", choices=sorted(path.name for path in MODELS.iterdir()), help="of configs/models")
     parser.add_argument("folder", type=Path, help="that is to be made")
     options = parser.parse_args()

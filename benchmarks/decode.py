@@ -15,14 +15,13 @@ than the model was made for, since the time depends on the shapes alone. With --
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from benchmarks.bench import Bench, Subject, load, memory_statistics
-from benchmarks.record import Record, environment, update
+from benchmarks.record import Record, arguments_of, environment, update
 from jaxinfer.cache import CACHE_DTYPES
 from jaxinfer.cache.gathers import gathers
 from jaxinfer.model import ModelConfig
@@ -126,7 +125,7 @@ def run_first_token(subject: Subject, tokens: int) -> list[Record]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments_of("benchmarks.decode", __doc__)
     parser.add_argument("--model", default="llama-3-8b", help="a folder of configs/models")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64, 256])
     parser.add_argument("--prompts", type=int, nargs="*", default=[512, 2048, 8192])

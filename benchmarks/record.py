@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -56,6 +57,13 @@ class Failure:
     case: str
     implementation: str
     reason: str
+
+
+def arguments_of(module: str, described: str | None) -> argparse.ArgumentParser:
+    """The parser of a command `python -m MODULE`, whose help is the module's docstring."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}", description=described, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def environment() -> dict[str, str]:

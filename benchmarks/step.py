@@ -15,7 +15,6 @@ less time than beside a profiler.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ import numpy as np
 
 from benchmarks.bench import GREEDY, Bench, Subject, load
 from benchmarks.decode import NEW, PROMPT, REPEATS
-from benchmarks.record import Record, environment, update
+from benchmarks.record import Record, arguments_of, environment, update
 from benchmarks.step_classes import CLASSES, GAPS, GLUE, OTHER, PARTS, STEP, Event, Program, divide, read_program
 from benchmarks.tables import TABLES, markdown
 from jaxinfer.decode.sampling import needs
@@ -168,7 +167,7 @@ def measure(subject: Subject, batches: list[int], prompts: list[int]) -> Iterato
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments_of("benchmarks.step", __doc__)
     parser.add_argument("--model", default="llama-3-8b", help="a folder of configs/models")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64, 256])
     parser.add_argument("--prompts", type=int, nargs="*", default=[512, 2048, 8192])

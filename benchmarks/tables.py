@@ -181,9 +181,16 @@ DRAFTED = {
 METHODS = ("lookup", "lookahead", "early-exit", "draft", "medusa", "eagle")
 ACCEPTED = {f"demo drafted by {method}": method for method in METHODS}
 TEMPERATURES = {f" T={temperature}": f"temperature {temperature}" for temperature in ("0", "0.7", "1")}
-COSTS, COPYING, REPLAYING, DRAFTING, REPLAYING_DRAFTS = (
+COSTS, COPYING, REPLAYING, DRAFTING, REPLAYING_DRAFTS, RANDOM = (
     {f"{name} B{batch}": f"batch {batch}" for batch in (1, 4, 16, 64)}
-    for name in ("llama-3-8b", "demo copying", "llama-3-8b replaying", "demo drafting", "llama-3-8b replaying drafts")
+    for name in (
+        "llama-3-8b",
+        "demo copying",
+        "llama-3-8b replaying",
+        "demo drafting",
+        "llama-3-8b replaying drafts",
+        "llama-3-8b random text",
+    )
 )
 BY_METHOD = {f" by {method}": method for method in METHODS}
 GAINS = {
@@ -229,6 +236,7 @@ TABLES = {
     "replay-by-method": Table(
         "over plain decoding", "times plain decoding", REPLAYING_DRAFTS, variants=BY_METHOD, names=GAINS
     ),
+    "random-text": Table("over plain decoding", "times plain decoding", RANDOM, variants=BY_METHOD, names=GAINS),
     "matmul-kernel": Table("traffic", "matmul, TB/s", MATMUL, variants=TOKENS, names=KERNEL_NAMES),
 }
 

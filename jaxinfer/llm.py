@@ -24,6 +24,7 @@ from jaxinfer.decode.sampling import MAX_EOS_IDS
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.speculative import Loader
 from jaxinfer.engine import Engine, Options, Request
+from jaxinfer.engine.memory import check_weights
 from jaxinfer.engine.request import Watch
 from jaxinfer.intake import (
     Intake,
@@ -103,10 +104,9 @@ class LLM:
         self.model = Model(config, make_mesh(tensor_parallel_size), max_model_len, dtype)
         self.intake = Intake(self.tokenizer, Limits(config.vocab_size, self.model.context, eos_ids))
         if options is not None and options.speculation is not None:
-            loader = Loader(self.model, self._load_beside, self._tensors, self._load_head)
-            method = options.speculation.loaded(loader)
-            method.check(self.model)  # before the model's weights are there
-            options = replace(options, speculation=method)
+            loader = Loader(self.model, self._beside, self._params_beside, self._tensors, self._load_head)
+            # What does not go with the model is refused before its weights are there.
+            options = replace(options, speculation=options.speculation.loaded(loader))
         params = self.model.params(checkpoint.load(self.folder, self.model))
         constrain = self.intake.grammars.constraint if self.intake.grammars.possible else None
         self.engine = Engine(self.model, params, options, constrain)
@@ -116,8 +116,9 @@ class LLM:
         self._running: dict[int, tuple[Continuation, deque[Continuation]]] = {}
         self.watch: Watch | None = None
 
-    def _load_beside(self, name: str | Path | None) -> tuple[Model, Params]:
-        """Another checkpoint that reads the same tokens, for the same devices and context; None is `DRAFT`.
+    def _beside(self, name: str | Path | None) -> Model:
+        """The model of another checkpoint that reads the same tokens, for the same devices and context; None is
+        `DRAFT`.
 
         Raises:
             FileNotFoundError, ValueError: as `LLM`, or the tokenizers differ.
@@ -130,8 +131,15 @@ class LLM:
                 f"the tokenizer of {folder} differs from that of {self.folder} in {len(differ)} tokens, such as "
                 f"{min(differ)!r}; it must be the same"
             )
-        model = Model(config, self.model.mesh, self.model.context, self.model.config.dtype)
-        return model, model.params(checkpoint.load(folder, model))
+        return Model(config, self.model.mesh, self.model.context, self.model.config.dtype)
+
+    def _params_beside(self, name: str | Path | None, model: Model) -> Params:
+        """
+        Raises:
+            NoRoomError: the devices cannot hold them and this model's.
+        """
+        check_weights(self.model, model)
+        return model.params(checkpoint.load(checkpoint.resolve(DRAFT if name is None else name), model))
 
     def _tensors(self, name: str | Path | None, file: str) -> dict[str, np.ndarray]:
         return checkpoint.tensors(MEDUSA if name is None else name, file)

@@ -30,6 +30,7 @@ from benchmarks.record import (
     RESULTS,
     Failure,
     Record,
+    arguments_of,
     device_folder,
     environment,
     records_of,
@@ -69,11 +70,7 @@ def main(arguments: Sequence[str] | None = None, ops: Mapping[str, Op] = OPS) ->
 
 
 def parse(arguments: Sequence[str] | None, ops: Mapping[str, Op]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments_of("benchmarks.kernels", __doc__)
     peers = sorted({name for op in ops.values() for name in op.implementations} - {OURS})
     parser.add_argument("--op", nargs="+", choices=ops, metavar="OP", help=f"of {', '.join(ops)}")
     parser.add_argument(

@@ -10,7 +10,6 @@ variant's time over that of the whole kernel in the same round. Writes `steps.js
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from benchmarks.kernels.measure import DEFAULT_L2, PLAIN, Agreement, Bench
 from benchmarks.kernels.op import OURS, Arguments, Run
 from benchmarks.kernels.ops import flash_attention as op
 from benchmarks.kernels.timing import Effort, compiled, make_copies, start, time_call
-from benchmarks.record import Record, environment, update
+from benchmarks.record import Record, arguments_of, environment, update
 from jaxinfer.machine import measure_machine
 from pallas_kernels import hopper
 from pallas_kernels.blockwise import Options
@@ -137,11 +136,7 @@ def measure(name: str, bench: Bench, rounds: int) -> Iterator[Record]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels.steps",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments_of("benchmarks.kernels.steps", __doc__)
     parser.add_argument("--case", nargs="+", default=["llama-3-8b 4x2048", "llama-3-8b 1x8192"], choices=op.PROBLEMS)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--output", type=Path, help="folder of what is written")

@@ -37,8 +37,8 @@ from pathlib import Path
 
 import jax
 
-from benchmarks.bench import MODELS
-from benchmarks.record import OURS, Failure, Record, environment, records_of, results_folder, update
+from benchmarks.bench import MODELS, random_model
+from benchmarks.record import OURS, Failure, Record, arguments_of, environment, records_of, results_folder, update
 from benchmarks.serving import latency, offline, online, ready, soak
 from benchmarks.serving.plot import plot_curve
 from benchmarks.serving.server import leave_the_device, serving
@@ -46,8 +46,6 @@ from benchmarks.serving.summary import Objective, summarize
 from benchmarks.serving.workload import WORKLOADS, longest
 from jaxinfer.engine import Engine, Options, WarmUp
 from jaxinfer.machine import keep_compiled, measure_machine
-from jaxinfer.model import Model, Params, read_config
-from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import MEASURED, Hardware, find_by_device
 from jaxinfer.serve.worker import settle
 
@@ -75,11 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.serving",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments_of("benchmarks.serving", __doc__)
     parser.add_argument("--output", type=Path, help="folder of what is written")
     ways = parser.add_subparsers(dest="how", required=True)
     alone = ways.add_parser("offline")
@@ -156,7 +150,7 @@ def measure_offline(options: argparse.Namespace) -> Iterator[list[Record]]:
 def measure_blocks(options: argparse.Namespace) -> Iterator[list[Record]]:
     """The records of each size, one engine after the other: two would not fit."""
     workloads = [WORKLOADS[name] for name in options.workload]
-    model, params = random_model(options.model, max(longest(workloads), latency.ROOM))
+    model, params = random_model(MODELS / options.model, max(longest(workloads), latency.ROOM))
     machine = ceilings()
     for steps in options.steps_per_dispatch:
         sized = argparse.Namespace(**vars(options) | {"steps_per_dispatch": steps})
@@ -186,12 +180,7 @@ def measure_latency(options: argparse.Namespace) -> Iterator[list[Record]]:
 
 def make_engine(options: argparse.Namespace, context: int) -> Engine:
     """With random normal weights."""
-    return Engine(*random_model(options.model, context), engine_options(options))
-
-
-def random_model(name: str, context: int) -> tuple[Model, Params]:
-    model = Model(read_config(MODELS / name), make_mesh(devices=jax.devices()[:1]), context=context)
-    return model, jax.block_until_ready(model.random_params())
+    return Engine(*random_model(MODELS / options.model, context), engine_options(options))
 
 
 def ceilings() -> Hardware:

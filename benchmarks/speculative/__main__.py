@@ -7,6 +7,8 @@
     python -m benchmarks.speculative drafting [--method draft] [--batches 1 4 16 64]
     python -m benchmarks.speculative replay [--method lookup] [--batches 1 4 16 64]
         [--model llama-3-8b] [--draft-model llama-3.2-1b]
+    python -m benchmarks.speculative random [--method lookup] [--batches 1 4 16 64]
+        [--model llama-3-8b] [--draft-model llama-3.2-1b]
     python -m benchmarks.speculative plot
 
 Writes `speculative.json` to the results of the device; what the file holds of other cases stays in it. Of all that it
@@ -29,6 +31,7 @@ proposed tokens are right after each token; but not of lookahead, whose proposal
 Replay: a larger model of random weights writes the recorded texts, with the method that is named and random weights
 for it: the logit of each next token is set above all others, and as many proposed tokens are made right as were, so
 that acceptance is the recorded one and all else costs what it costs.
+Random: the same with texts of random tokens. Nothing that is proposed is right there: the gate is to decode plainly.
 """
 
 from __future__ import annotations
@@ -38,11 +41,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import jax
-
-from benchmarks.bench import MODELS, load
+from benchmarks.bench import MODELS, load, random_model
 from benchmarks.decode import PROMPT
-from benchmarks.record import Failure, Record, environment, records_of, results_folder, update
+from benchmarks.record import Failure, Record, arguments_of, environment, records_of, results_folder, update
 from benchmarks.serving.workload import Job
 from benchmarks.speculative import comparing, replaying, texts
 from benchmarks.speculative.acceptance import accepting
@@ -53,8 +54,7 @@ from jaxinfer.decode.speculative import METHODS, PromptLookup, Speculation
 from jaxinfer.engine import Engine, Options
 from jaxinfer.llm import DRAFT, LLM
 from jaxinfer.machine import keep_compiled
-from jaxinfer.model import Model, read_config
-from jaxinfer.parallel import make_mesh
+from jaxinfer.model import read_config
 from pallas_kernels.flash_decoding import IMPLEMENTATIONS
 
 NAME = "speculative"  # of the files
@@ -113,14 +113,29 @@ def written(engine: Engine, jobs: Sequence[Job]) -> list[list[int]]:
 def measure_replay(options: argparse.Namespace) -> Iterator[list[Record]]:
     """The records of each batch."""
     recorded = replaying.read(results_folder(options.output) / RECORDED.get(options.method, COPIED))
+    if options.method == "lookup":
+        yield from replayed(options, recorded, "replaying", "")
+    else:
+        yield from replayed(options, recorded, "replaying drafts", f" by {options.method}")
+
+
+def measure_random(options: argparse.Namespace) -> Iterator[list[Record]]:
+    """The records of each batch."""
+    vocabulary = read_config(MODELS / options.model).vocab_size
+    drawn = replaying.at_random(options.texts, PROMPT, options.new, vocabulary)
+    yield from replayed(options, drawn, "random text", f" by {options.method}")
+
+
+def replayed(
+    options: argparse.Namespace, recorded: list[replaying.Text], what: str, by: str
+) -> Iterator[list[Record]]:
+    """The records of each batch, of a larger model that writes these texts."""
     longest = max(len(text.prompt + text.output) for text in recorded)
-    model = Model(read_config(MODELS / options.model), make_mesh(devices=jax.devices()[:1]), context=longest)
+    model, params = random_model(MODELS / options.model, longest)
     (method,) = shaped(options.method, [options.drafts], options.draft_model, model)
-    what, by = "replaying", ""
-    if options.method != "lookup":
+    if by:  # else the method finds in the text what was found there
         method = replaying.replayed(method, recorded, model.config.vocab_size)
-        what, by = "replaying drafts", f" by {options.method}"
-    engine = Engine(model, jax.block_until_ready(model.random_params()), engine_options(options, method))
+    engine = Engine(model, params, engine_options(options, method))
     jobs = replaying.replay(engine, recorded)
     comparing.warm(engine, comparing.groups_of(jobs, options.batches))
     yield from compared(options, f"{options.model} {what}", engine, jobs, by)
@@ -167,27 +182,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speculative",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments_of("benchmarks.speculative", __doc__)
     parser.add_argument("--output", type=Path, help="folder of the files")
     found = parser.add_subparsers(dest="part", required=True)
     _add_verification(found.add_parser("verification"))
     _add_acceptance(found.add_parser("acceptance"))
-    copied, drafted, replayed = (found.add_parser(name) for name in ("copying", "drafting", "replay"))
-    for part in (copied, drafted):
+    parts_of_engine = [found.add_parser(name) for name in ("copying", "drafting", "replay", "random")]
+    copied, drafted, replayed, drawn = parts_of_engine
+    for part in (copied, drafted, drawn):
         part.add_argument("--texts", type=int, default=16)
         part.add_argument("--new", type=int, default=320, help="tokens of each output")
     drafted.add_argument("--method", choices=METHODS, default="draft")
-    replayed.add_argument("--model", default="llama-3-8b", help="a folder of configs/models")
-    replayed.add_argument("--method", choices=["lookup", *RECORDED], default="lookup", help="whose recorded text")
-    replayed.add_argument(
-        "--draft-model", default="llama-3.2-1b", help="of --method draft, a folder of configs/models"
-    )
+    for part in (replayed, drawn):
+        part.add_argument("--model", default="llama-3-8b", help="a folder of configs/models")
+        part.add_argument("--method", choices=["lookup", *RECORDED], default="lookup")
+        part.add_argument(
+            "--draft-model", default="llama-3.2-1b", help="of --method draft, a folder of configs/models"
+        )
     copied.set_defaults(method="lookup")
-    for part in (copied, drafted, replayed):
+    for part in parts_of_engine:
         _add_engine(part)
     found.add_parser("plot")
     return _completed(parser.parse_args(arguments))
@@ -235,7 +248,7 @@ def _completed(options: argparse.Namespace) -> argparse.Namespace:
     """With the sizes of proposals that depend on the method."""
     if options.part == "verification" and options.drafts is None:
         options.drafts = [8, 4] if options.method in CHAINS else [None]
-    if options.part in ("copying", "drafting", "replay") and options.drafts is None:
+    if options.part in ("copying", "drafting", "replay", "random") and options.drafts is None:
         options.drafts = {"lookup": LOOKED_UP, "draft": DRAFTED}.get(options.method)
     return options
 
@@ -246,6 +259,7 @@ PARTS = {
     "copying": measure_copying,
     "drafting": measure_drafting,
     "replay": measure_replay,
+    "random": measure_random,
 }
 
 if __name__ == "__main__":

@@ -35,10 +35,12 @@ def random_weights(target: Model) -> Loader:
     """Gives methods random weights for a model, the same whenever they ask: a draft model those of a folder of
     configs/models; heads those of the sizes that are trained for such a model."""
 
+    def model(name: str | Path | None) -> Model:
+        return Model(read_config(MODELS / str(name)), target.mesh, target.context)
+
     @cache
-    def model(name: str | Path | None) -> tuple[Model, Params]:
-        made = Model(read_config(MODELS / str(name)), target.mesh, target.context)
-        return made, made.random_params(1)
+    def params(name: str | Path | None, made: Model) -> Params:
+        return made.random_params(1)
 
     @cache
     def tensors(name: str | Path | None, file: str) -> dict[str, np.ndarray]:
@@ -54,7 +56,7 @@ def random_weights(target: Model) -> Loader:
         made = EagleHead(read_eagle_config(head_config(target.config)), target, embeds=False, bias=True)
         return made, made.random_params(1)
 
-    return Loader(target, model, tensors, head)
+    return Loader(target, model, params, tensors, head)
 
 
 def shaped(name: str, sizes: Sequence[int | None], draft_model: str, model: Model) -> list[Speculation]:
@@ -67,10 +69,7 @@ def shaped(name: str, sizes: Sequence[int | None], draft_model: str, model: Mode
         ValueError: it cannot propose so many tokens, or none for this model.
     """
     loader, checkpoint = random_weights(model), draft_model if name == "draft" else None
-    methods = [named(name, size, checkpoint).loaded(loader) for size in sizes]
-    for method in methods:
-        method.check(model)
-    return methods
+    return [named(name, size, checkpoint).loaded(loader) for size in sizes]
 
 
 def changed(method: Speculation, change: Callable[[Proposal, SlotState], Proposal]) -> Speculation:

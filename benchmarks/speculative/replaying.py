@@ -113,6 +113,14 @@ def recorded(jobs: Sequence[Job], outputs: Sequence[Sequence[int]], method: Prom
     return [Text(job.prompt, tuple(output), tuple(right)) for job, output, right in kept]
 
 
+def at_random(count: int, prompt: int, output: int, vocabulary: int) -> list[Text]:
+    """Texts of so many tokens that nobody foresees, as many different ones as a vocabulary of this size lets a model
+    tell apart; nothing that is proposed is right."""
+    rng, tokens = np.random.default_rng(0), vocabulary // count
+    drawn = [tuple(rng.integers(0, tokens, prompt + output).tolist()) for _ in range(count)]
+    return [Text(text[:prompt], text[prompt:], right=(0,) * (output - 1)) for text in drawn]
+
+
 def write(texts: Sequence[Text], made_in: dict[str, str], path: Path) -> None:
     """A file of them beside the results. It holds no records."""
     content = {"environment": made_in, "records": [], "texts": [asdict(text) for text in texts]}
@@ -186,11 +194,12 @@ def replay(engine: Engine, texts: Sequence[Text]) -> list[Job]:
 
 def replayed(method: Speculation, texts: Sequence[Text], vocabulary: int) -> Speculation:
     """The method, of which as many proposals are right after each token as were recorded there, at its own cost; the
-    others are its own, put off by one. For an engine that replays the same texts.
+    others are its own, as tokens of another text, which are never right. For an engine that replays the same texts.
 
     Of a tree those on its longest path are right; a tree that grows has such a path, and all else follows the newest
     token.
     """
+    assert len(texts) > 1
     (base, book), depth, tree = numbered(texts, vocabulary), depth_of(method), method.tree
     book_RT, right_RT = _padded(book), _padded([(0,) * len(text.prompt) + text.right for text in texts])
     path_d = np.arange(depth) if not isinstance(tree, Tree) else np.array(max(tree.paths, key=len)[1:]) - 1
@@ -202,7 +211,7 @@ def replayed(method: Speculation, texts: Sequence[Text], vocabulary: int) -> Spe
         text_B1, place_B1 = state.token_B[:, None] // base, state.length_B[:, None]
         right_B1 = jnp.asarray(right_RT).at[text_B1, place_B1].get(mode="clip")
         book_Bd = jnp.asarray(book_RT).at[text_B1, place_B1 + ahead_1d].get(mode="clip")
-        wrong_Bk = (proposal.drafts_Bk + 1) % vocabulary
+        wrong_Bk = (text_B1 + 1) % len(texts) * base + proposal.drafts_Bk % base
         drafts_Bk = wrong_Bk.at[:, path_d].set(jnp.where(ahead_1d <= right_B1, book_Bd, wrong_Bk[:, path_d]))
         parents_Bk = jnp.broadcast_to(parents_k, drafts_Bk.shape) if isinstance(tree, GrownTree) else None
         return Proposal(drafts_Bk, parents_Bk=parents_Bk)

@@ -13,10 +13,10 @@ from benchmarks.bench import Bench, Subject
 from benchmarks.decode import PROMPT
 from benchmarks.record import Record
 from benchmarks.speculative.methods import changed, name_of
-from jaxinfer.cache.gathers import gathers
 from jaxinfer.decode.sampling import GREEDY
-from jaxinfer.decode.speculative import Pass, Speculation
-from jaxinfer.roofline import StepTimes, decode_step
+from jaxinfer.decode.speculative import Speculation
+from jaxinfer.engine.costs import predicted_costs
+from jaxinfer.roofline import decode_step
 
 OVER = "over a plain step"
 SLACK = 64  # tokens that a sequence may have beside those of its steps, should a proposal be right after all
@@ -68,22 +68,9 @@ def _step(subject: Subject, case: str, bench: Bench, new: int, seconds: Sequence
 
 
 def predicted(subject: Subject, bench: Bench, new: int) -> float:
-    """Seconds of the step halfway through the new tokens, and of what runs for its proposals."""
-    gathered, layout, config = gathers(subject.attention)[0], bench.layout, subject.model.config
-    context = layout.pages_per_row * layout.page_size if gathered else PROMPT + new // 2 + layout.drafts
-
-    def seconds(one: Pass) -> float:
-        cost = decode_step(
-            one.config, layout.slots, context, subject.precision, queries=one.queries,
-            attention="materialized" if gathered else "flash",
-        )  # fmt: skip
-        return cost.predict(subject.machine)
-
-    verifying = seconds(Pass(config, 1 + layout.drafts))
-    if (method := layout.speculation) is None:
-        return verifying
-    heads = method.outputs * StepTimes(config, subject.machine, subject.precision).head(layout.slots)
-    return verifying + heads + sum(map(seconds, method.passes(subject.model)))
+    """Seconds of the step halfway through the new tokens, by what an engine's gate goes by."""
+    costs = predicted_costs(subject.model, bench.layout, subject.machine)
+    return costs.predicted([PROMPT + new // 2] * bench.layout.slots, bench.layout.depth)
 
 
 def compile_all(benches: Sequence[Bench]) -> None:

@@ -29,7 +29,7 @@ from jaxinfer.engine.options import SMALLEST_BUCKET, Options
 from jaxinfer.engine.sequence import Sequence
 from jaxinfer.machine import known_machine
 from jaxinfer.model import Model, ModelConfig
-from jaxinfer.roofline import Attended, Precision, StepTimes
+from jaxinfer.roofline import Attended, Hardware, Precision, StepTimes
 
 
 class Times(Protocol):
@@ -50,26 +50,25 @@ class Budget:
         most: tokens of one program, whatever its time.
     """
 
-    def __init__(self, layout: Layout, options: Options, times: Times | None, whole_rows: bool = False):
+    def __init__(self, layout: Layout, options: Options, times: Times | None, whole_row: int | None = None):
         """Args:
         times: None leaves programs as long as they get.
-        whole_rows: whether decoding reads every slot's whole row of pages, whatever it holds.
+        whole_row: see `attended`.
         """
         self.most = options.max_num_batched_tokens
         self._slots, self._slowdown, self._times = layout.slots, options.max_slowdown, times
-        self._whole_row = layout.pages_per_row * layout.page_size if whole_rows else None
+        self._whole_row = whole_row
 
     def open(self, decoding: list[Sequence]) -> Allowance:
         """For the next program, in which these decode."""
         beside = len(decoding)
         if not decoding or self._times is None:
             return Allowance(self.most, beside)
-        alone = rectangle(beside, self._slots)
-        if self._whole_row is None:
-            attention = read = self._times.decoding([len(sequence.tokens) for sequence in decoding])
-        else:
-            attention, read = (self._times.decoding([self._whole_row] * slots) for slots in (alone, self._slots))
-        room = self._slowdown * (self._times.rest(alone, alone) + attention) - read
+        alone, contexts = rectangle(beside, self._slots), [len(sequence.tokens) for sequence in decoding]
+        attention, beside_prompts = (
+            self._times.decoding(attended(contexts, slots, self._whole_row)) for slots in (alone, self._slots)
+        )
+        room = self._slowdown * (self._times.rest(alone, alone) + attention) - beside_prompts
         return Allowance(self.most, beside, StepSeconds(self._times, self._slots), room)
 
 
@@ -77,22 +76,31 @@ def predicted_budget(model: Model, layout: Layout, options: Options) -> Budget:
     """What programs may prefill, by what the cost model says of this model on this machine."""
     if layout.slots == 1 or options.max_slowdown == math.inf:  # no prompt comes beside a sequence that decodes
         return Budget(layout, options, times=None)
-    return Budget(layout, options, step_times(model, layout), attends_whole_rows(layout))
+    return Budget(layout, options, step_times(model, layout), whole_row(layout))
 
 
-def step_times(model: Model, layout: Layout, config: ModelConfig | None = None) -> StepTimes:
-    """What the cost model says of this model on this machine; or of another `config` in its place."""
+def step_times(
+    model: Model, layout: Layout, config: ModelConfig | None = None, machine: Hardware | None = None
+) -> StepTimes:
+    """What the cost model says of this model on this machine, as it is known; or of another `config` in its place, and
+    of another machine."""
     precision = Precision.all_in(model.config.dtype, layout.cache_dtype)
     decode, prefill = gathers(layout.attention)
     return StepTimes(
-        config or model.config, known_machine(precision.residual), precision, model.mesh.size,
+        config or model.config, machine or known_machine(precision.residual), precision, model.mesh.size,
         "materialized" if decode else "flash", "materialized" if prefill else "flash",
     )  # fmt: skip
 
 
-def attends_whole_rows(layout: Layout) -> bool:
-    """Whether decoding reads every slot's whole row of pages, whatever it holds."""
-    return gathers(layout.attention)[0]
+def whole_row(layout: Layout) -> int | None:
+    """Tokens of a slot's row of pages, where decoding gathers all of it whatever it holds; None where it does not."""
+    return layout.pages_per_row * layout.page_size if gathers(layout.attention)[0] else None
+
+
+def attended(contexts: list[int], slots: int, whole_row: int | None) -> list[int]:
+    """Tokens that a program of so many slots reads, for each: what its sequence holds, or a `whole_row` of every
+    slot."""
+    return contexts if whole_row is None else [whole_row] * slots
 
 
 class StepSeconds:

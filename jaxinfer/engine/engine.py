@@ -44,13 +44,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Work:
-    """A dispatched program: its plan and output, and the sequences that may draw in it, by their rows; and whether it
-    is one of decode steps alone, a loop."""
+    """A dispatched program: its plan and output, and the sequences that may draw in it, by their rows; whether it is
+    one of decode steps alone, a loop, and whether the host has a say in what is drawn."""
 
     plan: Plan
     drawing: list[tuple[int, Sequence]]
     output: StepOutput
     loop: bool = False
+    checked: bool = False
 
 
 class Engine:
@@ -247,13 +248,14 @@ class Engine:
             if loops:
                 return Work(plan, rows, self.runner.loop(slots_B, needs, plan.drafts), loop=True)
             assert plan.drafts == self.layout.depth, "there are pages for fewer tokens than are proposed"
-            return Work(plan, rows, self.runner.verify(slots_B, needs, partial(self._masks, rows)))
+            output = self.runner.verify(slots_B, needs, partial(self._masks, rows))
+            return Work(plan, rows, output, checked=True)
         tokens = step_size(len(occupied) + sum(chunk.tokens for chunk in plan.chunks), bool(plan.chunks))
         given = lay_out(plan.chunks, tokens, slots, occupied or None)
         wants = any(chunk.sequence.scores_prompt for chunk in plan.chunks)
         targets_T = next_tokens(plan.chunks, tokens, len(occupied)) if wants else None
         masks = partial(self._masks, by_slot, *[np.zeros((slots, 0), np.int32)] * 2) if checked else None
-        return Work(plan, by_slot, self.runner.step(given, needs, targets_T, masks))
+        return Work(plan, by_slot, self.runner.step(given, needs, targets_T, masks), checked=checked)
 
     def _tell(self, plan: Plan) -> None:
         """Brings the device's slots up to date."""
@@ -290,10 +292,10 @@ class Engine:
 
     def _commit(self, work: Work) -> None:
         """Reads a program. An exception at one request's part of it ends that request alone."""
-        seconds = self._clock.wait(work.output)
-        if work.loop and seconds is not None:
+        seconds = self._clock.wait(work.output, work.checked)
+        if seconds is not None and (work.loop or (work.checked and not work.plan.chunks)):
             contexts = [len(sequence.tokens) for sequence in work.plan.decoding]
-            self.gate.time(contexts, work.plan.drafts, seconds / work.plan.steps)
+            self.gate.time(contexts, work.plan.drafts, seconds / work.plan.steps, work.checked)
         output = jax.tree.map(np.asarray, work.output)
         for sequence in (*work.plan.decoding, *(chunk.sequence for chunk in work.plan.chunks)):
             sequence.in_flight -= 1

@@ -10,7 +10,8 @@ depends on tokens that were read, never on those to come, so that sampled output
 Where fewer tokens are faster little would be learnt of the text, and the gate lets a program propose all now and then:
 so seldom that it costs little. What was not proposed is taken to be right as often as the last that was. And where
 proposals are faster nothing would be learnt of the time that plain steps take: now and then a program decodes plainly,
-unless that is so much slower that no correction would make it faster. An engine that warms up times both at once.
+unless that is so much slower that no correction would make it faster. An engine that warms up times both at once. What
+the host checks has times of its own, with the host's part in them; there a few plain steps come soon.
 
 Since times are measured, the same requests may make other programs in another run. It changes outputs as little as the
 method does: what is proposed for certain not at all, but for rounding. A draft model does not see what is decoded
@@ -68,25 +69,24 @@ class Gate:
         none, where nothing is to be proposed. Where the host checks what is proposed, it is all or none."""
         if not self._depth or self._costs is None:
             return self._depth
-        contexts, choices = [len(sequence.tokens) for sequence in decoding], self._choices
-        if constrained(decoding):
-            choices = tuple(drafts for drafts in choices if drafts in (0, self._depth))
-        seconds = {drafts: self._costs.seconds(contexts, drafts) for drafts in choices}
+        contexts, checked = [len(sequence.tokens) for sequence in decoding], constrained(decoding)
+        choices = [drafts for drafts in self._choices if drafts in (0, self._depth) or not checked]
+        seconds = {drafts: self._costs.seconds(contexts, drafts, checked) for drafts in choices}
         rates = {drafts: self.tokens(drafts) / seconds[drafts] for drafts in choices}
         best = max(rates, key=rates.__getitem__)
         if best < self._depth and self._probes(best, seconds[self._depth] / seconds[best]):
             best = self._depth
-        elif 0 in rates and self._probes_plainly(rates[best] / rates[0]):
+        elif 0 in rates and (self._probes_plainly(rates[best] / rates[0]) or (checked and self._is_news(contexts))):
             best = 0
         self._without = 0 if best == self._depth else self._without + 1
         self._proposing = self._proposing + 1 if best else 0
         return best
 
-    def time(self, contexts: list[int], drafts: int, seconds: float) -> None:
+    def time(self, contexts: list[int], drafts: int, seconds: float, checked: bool = False) -> None:
         """Takes in what a step took of sequences of so many tokens each, in which so many proposed tokens might be
-        right."""
+        right, and which the host checked or not."""
         if self._costs is not None:
-            self._costs.learn(contexts, drafts, seconds)
+            self._costs.learn(contexts, drafts, seconds, checked)
 
     def learn(self, brought_Q: np.ndarray) -> None:
         """Takes in what steps with proposals brought.
@@ -113,6 +113,12 @@ class Gate:
     def _probes_plainly(self, speedup: float) -> bool:
         """Whether it is time to see what plain steps take, which proposals are so many times as fast as."""
         return speedup < WRONG and self._proposing >= _apart(speedup)
+
+    def _is_news(self, contexts: list[int]) -> bool:
+        """Whether plain steps that the host checks are the ones of which nothing is known: no prediction bounds them,
+        so a few show what they take."""
+        assert self._costs is not None
+        return self._costs.timed(contexts, self._depth, True) and not self._costs.timed(contexts, 0, True)
 
 
 def _apart(cost: float) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from jaxinfer.cache import page_bytes
 from jaxinfer.decode.layout import Layout, pools_of
 from jaxinfer.decode.speculative import Speculation, beyond_of
@@ -77,6 +79,28 @@ def fitting_pages(
     return pages
 
 
+def check_weights(model: Model, beside: Model) -> None:
+    """Holds the weights of a model, and of another beside it, to what the devices have, before any are there.
+
+    Raises:
+        NoRoomError: they do not fit.
+    """
+    sizes = [weight_bytes(one) for one in (model, beside)]
+    room = min(_weights_room(device) for device in model.mesh.local_devices)
+    if sum(sizes) > room:
+        ours, theirs = (f"{size / 1e9:.2f} GB" for size in sizes)
+        raise NoRoomError(
+            f"the weights of the model take {ours} of each device and those of the draft beside it {theirs}; there "
+            f"are {room / 1e9:.2f} GB for both: a smaller draft may fit, or more devices"
+        )
+
+
+def weight_bytes(model: Model) -> int:
+    """Bytes of the weights on each device."""
+    leaves = model.parameters.values()
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
 def check_pages(
     model: Model, page_size: int, dtype: str, num_pages: int, speculation: Speculation | None = None
 ) -> None:
@@ -125,6 +149,12 @@ def cache_room(memory: float, used: float, platform: str) -> float:
         used: by weights and whatever else; of no account where the device is the host, which counts nothing.
     """
     return HOST_FRACTION * memory if platform == "cpu" else DEVICE_FRACTION * memory - used
+
+
+def _weights_room(device) -> float:
+    """Bytes of a device that weights may take; the host, where it is the device, has no part of its own for them."""
+    used = (device.memory_stats() or {}).get("bytes_in_use", 0)
+    return memory_of(device) * (1 if device.platform == "cpu" else DEVICE_FRACTION) - used
 
 
 def _room(device) -> float:

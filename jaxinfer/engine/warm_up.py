@@ -26,7 +26,7 @@ from jaxinfer.decode.batch import StepInput
 from jaxinfer.decode.masks import no_masks
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.speculative import Speculation
-from jaxinfer.decode.step import SCORED, Part
+from jaxinfer.decode.step import SCORED, Part, StepOutput
 from jaxinfer.engine.buckets import FEW, powers, rectangles
 from jaxinfer.engine.clock import DeviceClock
 from jaxinfer.engine.costs import ENOUGH
@@ -153,18 +153,30 @@ def make_ready(programs: Iterable[Program], progress: Progress | None, wait: Cal
     return done
 
 
-def time_loops(runner: Runner, needs: Needs, gate: Gate) -> None:
+def time_loops(runner: Runner, needs: Needs, gate: Gate, most: int | None = None) -> None:
     """Tells a gate what the programs take between which it chooses, while no slot has a request: that corrects its
-    first predictions. Only of programs that are ready.
+    first predictions. Only of programs that are ready, those of `most` slots at the most, or all.
 
     All rows then hold the same token, of which a mixture of experts reads few; programs with requests soon tell more.
+    Each kind runs as often as corrects its prediction. The next is on its way before one is waited for, so that the
+    device never pauses, and only the first of all needs a run before it.
     """
-    for decode, drafts in product(rectangles(runner.layout.slots), gate.weighed):
-        clock = DeviceClock()
+    clock, sent = DeviceClock(), deque[tuple[int, int, StepOutput]]()
+
+    def read() -> None:
+        decode, drafts, output = sent.popleft()
+        if (seconds := clock.wait(output)) is not None:
+            gate.time([1] * decode, drafts, seconds / runner.steps)
+
+    sizes = [size for size in rectangles(runner.layout.slots) if most is None or size <= most]
+    for decode, drafts in product(sizes, gate.weighed):
         slots_B = padded([], decode, runner.layout.slots)
-        for output in [runner.loop(slots_B, needs, drafts) for _ in range(1 + ENOUGH)]:
-            if (seconds := clock.wait(output)) is not None:
-                gate.time([1] * decode, drafts, seconds / runner.steps)
+        for _ in range(ENOUGH if sent else 1 + ENOUGH):
+            sent.append((decode, drafts, runner.loop(slots_B, needs, drafts)))
+        while len(sent) > ENOUGH:
+            read()
+    while sent:
+        read()
 
 
 def _compile_all(lower: dict[str, Callable[[], Lowered]], tell: Callable[[Warmed], None]) -> int:

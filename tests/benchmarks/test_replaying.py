@@ -140,6 +140,7 @@ def test_speculation_stands_beside_plain_decoding_and_the_plan(engine, texts):
         ("replay", ["replay"], "llama-3-8b replaying"),
         ("drafting", ["drafting"], "demo drafting"),
         ("replay-by-method", ["replay", "--method", "draft"], "llama-3-8b replaying drafts"),
+        ("random-text", ["random"], "llama-3-8b random text"),
     ],
 )
 def test_the_tables_have_the_cases_that_are_measured(table, part, name):
@@ -219,3 +220,17 @@ def test_nothing_is_compiled_after_the_warm_up(texts):
         for batch in (1, 4):
             comparing.compare(engine, f"tiny B{batch}", jobs, batch, 1)
     assert engine.metrics.compilations == ready
+
+
+def test_of_random_text_nothing_that_is_proposed_is_right(tmp_path):
+    """By a model that writes it."""
+    (tmp_path / "config.json").write_text(json.dumps(ONE_LAYER))
+    part = ["random", "--model", str(tmp_path), "--batches", "2", "--texts", "2", "--new", "24", "--rounds", "1"]
+    small = ["--slots", "2", "--max-num-batched-tokens", "256", "--steps-per-dispatch", "2", "--drafts", "3"]
+    with one_rectangle():
+        command.main(["--output", str(tmp_path), *part, *small])
+    records = [Record(**record) for record in json.loads((tmp_path / "speculative.json").read_text())["records"]]
+    value = {(record.implementation, record.metric): record.value for record in records}
+    assert {record.case for record in records} == {f"{tmp_path} random text B2 by lookup"}
+    assert value["jaxinfer, lookup always", "tokens of a step with proposals"] == 1
+    assert value["jaxinfer, lookup always", comparing.FASTER] > 0

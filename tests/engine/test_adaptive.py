@@ -1,5 +1,6 @@
 """An engine that chooses before every program how many tokens it proposes."""
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,8 @@ from jaxinfer.decode.sampling import GREEDY
 from jaxinfer.decode.slots import SlotState
 from jaxinfer.decode.speculative import DraftModel, EarlyExit, PromptLookup
 from jaxinfer.engine import engine, warm_up
-from jaxinfer.engine.costs import Costs
+from jaxinfer.engine.constraints import Constraints
+from jaxinfer.engine.costs import ENOUGH, Costs
 from jaxinfer.engine.gate import Gate
 from jaxinfer.engine.sequence import constrained
 from jaxinfer.engine.warm_up import WARM
@@ -23,6 +25,7 @@ from tests.engine.fake import FakeTimes
 from tests.engine.test_speculation import CONSTRAINED, CONSTRAINED_PROMPTS, PARAMS, PROMPTS, answers
 from tests.engine.test_warm_up import counted
 from tests.engine.tiny import OPTIONS, assert_clean, assert_warm, drawing_alike, one_rectangle, tiny_folder, warm_llm
+from tests.test_structured import ask
 
 # Of one kind of sampling, and one rectangle. Loops: plain, and with 1 and 2 tokens proposed.
 TRACES = {
@@ -44,14 +47,14 @@ class Changing(Gate):
     def learn(self, brought_Q):
         self.brought.append(brought_Q.tolist())
 
-    def time(self, contexts, drafts, seconds):
+    def time(self, contexts, drafts, seconds, checked=False):
         self.timed.append((len(contexts), drafts, seconds))
 
 
 class Untimed(Gate):
     """Goes by what is predicted alone."""
 
-    def time(self, contexts, drafts, seconds):
+    def time(self, contexts, drafts, seconds, checked=False):
         pass
 
 
@@ -123,7 +126,7 @@ def test_what_is_chosen_is_what_the_machine_is_predicted_to_do_best(adaptive, on
         def __init__(self):
             super().__init__(layout, FakeTimes(1.0, 0.0, 0.0))
 
-        def seconds(self, contexts, drafts):
+        def seconds(self, contexts, drafts, checked=False):
             asked.append(drafts)
             return {0: 9.0, 1: 1.0, 2: 3.0}[drafts]
 
@@ -131,6 +134,51 @@ def test_what_is_chosen_is_what_the_machine_is_predicted_to_do_best(adaptive, on
     chosen = watched(adaptive, Gate(layout, Told()), lambda: adaptive.generate(["ab"], SamplingParams(max_tokens=20)))
     assert {*chosen} == {1}
     assert {*asked} == {0, 1, 2}
+
+
+def test_text_that_nobody_foresees_is_decoded_plainly(adaptive, one_rectangle):
+    """Where proposals would lose: all that the gate tries costs less than 3 in 100."""
+    random = [SamplingParams(temperature=5.0, max_tokens=70, ignore_eos=True, seed=seed) for seed in range(48)]
+    layout, took = adaptive.engine.layout, {}
+    costs = Costs(layout, FakeTimes(4.0, 1.0, 0.0))  # verifying 2 tokens takes as long as 28 / 12 plain steps
+    gates = {"plain": Changing(layout, [0]), "gated": Untimed(layout, costs), "always": Gate(layout)}
+    for name, gate in gates.items():
+        chosen = watched(adaptive, gate, lambda: adaptive.generate(["ab" * 9] * len(random), random))
+        took[name] = sum(costs.predicted([1] * layout.slots, drafts) for drafts in chosen)
+        assert name != "gated" or 0 < len([drafts for drafts in chosen if drafts]) < 0.03 * len(chosen)
+    assert took["plain"] / took["gated"] > 0.97
+    assert took["plain"] / took["always"] < 0.6
+
+
+def test_a_host_that_takes_long_to_check_turns_proposals_off(adaptive, one_rectangle, monkeypatch):
+    """Though all of them are right."""
+    slow, told, chosen, masks = 0.15, [], [], Constraints.masks
+
+    class Seen(Gate):
+        def drafts(self, decoding):
+            chosen.append(super().drafts(decoding))
+            return chosen[-1]
+
+        def time(self, contexts, drafts, seconds, checked=False):
+            told.append((drafts, seconds, checked))
+            super().time(contexts, drafts, seconds, checked)
+
+    def slowly(self, drawing, vocab, drafts_Bk, parents_Bk):
+        time.sleep(slow * drafts_Bk.shape[1])
+        return masks(self, drawing, vocab, drafts_Bk, parents_Bk)
+
+    layout = adaptive.engine.layout
+    gate = Seen(layout, Costs(layout, FakeTimes(40.0, 1.0, 0.0)))
+    monkeypatch.setattr(Constraints, "masks", slowly)
+    monkeypatch.setattr(adaptive.engine, "gate", gate)
+    monkeypatch.setattr(adaptive.engine.scheduler, "gate", gate)
+    params = ask(max_tokens=70, temperature=0.0, regex="(the cat and ){5}")
+    (output,) = adaptive.generate(["the cat and the cat and "], params)
+    assert output.outputs[0].text == "the cat and " * 5
+    assert all(checked for *_, checked in told)
+    assert min(seconds for drafts, seconds, _ in told if drafts) >= 2 * slow
+    assert ENOUGH <= chosen.count(2) <= ENOUGH + 2
+    assert set(chosen[-20:]) == {0}
 
 
 def test_the_gate_is_told_what_a_step_took(adaptive, one_rectangle, monkeypatch):
@@ -142,7 +190,7 @@ def test_the_gate_is_told_what_a_step_took(adaptive, one_rectangle, monkeypatch)
         def idle(self):
             self.paused += 1
 
-        def wait(self, output):
+        def wait(self, output, checked):
             self.asked += 1
             return None if self.asked % 4 == 0 else 8.0
 
@@ -169,7 +217,7 @@ def test_a_step_that_the_host_checks_proposes_all_or_none(tmp_path_factory, adap
     class Turning(Costs):
         turn = 0
 
-        def seconds(self, contexts, drafts):
+        def seconds(self, contexts, drafts, checked=False):
             self.turn += drafts == 0  # the first that is asked for
             return 1.0 if drafts == self.turn % 2 else 9.0
 

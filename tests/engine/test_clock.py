@@ -47,12 +47,27 @@ def test_the_first_after_a_pause_is_not_known():
     assert clock.wait([Output(now, 6.0)]) == 1.0
 
 
+def test_what_the_host_checks_takes_from_one_reading_to_the_next():
+    """Whether or not the device was waited for: the host's part is in it."""
+    now = [0.0]
+    clock = DeviceClock(lambda: now[0])
+    assert clock.wait([Output(now, 1.0)], checked=True) is None
+    now[0] = 5.0
+    assert clock.wait([Output(now)], checked=True) == 4.0
+    assert clock.wait([Output(now, 7.0)], checked=True) == 2.0
+    assert clock.wait([Output(now, 8.0)]) == 1.0
+    clock.idle()
+    assert clock.wait([Output(now, 9.0)], checked=True) is None
+
+
 def test_the_loops_of_a_warm_engine_are_timed(monkeypatch):
     """As often as corrects a prediction: of every rectangle, plain and with each number of proposed tokens."""
-    now, done, told = [0.0], [0.0], []
+    now, done, told, runs = [0.0], [0.0], [], []
     monkeypatch.setattr(warm_up, "DeviceClock", partial(DeviceClock, lambda: now[0]))
 
     def loop(slots_B, needs, drafts):
+        runs.append(drafts)
+        assert now[0] < done[0] or len(runs) == 1  # the device has something to do
         assert needs == GREEDY
         assert (slots_B == 8).all()  # no slot of the eight
         done[0] += len(slots_B) + 4 * drafts
@@ -63,3 +78,4 @@ def test_the_loops_of_a_warm_engine_are_timed(monkeypatch):
     warm_up.time_loops(runner, GREEDY, gate)
     kinds = [(size, drafts) for size in (1, 8) for drafts in (0, 1, 2)]
     assert told == [([1] * size, drafts, size / 4 + drafts) for size, drafts in kinds for _ in range(ENOUGH)]
+    assert len(runs) == len(told) + 1

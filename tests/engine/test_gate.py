@@ -11,8 +11,8 @@ from jaxinfer.decode.layout import Layout
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.speculative import EarlyExit, PromptLookup
 from jaxinfer.engine import Options, Request, budget
-from jaxinfer.engine.budget import attends_whole_rows, step_times
-from jaxinfer.engine.costs import DRAW, MOVE, SEARCH, Costs, predicted_costs
+from jaxinfer.engine.budget import step_times, whole_row
+from jaxinfer.engine.costs import DRAW, ENOUGH, MOVE, SEARCH, Costs, predicted_costs
 from jaxinfer.engine.gate import PROBES_APART, PROBES_COST, WRONG, Gate
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.sequence import Sequence
@@ -135,11 +135,12 @@ def test_a_tree_costs_its_nodes_and_brings_its_depth():
 def test_it_asks_the_cost_model(attention, batch):
     """Where keys are gathered, for each slot's whole row of pages; and for the small kernels beside the model's."""
     config, machine = read_config("configs/models/llama-3-8b"), MEASURED["h100-measured"]
-    costs = Costs(LAYOUT, StepTimes(config, machine, decode_attention=attention), attention == "materialized")
+    row = LAYOUT.pages_per_row * LAYOUT.page_size if attention == "materialized" else None
+    costs = Costs(LAYOUT, StepTimes(config, machine, decode_attention=attention), row)
     plain, verifying = (
         decode_step(config, batch, context, queries=queries, attention=attention).predict(machine)
         for queries, context in ((1, 100), (1 + DRAFTS, 100 + DRAFTS))
-        for context in [context if attention == "flash" else LAYOUT.pages_per_row * LAYOUT.page_size]
+        for context in [row or context]
     )
     verifying += (SEARCH + DRAW * (1 + DRAFTS)) * machine.overhead
     assert costs.seconds(contexts(batch), 0) == pytest.approx(plain, rel=1e-9)
@@ -204,6 +205,46 @@ def test_what_it_costs_to_time_plain_steps_is_bounded(batch, acceptance):
     elif speedup > 1.02:
         assert 0 < plain <= programs / PROBES_APART
         assert plain * (speedup - 1) <= PROBES_COST * programs
+
+
+# --- what the host checks
+
+HOST = 30.0  # seconds of the host for each mask of a step: more than the 56 of a plain step of 8 sequences is long
+
+
+def checked_by(host: float, acceptance: float, batch: int, programs: int) -> list[int]:
+    """What a gate chooses for steps that the host checks, each of which tells what it took with the host's part in it:
+    so long for the mask after the newest token of all sequences, and for those after each proposed one."""
+    gate, some, told, predicted = Gate(LAYOUT, Costs(LAYOUT, TIMES)), decoding(batch), contexts(batch), COSTS
+    some[0].constraint = Chain()
+    chosen = []
+    for _ in range(programs):
+        chosen.append(drafts := gate.drafts(some))
+        gate.time(told, drafts, predicted.predicted(told, drafts) + host * (1 + drafts), checked=True)
+        for _ in some if drafts else ():
+            gate.learn(np.array([1, *independent(acceptance, drafts)]))
+    return chosen
+
+
+@pytest.mark.parametrize(("host", "acceptance"), [(0.0, 0.7), (HOST, 0.7), (HOST, 0.95), (HOST / 3, 0.9)])
+def test_what_the_host_takes_to_check_is_part_of_the_cost(host, acceptance):
+    """Proposals for 8 sequences that would pay without its part may lose with it: plain steps then show that soon."""
+    chosen = checked_by(host, acceptance, 8, 400)
+    tokens, plain = sum(acceptance**place for place in range(DRAFTS + 1)), 56 + host
+    cost = (120 + host * (1 + DRAFTS)) / plain
+    assert abs(tokens / cost - 1) > 0.02
+    assert tokens > COST[8]  # the device alone
+    assert chosen.count(DRAFTS if tokens > cost else 0) > 0.95 * len(chosen)
+
+
+def test_what_is_checked_and_what_is_not_correct_each_other_in_nothing():
+    costs, some = Costs(LAYOUT, TIMES), contexts(8)
+    for _ in range(ENOUGH):
+        costs.learn(some, DRAFTS, 5.0 * costs.predicted(some, DRAFTS), checked=True)
+    assert costs.timed(some, DRAFTS, checked=True)
+    assert not costs.timed(some, DRAFTS)
+    assert costs.seconds(some, DRAFTS) == costs.predicted(some, DRAFTS)
+    assert costs.seconds(some, 0, checked=True) == 5.0 * costs.predicted(some, 0)
 
 
 # --- as many tokens as bring the most
@@ -306,9 +347,9 @@ def test_fewer_tokens_take_fewer_passes(monkeypatch):
     first = replace(model.config, layers=model.config.layers[:8])
     costs, some = predicted_costs(model, layout), contexts(8)
     own = step_times(model, layout, first)
-    plain = Costs(ADAPTIVE, step_times(model, layout), attends_whole_rows(layout))
+    plain = Costs(ADAPTIVE, step_times(model, layout), whole_row(layout))
     for drafts in layout.choices:
-        read = layout.pages_per_row * layout.page_size if attends_whole_rows(layout) else 100 + drafts
+        read = whole_row(layout) or 100 + drafts
         proposing = drafts * (own.rest(8, 8) + own.decoding([read] * 8))
         assert costs.seconds(some, drafts) == pytest.approx(plain.seconds(some, drafts) + proposing, rel=1e-9)
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jaxinfer import SamplingParams
+from jaxinfer import SamplingParams, llm
 from jaxinfer.decode.speculative import DraftModel, EarlyExit, PromptLookup, Speculation
-from jaxinfer.engine import engine, warm_up
+from jaxinfer.engine import engine, memory, warm_up
 from jaxinfer.engine.constraints import Constraints
 from jaxinfer.engine.gate import Gate
 from jaxinfer.engine.options import IN_FLIGHT
@@ -326,8 +326,10 @@ def test_a_draft_that_is_the_model_is_always_right(tmp_path_factory):
     assert llm.engine.metrics.prefix_hit_rate > 0
 
 
-def test_what_does_not_go_with_the_model_is_refused(tmp_path_factory, small_draft):
+def test_what_does_not_go_with_the_model_is_refused(tmp_path_factory, small_draft, monkeypatch):
+    """Before any weights are read, the draft's or the model's."""
     root = tmp_path_factory.getbasetemp()
+    monkeypatch.setattr(llm.checkpoint, "load", lambda *given: pytest.fail("weights were read"))
     other = write_checkpoint(tmp_path_factory.mktemp("wide") / "wide", {**CONFIG, "vocab_size": 105})
     with pytest.raises(ValueError, match="has a vocabulary of 105 tokens; it must have the model's, 104"):
         drafted(root, DraftModel(other))
@@ -339,6 +341,9 @@ def test_what_does_not_go_with_the_model_is_refused(tmp_path_factory, small_draf
         DraftModel(small_draft, 0)
     with pytest.raises(ValueError, match=r"exit_layers = 0 must be an integer, at least 1"):
         EarlyExit(exit_layers=0)
+    monkeypatch.setattr(memory, "memory_of", lambda device: 100_000)  # the model fits, by itself
+    with pytest.raises(memory.NoRoomError, match=r"the draft beside it .* a smaller draft may fit, or more devices"):
+        drafted(root, DraftModel(small_draft))
     tokenizer = small_draft / "tokenizer.json"
     whole = tokenizer.read_text()
     tokenizer.write_text(whole.replace('"~"', '"ÿ"'))

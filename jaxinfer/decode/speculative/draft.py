@@ -61,9 +61,12 @@ class DraftModel(Speculation):
     def __post_init__(self):
         check_drafts(self.num_speculative_tokens)
 
-    def loaded(self, loader: Loader) -> Self:
-        model, params = loader.model(self.checkpoint)
-        return replace(self, model=model, params=params)
+    def read(self, loader: Loader) -> Self:
+        return replace(self, model=loader.model(self.checkpoint))
+
+    def placed(self, loader: Loader) -> Self:
+        assert self.model is not None
+        return replace(self, params=loader.params(self.checkpoint, self.model))
 
     def check(self, model: Model) -> None:
         if self.model is None:

@@ -121,7 +121,7 @@ class Eagle(Speculation):
             )
         self.tree  # noqa: B018, a tree of so many nodes must be possible
 
-    def loaded(self, loader: Loader) -> Self:
+    def read(self, loader: Loader) -> Self:
         head, params = loader.head(self.checkpoint)
         return replace(self, head=head, params=params)
 

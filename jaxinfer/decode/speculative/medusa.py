@@ -97,10 +97,11 @@ class Medusa(Speculation):
             raise ValueError(f"{name} = {value!r} has no use without typical")
         return super().of(**settings)
 
-    def loaded(self, loader: Loader) -> Self:
-        method = replace(self, heads=read_heads(loader.tensors(self.checkpoint, FILE)))
-        method.check(loader.target)
-        return replace(method, heads=_placed(method.heads, loader.target))
+    def read(self, loader: Loader) -> Self:
+        return replace(self, heads=read_heads(loader.tensors(self.checkpoint, FILE)))
+
+    def placed(self, loader: Loader) -> Self:
+        return replace(self, heads=_placed(self.heads, loader.target))
 
     def check(self, model: Model) -> None:
         if self.heads is None:

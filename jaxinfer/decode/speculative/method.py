@@ -86,15 +86,17 @@ class Loader(NamedTuple):
 
     Attributes:
         target: the model that is to be served.
-        model: gives a checkpoint, a folder or a Hugging Face id, for the mesh, context and tokenizer of the target;
-            for None the demo model's own draft.
+        model: gives the model of a checkpoint, a folder or a Hugging Face id, for the mesh, context and tokenizer of
+            the target; for None the demo model's own draft.
+        params: reads the weights of that model from the same checkpoint.
         tensors: gives the tensors of a file of a checkpoint, by name, on the host and not read yet; for None those of
             the demo model's own heads.
         head: gives the head of EAGLE of a checkpoint, for the target; for None the demo model's own.
     """
 
     target: Model
-    model: Callable[[str | Path | None], tuple[Model, Params]]
+    model: Callable[[str | Path | None], Model]
+    params: Callable[[str | Path | None, Model], Params]
     tensors: Callable[[str | Path | None, str], dict[str, np.ndarray]]
     head: Callable[[str | Path | None], tuple[EagleHead, Params]]
 
@@ -159,7 +161,21 @@ class Speculation:
         return replace(cast(Any, self), num_speculative_tokens=count)
 
     def loaded(self, loader: Loader) -> Self:
-        """With the weights that it names."""
+        """With the weights that it names.
+
+        Raises:
+            FileNotFoundError, ValueError: they are not there, or not as they must be; or as `check`.
+        """
+        method = self.read(loader)
+        method.check(loader.target)
+        return method.placed(loader)
+
+    def read(self, loader: Loader) -> Self:
+        """With what `check` must know of the weights that it names."""
+        return self
+
+    def placed(self, loader: Loader) -> Self:
+        """With the weights themselves, on the devices of the target."""
         return self
 
     def check(self, model: Model) -> None:
