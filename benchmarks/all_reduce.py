@@ -6,8 +6,9 @@ A call adds up what the GPUs hold, adds the residual and norms the result, as a 
 leaves out residual and norm. The calls of a program depend on each other, as those of a step do: a time is that of the
 program divided by its calls, with all launches and gaps between them. The implementations:
 
-- `mosaic_gpu`: one launch, with a workspace that lasts;
-- `mosaic_gpu fresh`: without one, so that XLA zeroes memory and all devices meet before the launch;
+- `mosaic_gpu`: one launch, with a workspace that the program makes first, as a step does;
+- `mosaic_gpu lasting`: with one that outlives the program;
+- `mosaic_gpu each`: without one, so that memory is made and all devices meet before every launch;
 - `xla`: psum, and a fusion for residual and norm.
 
 Every result is held to a sum in float64 first. Writes `all_reduce.json` to the results of the device.
@@ -30,10 +31,11 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks.record import Failure, Record, environment, update
 from jaxinfer.parallel import TENSOR, make_mesh
-from pallas_kernels.all_reduce import Reduced, all_reduce, new_workspace
+from pallas_kernels.all_reduce import Reduced, all_reduce, fresh_workspace, new_workspace
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
-FRESH, OURS, XLA = "mosaic_gpu fresh", "mosaic_gpu", "xla"
+OURS, LASTING, EACH, XLA = "mosaic_gpu", "mosaic_gpu lasting", "mosaic_gpu each", "xla"
+NAMES = OURS, XLA, LASTING, EACH
 SAMPLES, SECONDS = 9, 0.02  # of programs one after the other, for each sample
 TOLERANCE = 0.02  # of the size of a sum in bfloat16, each of whose terms is rounded
 
@@ -63,25 +65,27 @@ class Case:
 
 def chain(mesh: Mesh, case: Case, implementation: str, calls: int) -> Callable[..., jax.Array]:
     """A program of so many calls, each of which is given what the one before gave; the last one's result."""
-    space = new_workspace(mesh, TENSOR, case.tokens, case.hidden, jnp.bfloat16) if implementation == OURS else None
+    size = case.tokens, case.hidden, jnp.bfloat16
+    lasting = new_workspace(mesh, TENSOR, *size) if implementation == LASTING else None
 
     def local(partial_1TD, residual_TD, scale_D, space):
         y_TD = partial_1TD[0]
-        for _ in range(calls):
-            y_TD = _last(call(case, implementation, y_TD, residual_TD, scale_D, space))
+        if implementation == OURS:
+            space = fresh_workspace(TENSOR, *size)
+        for i in range(calls):
+            first = implementation == OURS and i == 0
+            y_TD = _last(call(case, implementation, y_TD, residual_TD, scale_D, space, first))
         return y_TD[None]
 
     specs = P(TENSOR), P(), P(), P(TENSOR)
     program = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(TENSOR), check_vma=False))
-    return lambda *arguments: program(*arguments, space)
+    return lambda *arguments: program(*arguments, lasting)
 
 
-def call(case: Case, implementation: str, y_TD, residual_TD, scale_D, space) -> Reduced:
+def call(case: Case, implementation: str, y_TD, residual_TD, scale_D, space, first: bool) -> Reduced:
+    extras = {"residual_TD": residual_TD, "norm_scale_D": scale_D} if case.finished else {}
     name = XLA if implementation == XLA else OURS
-    if not case.finished:
-        return all_reduce(y_TD, TENSOR, workspace=space, implementation=name)
-    given = {"residual_TD": residual_TD, "norm_scale_D": scale_D, "workspace": space}
-    return all_reduce(y_TD, TENSOR, **given, implementation=name)
+    return all_reduce(y_TD, TENSOR, **extras, workspace=space, first=first, implementation=name)
 
 
 def _last(reduced: Reduced) -> jax.Array:
@@ -162,7 +166,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="rows of a message")
     parser.add_argument("--hidden", type=int, default=4096, help="numbers of a row")
     parser.add_argument("--calls", type=int, default=64, help="in a program: 64 are those of a step of Llama-3-8B")
-    parser.add_argument("--implementations", nargs="+", default=[OURS, XLA, FRESH], choices=(OURS, FRESH, XLA))
+    parser.add_argument("--implementations", nargs="+", default=[*NAMES], choices=NAMES)
     parser.add_argument("--limit", type=float, default=300.0, metavar="SECONDS", help="begin no case after them")
     parser.add_argument("--output", type=Path, help="folder of what is written")
     return parser.parse_args(arguments)

@@ -29,6 +29,7 @@ class Arguments:
     workspace: Workspace | None
     axis: str = field(metadata={"static": True})
     norm_eps: float = field(metadata={"static": True})
+    meets: bool = field(metadata={"static": True})
 
     @property
     def devices(self) -> int:

@@ -21,6 +21,11 @@ def slower(arguments: Arguments) -> str | None:
     return f"XLA is faster with messages of more than {LARGEST_MESSAGE} bytes"
 
 
+def most_rows(hidden: int, dtype: jnp.dtype) -> int:
+    """Of the largest message: what a workspace needs."""
+    return max(1, LARGEST_MESSAGE // (hidden * jnp.dtype(dtype).itemsize))
+
+
 def vector_size(hidden: int, dtype: jnp.dtype) -> int:
     """How many numbers a thread reads or writes at once: as many as 16 bytes hold, if they divide a row evenly."""
     size = VECTOR_BYTES // jnp.dtype(dtype).itemsize

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.all_reduce.arguments import Arguments, Reduced
 from pallas_kernels.all_reduce.config import MAX_HIDDEN, vector_size
-from pallas_kernels.all_reduce.workspace import TURNS, Workspace
+from pallas_kernels.all_reduce.workspace import fresh_workspace
 from pallas_kernels.dispatch import Refusal
 from pallas_kernels.hopper import WARPGROUP
 
@@ -59,7 +59,10 @@ def unsupported(arguments: Arguments) -> Refusal | str | None:
 @jax.jit
 def all_reduce(arguments: Arguments) -> Reduced:
     """See the public op; `unsupported` says what this one does not take."""
-    partial_TD, workspace = arguments.partial_TD, arguments.workspace or _fresh(arguments)
+    partial_TD, workspace = arguments.partial_TD, arguments.workspace
+    if workspace is None:
+        T, D = partial_TD.shape
+        workspace = fresh_workspace(arguments.axis, T, D, partial_TD.dtype)
     given = {
         "partial": partial_TD,
         "residual": arguments.residual_TD,
@@ -81,19 +84,11 @@ def all_reduce(arguments: Arguments) -> Reduced:
         grid_names=("row",),
         num_threads=1,
         thread_name="warpgroup",
-        # Fresh memory is written by XLA before the launch, and no message may come before that.
-        compiler_params=plgpu.CompilerParams(skip_device_barrier=arguments.workspace is not None),
+        compiler_params=plgpu.CompilerParams(skip_device_barrier=not arguments.meets),
         kernel_name="all_reduce",
     )
     out_TD, *normed = run(*operands.values())
     return Reduced(out_TD, normed[0] if normed else None)
-
-
-def _fresh(arguments: Arguments) -> Workspace:
-    """For one launch."""
-    (T, D), devices = arguments.partial_TD.shape, arguments.devices
-    inbox = jnp.zeros((T, TURNS, devices, D), arguments.partial_TD.dtype)
-    return Workspace(inbox, jnp.zeros((T, devices + 1), jnp.int32))
 
 
 def _reduce_row(arguments: Arguments, refs: SimpleNamespace) -> None:

@@ -1,4 +1,4 @@
-"""The memory in which devices meet: it outlives every launch, since a device may be a launch ahead of another."""
+"""The memory in which devices meet: it outlives a launch, since a device may be a launch ahead of another."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -37,7 +39,7 @@ class Workspace:
 
 
 def new_workspace(mesh: Mesh, axis: str, rows: int, hidden: int, dtype: Any) -> Workspace:
-    """A workspace for the devices of a mesh axis, for messages of up to `rows` times `hidden` numbers of a dtype.
+    """A workspace for the devices of a mesh axis that lasts, for messages of up to `rows` times `hidden` numbers.
 
     It goes to `shard_map` as any array does, with the spec `P(axis)`, and with it to a jitted program as an argument
     that is not donated. Kernels write to it behind XLA's back: so it must not be read, copied or given to two programs
@@ -53,7 +55,34 @@ def new_workspace(mesh: Mesh, axis: str, rows: int, hidden: int, dtype: Any) -> 
     require(hidden >= 1, "hidden", hidden, "at least 1")
     ids = [device.id for device in mesh.devices.flat]
     require(ids == [*range(len(ids))], "mesh.devices", f"those with ids {ids}", "the first ones in order, 0, 1, ...")
-    devices = mesh.shape[axis]
+    inbox, counts = _shapes(rows, mesh.shape[axis], hidden, dtype)
     zeros = partial(jnp.zeros, device=NamedSharding(mesh, P(axis)))
-    inbox = zeros((devices * rows, TURNS, devices, hidden), jnp.dtype(dtype))
-    return Workspace(inbox, zeros((devices * rows, devices + 1), jnp.int32))
+    devices = mesh.shape[axis]
+    return Workspace(
+        zeros((devices * rows, *inbox.shape[1:]), inbox.dtype),
+        zeros((devices * rows, *counts.shape[1:]), counts.dtype),
+    )
+
+
+def fresh_workspace(axis: str, rows: int, hidden: int, dtype: Any) -> Workspace:
+    """The part of this device of a workspace for the rest of a program; called inside a `shard_map`, on a GPU.
+
+    At its first use all devices must meet. It comes of a kernel: were it zeros to XLA, others that need zeros of the
+    same shape could be given the same memory.
+    """
+    inbox, counts = _shapes(rows, lax.axis_size(axis), hidden, dtype)
+
+    def body(_, counts_ref):
+        for column in range(counts.shape[1]):
+            counts_ref[lax.axis_index("row"), column] = jnp.int32(0)
+
+    make = plgpu.kernel(
+        body, out_type=(inbox, counts), grid=(rows,), grid_names=("row",), kernel_name="all_reduce_workspace"
+    )
+    return Workspace(*make())
+
+
+def _shapes(rows: int, devices: int, hidden: int, dtype: Any) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Of inbox and counts on one device."""
+    inbox = jax.ShapeDtypeStruct((rows, TURNS, devices, hidden), jnp.dtype(dtype))
+    return inbox, jax.ShapeDtypeStruct((rows, devices + 1), jnp.dtype(jnp.int32))

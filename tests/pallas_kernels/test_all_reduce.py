@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxinfer.parallel import PIPE, TENSOR, make_mesh
 from pallas_kernels import dispatch
-from pallas_kernels.all_reduce import Workspace, all_reduce, new_workspace
+from pallas_kernels.all_reduce import Workspace, all_reduce, fresh_workspace, new_workspace
 from pallas_kernels.all_reduce.config import LARGEST_MESSAGE, vector_size
 from tests.pallas_kernels.gpu_program import lower
 
@@ -34,7 +34,11 @@ def on_devices(mesh, function, *arguments):
         local = lambda *arguments: jax.tree.map(lambda x: x[None], function(*arguments))  # noqa: E731
         specs = tuple(spec for spec, _ in arguments)
         mapped = jax.shard_map(local, in_specs=specs, out_specs=P(TENSOR), check_vma=False)
-        return jax.jit(mapped)(*(jax.device_put(array, NamedSharding(mesh, spec)) for spec, array in arguments))
+        return jax.jit(mapped)(*(placed(mesh, spec, array) for spec, array in arguments))
+
+
+def placed(mesh, spec, arrays):
+    return jax.tree.map(lambda array: jax.device_put(array, NamedSharding(mesh, spec)), arrays)
 
 
 def call(partial_1TD, residual_TD, scale_D, workspace=None, **options):
@@ -104,12 +108,15 @@ def program(tokens: int, hidden: int, dtype: str, workspace: bool, devices: int 
 ])  # fmt: skip
 def test_it_is_one_kernel_that_reaches_all_devices_without_multicast(devices, tokens, hidden, dtype, workspace, norm):
     text = program(tokens, hidden, dtype, workspace, devices, norm)
-    assert text.count("custom_call @mosaic_gpu_v2") == 1
+    assert text.count("custom_call @mosaic_gpu_v2") == (1 if workspace else 2)  # and what makes fresh memory
     assert "stablehlo.all_reduce" not in text
     assert f'xla_replica_ids = "{",".join(map(str, range(devices)))}"' in text
     assert "uses_xla_collective_metadata = true" in text
-    # Memory that XLA writes before the launch needs all devices to be past that; memory that lasts does not.
-    assert f"skip_device_barrier = {str(workspace).lower()}" in text
+    # Fresh memory needs all devices to be past its making; memory that lasts does not.
+    barriers = re.findall(
+        r"skip_device_barrier = (\w+), use_custom_barrier = \w+, uses_xla_collective_metadata = true", text
+    )
+    assert barriers == [str(workspace).lower()]
     assert "red.release.sys" in text
     assert "multimem" not in text
 
@@ -218,9 +225,10 @@ def mesh():
     return make_mesh(len(jax.devices()))
 
 
-def delayed(x_TD: jax.Array, rounds: jax.Array) -> jax.Array:
-    """x, a while later: a loop whose length the device does not know before."""
-    y = lax.fori_loop(0, rounds, lambda i, y: y * 1.0001 + i.astype(jnp.float32), jnp.ones((), jnp.float32))
+def delayed(x_TD: jax.Array, rounds: jax.Array, after: jax.Array) -> jax.Array:
+    """x, a while after `after` is known: a loop whose length the device does not know before."""
+    start = jnp.where(after[0, 0] == 1e9, 2.0, 1.0)
+    y = lax.fori_loop(0, rounds, lambda i, y: y * 1.0001 + i.astype(jnp.float32), start)
     return x_TD + jnp.where(y == -1.0, 1.0, 0.0).astype(x_TD.dtype)
 
 
@@ -250,18 +258,23 @@ def assert_left_in_order(space: Workspace, devices: int, rows: int, turn: int) -
 
 
 @pytest.mark.gpu
-def test_200_launches_of_devices_that_are_late_by_turns(mesh):
+@pytest.mark.parametrize("lasting", [False, True], ids=["memory of a program", "lasting memory"])
+def test_200_launches_of_devices_that_are_late_by_turns(mesh, lasting):
     """Of many sizes after one another: every one is right, and each device goes on as soon as it can."""
     devices, launches, runs, dtype = mesh.shape[TENSOR], 20, 10, "bfloat16"
-    space, rng = new_workspace(mesh, TENSOR, ROWS, 4096, dtype), np.random.default_rng(0)
+    space, rng = new_workspace(mesh, TENSOR, ROWS, 4096, dtype) if lasting else None, np.random.default_rng(0)
     sizes = [SHAPES[i % len(SHAPES)] for i in range(launches)]
-    given = [arrays(devices, *size, dtype, True, True, seed=i) for i, size in enumerate(sizes)]
+    drawn = [arrays(devices, *size, dtype, True, True, seed=i) for i, size in enumerate(sizes)]
+    given = [(placed(mesh, P(TENSOR), sums), *placed(mesh, P(), others)) for sums, *others in drawn]
 
     def run(space, rounds_1L, *given):
-        return [
-            call(delayed(partial_1TD, rounds_1L[0, i]), x, scale, space, implementation="mosaic_gpu")
-            for i, (partial_1TD, x, scale) in enumerate(given)
-        ]
+        results, first = [], space is None
+        space, after = space or fresh_workspace(TENSOR, ROWS, 4096, dtype), given[0][1]
+        for i, (partial_1TD, x, scale) in enumerate(given):
+            late_1TD = delayed(partial_1TD[0], rounds_1L[0, i], after)[None]
+            results.append(call(late_1TD, x, scale, space, first=first and i == 0, implementation="mosaic_gpu"))
+            after = results[-1].out_TD
+        return results
 
     specs = P(TENSOR), P(TENSOR), *[(P(TENSOR), P(), P())] * launches
     local = lambda *given: jax.tree.map(lambda x: x[None], run(*given))  # noqa: E731
@@ -269,17 +282,19 @@ def test_200_launches_of_devices_that_are_late_by_turns(mesh):
         mapped = jax.jit(jax.shard_map(local, in_specs=specs, out_specs=P(TENSOR), check_vma=False))
         for _ in range(runs):
             rounds = rng.integers(0, 20, (devices, launches)) * rng.integers(0, 2, (devices, launches))
-            results = mapped(space, jnp.asarray(rounds, jnp.int32), *given)
+            results = mapped(space, placed(mesh, P(TENSOR), jnp.asarray(rounds, jnp.int32)), *given)
             for result, arguments in zip(results, given, strict=True):
                 assert_exact(result, *arguments, dtype, roundings=1.01)
-    assert_left_in_order(space, devices, 1, turn=launches * runs % 2)
+    if space is not None:
+        assert_left_in_order(space, devices, 1, turn=launches * runs % 2)
 
 
 @pytest.mark.gpu
 def test_a_loop_on_the_device_copies_no_workspace(mesh):
     """A copy would have counts of its own, and a device that is ahead would count in the wrong one."""
     space = new_workspace(mesh, TENSOR, 1, 4096, "bfloat16")
-    partials, x, scale = arrays(mesh.shape[TENSOR], 1, 4096, "bfloat16", True, True)
+    partials, *others = arrays(mesh.shape[TENSOR], 1, 4096, "bfloat16", True, True)
+    given = placed(mesh, P(TENSOR), partials), *placed(mesh, P(), others), space
 
     def run(partial_1TD, x, scale, space):
         step = lambda _, y: call(y[None], x, scale, space, implementation="mosaic_gpu").normed_TD  # noqa: E731
@@ -288,10 +303,10 @@ def test_a_loop_on_the_device_copies_no_workspace(mesh):
     specs = P(TENSOR), P(), P(), P(TENSOR)
     with jax.set_mesh(mesh):
         mapped = jax.jit(jax.shard_map(run, in_specs=specs, out_specs=P(TENSOR), check_vma=False))
-        compiled = mapped.lower(partials, x, scale, space).compile()
+        compiled = mapped.lower(*given).compile()
         inbox = ",".join(map(str, space.inbox.sharding.shard_shape(space.inbox.shape)))
         assert re.findall(rf"bf16\[{inbox}\]\S* copy\(", compiled.as_text()) == []
-        result = np.asarray(mapped(partials, x, scale, space))
+        result = np.asarray(mapped(*given))
     for device in result:
         np.testing.assert_array_equal(device, result[0])
     assert_left_in_order(space, mesh.shape[TENSOR], 1, turn=0)
