@@ -16,7 +16,7 @@ from jaxinfer.cache import make_cache
 from jaxinfer.decode.batch import StepInput, make_batch
 from jaxinfer.decode.slots import empty_slots
 from jaxinfer.model import Model, ModelConfig, read_config
-from jaxinfer.parallel import make_mesh
+from jaxinfer.parallel import collectives, make_mesh
 from tests.model.random_params import random_params
 
 PAGE, PAGES, CONTEXT = 4, 17, 32
@@ -35,6 +35,7 @@ OLMO2 = SHAPE | {"architectures": ["Olmo2ForCausalLM"]}
 GPT_OSS = SHAPE | {"architectures": ["GptOssForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2,
                    "sliding_window": 5, "num_hidden_layers": 1}  # fmt: skip
 PROMPTS = [[5, 9, 3, 7, 60, 1, 2, 33, 8], [11, 4, 44]]
+ROWS = 16  # of a step: four are padding
 
 
 def dense() -> tuple[dict, ModelConfig]:
@@ -87,7 +88,8 @@ def logits_of_two_steps(published: Published, tensor: int) -> np.ndarray:
     lengths = np.array([len(prompt) for prompt in PROMPTS], np.int32)
     decoding = replace(idle, token_B=np.array([21, 22], np.int32), length_B=lengths, active_B=np.ones(2, np.bool_))
 
-    tokens = np.array([*PROMPTS[0], *PROMPTS[1], 0], np.int32)  # one of padding
+    tokens = np.array([*PROMPTS[0], *PROMPTS[1]], np.int32)
+    tokens = np.pad(tokens, (0, ROWS - len(tokens)))
     starts, slots = np.cumsum([0, *lengths], dtype=np.int32), np.arange(2, dtype=np.int32)
     prompts = StepInput(tokens, slots + 2, starts, slots, lengths, np.ones(2, np.int32))
     both = StepInput(0 * tokens, slots, 0 * starts + 2, slots + 2, 0 * lengths, 0 * slots)
@@ -99,8 +101,7 @@ def logits_of_two_steps(published: Published, tensor: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnums=0)
 def _step(model: Model, params, cache, slots, packed):
-    rows = sum(map(len, PROMPTS)) + 1
-    batch, _ = make_batch(slots, StepInput.unpacked(packed, rows, len(PROMPTS)), PAGE)
+    batch, _ = make_batch(slots, StepInput.unpacked(packed, ROWS, len(PROMPTS)), PAGE)
     hidden_TD, _, cache = model.forward(params, batch, cache)
     return jax.sharding.reshard(model.logits(params, hidden_TD), P(None, None)), cache
 
@@ -114,6 +115,12 @@ def alone(published) -> np.ndarray:
 def test_logits_do_not_depend_on_the_mesh(published, alone, tensor):
     assert np.isfinite(alone).all()
     assert alone.std() > 0.3
+    np.testing.assert_allclose(logits_of_two_steps(published, tensor), alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tensor", [2, 8])
+def test_devices_that_share_the_tokens_give_the_same_logits(monkeypatch, published, alone, tensor):
+    monkeypatch.setattr(collectives, "MANY_TOKENS", ROWS)
     np.testing.assert_allclose(logits_of_two_steps(published, tensor), alone, rtol=0, atol=1e-5)
 
 
