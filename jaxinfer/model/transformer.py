@@ -17,24 +17,26 @@ from jaxinfer.model.moe import MoE
 from jaxinfer.model.norm import Norm
 from jaxinfer.model.parameter import Shapes
 from jaxinfer.model.rope import tables
-from jaxinfer.parallel import TENSOR, all_tokens, look_up, meeting
+from jaxinfer.parallel import TENSOR, all_tokens, look_up, meeting, shares_work
 from jaxinfer.quantize import einsum, output_and_gated_mlp
-from pallas_kernels.all_reduce import Workspace
+from pallas_kernels.all_reduce import Workspace, in_order
 
 
 class Embedding(nnx.Module):
     """Token embeddings, sharded over the vocabulary."""
 
     def __init__(self, config: ModelConfig, shapes: Shapes):
-        self.scale = config.embedding_scale
+        self.scale, self.in_order = config.embedding_scale, in_order(shapes.mesh)
         self.weight_VD = shapes.param((config.vocab_size, config.hidden_size), (TENSOR,))
 
     def __call__(self, tokens_T: jax.Array) -> jax.Array:
         return self._scaled(self.weight_VD[...].at[tokens_T].get(out_sharding=P(None, None)))
 
     def start(self, tokens_T: jax.Array) -> tuple[jax.Array, Workspace | None]:
-        """What enters the first layer of a step, as `look_up` gives it; and where the sums of its layers meet."""
-        x_TD, workspace = look_up(self.weight_VD[...], tokens_T)
+        """What enters the first layer of a step; and where the sums of its layers meet, as `look_up` gives both."""
+        if not shares_work():
+            return self(tokens_T), None
+        x_TD, workspace = look_up(self.weight_VD[...], tokens_T, self.in_order)
         return self._scaled(x_TD), workspace
 
     def _scaled(self, x_TD: jax.Array) -> jax.Array:

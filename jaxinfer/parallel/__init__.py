@@ -8,6 +8,7 @@ from jaxinfer.parallel.collectives import (
     look_up,
     meeting,
     row_parallel,
+    shares_work,
     whole,
 )
 from jaxinfer.parallel.mesh import PIPE, TENSOR, make_mesh
@@ -23,5 +24,6 @@ __all__ = [
     "make_mesh",
     "meeting",
     "row_parallel",
+    "shares_work",
     "whole",
 ]

@@ -25,7 +25,7 @@ from jaxinfer.parallel.mesh import TENSOR
 from pallas_kernels.all_reduce import Workspace, all_reduce, fresh_workspace, most_rows, runs
 
 MANY_TOKENS = 256  # from which on each device holds its part of them
-WHOLE, SPREAD = P(None, None), P(TENSOR, None)  # x_TD: all tokens on every device, or a part of them on each
+SPREAD = P(TENSOR, None)  # x_TD of which each device holds a part of the tokens
 # Where the all-reduces of the program that is being traced meet, see `meeting`.
 _workspace: ContextVar[Workspace | None] = ContextVar("workspace", default=None)
 
@@ -42,8 +42,17 @@ def meeting(workspace: Workspace | None) -> Iterator[None]:
         _workspace.reset(token)
 
 
-def look_up(weight_VD: jax.Array, tokens_T: jax.Array) -> tuple[jax.Array, Workspace | None]:
+def shares_work() -> bool:
+    """Whether the axis `tensor` has several devices, and all of the mesh: what `look_up` is for."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size == mesh.shape[TENSOR] > 1
+
+
+def look_up(weight_VD: jax.Array, tokens_T: jax.Array, in_order: bool) -> tuple[jax.Array, Workspace | None]:
     """The rows of a table that is sharded over the vocabulary: the first sum over devices of a step.
+
+    Args:
+        in_order: whether the devices of the mesh are such that the kernel finds them.
 
     Returns:
         x_TD, of which each device holds its part where there are `MANY_TOKENS` that divide evenly; and where few run,
@@ -51,25 +60,23 @@ def look_up(weight_VD: jax.Array, tokens_T: jax.Array) -> tuple[jax.Array, Works
     """
     (tokens,), (V, D) = tokens_T.shape, weight_VD.shape
     devices = jax.sharding.get_abstract_mesh().shape[TENSOR]
-    if devices == 1:
-        return weight_VD.at[tokens_T].get(out_sharding=WHOLE), None
     spread = tokens >= MANY_TOKENS and tokens % devices == 0
 
     def local(weight_VD: jax.Array, tokens_T: jax.Array) -> tuple[jax.Array, Workspace | None]:
         own_T = tokens_T - lax.axis_index(TENSOR) * (V // devices)
         here_T = (own_T >= 0) & (own_T < V // devices)
         partial_TD = jnp.where(here_T[:, None], weight_VD[jnp.where(here_T, own_T, 0)], jnp.zeros((), weight_VD.dtype))
-        few = tokens <= most_rows(D, weight_VD.dtype) and runs(TENSOR, D, weight_VD.dtype)
+        few = in_order and tokens <= most_rows(D, weight_VD.dtype) and runs(TENSOR, D, weight_VD.dtype)
         workspace = fresh_workspace(TENSOR, tokens, D, weight_VD.dtype) if few else None
         return _sum(partial_TD, None, spread, workspace, first=True), workspace
 
-    out_specs = SPREAD if spread else WHOLE, P(TENSOR)
+    out_specs = SPREAD if spread else P(None, None), P(TENSOR)
     return jax.shard_map(local, in_specs=(SPREAD, P(None)), out_specs=out_specs, check_vma=False)(weight_VD, tokens_T)
 
 
 def all_tokens(x_TD: jax.Array) -> jax.Array:
     """x with all tokens on every device: the all-gather before a product with columns."""
-    return jax.sharding.reshard(x_TD, WHOLE) if _is_spread(x_TD) else x_TD
+    return jax.sharding.reshard(x_TD, P(None, None)) if _is_spread(x_TD) else x_TD
 
 
 def _is_spread(x_TD: jax.Array) -> bool:
@@ -135,12 +142,13 @@ def row_parallel(
         like_TD: has its tokens where those of the residual and the result are; without it all are on every device.
     """
     workspace, spread = _workspace.get(), like_TD is not None and _is_spread(like_TD)
+    rows = jax.typeof(x_TF).sharding.spec[0]
 
     def local(x_TF, w_FD, residual_TD, workspace):
         return _sum(multiply(x_TF, w_FD), residual_TD, spread, workspace)
 
-    tokens = SPREAD if spread else WHOLE
-    specs = P(None, TENSOR), P(TENSOR), tokens, P(TENSOR)
+    tokens = SPREAD if spread else P(rows, None)
+    specs = P(rows, TENSOR), P(TENSOR), tokens, P(TENSOR)
     # The checks of what varies over devices do not know the kernel's call.
     mapped = jax.shard_map(local, in_specs=specs, out_specs=tokens, check_vma=workspace is None)
     return mapped(x_TF, w_FD, residual_TD, workspace)
@@ -148,21 +156,23 @@ def row_parallel(
 
 def expert_parallel(
     local: Callable[..., jax.Array], experts: Any, residual_TD: jax.Array | None, like_TD: jax.Array,
-    *replicated: jax.Array,
+    *rows: jax.Array,
 ) -> jax.Array:  # fmt: skip
-    """residual + the sum over devices of `local(first_expert, experts, *replicated)`.
+    """residual + the sum over devices of `local(first_expert, experts, *rows)`.
 
-    `experts` is a pytree of arrays sharded over their first axis, E; `first_expert` is the index, among all experts,
-    of the first one that a device holds; on one device it is the number 0. The rest as for `row_parallel`.
+    `rows` are arrays whose first axis is that of tokens, all of which are on every device of the axis. `experts` is a
+    pytree of arrays sharded over their first axis, E; `first_expert` is the index, among all experts, of the first one
+    that a device holds; on one device it is the number 0. The rest as for `row_parallel`.
     """
     workspace, spread = _workspace.get(), _is_spread(like_TD)
 
-    def summed(experts, residual_TD, workspace, *replicated):
+    def summed(experts, residual_TD, workspace, *rows):
         per_device, alone = jax.tree.leaves(experts)[0].shape[0], lax.axis_size(TENSOR) == 1
         first = 0 if alone else lax.axis_index(TENSOR) * per_device
-        return _sum(local(first, experts, *replicated), residual_TD, spread, workspace)
+        return _sum(local(first, experts, *rows), residual_TD, spread, workspace)
 
-    tokens = SPREAD if spread else WHOLE
-    specs = (P(TENSOR), tokens, P(TENSOR), *(P() for _ in replicated))
+    axis = jax.typeof(rows[0]).sharding.spec[0]
+    tokens = SPREAD if spread else P(axis, None)
+    specs = (P(TENSOR), tokens, P(TENSOR), *(P(axis) for _ in rows))
     mapped = jax.shard_map(summed, in_specs=specs, out_specs=tokens, check_vma=False)
-    return mapped(experts, residual_TD, workspace, *replicated)
+    return mapped(experts, residual_TD, workspace, *rows)

@@ -7,9 +7,18 @@ from pallas_kernels import dispatch
 from pallas_kernels.all_reduce import mosaic_gpu, reference, xla
 from pallas_kernels.all_reduce.arguments import Arguments, Reduced, check
 from pallas_kernels.all_reduce.config import most_rows, slower
-from pallas_kernels.all_reduce.workspace import Workspace, fresh_workspace, new_workspace
+from pallas_kernels.all_reduce.workspace import Workspace, fresh_workspace, in_order, new_workspace
 
-__all__ = ["Reduced", "Workspace", "all_reduce", "fresh_workspace", "most_rows", "new_workspace", "runs"]
+__all__ = [
+    "Reduced",
+    "Workspace",
+    "all_reduce",
+    "fresh_workspace",
+    "in_order",
+    "most_rows",
+    "new_workspace",
+    "runs",
+]
 
 NAME = "all_reduce"
 IMPLEMENTATIONS = {

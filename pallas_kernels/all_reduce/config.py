@@ -22,8 +22,8 @@ def slower(arguments: Arguments) -> str | None:
 
 
 def most_rows(hidden: int, dtype: jnp.dtype) -> int:
-    """Of the largest message: what a workspace needs."""
-    return max(1, LARGEST_MESSAGE // (hidden * jnp.dtype(dtype).itemsize))
+    """Of the largest message that is the kernel's."""
+    return LARGEST_MESSAGE // (hidden * jnp.dtype(dtype).itemsize)
 
 
 def vector_size(hidden: int, dtype: jnp.dtype) -> int:

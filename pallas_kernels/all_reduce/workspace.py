@@ -54,7 +54,7 @@ def new_workspace(mesh: Mesh, axis: str, rows: int, hidden: int, dtype: Any) -> 
     require(rows >= 1, "rows", rows, "at least 1")
     require(hidden >= 1, "hidden", hidden, "at least 1")
     ids = [device.id for device in mesh.devices.flat]
-    require(ids == [*range(len(ids))], "mesh.devices", f"those with ids {ids}", "the first ones in order, 0, 1, ...")
+    require(in_order(mesh), "mesh.devices", f"those with ids {ids}", "the first ones in order, 0, 1, ...")
     inbox, counts = _shapes(rows, mesh.shape[axis], hidden, dtype)
     zeros = partial(jnp.zeros, device=NamedSharding(mesh, P(axis)))
     devices = mesh.shape[axis]
@@ -62,6 +62,11 @@ def new_workspace(mesh: Mesh, axis: str, rows: int, hidden: int, dtype: Any) -> 
         zeros((devices * rows, *inbox.shape[1:]), inbox.dtype),
         zeros((devices * rows, *counts.shape[1:]), counts.dtype),
     )
+
+
+def in_order(mesh: Mesh) -> bool:
+    """Whether the mesh holds the first devices in their order, as Mosaic GPU takes it to."""
+    return [device.id for device in mesh.devices.flat] == [*range(mesh.size)]
 
 
 def fresh_workspace(axis: str, rows: int, hidden: int, dtype: Any) -> Workspace:
