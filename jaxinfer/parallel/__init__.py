@@ -11,6 +11,7 @@ from jaxinfer.parallel.collectives import (
     shares_work,
     whole,
 )
+from jaxinfer.parallel.exchange import exchange_experts, exchanges_tokens
 from jaxinfer.parallel.mesh import PIPE, TENSOR, make_mesh
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "all_tokens",
     "attend",
     "column_parallel",
+    "exchange_experts",
+    "exchanges_tokens",
     "expert_parallel",
     "look_up",
     "make_mesh",

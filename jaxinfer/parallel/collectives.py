@@ -76,10 +76,11 @@ def look_up(weight_VD: jax.Array, tokens_T: jax.Array, in_order: bool) -> tuple[
 
 def all_tokens(x_TD: jax.Array) -> jax.Array:
     """x with all tokens on every device: the all-gather before a product with columns."""
-    return jax.sharding.reshard(x_TD, P(None, None)) if _is_spread(x_TD) else x_TD
+    return jax.sharding.reshard(x_TD, P(None, None)) if is_spread(x_TD) else x_TD
 
 
-def _is_spread(x_TD: jax.Array) -> bool:
+def is_spread(x_TD: jax.Array) -> bool:
+    """Whether each device holds its part of the tokens."""
     return jax.typeof(x_TD).sharding.spec[0] == TENSOR
 
 
@@ -141,7 +142,7 @@ def row_parallel(
         w_FD: a plain or a quantized array sharded on its first axis.
         like_TD: has its tokens where those of the residual and the result are; without it all are on every device.
     """
-    workspace, spread = _workspace.get(), like_TD is not None and _is_spread(like_TD)
+    workspace, spread = _workspace.get(), like_TD is not None and is_spread(like_TD)
     rows = jax.typeof(x_TF).sharding.spec[0]
 
     def local(x_TF, w_FD, residual_TD, workspace):
@@ -164,7 +165,7 @@ def expert_parallel(
     pytree of arrays sharded over their first axis, E; `first_expert` is the index, among all experts, of the first one
     that a device holds; on one device it is the number 0. The rest as for `row_parallel`.
     """
-    workspace, spread = _workspace.get(), _is_spread(like_TD)
+    workspace, spread = _workspace.get(), is_spread(like_TD)
 
     def summed(experts, residual_TD, workspace, *rows):
         per_device, alone = jax.tree.leaves(experts)[0].shape[0], lax.axis_size(TENSOR) == 1
