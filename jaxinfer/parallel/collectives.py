@@ -60,18 +60,19 @@ def look_up(weight_VD: jax.Array, tokens_T: jax.Array, in_order: bool) -> tuple[
     """
     (tokens,), (V, D) = tokens_T.shape, weight_VD.shape
     devices = jax.sharding.get_abstract_mesh().shape[TENSOR]
-    spread = tokens >= MANY_TOKENS and tokens % devices == 0
+    spread, own = tokens >= MANY_TOKENS and tokens % devices == 0, V // devices
 
     def local(weight_VD: jax.Array, tokens_T: jax.Array) -> tuple[jax.Array, Workspace | None]:
-        own_T = tokens_T - lax.axis_index(TENSOR) * (V // devices)
-        here_T = (own_T >= 0) & (own_T < V // devices)
+        own_T = tokens_T - lax.axis_index(TENSOR) * own
+        here_T = (own_T >= 0) & (own_T < own)
         partial_TD = jnp.where(here_T[:, None], weight_VD[jnp.where(here_T, own_T, 0)], jnp.zeros((), weight_VD.dtype))
         few = in_order and tokens <= most_rows(D, weight_VD.dtype) and runs(TENSOR, D, weight_VD.dtype)
         workspace = fresh_workspace(TENSOR, tokens, D, weight_VD.dtype) if few else None
         return _sum(partial_TD, None, spread, workspace, first=True), workspace
 
+    in_specs = jax.typeof(weight_VD).sharding.spec, P(None)
     out_specs = SPREAD if spread else P(None, None), P(TENSOR)
-    return jax.shard_map(local, in_specs=(SPREAD, P(None)), out_specs=out_specs, check_vma=False)(weight_VD, tokens_T)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(weight_VD, tokens_T)
 
 
 def all_tokens(x_TD: jax.Array) -> jax.Array:

@@ -233,8 +233,12 @@ def test_the_vocabulary_is_sorted_for_filters_alone(which):
 )
 def test_devices_meet_twice_a_layer(which, meetings):
     """Attention and MLP each end in one sum over devices, the embedding of a sharded vocabulary in another, and the
-    sampler gathers the logits. A loop's body is one computation, whatever its number of steps."""
-    assert meetings_of(compiled(which, EVEN, tensor=4)) == meetings
+    sampler gathers what each has found in its part of the vocabulary, two numbers a row. A loop's body is one
+    computation, whatever its number of steps."""
+    program = compiled(which, EVEN, tensor=4)
+    assert meetings_of(program) == meetings
+    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", program.text)
+    assert [math.prod(map(int, dims.split(","))) for dims in gathered] == [4 * 2 * SLOTS] * len(gathered)
 
 
 def test_devices_share_many_tokens_between_the_products_of_a_layer(monkeypatch):
