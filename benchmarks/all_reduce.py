@@ -50,8 +50,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        size = self.tokens * self.hidden * 2 // 1024
-        return f"{'' if self.finished else 'sum '}{size} KB"
+        size = 2 * self.tokens * self.hidden
+        return f"{'' if self.finished else 'sum '}{f'{size // 1024} KB' if size >= 1024 else f'{size} B'}"
 
     def arguments(self, mesh: Mesh) -> tuple[jax.Array, ...]:
         """Partial sums of every device, residual and scale."""
@@ -92,7 +92,7 @@ def _last(reduced: Reduced) -> jax.Array:
     return reduced.out_TD if reduced.normed_TD is None else reduced.normed_TD
 
 
-def check(case: Case, result: jax.Array, arguments: Sequence[jax.Array]) -> None:
+def check(case: Case, result: jax.Array | np.ndarray, arguments: Sequence[jax.Array]) -> None:
     """Of one call. Raises ValueError where it is wrong, or not the same on all devices."""
     partials, residual, scale = (np.asarray(array, np.float64) for array in arguments)
     expected = partials.sum(axis=0)
