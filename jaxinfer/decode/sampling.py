@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
-from jaxinfer.decode.likeliest import likeliest
+from jaxinfer.decode.likeliest import likeliest, likeliest_token
 from jaxinfer.decode.sampling_params import (
     GREEDY_BELOW,
     MAX_LOGIT_BIAS,
@@ -216,13 +216,13 @@ def sample(
     its place in the batch, or on what else the batch needs.
 
     Args:
-      logits_WV: not sharded over the vocabulary; -inf bars a token.
+      logits_WV: not sharded over the vocabulary, save where no more than `GREEDY` is needed; -inf bars a token.
       state: that of each row's slot, row for row; its fields keep the names that they have for all slots.
       token_index_W: how many tokens the row's output has already.
       needs: what the requests in the batch ask for; `needs(params)` of this module.
     """
     if needs.level == "greedy":
-        return report(logits_WV, jax.lax.argmax(logits_WV, 1, jnp.int32), needs)
+        return report(logits_WV, likeliest_token(logits_WV), needs)
     kept_WV = kept(logits_WV, state, token_index_W, needs)
     return report(logits_WV, draw(kept_WV, state, token_index_W), needs)
 

@@ -358,8 +358,9 @@ class Programs:
         Args:
             shown_WE: of each slot's last row what a method of speculation is shown, where it may keep it.
         """
-        whole_WV = jax.sharding.reshard(logits_WV, P(None, None))
-        sampled = sampling.sample(whole_WV, state.sampling, state.index_B, needs)
+        if needs != sampling.GREEDY:
+            logits_WV = jax.sharding.reshard(logits_WV, P(None, None))
+        sampled = sampling.sample(logits_WV, state.sampling, state.index_B, needs)
         after = slots.advance(state, sampled, rows.emits_W, rows.lengths_W)
         row_W1, ran_W = jnp.arange(len(rows.lengths_W), dtype=jnp.int32)[:, None], rows.lengths_W > 0
         taken_W = ran_W.astype(jnp.int32)

@@ -86,6 +86,9 @@ class Attention(nnx.Module):
             q_TKgH, k_TKH, v_TKH = (jnp.clip(y, -limit, limit) for y in (q_TKgH, k_TKH, v_TKH))
         return q_TKgH, k_TKH, v_TKH
 
-    def output(self, heads_TM: jax.Array, residual_TD: jax.Array | None = None) -> jax.Array:
+    def output(
+        self, heads_TM: jax.Array, residual_TD: jax.Array | None = None, like_TD: jax.Array | None = None
+    ) -> jax.Array:
+        """`like_TD` as in `contract`."""
         o_bias_D = None if self.o_bias_D is None else self.o_bias_D[...]
-        return contract("TM,MD->TD", heads_TM, self.o_MD[...], o_bias_D, residual_TD)
+        return contract("TM,MD->TD", heads_TM, self.o_MD[...], o_bias_D, residual_TD, like_TD)

@@ -31,7 +31,7 @@ class MLP(nnx.Module):
             inner_TF = gated_silu(x_TD, self.up_DcF[...], up_bias_cF, norm)
         else:
             inner_TF = activate(self.config, project("TD,DcF->TcF", x_TD, self.up_DcF[...], up_bias_cF, norm))
-        return contract("TF,FD->TD", inner_TF, self.down_FD[...], down_bias_D, residual_TD)
+        return contract("TF,FD->TD", inner_TF, self.down_FD[...], down_bias_D, residual_TD, x_TD)
 
 
 def activate(config: ModelConfig, up_TcF: jax.Array) -> jax.Array:

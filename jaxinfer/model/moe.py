@@ -18,7 +18,7 @@ from jaxinfer.model.config import ModelConfig, MoEConfig
 from jaxinfer.model.mlp import activate
 from jaxinfer.model.norm import Norm
 from jaxinfer.model.parameter import Shapes
-from jaxinfer.parallel import TENSOR, expert_parallel
+from jaxinfer.parallel import TENSOR, all_tokens, exchange_experts, exchanges_tokens, expert_parallel
 from jaxinfer.quantize import einsum, reduce_einsum
 
 Stacks = dict[str, jax.Array]  # "up", "down" and perhaps their biases, of every expert held or of one
@@ -44,14 +44,20 @@ class MoE(nnx.Module):
         self.down_bias_ED = shapes.param((experts, hidden), (TENSOR,)) if moe.bias else None
 
     def __call__(self, x_TD: jax.Array, norm: Norm | None = None, residual_TD: jax.Array | None = None) -> jax.Array:
-        x_TD = x_TD if norm is None else norm(x_TD)
+        like_TD, x_TD = x_TD, x_TD if norm is None else norm(x_TD)
+        exchanges = exchanges_tokens(x_TD, self.moe.num_experts, self.moe.experts_per_token)
+        x_TD = x_TD if exchanges else all_tokens(x_TD)
         weights_TX, experts_TX = self._route(x_TD)
         stacks = {"up": self.up_EDcF[...], "down": self.down_EFD[...]}
         if self.up_bias_EcF is not None and self.down_bias_ED is not None:
             stacks |= {"up_bias": self.up_bias_EcF[...], "down_bias": self.down_bias_ED[...]}
+        if exchanges:
+            return exchange_experts(
+                partial(run_grouped, self.config), stacks, residual_TD, x_TD, weights_TX, experts_TX
+            )
         compute = run_few if experts_TX.size <= FEW_CHOICES else run_grouped
-        y_TD = expert_parallel(partial(compute, self.config), stacks, x_TD, weights_TX, experts_TX)
-        return y_TD if residual_TD is None else residual_TD + y_TD
+        local = partial(compute, self.config)
+        return expert_parallel(local, stacks, residual_TD, like_TD, x_TD, weights_TX, experts_TX)
 
     def _route(self, x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Weights (float32) and indices of the experts of each token."""

@@ -17,19 +17,29 @@ from jaxinfer.model.moe import MoE
 from jaxinfer.model.norm import Norm
 from jaxinfer.model.parameter import Shapes
 from jaxinfer.model.rope import tables
-from jaxinfer.parallel import TENSOR
+from jaxinfer.parallel import TENSOR, all_tokens, look_up, meeting, shares_work
 from jaxinfer.quantize import einsum, output_and_gated_mlp
+from pallas_kernels.all_reduce import Workspace, in_order
 
 
 class Embedding(nnx.Module):
     """Token embeddings, sharded over the vocabulary."""
 
     def __init__(self, config: ModelConfig, shapes: Shapes):
-        self.scale = config.embedding_scale
+        self.scale, self.in_order = config.embedding_scale, in_order(shapes.mesh)
         self.weight_VD = shapes.param((config.vocab_size, config.hidden_size), (TENSOR,))
 
     def __call__(self, tokens_T: jax.Array) -> jax.Array:
-        x_TD = self.weight_VD[...].at[tokens_T].get(out_sharding=P(None, None))
+        return self._scaled(self.weight_VD[...].at[tokens_T].get(out_sharding=P(None, None)))
+
+    def start(self, tokens_T: jax.Array) -> tuple[jax.Array, Workspace | None]:
+        """What enters the first layer of a step; and where the sums of its layers meet, as `look_up` gives both."""
+        if not shares_work():
+            return self(tokens_T), None
+        x_TD, workspace = look_up(self.weight_VD[...], tokens_T, self.in_order)
+        return self._scaled(x_TD), workspace
+
+    def _scaled(self, x_TD: jax.Array) -> jax.Array:
         return x_TD if self.scale == 1.0 else x_TD * jnp.asarray(self.scale, x_TD.dtype)
 
 
@@ -51,7 +61,7 @@ class Layer(nnx.Module):
         heads_TM, state = self.attention.heads(x_TD, batch, state, rope, self.attention_norm)
         if (finished_TD := self._at_once(heads_TM, x_TD)) is not None:
             return finished_TD, state
-        attended_TD = self.attention.output(heads_TM, self._residual(x_TD))
+        attended_TD = self.attention.output(heads_TM, self._residual(x_TD), x_TD)
         x_TD = _added(x_TD, attended_TD, self.attention_post_norm)
         return _added(x_TD, self.mlp(x_TD, self.mlp_norm, self._residual(x_TD)), self.mlp_post_norm), state
 
@@ -72,7 +82,7 @@ class Layer(nnx.Module):
         """Falcon: both halves read the same normed input."""
         normed_TD = x_TD if self.attention_norm is None else self.attention_norm(x_TD)
         heads_TM, state = self.attention.heads(normed_TD, batch, state, rope)
-        return x_TD + self.attention.output(heads_TM) + self.mlp(normed_TD), state
+        return x_TD + self.attention.output(heads_TM, None, x_TD) + self.mlp(normed_TD), state
 
 
 def _added(x_TD: jax.Array, y_TD: jax.Array, post_norm: Norm | None) -> jax.Array:
@@ -81,8 +91,12 @@ def _added(x_TD: jax.Array, y_TD: jax.Array, post_norm: Norm | None) -> jax.Arra
 
 # Jitted, so that layers which differ in nothing but their weights are traced and lowered once. XLA inlines the calls.
 @partial(jax.jit, static_argnums=0)
-def _run(graph: nnx.GraphDef[Layer], params: nnx.State, x_TD: jax.Array, batch: Attends, state: Any, rope: Any):
-    return nnx.merge(graph, params)(x_TD, batch, state, rope)
+def _run(
+    graph: nnx.GraphDef[Layer], params: nnx.State, workspace: Workspace | None, x_TD: jax.Array, batch: Attends,
+    state: Any, rope: Any,
+):  # fmt: skip
+    with meeting(workspace):
+        return nnx.merge(graph, params)(x_TD, batch, state, rope)
 
 
 class Transformer(nnx.Module):
@@ -102,14 +116,14 @@ class Transformer(nnx.Module):
             rope: tables(rope, batch.positions_T, self.context)
             for rope in dict.fromkeys(layer.rope for layer in self.config.layers[:layers])
         }
-        x_TD, states, tapped = self.embed(batch.tokens_T), list(cache), {}
+        (x_TD, workspace), states, tapped = self.embed.start(batch.tokens_T), list(cache), {}
         for index in range(layers):
             rope = ropes[self.config.layers[index].rope]
             graph, params = nnx.split(self.layers[index])
-            x_TD, states[index] = _run(graph, params, x_TD, batch, states[index], rope)
+            x_TD, states[index] = _run(graph, params, workspace, x_TD, batch, states[index], rope)
             if index in taps:
-                tapped[index] = x_TD
-        return x_TD, tuple(tapped[index] for index in taps), tuple(states)
+                tapped[index] = all_tokens(x_TD)
+        return all_tokens(x_TD), tuple(tapped[index] for index in taps), tuple(states)
 
     def logits(self, hidden_WD: jax.Array) -> jax.Array:
         """float32 logits, sharded over the vocabulary."""

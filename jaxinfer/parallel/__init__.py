@@ -1,6 +1,32 @@
 """Many devices: the mesh, and the helpers in which every collective of the model stands."""
 
-from jaxinfer.parallel.collectives import attend, column_parallel, expert_parallel, row_parallel, whole
+from jaxinfer.parallel.collectives import (
+    all_tokens,
+    attend,
+    column_parallel,
+    expert_parallel,
+    look_up,
+    meeting,
+    row_parallel,
+    shares_work,
+    whole,
+)
+from jaxinfer.parallel.exchange import exchange_experts, exchanges_tokens
 from jaxinfer.parallel.mesh import PIPE, TENSOR, make_mesh
 
-__all__ = ["PIPE", "TENSOR", "attend", "column_parallel", "expert_parallel", "make_mesh", "row_parallel", "whole"]
+__all__ = [
+    "PIPE",
+    "TENSOR",
+    "all_tokens",
+    "attend",
+    "column_parallel",
+    "exchange_experts",
+    "exchanges_tokens",
+    "expert_parallel",
+    "look_up",
+    "make_mesh",
+    "meeting",
+    "row_parallel",
+    "shares_work",
+    "whole",
+]

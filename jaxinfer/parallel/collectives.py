@@ -2,17 +2,103 @@
 
 Each is a `shard_map` over the axis `tensor`: what a device computes is an ordinary function of local arrays, and the
 sum over devices stands here and nowhere else.
+
+Between the products of a layer every device holds all tokens, [T, D], or, where they are many, its part of them: what
+stands there, norms and residuals, is then done once and not by every device, and an all-reduce becomes a
+reduce-scatter before it and an all-gather after it, of the same bytes together (sequence parallelism, Korthikanti et
+al. 2022, section 4.2.2). `look_up` chooses; from there on the type of x_TD says which of both it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxinfer.parallel.mesh import TENSOR
+from pallas_kernels.all_reduce import Workspace, all_reduce, fresh_workspace, most_rows, runs
+
+MANY_TOKENS = 256  # from which on each device holds its part of them
+SPREAD = P(TENSOR, None)  # x_TD of which each device holds a part of the tokens
+# Where the all-reduces of the program that is being traced meet, see `meeting`.
+_workspace: ContextVar[Workspace | None] = ContextVar("workspace", default=None)
+
+
+@contextmanager
+def meeting(workspace: Workspace | None) -> Iterator[None]:
+    """Small sums over devices that are traced inside are our kernel's, in this workspace of `look_up`'s; XLA's psum
+    where it is None. A jitted function is given the workspace as an argument, as all that is traced outside of it.
+    """
+    token = _workspace.set(workspace)
+    try:
+        yield
+    finally:
+        _workspace.reset(token)
+
+
+def shares_work() -> bool:
+    """Whether the axis `tensor` has several devices, and all of the mesh: what `look_up` is for."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size == mesh.shape[TENSOR] > 1
+
+
+def look_up(weight_VD: jax.Array, tokens_T: jax.Array, in_order: bool) -> tuple[jax.Array, Workspace | None]:
+    """The rows of a table that is sharded over the vocabulary: the first sum over devices of a step.
+
+    Args:
+        in_order: whether the devices of the mesh are such that the kernel finds them.
+
+    Returns:
+        x_TD, of which each device holds its part where there are `MANY_TOKENS` that divide evenly; and where few run,
+        the workspace for the step's other sums, in which the devices have then met.
+    """
+    (tokens,), (V, D) = tokens_T.shape, weight_VD.shape
+    devices = jax.sharding.get_abstract_mesh().shape[TENSOR]
+    spread, own = tokens >= MANY_TOKENS and tokens % devices == 0, V // devices
+
+    def local(weight_VD: jax.Array, tokens_T: jax.Array) -> tuple[jax.Array, Workspace | None]:
+        own_T = tokens_T - lax.axis_index(TENSOR) * own
+        here_T = (own_T >= 0) & (own_T < own)
+        partial_TD = jnp.where(here_T[:, None], weight_VD[jnp.where(here_T, own_T, 0)], jnp.zeros((), weight_VD.dtype))
+        few = in_order and tokens <= most_rows(D, weight_VD.dtype) and runs(TENSOR, D, weight_VD.dtype)
+        workspace = fresh_workspace(TENSOR, tokens, D, weight_VD.dtype) if few else None
+        return _sum(partial_TD, None, spread, workspace, first=True), workspace
+
+    in_specs = jax.typeof(weight_VD).sharding.spec, P(None)
+    out_specs = SPREAD if spread else P(None, None), P(TENSOR)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(weight_VD, tokens_T)
+
+
+def all_tokens(x_TD: jax.Array) -> jax.Array:
+    """x with all tokens on every device: the all-gather before a product with columns."""
+    return jax.sharding.reshard(x_TD, P(None, None)) if is_spread(x_TD) else x_TD
+
+
+def is_spread(x_TD: jax.Array) -> bool:
+    """Whether each device holds its part of the tokens."""
+    return jax.typeof(x_TD).sharding.spec[0] == TENSOR
+
+
+def _sum(
+    partial_TD: jax.Array, residual_TD: jax.Array | None, spread: bool, workspace: Workspace | None,
+    *, first: bool = False,
+) -> jax.Array:  # fmt: skip
+    """residual + the sum over devices of `partial_TD`, inside a `shard_map`: each device's part of the tokens, or all.
+
+    The norm that follows is not here: the product after it takes it in, at no launch (`jaxinfer.quantize`).
+    """
+    if spread:
+        y_TD = lax.psum_scatter(partial_TD, TENSOR, scatter_dimension=0, tiled=True)
+        return y_TD if residual_TD is None else residual_TD + y_TD
+    implementation = "xla" if workspace is None else "auto"
+    given = {"residual_TD": residual_TD, "workspace": workspace, "first": first}
+    return all_reduce(partial_TD, TENSOR, **given, implementation=implementation).out_TD
 
 
 def attend(local: Callable[..., Any], specs: tuple[Any, ...], out_specs: Any, *arguments: Any) -> Any:
@@ -40,37 +126,55 @@ def column_parallel(local: Callable[..., jax.Array], out_spec: P, columns: Any, 
     return mapped(columns, *replicated)
 
 
-def whole(local: Callable[..., jax.Array], *arguments: jax.Array) -> jax.Array:
+def whole(local: Callable[..., jax.Array], *arguments: jax.Array | None) -> jax.Array:
     """`local(*arguments)` where one device holds all of each argument, and of the result."""
-    specs = tuple(jax.typeof(array).sharding.spec for array in arguments)
+    specs = jax.tree.map(lambda array: jax.typeof(array).sharding.spec, arguments)
     return jax.shard_map(local, in_specs=specs, out_specs=P(), check_vma=False)(*arguments)
 
 
-def row_parallel(multiply: Callable[..., jax.Array], x_TF: jax.Array, w_FD: Any, *replicated: Any) -> jax.Array:
-    """x @ w with both sharded over the contracted axis; the result is whole on every device.
+def row_parallel(
+    multiply: Callable[..., jax.Array], x_TF: jax.Array, w_FD: Any, residual_TD: jax.Array | None,
+    like_TD: jax.Array | None,
+) -> jax.Array:  # fmt: skip
+    """residual + x @ w, x and w sharded over the contracted axis.
 
-    `multiply` is the local product, `w_FD` a plain or a quantized array sharded on its first axis. It is given
-    `replicated` too, which must not enter the sum over devices more than once.
+    Args:
+        multiply: the local product.
+        w_FD: a plain or a quantized array sharded on its first axis.
+        like_TD: has its tokens where those of the residual and the result are; without it all are on every device.
     """
+    workspace, spread = _workspace.get(), like_TD is not None and is_spread(like_TD)
+    rows = jax.typeof(x_TF).sharding.spec[0]
 
-    def local(*operands):
-        return jax.lax.psum(multiply(*operands), TENSOR)
+    def local(x_TF, w_FD, residual_TD, workspace):
+        return _sum(multiply(x_TF, w_FD), residual_TD, spread, workspace)
 
-    specs = (P(None, TENSOR), P(TENSOR), *(P() for _ in replicated))
-    return jax.shard_map(local, in_specs=specs, out_specs=P(None, None))(x_TF, w_FD, *replicated)
+    tokens = SPREAD if spread else P(rows, None)
+    specs = P(rows, TENSOR), P(TENSOR), tokens, P(TENSOR)
+    # The checks of what varies over devices do not know the kernel's call.
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=tokens, check_vma=workspace is None)
+    return mapped(x_TF, w_FD, residual_TD, workspace)
 
 
-def expert_parallel(local: Callable[..., jax.Array], experts: Any, *replicated: jax.Array) -> jax.Array:
-    """The sum over devices of `local(first_expert, experts, *replicated)`.
+def expert_parallel(
+    local: Callable[..., jax.Array], experts: Any, residual_TD: jax.Array | None, like_TD: jax.Array,
+    *rows: jax.Array,
+) -> jax.Array:  # fmt: skip
+    """residual + the sum over devices of `local(first_expert, experts, *rows)`.
 
-    `experts` is a pytree of arrays sharded over their first axis, E; `first_expert` is the index, among all experts,
-    of the first one that a device holds; on one device it is the number 0.
+    `rows` are arrays whose first axis is that of tokens, all of which are on every device of the axis. `experts` is a
+    pytree of arrays sharded over their first axis, E; `first_expert` is the index, among all experts, of the first one
+    that a device holds; on one device it is the number 0. The rest as for `row_parallel`.
     """
+    workspace, spread = _workspace.get(), is_spread(like_TD)
 
-    def summed(experts, *replicated):
-        per_device, alone = jax.tree.leaves(experts)[0].shape[0], jax.lax.axis_size(TENSOR) == 1
-        first = 0 if alone else jax.lax.axis_index(TENSOR) * per_device
-        return jax.lax.psum(local(first, experts, *replicated), TENSOR)
+    def summed(experts, residual_TD, workspace, *rows):
+        per_device, alone = jax.tree.leaves(experts)[0].shape[0], lax.axis_size(TENSOR) == 1
+        first = 0 if alone else lax.axis_index(TENSOR) * per_device
+        return _sum(local(first, experts, *rows), residual_TD, spread, workspace)
 
-    specs = (P(TENSOR), *(P() for _ in replicated))
-    return jax.shard_map(summed, in_specs=specs, out_specs=P(None, None), check_vma=False)(experts, *replicated)
+    axis = jax.typeof(rows[0]).sharding.spec[0]
+    tokens = SPREAD if spread else P(axis, None)
+    specs = (P(TENSOR), tokens, P(TENSOR), *(P(axis) for _ in rows))
+    mapped = jax.shard_map(summed, in_specs=specs, out_specs=tokens, check_vma=False)
+    return mapped(experts, residual_TD, workspace, *rows)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxinfer.parallel import TENSOR, column_parallel, row_parallel, whole
+from jaxinfer.parallel import TENSOR, all_tokens, column_parallel, row_parallel, whole
 from pallas_kernels.streaming_matmul import streaming_matmul, streaming_mlp, takes, takes_mlp
 
 RMS = tuple[jax.Array, float]  # scale_D and epsilon
@@ -75,17 +75,23 @@ def gated_silu(
 
 
 def contract(
-    spec: str, x_TF: jax.Array, w_FD: jax.Array, bias_D: jax.Array | None = None, residual_TD: jax.Array | None = None
-) -> jax.Array:
-    """residual + (x @ w + bias), x and w sharded over F and the result whole on every device.
+    spec: str, x_TF: jax.Array, w_FD: jax.Array, bias_D: jax.Array | None = None,
+    residual_TD: jax.Array | None = None, like_TD: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
+    """residual + (x @ w + bias), x and w sharded over F.
 
-    One device's kernel adds bias and residual itself; of several, each would.
+    One device's kernel adds bias and residual itself; of several, what adds up their products adds the residual.
+
+    Args:
+        like_TD: has its tokens where those of the result are to be, and those of the residual are; without it all are
+            on every device.
     """
     if _local(w_FD).shape == w_FD.shape and takes(x_TF, w_FD, bias=bias_D, residual_MN=residual_TD):
-        return row_parallel(_finished, x_TF, w_FD, bias_D, residual_TD)
+        return whole(_finished, x_TF, w_FD, bias_D, residual_TD)
     multiply = streaming_matmul if takes(_local(x_TF), _local(w_FD)) else partial(einsum, spec)
-    y_TD = row_parallel(multiply, x_TF, w_FD)
-    y_TD = y_TD if bias_D is None else y_TD + bias_D[None, :]
+    if bias_D is None:
+        return row_parallel(multiply, x_TF, w_FD, residual_TD, like_TD)
+    y_TD = row_parallel(multiply, x_TF, w_FD, None, like_TD) + bias_D[None, :]
     return y_TD if residual_TD is None else residual_TD + y_TD
 
 
@@ -112,12 +118,12 @@ def output_and_gated_mlp(
 
 
 def _before(norm: Norm | None, x_TD: jax.Array, w: jax.Array, w_axes: str) -> tuple[jax.Array, RMS | None]:
-    """What the product takes: x and a norm to take in, or the normed x."""
+    """What the product takes: x and a norm to take in, or the normed x; all tokens of it, whose norm is then done."""
     if norm is None:
-        return x_TD, None
+        return all_tokens(x_TD), None
     if (rms := norm.rms) is not None and _takes(x_TD, w, w_axes, rms):
-        return x_TD, rms
-    return norm(x_TD), None
+        return all_tokens(x_TD), rms
+    return all_tokens(norm(x_TD)), None
 
 
 def _takes(x_TD: jax.Array, w: jax.Array, w_axes: str, rms: RMS | None) -> bool:

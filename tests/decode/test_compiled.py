@@ -19,7 +19,7 @@ from jaxinfer.decode.step import Part, Programs
 from jaxinfer.engine.step_input import lay_out
 from jaxinfer.engine.warm_up import WARM
 from jaxinfer.model import EagleHead, Model, read_config, read_eagle_config
-from jaxinfer.parallel import make_mesh
+from jaxinfer.parallel import collectives, make_mesh
 from tests.decode.branching import Branching
 from tests.engine import eagle_heads
 from tests.engine.tiny import CONFIG
@@ -233,7 +233,22 @@ def test_the_vocabulary_is_sorted_for_filters_alone(which):
 )
 def test_devices_meet_twice_a_layer(which, meetings):
     """Attention and MLP each end in one sum over devices, the embedding of a sharded vocabulary in another, and the
-    sampler gathers the logits. A loop's body is one computation, whatever its number of steps."""
+    sampler gathers what each has found in its part of the vocabulary, two numbers a row. A loop's body is one
+    computation, whatever its number of steps."""
+    program = compiled(which, EVEN, tensor=4)
+    assert meetings_of(program) == meetings
+    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", program.text)
+    assert [math.prod(map(int, dims.split(","))) for dims in gathered] == [4 * 2 * SLOTS] * len(gathered)
+
+
+def test_devices_share_many_tokens_between_the_products_of_a_layer(monkeypatch):
+    """The sums leave each device its part of the tokens; all are gathered for the next product, and at the end."""
+    monkeypatch.setattr(collectives, "MANY_TOKENS", TOKENS)
+    expected = {"reduce-scatter": 2 * LAYERS + 1, "all-gather": 2 * LAYERS + 1}
+    assert meetings_of(compiled("step", EVEN, tensor=4)) == expected
+
+
+def meetings_of(program: Compiled) -> Counter[str]:
+    """The collectives, as the compiler spells them."""
     kinds = r"(all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter)"
-    found = Counter(re.findall(rf" {kinds}(?:-start)?\(", compiled(which, EVEN, tensor=4).text))
-    assert found == meetings
+    return Counter(re.findall(rf" {kinds}(?:-start)?\(", program.text))

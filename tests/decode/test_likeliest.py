@@ -3,8 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from jaxinfer.decode.likeliest import GROUP, likeliest
+from jaxinfer.decode.likeliest import GROUP, likeliest, likeliest_token
+from jaxinfer.parallel import make_mesh
 
 COUNT = 5
 LEAST = COUNT * GROUP  # a vocabulary of more is not searched at once
@@ -24,3 +26,17 @@ def test_as_a_stable_sort_finds_them(vocab, levels):
     found_WL, found_ids_WL = find(values_WV, COUNT)
     np.testing.assert_array_equal(found_ids_WL, ids_WL)
     np.testing.assert_array_equal(found_WL, np.take_along_axis(values_WV, ids_WL, axis=1))
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_devices_find_the_likeliest_token_in_their_parts(devices):
+    """The first of those that are equal, wherever they lie; a device may have none but what is barred."""
+    rng = np.random.default_rng(devices)
+    logits_WV = rng.integers(0, 4, (64, 16)).astype(np.float32)
+    logits_WV[:9, 4:8] = -np.inf
+    logits_WV[3] = -np.inf
+    mesh = make_mesh(devices)
+    placed_WV = jax.device_put(logits_WV, jax.NamedSharding(mesh, P(None, "tensor")))
+    with jax.set_mesh(mesh):
+        tokens_W = jax.jit(likeliest_token)(placed_WV)
+    np.testing.assert_array_equal(tokens_W, logits_WV.argmax(axis=1))

@@ -18,6 +18,7 @@ from jaxinfer.engine.options import IN_FLIGHT
 from jaxinfer.engine.request import TokenLogprobs
 from jaxinfer.engine.warm_up import WARM
 from jaxinfer.llm import LLM
+from jaxinfer.parallel import collectives
 from tests.engine.tiny import (
     CHARACTERS,
     CONFIG,
@@ -230,17 +231,19 @@ def test_pages_are_planned_for_all_that_may_come():
     assert (OPTIONS.most_ahead, options.most_ahead) == (OPTIONS.steps_per_dispatch, 3 * (1 + 2 * IN_FLIGHT))
 
 
-def test_devices_that_share_the_model_speculate_alike(tmp_path_factory):
+@pytest.mark.parametrize("method", ["lookup", "draft"])
+def test_devices_that_share_the_model_speculate_alike(tmp_path_factory, monkeypatch, method):
+    """And that share the tokens of every prefill."""
     root = tmp_path_factory.getbasetemp()
-    shared = LLM(
-        tiny_folder(root),
-        tensor_parallel_size=2,
-        options=replace(OPTIONS, max_num_seqs=2, speculation=PromptLookup(3), always_speculate=True),
-    )
-    for prompt, params in (
-        (PROMPTS[0], replace(PARAMS[2], max_tokens=30)),
-        ("abcabcabcab", ask(3, 20, regex="(ca?b){4}")),
-    ):
+    monkeypatch.setattr(collectives, "MANY_TOKENS", OPTIONS.max_num_batched_tokens)
+    speculation = PromptLookup(3) if method == "lookup" else DraftModel(tiny_folder(root), 2)
+    options = replace(OPTIONS, max_num_seqs=2, speculation=speculation, always_speculate=True)
+    shared = LLM(tiny_folder(root), tensor_parallel_size=2, options=options)
+    asked = {
+        "lookup": [(PROMPTS[0], replace(PARAMS[2], max_tokens=30)), ("abcabcabcab", ask(3, 20, regex="(ca?b){4}"))],
+        "draft": [(PROMPTS[3], replace(PARAMS[0], max_tokens=30))],
+    }
+    for prompt, params in asked[method]:
         drafts = shared.engine.counters.drafts
         assert answers(shared, [prompt], [params]) == answers(warm_llm(root), [prompt], [params])
         assert shared.engine.counters.drafts > drafts

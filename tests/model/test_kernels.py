@@ -155,14 +155,22 @@ def test_a_norm_after_a_half_keeps_the_residual_out_of_the_product(hopper):
     assert found[OUT[1]] == found[DOWN[1]] == [2] * LAYERS
 
 
-def test_on_two_devices_the_residual_is_added_after_the_sum(hopper):
+def test_on_two_devices_the_kernel_that_sums_adds_the_residual(hopper):
+    """The embedding's is the first: all devices meet before it, and before none of the others."""
     text = lowered(two_layers(), 1, tensor=2)
     norms_taken_in, no_residual = [3] * LAYERS, [2] * LAYERS
     assert streamed(text) == {
         QKV[2]: norms_taken_in, GATED[2]: norms_taken_in, OUT[2]: no_residual, DOWN[2]: no_residual
     }  # fmt: skip
     assert norms(text) == 1
-    assert text.count('"stablehlo.all_reduce"') == 2 * LAYERS
+    assert text.count('"stablehlo.all_reduce"') == 0
+    row, space = "tensor<1x4096xbf16>", "tensor<1x2x2x4096xbf16>, tensor<1x3xi32>"
+    calls = re.findall(r"call @all_reduce\w*\([^)]*\) : \(([^)]*)\)", text)
+    assert calls == [f"{row}, {space}", *[f"{row}, {row}, {space}"] * 2 * LAYERS]
+    meets = re.findall(
+        r"skip_device_barrier = (\w+), use_custom_barrier = false, uses_xla_collective_metadata = true", text
+    )
+    assert sorted(meets) == ["false", "true"]  # of the two kernels that these are calls of
 
 
 def test_experts_are_left_to_xla(hopper):

@@ -1,6 +1,7 @@
 """The same logits on 1, 2, 4 and 8 devices, also where there are fewer KV heads than devices."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,9 @@ from jaxinfer import checkpoint
 from jaxinfer.cache import make_cache
 from jaxinfer.decode.batch import StepInput, make_batch
 from jaxinfer.decode.slots import empty_slots
-from jaxinfer.model import Model, ModelConfig, read_config
-from jaxinfer.parallel import make_mesh
+from jaxinfer.model import Model, ModelConfig, Params, read_config
+from jaxinfer.parallel import collectives, make_mesh
+from pallas_kernels.all_reduce import config as all_reduce_config
 from tests.model.random_params import random_params
 
 PAGE, PAGES, CONTEXT = 4, 17, 32
@@ -35,6 +37,7 @@ OLMO2 = SHAPE | {"architectures": ["Olmo2ForCausalLM"]}
 GPT_OSS = SHAPE | {"architectures": ["GptOssForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2,
                    "sliding_window": 5, "num_hidden_layers": 1}  # fmt: skip
 PROMPTS = [[5, 9, 3, 7, 60, 1, 2, 33, 8], [11, 4, 44]]
+ROWS = 16  # of a step: four are padding
 
 
 def dense() -> tuple[dict, ModelConfig]:
@@ -74,11 +77,15 @@ def published(request, tmp_path_factory) -> Published:
 def logits_of_two_steps(published: Published, tensor: int) -> np.ndarray:
     """Of a ragged prefill of two prompts, and of a decode step of both: twice the program that can do either."""
     model = Model(published.config, make_mesh(tensor))
-    params = model.params(checkpoint.load(published.folder, model))
+    return logits_of(model, lambda model, _: model.params(checkpoint.load(published.folder, model)))
+
+
+def logits_of(model: Model, make_params: Callable[[Model, int], Params]) -> np.ndarray:
+    params = make_params(model, 4)
     groups = tuple(model.config.group(layer) for layer in range(model.config.num_layers))
     windows = len(model.config.windows)
     cache = make_cache(
-        model.mesh, groups, (PAGES,) * windows, PAGE, model.kv_slots, model.config.head_size, "float32"
+        model.mesh, groups, (PAGES,) * windows, PAGE, model.kv_slots, model.config.head_size, model.config.dtype
     )  # fmt: skip
     cache = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), cache)
     table_BJ = np.array([[7, 2, 9, 12, 0, 0, 0, 0], [3, 5, 0, 0, 0, 0, 0, 0]], np.int32)
@@ -87,7 +94,8 @@ def logits_of_two_steps(published: Published, tensor: int) -> np.ndarray:
     lengths = np.array([len(prompt) for prompt in PROMPTS], np.int32)
     decoding = replace(idle, token_B=np.array([21, 22], np.int32), length_B=lengths, active_B=np.ones(2, np.bool_))
 
-    tokens = np.array([*PROMPTS[0], *PROMPTS[1], 0], np.int32)  # one of padding
+    tokens = np.array([*PROMPTS[0], *PROMPTS[1]], np.int32)
+    tokens = np.pad(tokens, (0, ROWS - len(tokens)))
     starts, slots = np.cumsum([0, *lengths], dtype=np.int32), np.arange(2, dtype=np.int32)
     prompts = StepInput(tokens, slots + 2, starts, slots, lengths, np.ones(2, np.int32))
     both = StepInput(0 * tokens, slots, 0 * starts + 2, slots + 2, 0 * lengths, 0 * slots)
@@ -99,8 +107,7 @@ def logits_of_two_steps(published: Published, tensor: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnums=0)
 def _step(model: Model, params, cache, slots, packed):
-    rows = sum(map(len, PROMPTS)) + 1
-    batch, _ = make_batch(slots, StepInput.unpacked(packed, rows, len(PROMPTS)), PAGE)
+    batch, _ = make_batch(slots, StepInput.unpacked(packed, ROWS, len(PROMPTS)), PAGE)
     hidden_TD, _, cache = model.forward(params, batch, cache)
     return jax.sharding.reshard(model.logits(params, hidden_TD), P(None, None)), cache
 
@@ -115,6 +122,30 @@ def test_logits_do_not_depend_on_the_mesh(published, alone, tensor):
     assert np.isfinite(alone).all()
     assert alone.std() > 0.3
     np.testing.assert_allclose(logits_of_two_steps(published, tensor), alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tensor", [2, 8])
+def test_devices_that_share_the_tokens_give_the_same_logits(monkeypatch, published, alone, tensor):
+    monkeypatch.setattr(collectives, "MANY_TOKENS", ROWS)
+    np.testing.assert_allclose(logits_of_two_steps(published, tensor), alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layers", [2, 8])
+def test_gpus_that_share_a_model_give_the_logits_of_one(layers):
+    """With the kernel that adds up and without it, in bfloat16: each layer rounds, and errors add up like noise."""
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two GPUs")
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64, "num_hidden_layers": layers}
+    config = read_config(OLMO2 | sizes | {"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16"})
+    found = {}
+    for name, tensor, largest in (("one", 1, 0), ("kernel", 2, 2**20), ("again", 2, 2**20), ("psum", 2, 0)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(all_reduce_config, "LARGEST_MESSAGE", largest)
+            found[name] = logits_of(Model(config, make_mesh(tensor)), random_params)
+    error = {name: np.sqrt(np.mean((logits - found["one"]) ** 2)) for name, logits in found.items()}
+    assert error["kernel"] < 1.5 * error["psum"] < 0.1 * found["one"].std()
+    np.testing.assert_array_equal(found["kernel"], found["again"])
 
 
 @pytest.mark.parametrize(("change", "tensor", "named"), [
