@@ -19,6 +19,7 @@ from jaxinfer.model import Model, ModelConfig, read_config, transformer
 from jaxinfer.parallel import make_mesh
 from pallas_kernels import dispatch
 from pallas_kernels import lowered as once
+from pallas_kernels.all_reduce import config as all_reduce_config
 from tests.decode.paged import paged_logits
 from tests.model.dense import run
 
@@ -155,8 +156,9 @@ def test_a_norm_after_a_half_keeps_the_residual_out_of_the_product(hopper):
     assert found[OUT[1]] == found[DOWN[1]] == [2] * LAYERS
 
 
-def test_on_two_devices_the_kernel_that_sums_adds_the_residual(hopper):
+def test_on_two_devices_the_kernel_that_sums_adds_the_residual(hopper, monkeypatch):
     """The embedding's is the first: all devices meet before it, and before none of the others."""
+    monkeypatch.setattr(all_reduce_config, "LARGEST_MESSAGE", 8192)
     text = lowered(two_layers(), 1, tensor=2)
     norms_taken_in, no_residual = [3] * LAYERS, [2] * LAYERS
     assert streamed(text) == {

@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxinfer.parallel import PIPE, TENSOR, make_mesh
 from pallas_kernels import dispatch
-from pallas_kernels.all_reduce import Workspace, all_reduce, fresh_workspace, new_workspace
-from pallas_kernels.all_reduce.config import LARGEST_MESSAGE, vector_size
+from pallas_kernels.all_reduce import Workspace, all_reduce, config, fresh_workspace, new_workspace
+from pallas_kernels.all_reduce.config import vector_size
 from tests.pallas_kernels.gpu_program import lower
 
 EPS = 1e-5
@@ -199,17 +199,18 @@ def test_a_workspace_on_devices_that_the_kernel_does_not_find():
 
 def test_auto_takes_xla_from_a_size_on(monkeypatch):
     monkeypatch.setattr(dispatch, "compute_capability", lambda: dispatch.HOPPER)
+    monkeypatch.setattr(config, "LARGEST_MESSAGE", 65536)
     chosen = []
     monkeypatch.setattr(
         dispatch, "choose", lambda op, name, available, refusals: chosen.append(refusals) or available["xla"]
     )
-    for tokens in (LARGEST_MESSAGE // 4096, LARGEST_MESSAGE // 4096 + 1):
+    for tokens in (16, 17):
         given = jnp.ones((tokens, 1024), jnp.float32)
         with jax.set_mesh(make_mesh(2)):
             reduce = lambda given: all_reduce(given, TENSOR).out_TD  # noqa: E731
             jax.eval_shape(jax.shard_map(reduce, in_specs=P(), out_specs=P(), check_vma=False), given)
     assert [refusals[dispatch.KERNEL] for refusals in chosen] == [
-        None, f"XLA is faster with messages of more than {LARGEST_MESSAGE} bytes"
+        None, "XLA is faster with messages of more than 65536 bytes"
     ]  # fmt: skip
 
 
