@@ -238,7 +238,7 @@ def _device() -> tuple[str, str, int]:
 
     from jaxinfer.engine.memory import memory_of
 
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return device.device_kind, device.platform, memory_of(device)
 
 
