@@ -5,6 +5,9 @@ Each error names the option, the value that was given and what is allowed.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 import typer
@@ -28,6 +31,37 @@ def bad_argument(error: Exception | str) -> typer.BadParameter:
     for theirs, ours in _NAMES.items():
         message = message.replace(theirs, ours)
     return typer.BadParameter(message)
+
+
+def gathering(
+    name: str, options: Mapping[str, Any], make: Callable[[dict[str, Any]], Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the `options`, declared once for several commands, in the place of its argument `name`.
+
+    Args:
+        options: their annotations by name; None is the default of each.
+        make: the argument, of their values by name.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        parameters = []
+        for parameter in signature.parameters.values():
+            if parameter.name == name:
+                kind = inspect.Parameter.KEYWORD_ONLY
+                parameters += [inspect.Parameter(one, kind, default=None, annotation=options[one]) for one in options]
+            else:
+                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+        @wraps(command)
+        def run(**given: Any) -> None:
+            asked = {one: given.pop(one) for one in options}
+            command(**given, **{name: make(asked)})
+
+        vars(run)["__signature__"] = signature.replace(parameters=parameters)
+        return run
+
+    return decorate
 
 
 def _number(

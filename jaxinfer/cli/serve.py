@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
+from jaxinfer.cli.hosts import Hosting, hosting
 from jaxinfer.cli.online import LEARN, MOST_TEXTS, RATE, STEPS, TEXTS, learning_draft
 from jaxinfer.cli.options import bad_argument, integer, number
 from jaxinfer.cli.speculation import PANEL, Speculating, speculating
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _ENGINE, _NETWORK = "Engine", "Network"
 
 
+@hosting
 @speculating
 def serve(
     model: Annotated[
@@ -98,6 +100,7 @@ def serve(
     ] = True,
     *,
     speculation: Speculating,
+    hosts: Hosting,
     online_draft: Annotated[bool, typer.Option("--online-draft", help=LEARN, rich_help_panel=PANEL)] = False,
     online_learning_rate: Annotated[float | None, number(least=1e-9, most=1, help=RATE, rich_help_panel=PANEL)] = None,
     online_interval: Annotated[int | None, integer(least=1, help=STEPS, rich_help_panel=PANEL)] = None,
@@ -113,6 +116,10 @@ def serve(
         raise typer.BadParameter(f"{error.name} is not installed: pip install 'jaxinfer[serve]'") from error
     _check_tls(ssl_certfile, ssl_keyfile)
     _check_key(api_key)
+    if data_parallel_size > 1:
+        hosts.refuse("data_parallel_size", data_parallel_size)
+    if online_draft:
+        hosts.refuse("online_draft", True)
     setup = Setup(
         model,
         {
@@ -142,6 +149,7 @@ def serve(
             interval=online_interval,
             batch=online_batch,
         ),
+        group=hosts.settings,
     )
     try:
         setups = [replace(setup, devices=share) for share in shares(data_parallel_size, tensor_parallel)]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from typing import Annotated, Any
 
 import typer
 
-from jaxinfer.cli.options import integer, number
+from jaxinfer.cli.options import gathering, integer, number
 
 PANEL = "Speculation"
 CHANGES = "outputs that are drawn at random no longer have the model's distribution"
@@ -105,22 +103,10 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def speculating(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the OPTIONS, in the place of its argument `speculation`, a `Speculating`."""
-    signature = inspect.signature(command, eval_str=True)
-    parameters = []
-    for parameter in signature.parameters.values():
-        if parameter.name == "speculation":
-            kind = inspect.Parameter.KEYWORD_ONLY
-            parameters += [inspect.Parameter(name, kind, default=None, annotation=OPTIONS[name]) for name in OPTIONS]
-        else:
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+def _asked(given: dict[str, Any]) -> Speculating:
+    always, adaptive = (bool(given.pop(name)) for name in ("always_speculate", "adaptive_speculation"))
+    return Speculating(given, always, adaptive)
 
-    @wraps(command)
-    def run(**given: Any) -> None:
-        asked = {name: given.pop(name) for name in OPTIONS}
-        always, adaptive = (bool(asked.pop(name)) for name in ("always_speculate", "adaptive_speculation"))
-        command(**given, speculation=Speculating(asked, always, adaptive))
 
-    vars(run)["__signature__"] = signature.replace(parameters=parameters)
-    return run
+speculating = gathering("speculation", OPTIONS, _asked)
+"""Gives a command the OPTIONS, in the place of its argument `speculation`, a `Speculating`."""

@@ -77,8 +77,10 @@ class Engine:
         self.gate = predicted_gate(model, self.layout, self.options)
         self.scheduler = self._new_scheduler()
         sizes = self.layout, self.options.steps_per_dispatch
-        leads = group is not None and group.leads
-        self.runner = LeadingRunner(model, params, *sizes, group) if leads else Runner(model, params, *sizes)
+        if group is not None and group.leads:
+            self.runner: Runner = LeadingRunner(model, params, *sizes, group)
+        else:
+            self.runner = Runner(model, params, *sizes)
         self._group = group
         self._in_flight: deque[Work] = deque()
         self._clock = DeviceClock()

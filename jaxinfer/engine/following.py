@@ -145,9 +145,10 @@ def _make(runner: Runner, group: Group, name: str, arguments: list[Any]) -> None
         return told[1]
 
     if name == "step":
-        *given, masked = arguments
-        runner.step(*given, masks if masked else None)
+        given, needs, targets_T, masked = arguments
+        runner.step(given, needs, targets_T, masks if masked else None)
     elif name == "verify":
-        runner.verify(*arguments, masks)
+        slots_B, needs = arguments
+        runner.verify(slots_B, needs, masks)
     else:
         getattr(runner, name)(*arguments)

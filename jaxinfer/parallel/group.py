@@ -11,8 +11,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Self
@@ -55,7 +55,8 @@ class Group:
             names: of their hosts.
             start: seconds that a process may take from one point of the start to the next.
         """
-        self.process, self.processes, self.ended = process, processes, end_process
+        self.process, self.processes = process, processes
+        self.ended: Callable[[str], None] = end_process
         self._wires, self._names, self._start = dict(wires), dict(names), start
         self._inboxes = {other: SimpleQueue[Any]() for other in wires}
         self._over, self._lock = False, threading.Lock()
@@ -82,9 +83,19 @@ class Group:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None or (isinstance(error, SystemExit) and not error.code):
             self.leave()
-        else:
+            return
+        if isinstance(error, jax.errors.JaxRuntimeError):
             self.settle()
-            self.leave(str(error).strip().partition("\n")[0] or type(error).__name__)
+        self.leave(str(error).strip().partition("\n")[0] or type(error).__name__)
+
+    @contextmanager
+    def leaving_only_by_error(self) -> Iterator[None]:
+        """As the context itself, but the group goes on after the block."""
+        try:
+            yield
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
 
     # --- what the processes say to each other
 
@@ -104,6 +115,7 @@ class Group:
             for wire in self._wires.values():
                 wire.send((_FACTS, problem))
         if problem:
+            self._begin_end()  # every process knows
             raise ValueError(problem)
 
     def call(self, name: str, *arguments: Any) -> None:

@@ -70,8 +70,7 @@ def join(
         TimeoutError: process 0 or one of the others did not come.
     """
     place = find_place(coordinator, num_processes, process_id, timeout)
-    deadline = time.monotonic() + timeout
-    wires, names, service = (_welcome if place.process == 0 else _call_on)(place, timeout, deadline)
+    wires, names, service = meet(place, timeout)
     _start_jax(place, service, coordinator == AUTO)
     token = _share_token(place)
     for other, wire in wires.items():
@@ -113,6 +112,20 @@ def _detect(num_processes: int | None, process_id: int | None, timeout: float) -
 # --- meeting
 
 
+def meet(place: Place, timeout: float) -> tuple[dict[int, Wire], dict[int, str], str]:
+    """Waits until all processes are there.
+
+    Returns:
+        wires to the others, of the leader to all and of these to the leader, the names of their hosts, and where JAX's
+        service will be.
+
+    Raises:
+        ValueError, TimeoutError: as `join`.
+    """
+    deadline = time.monotonic() + timeout
+    return (_welcome if place.process == 0 else _call_on)(place, timeout, deadline)
+
+
 def _hello(place: Place) -> dict[str, Any]:
     """Who a process is, and what must be the same in all."""
     facts = {"num_processes": str(place.processes)}
@@ -139,8 +152,8 @@ def _welcome(place: Place, timeout: float, deadline: float) -> tuple[dict[int, W
                 _say(wire, {"service": service}, f"process {other} on {names[other]}")
             return wires, names, service
         except (TimeoutError, ValueError) as error:
-            problem = str(error)
-            if isinstance(error, TimeoutError):
+            problem, late = str(error), isinstance(error, TimeoutError)
+            if late:
                 missing = ", ".join(str(i) for i in range(1, place.processes) if i not in wires)
                 problem = (
                     f"of num_processes = {place.processes} there came no process {missing} to process 0 at "
@@ -148,7 +161,7 @@ def _welcome(place: Place, timeout: float, deadline: float) -> tuple[dict[int, W
                 )
             for wire in wires.values():
                 _refuse(wire, problem)
-            raise type(error)(problem) from None
+            raise (TimeoutError if late else ValueError)(problem) from None
 
 
 def _admit(place: Place, wire: Wire, names: dict[int, str]) -> int | None:
@@ -168,7 +181,7 @@ def _admit(place: Place, wire: Wire, names: dict[int, str]) -> int | None:
         raise ValueError(problem)
     if other in names or not 0 < other < place.processes:
         taken = f"is that of process {other} on {names[other]}" if other in names else "is that of the coordinator"
-        _refuse(wire, f"process_id = {other} {taken}; each process needs its own")
+        _refuse(wire, f"process_id = {other} {taken}; each needs its own")
         return None
     names[other] = host
     return other
@@ -182,8 +195,10 @@ def _call_on(place: Place, timeout: float, deadline: float) -> tuple[dict[int, W
         wire.send(_hello(place))
         answer = wire.receive()
     except WireError as error:
+        wire.close()
         raise TimeoutError(f"process 0 at coordinator = {place.address} {error} before all had come") from None
     if problem := answer.get("refused"):
+        wire.close()
         raise ValueError(problem)
     return {0: wire}, {0: place.host}, answer["service"]
 

@@ -13,6 +13,7 @@ import pickle
 import socket
 import struct
 import threading
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -32,6 +33,7 @@ class Wire:
     def __init__(self, connected: socket.socket):
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket, self._lock = connected, threading.Lock()
+        self._patience = 0.0
         self._keys: tuple[bytes, bytes] | None = None
         self._sent = self._received = 0
 
@@ -47,8 +49,9 @@ class Wire:
         self._sent = self._received = 0
 
     def patience(self, seconds: float) -> None:
-        """How long a frame may be on its way, and the other end silent."""
-        self._socket.settimeout(max(seconds, 1e-3))
+        """How long the other end may be silent, and how long a frame without a code may be on its way."""
+        self._patience = max(seconds, 1e-3)
+        self._socket.settimeout(self._patience)
 
     def send(self, message: Any) -> None:
         """Sends plain data: of JSON before there is a key.
@@ -81,7 +84,7 @@ class Wire:
         if self._keys is None:
             try:
                 return json.loads(content)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise WireError("sent what is no JSON") from None
         code, content = content[:_CODE], content[_CODE:]
         if not hmac.compare_digest(code, self._code(self._keys[1], self._received, content)):
@@ -97,8 +100,10 @@ class Wire:
 
     def _read(self, size: int) -> bytes:
         """So many bytes."""
-        held = bytearray()
+        held, deadline = bytearray(), time.monotonic() + self._patience
         while len(held) < size:
+            if self._keys is None:  # else a thread may send meanwhile, with the socket's patience
+                self._socket.settimeout(max(deadline - time.monotonic(), 1e-3))
             try:
                 part = self._socket.recv(min(size - len(held), 1 << 20))
             except OSError as error:

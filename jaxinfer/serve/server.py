@@ -19,9 +19,16 @@ from jaxinfer.serve.app import Service, make_app
 from jaxinfer.serve.channel import Channel
 from jaxinfer.serve.client import Client
 from jaxinfer.serve.http import Protocol
-from jaxinfer.serve.messages import Failed, Ready, Refused, Setup, Step, Stop, Warming
+from jaxinfer.serve.messages import Failed, Following, Ready, Refused, Setup, Step, Stop, Warming
 from jaxinfer.serve.metrics import Metrics
-from jaxinfer.serve.processes import GRACE, EngineProcess, StartError, engine_processes, wait_until_ready
+from jaxinfer.serve.processes import (
+    GRACE,
+    EngineProcess,
+    StartError,
+    engine_processes,
+    wait_for_leader,
+    wait_until_ready,
+)
 from jaxinfer.serve.prompts import Prompts, template_or_reason
 from jaxinfer.serve.router import Replica, Router
 from jaxinfer.text import Tokenizer
@@ -83,7 +90,8 @@ def run(
     setups: Sequence[Setup], settings: Settings, bound: socket.socket, say: Callable[[str], None],
     warming: Callable[[Warming], None],
 ) -> int:  # fmt: skip
-    """Serves on `bound` until SIGTERM or Ctrl-C; `say` takes lines for the terminal, `warming` what is compiled.
+    """Serves on `bound` until SIGTERM or Ctrl-C, or where the model's engine follows that of another host, does as it
+    is told by that, and leaves `bound` alone; `say` takes lines for the terminal, `warming` what is compiled.
 
     Args:
         setups: of the replicas: one model with the same options, each on devices of its own.
@@ -95,8 +103,12 @@ def run(
         StartError: an engine process could not start, or the address is taken meanwhile.
     """
     with engine_processes(setups) as engines:
-        ready = wait_until_ready(engines, warming)
-        for engine, one in zip(engines, ready, strict=True):
+        ready = []
+        for engine, one in zip(engines, wait_until_ready(engines, warming), strict=True):
+            if isinstance(one, Following):  # which only a single engine does
+                say(f"{one.loading}; {one.which} follows process 0, where the server is")
+                return wait_for_leader(engine, say)
+            ready.append(one)
             say(f"{engine.named}{one.loading}")
             if one.warm_up is not None:
                 say(f"{engine.named}{one.warm_up}")
