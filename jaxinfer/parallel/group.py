@@ -84,8 +84,7 @@ class Group:
         if error is None or (isinstance(error, SystemExit) and not error.code):
             self.leave()
             return
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            self.settle()
+        self.settle()
         self.leave(str(error).strip().partition("\n")[0] or type(error).__name__)
 
     @contextmanager
@@ -150,12 +149,14 @@ class Group:
 
     def fail(self, problem: str) -> None:
         """Ends the group and this process: it did not run what the others run."""
+        self.settle()
         self._lost(problem)
 
     def settle(self) -> None:
-        """After an error of the device: where it failed because another process is gone, the group ends meanwhile, and
-        says so."""
-        time.sleep(_VERDICT)
+        """After an error: where something failed because another process is gone, the group ends meanwhile, and says
+        so."""
+        if not self._over:
+            time.sleep(_VERDICT)
 
     def _lost(self, problem: str) -> None:
         """The group cannot go on."""
