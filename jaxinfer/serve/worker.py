@@ -70,17 +70,16 @@ def main(connection: Connection, setup: Setup, ordered: float) -> None:
     inbox: SimpleQueue[Any] = SimpleQueue()
     channel = Channel(connection, inbox.put, ended=lambda: os._exit(1))
 
-    def end(failed: Failed) -> NoReturn:
-        channel.send(failed)
+    def end(problem: str) -> NoReturn:
+        channel.send(Failed("device", problem))
         channel.flush()
         os._exit(1)
 
-    def progress(warmed: Warmed, total: int) -> None:
-        channel.send(Warming(warmed, total))
-
-    loaded = load(setup, ordered, progress, lambda problem: end(Failed("device", problem)))
+    loaded = load(setup, ordered, lambda warmed, total: channel.send(Warming(warmed, total)), end)
     if isinstance(loaded, Failed):
-        end(loaded)
+        channel.send(loaded)
+        channel.flush()
+        sys.exit(1)
     settle()
     failed = _follow(loaded, channel) if loaded.llm.follows else _lead(loaded, inbox, channel)
     channel.flush()
@@ -157,7 +156,7 @@ def _loaded(
     llm = LLM(model, options=options, group=group, **setup.llm)
     llm.watch = None if setup.watch is None else setup.watch(llm.engine)
     loading = Loading(imported - ordered, found - imported, time.monotonic() - found)
-    warms = setup.warm_up and not llm.follows  # who follows compiles what it is told
+    warms = setup.warm_up and (group is None or group.leads)  # who follows compiles what it is told
     return Loaded(llm, loading, llm.engine.warm_up(progress) if warms else None)
 
 
