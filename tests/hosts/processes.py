@@ -15,15 +15,19 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from jaxinfer import checkpoint
 from jaxinfer.decode.sampling_params import SamplingParams, StructuredOutputsParams
 from jaxinfer.decode.speculative import PromptLookup
 from jaxinfer.llm import LLM
-from jaxinfer.parallel import join
+from jaxinfer.model import Model, read_config
+from jaxinfer.parallel import join, make_mesh
 from jaxinfer.serve import worker
 from jaxinfer.serve.messages import Setup
 from tests.engine.tiny import OPTIONS, drawing_alike, one_rectangle
 
-WITHIN = 60.0  # seconds in which processes start, or end by themselves
+WITHIN = 120.0  # seconds in which processes start, or end by themselves
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["tests.hosts.processes"])
 PROMPTS = ["abcabcabcabc", "def f(x):", "one two one two", "z"]
@@ -141,6 +145,28 @@ def _fail(*_: Any) -> Any:
     raise RuntimeError("the masks cannot be made")
 
 
+def loading(rank: int, coordinator: str, connection: Connection, folders: list[Path]) -> None:
+    """Each sends what it has of the parameters, and the error of a checkpoint that is damaged: the last one."""
+    with join(coordinator, 2, rank, WITHIN):
+        mesh, *good, bad = make_mesh(2), *folders
+        connection.send([shards(folder, mesh)[0] for folder in good])
+        try:
+            shards(bad, mesh)
+        except ValueError as error:
+            connection.send(str(error))
+
+
+def shards(folder: Path, mesh: Any) -> list[dict[str, np.ndarray]]:
+    """What the parameters are on each device of this process, in order."""
+    arrays = checkpoint.load(folder, Model(read_config(folder), mesh))
+    count = len(mesh.local_devices)
+    assert {len(array.addressable_shards) for array in arrays.values()} == {count}
+    return [
+        {path: np.asarray(array.addressable_shards[index].data) for path, array in arrays.items()}
+        for index in range(count)
+    ]
+
+
 def serving(rank: int, coordinator: str, connection: Connection, folder: Path) -> None:
     """The engine processes of `jaxinfer serve`."""
     options = {
@@ -156,7 +182,7 @@ def stuck(rank: int, coordinator: str, connection: Connection) -> None:
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec as P
 
-    from jaxinfer.parallel import TENSOR, make_mesh
+    from jaxinfer.parallel import TENSOR
 
     with join(coordinator, 2, rank, WITHIN):
         mesh = make_mesh(2)
