@@ -59,7 +59,7 @@ class Group:
         self.ended: Callable[[str], None] = end_process
         self._wires, self._names, self._start = dict(wires), dict(names), start
         self._inboxes = {other: SimpleQueue[Any]() for other in wires}
-        self._over, self._lock = False, threading.Lock()
+        self._over, self._differ, self._lock = False, False, threading.Lock()
         self._stop = threading.Event()
         self._listeners = [
             threading.Thread(target=self._listen, args=(other,), name=f"process-{other}", daemon=True)
@@ -114,7 +114,7 @@ class Group:
             for wire in self._wires.values():
                 wire.send((_FACTS, problem))
         if problem:
-            self._begin_end()  # every process knows
+            self._differ = self._begin_end()  # every process ends for this
             raise ValueError(problem)
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -132,7 +132,10 @@ class Group:
     # --- the end
 
     def leave(self, problem: str | None = None) -> None:
-        """Ends the group for this process: of the leader in order, unless there is a problem, which all are told."""
+        """Ends the group for this process. In order, the leader does when the others have run what they were told, and
+        these when the leader has. A problem all are told."""
+        if problem is None and not self.leads and not self._over:
+            self.next_call()  # there is none: who is still told something has left too early, and is missed
         if self._begin_end():
             if problem is not None:
                 self._tell_all((_FAILED, f"process {self.process} failed: {problem}"))
@@ -144,7 +147,7 @@ class Group:
         self._stop.set()
         for wire in self._wires.values():
             wire.close()
-        if problem is None:
+        if problem is None or self._differ:
             jax.distributed.shutdown()
 
     def fail(self, problem: str) -> None:

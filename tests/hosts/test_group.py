@@ -132,6 +132,22 @@ def test_calls_come_in_their_order_until_the_end(ends):
     assert ends.told == {0: [], 1: []}
 
 
+def test_who_has_nothing_left_to_do_waits_for_the_leader(ends):
+    with ThreadPoolExecutor(2) as threads:
+        left = threads.submit(ends.other.leave)
+        time.sleep(0.1)
+        assert not left.done()
+        ends.leader.leave()
+        left.result()
+    assert ends.told == {0: [], 1: []}
+
+
+def test_who_leaves_before_it_has_run_all_is_missed(ends):
+    ends.leader.call("loop")
+    ends.other.leave()
+    assert ends.wait_for(0) == "process 1 on b is gone; the group of 2 processes ends"
+
+
 @pytest.mark.parametrize("facts", [{"max_num_seqs": "8"}, {}, {"max_num_seqs": "4", "dtype": "bfloat16"}])
 def test_what_differs_is_named_with_both_values(ends, facts):
     ours = {"max_num_seqs": "4"}
