@@ -24,7 +24,7 @@ from jaxinfer.parallel.wire import Wire, WireError
 SILENCE = 30.0  # seconds without a word after which a process counts as dead
 BEATS = 5.0  # seconds between words of those who have nothing to say
 _VERDICT = 2.0  # seconds in which the end of another process is noticed, where the device sees it first
-_BEAT, _CALL, _FACTS, _FAILED, _END = "beat", "call", "facts", "failed", "end"
+_BEAT, _CALL, _FACTS, _DIFFER, _FAILED, _END = "beat", "call", "facts", "differ", "failed", "end"
 
 
 def end_process(problem: str) -> None:
@@ -109,12 +109,12 @@ class Group:
             self._wires[0].send((_FACTS, dict(facts)))
             problem = self._taken(0)
         else:
-            found = (differences(facts, self._taken(other), self._named(other)) for other in self._wires)
-            problem = "; ".join(filter(None, list(found)))
-            for wire in self._wires.values():
-                wire.send((_FACTS, problem))
+            found = [differences(facts, self._taken(other), self._named(other)) for other in self._wires]
+            problem = "; ".join(filter(None, found))
+            if problem:
+                self._differ = self._begin_end()
+            self._tell_all((_DIFFER if problem else _FACTS, problem))
         if problem:
-            self._differ = self._begin_end()  # every process ends for this
             raise ValueError(problem)
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -139,11 +139,10 @@ class Group:
         if self._begin_end():
             if problem is not None:
                 self._tell_all((_FAILED, f"process {self.process} failed: {problem}"))
+                self._outlast(_VERDICT)
             elif self.leads:
                 self._tell_all((_END, None))
-                deadline = time.monotonic() + SILENCE
-                for listener in self._listeners:  # until the others have run what they were told
-                    listener.join(max(0, deadline - time.monotonic()))
+                self._outlast(SILENCE)
         self._stop.set()
         for wire in self._wires.values():
             wire.close()
@@ -165,7 +164,16 @@ class Group:
         """The group cannot go on."""
         if self._begin_end():
             self._tell_all((_FAILED, problem))
+            self._outlast(_VERDICT)
             self.ended(f"{problem}; the group of {self.processes} processes ends")
+
+    def _outlast(self, seconds: float) -> None:
+        """The leader's: until the others are gone, so long at most. JAX aborts those that are left without it."""
+        if self.leads:
+            deadline = time.monotonic() + seconds
+            for listener in self._listeners:
+                if listener is not threading.current_thread():
+                    listener.join(max(0, deadline - time.monotonic()))
 
     def _begin_end(self) -> bool:
         """Whether nobody has yet."""
@@ -190,9 +198,9 @@ class Group:
             if kind == _FAILED:
                 self._lost(content)
                 return
-            if kind == _END:
-                self._begin_end()
-                content = None
+            if kind in (_DIFFER, _END):  # before the connection is closed
+                self._differ = self._begin_end() and kind == _DIFFER
+                content = content if self._differ else None
             if kind != _BEAT:
                 self._inboxes[other].put(content)
 

@@ -156,6 +156,8 @@ def test_what_differs_is_named_with_both_values(ends, facts):
         with pytest.raises(ValueError, match="on process 0 and") as raised:
             ends.leader.agree(ours)
         assert str(other.exception()) == str(raised.value)
+    ends.other.leave(str(raised.value))  # whoever is first to go, the other has its own words
+    assert ends.told == {0: [], 1: []}
     (name,) = [name for name in {**ours, **facts} if ours.get(name) != facts.get(name)]
     said = f"{name} is {ours.get(name, 'absent')} on process 0 and {facts.get(name, 'absent')} on process 1 on b"
     assert str(raised.value) == said
