@@ -47,7 +47,11 @@ class Place:
 
     @property
     def address(self) -> str:
-        return f"{self.host}:{self.port}"
+        return _address(self.host, self.port)
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def join(
@@ -147,7 +151,7 @@ def _welcome(place: Place, timeout: float, deadline: float) -> tuple[dict[int, W
                     wire.close()
                 else:
                     wires[came] = wire
-            service = f"{place.host}:{_free_port(place)}"
+            service = _address(place.host, _free_port(place))
             for other, wire in wires.items():
                 _say(wire, {"service": service}, f"process {other} on {names[other]}")
             return wires, names, service

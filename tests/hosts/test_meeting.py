@@ -167,6 +167,11 @@ def test_a_wrong_place_is_refused(arguments, message):
         find_place(*arguments)
 
 
+def test_an_address_of_ipv6_has_brackets():
+    place = find_place("[::1]:80", 2, 1, 9)
+    assert (place.host, place.port, place.address) == ("::1", 80, "[::1]:80")
+
+
 SLURM = {
     "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[03-04]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
     "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2",
