@@ -39,7 +39,7 @@ from jaxinfer.intake import (
 from jaxinfer.model import EagleHead, Model, ModelConfig, Params, read_config
 from jaxinfer.model.rope import Dynamic, LongRope, Yarn
 from jaxinfer.outputs import CompletionOutput, RequestOutput
-from jaxinfer.parallel import make_mesh
+from jaxinfer.parallel import Group, make_mesh
 from jaxinfer.text import ChatTemplate, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ class LLM:
         seed: int = 0,
         warm_up: bool = False,
         options: Options | None = None,
+        group: Group | None = None,
     ):
         """Loads a checkpoint straight onto the devices.
 
@@ -90,6 +91,8 @@ class LLM:
                 a request first needs it.
             options: of the engine. Its default is made for throughput: a long prompt may hold up the tokens of others.
                 Who streams them beside such prompts bounds that with `max_slowdown`, as `jaxinfer serve` does.
+            group: of the processes that share the model, as `jaxinfer.parallel.join` gives it. Each makes an LLM with
+                the same arguments; process 0 generates, and the others `follow`.
 
         Raises:
             FileNotFoundError, ValueError: what is missing or wrong in the checkpoint, by file and tensor; or the
@@ -97,7 +100,10 @@ class LLM:
         """
         _check_arguments(dtype, max_model_len, tensor_parallel_size, seed, warm_up, options)
         self.folder = checkpoint.resolve(model)
-        config = read_config(self.folder)
+        config, self.group = read_config(self.folder), group
+        if group is not None:
+            given = {"dtype": dtype, "max_model_len": max_model_len, "tensor_parallel_size": tensor_parallel_size}
+            group.agree(_facts(config, options or Options(), **given))
         _check_context(max_model_len, config)
         self.tokenizer = Tokenizer.from_folder(self.folder)
         eos_ids = _checked_eos(self.folder, self.tokenizer, config.vocab_size)
@@ -109,12 +115,23 @@ class LLM:
             options = replace(options, speculation=options.speculation.loaded(loader))
         params = self.model.params(checkpoint.load(self.folder, self.model))
         constrain = self.intake.grammars.constraint if self.intake.grammars.possible else None
-        self.engine = Engine(self.model, params, options, constrain)
-        if warm_up:
+        self.engine = Engine(self.model, params, options, constrain, group)
+        if warm_up and not self.follows:
             _warm_up(self.engine)
         self._seeds, self._ids = np.random.default_rng(seed), count()
         self._running: dict[int, tuple[Continuation, deque[Continuation]]] = {}
         self.watch: Watch | None = None
+
+    @property
+    def follows(self) -> bool:
+        """Whether another process leads, and says what this one runs."""
+        return self.group is not None and not self.group.leads
+
+    def follow(self) -> None:
+        """Runs what the leader of the group runs, until that ends in order."""
+        if not self.follows:
+            raise ValueError("this process leads, or is alone: generate here, and follow in the others of its group")
+        self.engine.follow()
 
     def _beside(self, name: str | Path | None) -> Model:
         """The model of another checkpoint that reads the same tokens, for the same devices and context; None is
@@ -272,6 +289,8 @@ class LLM:
         streamed: bool = False,
     ) -> list[Asked]:
         """Token ids, parameters and priorities of all inputs, every one of them checked before any runs."""
+        if self.follows:
+            raise ValueError(f"{self.group} follows: call `follow` here, and generate in process 0")
         each, problems = paired(sampling_params, len(inputs), what, may_be_list=not streamed)
         ranks, wrong = priorities(priority, len(inputs), what)
         problems, requests = problems + wrong, []
@@ -373,6 +392,14 @@ def _check_arguments(
         raise ValueError(f"warm_up = {warm_up!r} must be True or False")
     if not isinstance(options, Options | None):
         raise ValueError(f"options = {reprlib.repr(options)} must be an Options")
+
+
+def _facts(config: ModelConfig, options: Options, **given: Any) -> dict[str, str]:
+    """What must be the same in all processes of a group, in words by name."""
+    found = {f"the model's {name}": repr(value) for name, value in vars(config).items() if name != "layers"}
+    found |= {f"the model's layer {index}": repr(layer) for index, layer in enumerate(config.layers)}
+    found |= {name: repr(value) for name, value in vars(options).items()}
+    return found | {name: repr(value) for name, value in given.items()}
 
 
 def _check_context(max_model_len: int | None, config: ModelConfig) -> None:

@@ -50,7 +50,7 @@ def known_machine(dtype: str) -> Hardware:
     Args:
         dtype: of a model without quantization: bf16, fp16 or fp32.
     """
-    kind = jax.devices()[0].device_kind
+    kind = jax.local_devices()[0].device_kind
     entries = (find_by_device(kind, table) for table in (MEASURED, DATASHEETS))
     known = next((entry for entry in entries if entry and dtype in entry.flops), None)
     machine = known or _measured_once()
@@ -133,7 +133,7 @@ def _log_once(*what: object) -> None:
 
 def _bandwidth(platform: str) -> float:
     """Bytes per second of the better of a sum, which reads, and a negated copy, which reads and writes."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     free = stats["bytes_limit"] - stats["bytes_in_use"] if stats and "bytes_limit" in stats else math.inf
     size = int(min(_ARRAY_BYTES[platform], free // 4))  # beside the copy, and whatever a program holds here
     x_D = jnp.ones(size // 4, jnp.float32)
@@ -178,7 +178,7 @@ def _seconds(step: Callable[..., jax.Array], carry: jax.Array, *operands: jax.Ar
 
 
 def _datasheet(bandwidth: float, flops: dict[str, float]) -> Hardware:
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return find_by_device(device.device_kind) or Hardware(
         name=device.device_kind,
         device_kind=device.device_kind,

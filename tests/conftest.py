@@ -38,7 +38,13 @@ SERVER = (
     "tests/serve/test_replicas.py", "tests/serve/test_sigterm.py",
 )  # fmt: skip
 # What runs longest comes first, so that no process is left alone with it at the end.
-FIRST = (*WARM_ENGINE, "tests/model/test_parity.py", "tests/pallas_kernels/test_sanitizer.py", *SERVER)
+FIRST = (
+    *WARM_ENGINE,
+    "tests/hosts/test_two_processes.py",
+    "tests/model/test_parity.py",
+    "tests/pallas_kernels/test_sanitizer.py",
+    *SERVER,
+)
 
 
 def pytest_configure(config):

@@ -107,7 +107,7 @@ class Assembly:
             rows, *rest = group[0].shape
             shards = [shard.data for tensor in group for shard in tensor.addressable_shards]
             shape = (rows * len(group), *rest)
-            arrays.append(jax.make_array_from_single_device_arrays(shape, spread, shards))
+            arrays.append(jax.make_array_from_single_device_arrays(shape, spread, shards, dtype=group[0].dtype))
         return arrays
 
     def local(self, *tensors: jax.Array) -> jax.Array:

@@ -45,7 +45,7 @@ def _read(group: list[Planned]) -> dict[str, jax.Array]:
     by_file: dict[Path, dict[str, jax.ShapeDtypeStruct]] = {}
     tensors: dict[str, jax.Array] = {}
     for tensor, leaf in (pair for parameter in group for pair in parameter.wanted()):
-        if tensor.size > _LARGE:
+        if tensor.size > _LARGE or jax.process_count() > 1:  # each process reads its own shards
             tensors[tensor.name] = _read_by_shard(tensor, leaf)
         else:
             by_file.setdefault(tensor.file, {})[tensor.name] = leaf
@@ -66,7 +66,7 @@ def _read_by_shard(tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         stored = np.memmap(tensor.file, leaf.dtype, "r", tensor.offset, leaf.shape)
         arrays.append(jax.device_put(stored[index], device, may_alias=False))
         arrays[-1].block_until_ready()
-    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays, dtype=leaf.dtype)
 
 
 def export(

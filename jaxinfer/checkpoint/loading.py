@@ -155,6 +155,8 @@ def _all_finite(x: jax.Array) -> jax.Array:
 
 def _not_finite(parameter: Planned, read: Callable[[list[Planned]], dict[str, jax.Array]]) -> str:
     """Which of the parameter's tensors hold NaN or infinity; they are read again, for no one keeps them."""
+    if jax.process_count() > 1:  # of which each has read a part
+        return f"parameter {parameter.path!r} is not finite: {_named(parameter)}"
     read_again = read([parameter])
     bad = [tensor for tensor in parameter.tensors if not _all_finite(read_again[tensor.name])]
     if bad:
@@ -163,10 +165,12 @@ def _not_finite(parameter: Planned, read: Callable[[list[Planned]], dict[str, ja
             "it holds NaN or infinity"
             for tensor in bad
         )
-    names = ", ".join(f"{tensor.file}: tensor {tensor.name!r}" for tensor in parameter.tensors)
-    return (
-        f"{names}: parameter {parameter.path!r} is not finite: its values are too large for {parameter.assembly.dtype}"
-    )
+    too_large = f"its values are too large for {parameter.assembly.dtype}"
+    return f"{_named(parameter)}: parameter {parameter.path!r} is not finite: {too_large}"
+
+
+def _named(parameter: Planned) -> str:
+    return ", ".join(f"{tensor.file}: tensor {tensor.name!r}" for tensor in parameter.tensors)
 
 
 def _grouped(planned: Iterable[Planned]) -> Iterator[list[Planned]]:

@@ -10,10 +10,12 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from jaxinfer.cli.hosts import Hosting, hosting
 from jaxinfer.cli.options import bad_argument, integer
 from jaxinfer.cli.speculation import Speculating, speculating
 
 
+@hosting
 @speculating
 def batch(
     requests: Annotated[Path, typer.Argument(help="File of requests, one in a line.", exists=True, dir_okay=False)],
@@ -35,6 +37,7 @@ def batch(
     ] = None,
     *,
     speculation: Speculating,
+    hosts: Hosting,
 ) -> None:
     """Answer every request of REQUESTS into ANSWERS, a line each; a second run does what is left."""
     try:
@@ -46,32 +49,46 @@ def batch(
     from jaxinfer.machine import keep_compiled
 
     keep_compiled()
-    try:
-        if answers.exists() and answers.samefile(requests):
-            raise ValueError(f"{answers} is the file of requests; give another one for the answers")
-        lines = read_lines(requests)
-        earlier = done(answers)
-        left = [line for line in lines if line.custom_id not in earlier]
-        answers.open("a").close()  # what cannot be written is told before the model is loaded
-        llm = LLM(
-            DEMO if model is None else model,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            tensor_parallel_size=tensor_parallel_size,
-            options=Options(max_num_seqs=max_num_seqs, cache_dtype=cache_dtype, **speculation.options()),
-        )
-    except (ValueError, OSError) as error:
-        raise bad_argument(error) from error
-    name = served_model_name or ("demo" if model is None else model)
-    console, statuses = Console(stderr=True), Counter[int]()
-    speculation.warn(console.print)
-    with answers.open("a", encoding="utf-8") as file, Progress(console=console) as progress:
-        task = progress.add_task("requests", total=len(lines), completed=len(lines) - len(left))
-        for told in answer_lines(llm, name, left):
-            append(file, told)
-            statuses[told["response"]["status_code"]] += 1
-            progress.advance(task)
+    with hosts.join() as group:
+        try:
+            if answers.exists() and answers.samefile(requests):
+                raise ValueError(f"{answers} is the file of requests; give another one for the answers")
+            lines = read_lines(requests)
+            earlier = done(answers)
+            left = [line for line in lines if line.custom_id not in earlier]
+            if group is None or group.leads:
+                answers.open("a").close()  # what cannot be written is told before the model is loaded
+            llm = LLM(
+                DEMO if model is None else model,
+                dtype=dtype,
+                max_model_len=max_model_len,
+                tensor_parallel_size=tensor_parallel_size,
+                options=Options(max_num_seqs=max_num_seqs, cache_dtype=cache_dtype, **speculation.options()),
+                group=group,
+            )
+        except (ValueError, OSError) as error:
+            raise bad_argument(error) from error
+        if llm.follows:
+            llm.follow()
+            return
+        name = served_model_name or ("demo" if model is None else model)
+        console, statuses = Console(stderr=True), Counter[int]()
+        speculation.warn(console.print)
+        with answers.open("a", encoding="utf-8") as file, Progress(console=console) as progress:
+            task = progress.add_task("requests", total=len(lines), completed=len(lines) - len(left))
+            for told in answer_lines(llm, name, left):
+                append(file, told)
+                statuses[told["response"]["status_code"]] += 1
+                progress.advance(task)
+    console.print(_summary(statuses, len(lines) - len(left)))
+
+
+def _summary(statuses: Counter[int], there: int) -> str:
+    """One line: what became of the requests.
+
+    Args:
+        there: how many had an answer before.
+    """
     failed = sum(count for status, count in statuses.items() if status >= 500)
     refused = statuses.total() - statuses[200] - failed
-    there = len(lines) - len(left)
-    console.print(f"{statuses[200]} answered, {refused} refused, {failed} failed, {there} were there already")
+    return f"{statuses[200]} answered, {refused} refused, {failed} failed, {there} were there already"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from jaxinfer.cli.hosts import Hosting, hosting
 from jaxinfer.cli.options import bad_argument, integer, number
 from jaxinfer.cli.speculation import Speculating, speculating
 from jaxinfer.cli.units import si
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from jaxinfer.llm import LLM
 
 
+@hosting
 @speculating
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
@@ -44,6 +46,7 @@ def generate(
     ] = None,
     *,
     speculation: Speculating,
+    hosts: Hosting,
 ) -> None:
     """Continue PROMPT and stream the text; then print tokens/s, the bandwidth that is, and the machine's limit."""
     from jaxinfer.decode.sampling_params import SamplingParams
@@ -60,22 +63,27 @@ def generate(
             max_model_len=max_model_len,
             tensor_parallel_size=tensor_parallel_size,
             options=Options(max_num_seqs=1, cache_dtype=cache_dtype, **speculating),
+            group=group,
         )
 
-    try:
-        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        llm = load(**speculation.options())
-        llm.stream(prompt, params)  # tells what is wrong
-        compile_for(llm, prompt, params)
-    except (ValueError, OSError) as error:
-        raise bad_argument(error) from error
-    console = Console(stderr=True)
-    speculation.warn(console.print)
-    typer.echo(prompt, nl=False)
-    clock = timed(llm, prompt, params, partial(typer.echo, nl=False))
-    typer.echo()
-    console.print(summary(llm, len(llm.tokenizer.encode(prompt)), clock))
-    if llm.engine.options.speculation is not None and clock.per_token:
+    with hosts.join() as group:
+        try:
+            params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+            llm = load(**speculation.options())
+            if llm.follows:
+                llm.follow()
+                return
+            llm.stream(prompt, params)  # tells what is wrong
+            compile_for(llm, prompt, params)
+        except (ValueError, OSError) as error:
+            raise bad_argument(error) from error
+        console = Console(stderr=True)
+        speculation.warn(console.print)
+        typer.echo(prompt, nl=False)
+        clock = timed(llm, prompt, params, partial(typer.echo, nl=False))
+        typer.echo()
+        console.print(summary(llm, len(llm.tokenizer.encode(prompt)), clock))
+    if llm.engine.options.speculation is not None and clock.per_token and group is None:
         counters = llm.engine.counters
         del llm  # the plain one takes its place in memory
         plain = load()

@@ -9,7 +9,7 @@ import sys
 import tomllib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -26,6 +26,7 @@ _COMMANDS = ("batch", "generate", "serve")
 _DEVICES = "import jax, json; print(json.dumps([device.device_kind for device in jax.devices()]))"
 _USAGE: Any = typer.BadParameter.__base__  # what is wrong with a command line
 _TYPES = {"str": (str,), "int": (int,), "float": (int, float), "dict[str, dict[str, str]]": (dict,)}
+_OPTIONAL = {"measured": {}, "hosts": 1, "network": 0.0}
 _FIGURES = ("tokens_per_second", "first_token")
 
 
@@ -51,12 +52,15 @@ class Run:
         command: as it is typed.
         model: in configs/models, with the shapes of the one in the command.
         hardware: an entry of the hardware table.
-        devices: of it that there must be.
+        devices: of it that there must be, on all hosts together.
         context: tokens of each sequence that the figures are of; there are as many sequences as the command lets run.
         tokens_per_second: of decoding.
         first_token: milliseconds to the first token of one prompt of `context` tokens.
         measured: where in benchmarks/results the measured ones of these two figures are, by name; the others are
             predicted, as `jaxinfer plan` does it, a prompt as if one step took all of it.
+        hosts: on each of which the command is started, with equally many devices.
+        network: bytes per second between hosts that each device has a share of, one direction. Predicted is as if all
+            that a device sends went over it.
     """
 
     title: str
@@ -68,6 +72,8 @@ class Run:
     tokens_per_second: float
     first_token: float
     measured: dict[str, dict[str, str]]
+    hosts: int = 1
+    network: float = 0.0
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -77,7 +83,7 @@ class Run:
             ValueError: it is no TOML, or a field is missing, unknown or of another type.
         """
         try:
-            found: dict[str, Any] = {"measured": {}} | tomllib.loads(path.read_text(encoding="utf-8"))
+            found: dict[str, Any] = _OPTIONAL | tomllib.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is not valid TOML: {error}") from None
         types = {field.name: str(field.type) for field in fields(cls)}
@@ -87,6 +93,11 @@ class Run:
         for name, kind in types.items():
             if type(found[name]) not in _TYPES[kind]:
                 raise ValueError(f"{path}: {name} is {found[name]!r}; expected {kind}")
+        if found["hosts"] < 1 or found["devices"] % found["hosts"] or (found["hosts"] > 1) != (found["network"] > 0):
+            raise ValueError(
+                f"{path}: hosts = {found['hosts']}, devices = {found['devices']} and network = {found['network']}; "
+                "expected hosts that divide the devices, and a network for more than one"
+            )
         if unknown := found["measured"].keys() - set(_FIGURES):
             raise ValueError(f"{path}: measured has {', '.join(sorted(unknown))}; expected {' or '.join(_FIGURES)}")
         return cls(**found)
@@ -128,14 +139,15 @@ class Run:
         return make_plan(config, self.machine(), batch, self.context, precision, mesh)
 
     def machine(self) -> Hardware:
-        return find_hardware(self.hardware)
+        machine = find_hardware(self.hardware)
+        return machine if self.hosts == 1 else replace(machine, interconnect=self.network, peers=self.devices)
 
     def check_devices(self, here: list[str]) -> None:
         """Raises ValueError where the devices here, by the names that JAX gives them, are not those that it is for."""
-        kind = self.machine().device_kind
-        if here.count(kind) < self.devices:
+        kind, needed = self.machine().device_kind, self.devices // self.hosts
+        if here.count(kind) < needed:
             found = ", ".join(f"{count} x {name}" for name, count in Counter(here).items())
-            raise ValueError(f"{self.title}: needs {self.devices} x {kind}; here are {found or 'no devices'}")
+            raise ValueError(f"{self.title}: needs {needed} x {kind}; here are {found or 'no devices'}")
 
     def lines(self) -> list[str]:
         """What runs, and how fast it is expected to be."""

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
+from jaxinfer.cli.hosts import Hosting, hosting
 from jaxinfer.cli.online import learning, learning_draft
 from jaxinfer.cli.options import bad_argument, integer, number
 from jaxinfer.cli.serving import PANEL, Network, engine_options, loading, networking
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 @loading
 @engine_options
 @learning
+@hosting
 @speculating
 def serve(
     model: Annotated[
@@ -49,6 +51,7 @@ def serve(
     ] = True,
     speculation: Speculating,
     learning: dict[str, Any],
+    hosts: Hosting,
 ) -> None:
     """Serve MODEL to OpenAI's clients: completions and chats, whole or streamed; SIGTERM ends it in order."""
     try:
@@ -59,7 +62,11 @@ def serve(
     network.check()
     engine |= {"always_speculate": speculation.always, "adaptive_speculation": speculation.adaptive}
     watch = learning_draft(speculation.settings["speculate"], **learning)
-    setup = Setup(model, loading, engine, warm_up, speculation.settings, watch)
+    if data_parallel_size > 1:
+        hosts.refuse("data_parallel_size", data_parallel_size)
+    if watch is not None:
+        hosts.refuse("online_draft", True)
+    setup = Setup(model, loading, engine, warm_up, speculation.settings, watch, group=hosts.settings)
     name = served_model_name or ("demo" if model is None else model)
     tls = network.ssl_certfile, network.ssl_keyfile
     settings = Settings(name, max_waiting, shutdown_timeout, network.api_key, *tls)

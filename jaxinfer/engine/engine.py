@@ -27,6 +27,7 @@ from jaxinfer.engine.budget import predicted_budget
 from jaxinfer.engine.clock import DeviceClock
 from jaxinfer.engine.commit import corrections, join_tiles, keep_prompt_logprobs, read_row
 from jaxinfer.engine.constraints import Constrain, Constraints
+from jaxinfer.engine.following import LeadingRunner, follow
 from jaxinfer.engine.gate import predicted_gate
 from jaxinfer.engine.memory import make_layout
 from jaxinfer.engine.metrics import Counters, Metrics, WarmUp
@@ -38,6 +39,7 @@ from jaxinfer.engine.sequence import Sequence, constrained
 from jaxinfer.engine.step_input import lay_out, next_tokens, padded
 from jaxinfer.engine.warm_up import WARM, Progress, loop_programs, make_ready, time_loops, warm_programs
 from jaxinfer.model import Model, Params
+from jaxinfer.parallel import Group
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +60,12 @@ class Engine:
     """One model with one cache, serving many requests. Not thread-safe: one caller drives `step`."""
 
     def __init__(
-        self, model: Model, params: Params, options: Options | None = None, constrain: Constrain | None = None
-    ):
+        self, model: Model, params: Params, options: Options | None = None, constrain: Constrain | None = None,
+        group: Group | None = None,
+    ):  # fmt: skip
         """Args:
         constrain: makes the constraint of a request that has `structured_outputs`; None refuses them.
+        group: of the processes that share the model; each has an engine, and all but the leader's only `follow`.
         """
         self.model = model
         self.options = options or Options()
@@ -73,7 +77,12 @@ class Engine:
         self.budget = predicted_budget(model, self.layout, self.options)
         self.gate = predicted_gate(model, self.layout, self.options)
         self.scheduler = self._new_scheduler()
-        self.runner = Runner(model, params, self.layout, self.options.steps_per_dispatch)
+        sizes = self.layout, self.options.steps_per_dispatch
+        if group is not None and group.leads:
+            self.runner: Runner = LeadingRunner(model, params, *sizes, group)
+        else:
+            self.runner = Runner(model, params, *sizes)
+        self._group = group
         self._in_flight: deque[Work] = deque()
         self._clock = DeviceClock()
         self._constraints = Constraints(constrain)
@@ -227,6 +236,12 @@ class Engine:
         done = make_ready(loop_programs(self.runner, [sampling.needs([params])]), None, self.runner.wait)
         time_loops(self.runner, sampling.needs([params]), self.gate)
         return done
+
+    def follow(self) -> None:
+        """Runs what the leader of the group runs, until that ends in order."""
+        assert self._group is not None
+        assert not self._group.leads
+        follow(self.runner, self._group)
 
     # --- run
 

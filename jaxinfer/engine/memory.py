@@ -10,6 +10,7 @@ from jaxinfer.decode.speculative import Speculation, beyond_of
 from jaxinfer.engine.options import Options
 from jaxinfer.machine import device_memory
 from jaxinfer.model import Model
+from jaxinfer.parallel import least
 from jaxinfer.roofline import most_pages
 
 DEVICE_FRACTION = 0.9  # of a device's memory that weights and cache may take; steps need the rest
@@ -69,7 +70,7 @@ def fitting_pages(
     sizes = [0] * len(wanted)
     for pool in pools_of(model, speculation):
         sizes[pool.group] += page_bytes(page_size, pool.kv_slots_per_device, pool.head_size, dtype)
-    room = min(_room(device) for device in model.mesh.local_devices)
+    room = least(min(_room(device) for device in model.mesh.local_devices))
     pages = share_room(room, sizes, wanted)
     if min(pages) < 2:
         raise NoRoomError(

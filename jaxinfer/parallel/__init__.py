@@ -12,17 +12,22 @@ from jaxinfer.parallel.collectives import (
     whole,
 )
 from jaxinfer.parallel.exchange import exchange_experts, exchanges_tokens
+from jaxinfer.parallel.group import Group
+from jaxinfer.parallel.hosts import join, least
 from jaxinfer.parallel.mesh import PIPE, TENSOR, make_mesh
 
 __all__ = [
     "PIPE",
     "TENSOR",
+    "Group",
     "all_tokens",
     "attend",
     "column_parallel",
     "exchange_experts",
     "exchanges_tokens",
     "expert_parallel",
+    "join",
+    "least",
     "look_up",
     "make_mesh",
     "meeting",

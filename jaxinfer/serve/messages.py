@@ -28,6 +28,7 @@ class Setup:
         watch: is called in the engine process, by the name that it is pickled with, and gives who is told what each
             step brought.
         devices: `CUDA_VISIBLE_DEVICES` of the process; None leaves it as it is.
+        group: arguments of `parallel.join`, where processes on several hosts share the model; None where one has it.
     """
 
     model: str | None
@@ -37,6 +38,7 @@ class Setup:
     speculation: dict[str, Any] = field(default_factory=dict)
     watch: Callable[[Engine], Watch] | None = None
     devices: str | None = None
+    group: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,18 @@ class Ready:
     pages: int
     loading: Loading
     warm_up: WarmUp | None = None
+
+
+@dataclass(frozen=True)
+class Following:
+    """The model is loaded, and the engine runs what that of process 0 does, which has the requests.
+
+    Attributes:
+        which: of how many processes this is.
+    """
+
+    which: str
+    loading: Loading
 
 
 @dataclass(frozen=True)

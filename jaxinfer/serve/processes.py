@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from jaxinfer.serve import worker
-from jaxinfer.serve.messages import Failed, Ready, Setup, Stop, Warming
+from jaxinfer.serve.messages import Failed, Following, Ready, Setup, Stop, Warming
 
 GRACE = 5  # seconds for what was told to end
 STOPPING = (signal.SIGTERM, signal.SIGINT)
@@ -43,7 +43,7 @@ class EngineProcess:
     connection: Connection
     named: str = ""
 
-    def told(self) -> Warming | Ready:
+    def told(self) -> Warming | Ready | Following:
         """The next that it tells before it is ready, and that.
 
         Raises:
@@ -125,7 +125,7 @@ def _start(setup: Setup, named: str) -> EngineProcess:
 
 def wait_until_ready(
     engines: Sequence[EngineProcess], warming: Callable[[Warming], None], stop: Connection | None = None
-) -> list[Ready]:
+) -> list[Ready | Following]:
     """What the engine processes tell when their model is loaded and compiled, in their order.
 
     Args:
@@ -136,7 +136,7 @@ def wait_until_ready(
         StoppedError: there is a message at `stop`.
         StartError: the first of them that failed, or died without a word.
     """
-    ready: dict[EngineProcess, Ready] = {}
+    ready: dict[EngineProcess, Ready | Following] = {}
     waiting: dict[Any, EngineProcess] = {engine.connection: engine for engine in engines}
     while len(ready) < len(engines):
         speaking = wait([*waiting, *([] if stop is None else [stop])])
@@ -153,3 +153,31 @@ def wait_until_ready(
                 ready[engine] = told
                 waiting[engine.process.sentinel] = waiting.pop(speaks)
     return [ready[engine] for engine in engines]
+
+
+def wait_for_leader(engine: EngineProcess, say: Callable[[str], None]) -> int:
+    """Waits while an engine process follows that of another host. A signal to end is for that to obey, which may let
+    requests end; a second one is obeyed here.
+
+    Returns:
+        the exit code: 0 after the leader has stopped, or 1.
+    """
+    asked = []
+
+    def stop(*_: object) -> None:
+        if asked:
+            raise SystemExit(1)
+        asked.append(True)
+        say("stopping when process 0 does; another signal ends it now, and the group with it")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        failed = engine.connection.recv()
+    except (EOFError, OSError):
+        engine.process.join(GRACE)
+        if engine.process.exitcode == 0:
+            return 0
+        failed = engine.died()
+    say(f"error: {failed.message}")
+    return 1

@@ -22,7 +22,7 @@ from jaxinfer.serve.app import Service, make_app
 from jaxinfer.serve.channel import Channel
 from jaxinfer.serve.client import Client
 from jaxinfer.serve.http import Protocol
-from jaxinfer.serve.messages import Failed, Ready, Refused, Setup, Step, Stop, Warming
+from jaxinfer.serve.messages import Failed, Following, Ready, Refused, Setup, Step, Stop, Warming
 from jaxinfer.serve.metrics import Metrics
 from jaxinfer.serve.processes import (
     GRACE,
@@ -32,6 +32,7 @@ from jaxinfer.serve.processes import (
     StoppedError,
     engine_processes,
     stop_signals,
+    wait_for_leader,
     wait_until_ready,
 )
 from jaxinfer.serve.prompts import Prompts, template_or_reason
@@ -96,7 +97,8 @@ def run(
     setups: Sequence[Setup], settings: Settings, bound: socket.socket, say: Callable[[str], None],
     warming: Callable[[Warming], None],
 ) -> int:  # fmt: skip
-    """Serves on `bound` until SIGTERM or Ctrl-C; `say` takes lines for the terminal, `warming` what is compiled.
+    """Serves on `bound` until SIGTERM or Ctrl-C, or where the model's engine follows that of another host, does as it
+    is told by that, and leaves `bound` alone; `say` takes lines for the terminal, `warming` what is compiled.
 
     Args:
         setups: of the replicas: one model with the same options, each on devices of its own.
@@ -109,13 +111,18 @@ def run(
     """
     with stop_signals() as stop, engine_processes(setups) as engines:
         try:
-            ready = wait_until_ready(engines, warming, stop)
+            told = wait_until_ready(engines, warming, stop)
         except StoppedError:
             say(f"stopping: what loads has {processes.GRACE:g} s to end; another signal ends it now")
             for engine in engines:
                 engine.stop()
             return 0
-        for engine, one in zip(engines, ready, strict=True):
+        ready = []
+        for engine, one in zip(engines, told, strict=True):
+            if isinstance(one, Following):  # which only a single engine does
+                say(f"{one.loading}; {one.which} follows process 0, where the server is")
+                return wait_for_leader(engine, say)
+            ready.append(one)
             say(f"{engine.named}{one.loading}")
             if one.warm_up is not None:
                 say(f"{engine.named}{one.warm_up}")

@@ -16,18 +16,32 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.engine import Metrics, Request, Warmed, WarmUp
 from jaxinfer.engine.request import Watch
 from jaxinfer.serve.channel import Channel
 from jaxinfer.serve.devices import VISIBLE
-from jaxinfer.serve.messages import Abort, Add, Failed, Loading, Ready, Refused, Setup, Step, Stop, Tokens, Warming
+from jaxinfer.serve.messages import (
+    Abort,
+    Add,
+    Failed,
+    Following,
+    Loading,
+    Ready,
+    Refused,
+    Setup,
+    Step,
+    Stop,
+    Tokens,
+    Warming,
+)
 
 if TYPE_CHECKING:
     from jaxinfer.engine import Engine
     from jaxinfer.llm import LLM
+    from jaxinfer.parallel import Group
 
 FLUSH = 60  # seconds for the last words: the other side reads at once, unless it is stopped
 FAILURES = 3  # steps in a row that may fail on the host before the engine is given up
@@ -62,44 +76,66 @@ def main(connection: Connection, setup: Setup, ordered: float) -> None:
         if not inbox.empty():  # with `Stop`: nothing else comes before the engine is ready
             sys.exit(0)
 
-    loaded = load(setup, ordered, progress)
+    def end(problem: str) -> NoReturn:
+        channel.send(Failed("device", problem))
+        channel.flush(FLUSH)
+        os._exit(1)
+
+    loaded = load(setup, ordered, progress, end)
     if isinstance(loaded, Failed):
         channel.send(loaded)
         channel.flush(FLUSH)
         sys.exit(1)
-    channel.send(ready(loaded))
     settle()
-    failed = Worker(loaded.llm.engine, inbox, channel.send, loaded.llm.watch).run()
+    failed = _follow(loaded, channel) if loaded.llm.follows else _lead(loaded, inbox, channel)
     channel.flush(FLUSH)
     sys.exit(failed)
 
 
-def load(setup: Setup, ordered: float, progress: Callable[[Warmed, int], None]) -> Loaded | Failed:
+def _lead(loaded: Loaded, inbox: SimpleQueue[Any], channel: Channel) -> int:
+    """Works until told to stop; ends the other processes that share the model, too."""
+    channel.send(ready(loaded))
+    group = loaded.llm.group
+    failed = Worker(loaded.llm.engine, inbox, channel.send, loaded.llm.watch, group and group.settle).run()
+    if group is not None:
+        group.leave("its engine cannot go on" if failed else None)
+    return failed
+
+
+def _follow(loaded: Loaded, channel: Channel) -> int:
+    """Runs what process 0 runs, until that stops."""
+    assert loaded.llm.group is not None
+    channel.send(Following(str(loaded.llm.group), loaded.loading))
+    with loaded.llm.group:
+        loaded.llm.follow()
+    return 0
+
+
+def load(
+    setup: Setup, ordered: float, progress: Callable[[Warmed, int], None], ended: Callable[[str], None] | None = None
+) -> Loaded | Failed:
     """The model, with what was compiled for it, or what is wrong with it, the options or the machine.
 
     Args:
         ordered: when the process was that loads it.
         progress: is told of each program that is ready; see `Engine.warm_up`.
+        ended: of the group of processes that share the model; see `Group.ended`.
     """
     import jax
 
-    from jaxinfer.decode.speculative import by_name
-    from jaxinfer.engine import Options
     from jaxinfer.engine.memory import NoRoomError, is_out_of_memory
-    from jaxinfer.llm import DEMO, LLM
     from jaxinfer.machine import keep_compiled
+    from jaxinfer.parallel import join
 
     imported = time.monotonic()
     keep_compiled()
     try:
-        jax.devices()
-        found = time.monotonic()
-        model = DEMO if setup.model is None else setup.model
-        options = Options(**setup.options, speculation=by_name(**setup.speculation))
-        llm = LLM(model, options=options, **setup.llm)
-        llm.watch = None if setup.watch is None else setup.watch(llm.engine)
-        loading = Loading(imported - ordered, found - imported, time.monotonic() - found)
-        return Loaded(llm, loading, llm.engine.warm_up(progress) if setup.warm_up else None)
+        if setup.group is None:
+            return _loaded(setup, None, ordered, imported, progress)
+        group = join(**setup.group)
+        group.ended = ended or group.ended
+        with group.leaving_only_by_error():
+            return _loaded(setup, group, ordered, imported, progress)
     except NoRoomError as error:
         return Failed("memory", str(error), _device())
     except (ValueError, OSError) as error:
@@ -108,6 +144,26 @@ def load(setup: Setup, ordered: float, progress: Callable[[Warmed, int], None]) 
         if not is_out_of_memory(error):
             raise
         return Failed("memory", _first_line(error), _device())
+
+
+def _loaded(
+    setup: Setup, group: Group | None, ordered: float, imported: float, progress: Callable[[Warmed, int], None]
+) -> Loaded:
+    import jax
+
+    from jaxinfer.decode.speculative import by_name
+    from jaxinfer.engine import Options
+    from jaxinfer.llm import DEMO, LLM
+
+    jax.devices()
+    found = time.monotonic()
+    model = DEMO if setup.model is None else setup.model
+    options = Options(**setup.options, speculation=by_name(**setup.speculation))
+    llm = LLM(model, options=options, group=group, **setup.llm)
+    llm.watch = None if setup.watch is None else setup.watch(llm.engine)
+    loading = Loading(imported - ordered, found - imported, time.monotonic() - found)
+    warms = setup.warm_up and (group is None or group.leads)  # who follows compiles what it is told
+    return Loaded(llm, loading, llm.engine.warm_up(progress) if warms else None)
 
 
 def settle() -> None:
@@ -150,11 +206,14 @@ class _GivenUpError(Exception):
 
 
 class Worker:
-    """Drives an engine by the messages in `inbox`, and answers with `send`; `watch` is told after that."""
+    """Drives an engine by the messages in `inbox`, and answers with `send`; `watch` is told after that, and `failed`
+    is called at an error of the device."""
 
     def __init__(
-        self, engine: Engine, inbox: SimpleQueue[Any], send: Callable[[Any], None], watch: Watch | None = None
-    ):
+        self, engine: Engine, inbox: SimpleQueue[Any], send: Callable[[Any], None], watch: Watch | None = None,
+        failed: Callable[[], None] | None = None,
+    ):  # fmt: skip
+        self._failed = failed or (lambda: None)
         self._engine, self._inbox, self._send, self._watch = engine, inbox, send, watch
         self._failures = 0
         self._told: Metrics | None = None
@@ -226,6 +285,7 @@ class Worker:
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
+            self._failed()
             raise _GivenUpError(f"the device failed: {_first_line(error)}") from error
         except Exception as error:
             logger.exception(problem)
@@ -245,7 +305,7 @@ def _device() -> tuple[str, str, int]:
 
     from jaxinfer.engine.memory import memory_of
 
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return device.device_kind, device.platform, memory_of(device)
 
 

@@ -44,12 +44,14 @@ class OnlineDraft:
             buffer: texts that wait at most; the oldest are forgotten.
 
         Raises:
-            ValueError: the engine has no draft model, or an argument is out of range.
+            ValueError: the engine has no draft model or several processes, or an argument is out of range.
             NoRoomError: a step of training does not fit beside the cache.
         """
         method = engine.options.speculation
         if not isinstance(method, DraftModel) or method.model is None:
             raise ValueError(f"the engine's speculation is {method!r}; it must be a DraftModel, which can learn")
+        if (processes := jax.process_count()) > 1:
+            raise ValueError(f"a draft model learns in an engine of one process; here are {processes}")
         check_attention("the draft model", method.model.config)
         for name, value, least in (
             ("interval", interval, 1), ("batch", batch, 1), ("row", row, 2), ("buffer", buffer, batch)

@@ -94,6 +94,16 @@ def test_replicas_have_devices_and_sequences_of_their_own(tmp_path):
     assert (plan.mesh.devices, plan.batch, plan.memory.batch) == (8, 32, 8)
 
 
+def test_several_hosts_have_their_devices_each_and_a_network_between_them(tmp_path):
+    two = {"devices": 4, "command": "jaxinfer serve --coordinator auto --tensor-parallel-size 4"}
+    setup = Run.read(Path(written(tmp_path, hosts=2, network=1e9, **two)))
+    setup.check_devices(["NVIDIA H200"] * 2)
+    with pytest.raises(ValueError, match=r"needs 2 x NVIDIA H200; here are 1 x NVIDIA H200"):
+        setup.check_devices(["NVIDIA H200"])
+    faster = Run.read(Path(written(tmp_path, hosts=2, network=1e11, **two)))
+    assert setup.plan().expected < faster.plan().expected
+
+
 def test_what_is_measured_is_told_from_what_is_predicted():
     (_, _, line) = Run.read(find_run("long-context-1-h100")).lines()
     assert re.search(r"with 131,072 tokens in each sequence: \d+ tokens/s of decoding \(predicted\)", line)
@@ -150,6 +160,9 @@ def test_devices_are_those_of_a_process_of_its_own(monkeypatch):
         ({"command": "jaxinfer serve --pipes 2"}, "command is 'jaxinfer serve --pipes 2': No such option: --pipes"),
         ({"command": "jaxinfer serve --port x"}, "Invalid value for '--port': 'x' must be an integer in 0..65535"),
         ({"measured.speed": 1}, "set-up.toml: measured has speed; expected tokens_per_second or first_token"),
+        ({"hosts": 2}, "hosts = 2, devices = 1 and network = 0.0; expected hosts that divide the devices, and a net"),
+        ({"hosts": 2, "devices": 2}, "hosts = 2, devices = 2 and network = 0.0; expected"),
+        ({"network": 1e9}, "hosts = 1, devices = 1 and network = 1000000000.0; expected"),
         ({"model": "mine"}, "model is 'mine'; expected a folder, a file, a Hugging Face id or one of"),
         ({"context": 9000}, "context is 9000; the model was made for at most 8192"),
         ({"hardware": "h300"}, "hardware is 'h300'; expected one of"),
