@@ -1,6 +1,8 @@
 """Many devices: the mesh, and the helpers in which every collective of the model stands."""
 
 from jaxinfer.parallel.collectives import attend, column_parallel, expert_parallel, row_parallel, whole
-from jaxinfer.parallel.mesh import PIPE, TENSOR, make_mesh
+from jaxinfer.parallel.mesh import CONTEXT, PIPE, TENSOR, make_mesh
 
-__all__ = ["PIPE", "TENSOR", "attend", "column_parallel", "expert_parallel", "make_mesh", "row_parallel", "whole"]
+__all__ = [
+    "CONTEXT", "PIPE", "TENSOR", "attend", "column_parallel", "expert_parallel", "make_mesh", "row_parallel", "whole",
+]  # fmt: skip
