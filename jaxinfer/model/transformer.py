@@ -17,7 +17,7 @@ from jaxinfer.model.moe import MoE
 from jaxinfer.model.norm import Norm
 from jaxinfer.model.parameter import Shapes
 from jaxinfer.model.rope import tables
-from jaxinfer.parallel import TENSOR
+from jaxinfer.parallel import TENSOR, row_axis
 from jaxinfer.quantize import einsum, output_and_gated_mlp
 
 
@@ -29,7 +29,7 @@ class Embedding(nnx.Module):
         self.weight_VD = shapes.param((config.vocab_size, config.hidden_size), (TENSOR,))
 
     def __call__(self, tokens_T: jax.Array) -> jax.Array:
-        x_TD = self.weight_VD[...].at[tokens_T].get(out_sharding=P(None, None))
+        x_TD = self.weight_VD[...].at[tokens_T].get(out_sharding=P(row_axis(tokens_T), None))
         return x_TD if self.scale == 1.0 else x_TD * jnp.asarray(self.scale, x_TD.dtype)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
+from jaxinfer.parallel.context import row_axis
 from jaxinfer.parallel.mesh import TENSOR
 
 
@@ -56,21 +57,24 @@ def row_parallel(multiply: Callable[..., jax.Array], x_TF: jax.Array, w_FD: Any,
     def local(*operands):
         return jax.lax.psum(multiply(*operands), TENSOR)
 
-    specs = (P(None, TENSOR), P(TENSOR), *(P() for _ in replicated))
-    return jax.shard_map(local, in_specs=specs, out_specs=P(None, None))(x_TF, w_FD, *replicated)
+    rows = row_axis(x_TF)
+    specs = (P(rows, TENSOR), P(TENSOR), *(P() for _ in replicated))
+    return jax.shard_map(local, in_specs=specs, out_specs=P(rows, None))(x_TF, w_FD, *replicated)
 
 
-def expert_parallel(local: Callable[..., jax.Array], experts: Any, *replicated: jax.Array) -> jax.Array:
-    """The sum over devices of `local(first_expert, experts, *replicated)`.
+def expert_parallel(local: Callable[..., jax.Array], experts: Any, *rows: jax.Array) -> jax.Array:
+    """The sum over devices of `local(first_expert, experts, *rows)`.
 
+    `rows` are arrays whose first axis is that of tokens, which are spread over the axis `context` or on every device.
     `experts` is a pytree of arrays sharded over their first axis, E; `first_expert` is the index, among all experts,
     of the first one that a device holds; on one device it is the number 0.
     """
 
-    def summed(experts, *replicated):
+    def summed(experts, *rows):
         per_device, alone = jax.tree.leaves(experts)[0].shape[0], jax.lax.axis_size(TENSOR) == 1
         first = 0 if alone else jax.lax.axis_index(TENSOR) * per_device
-        return jax.lax.psum(local(first, experts, *replicated), TENSOR)
+        return jax.lax.psum(local(first, experts, *rows), TENSOR)
 
-    specs = (P(TENSOR), *(P() for _ in replicated))
-    return jax.shard_map(summed, in_specs=specs, out_specs=P(None, None), check_vma=False)(experts, *replicated)
+    axis = row_axis(rows[0])
+    specs = (P(TENSOR), *(P(axis) for _ in rows))
+    return jax.shard_map(summed, in_specs=specs, out_specs=P(axis, None), check_vma=False)(experts, *rows)
