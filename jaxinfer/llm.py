@@ -21,8 +21,9 @@ from jaxinfer import checkpoint
 from jaxinfer.continuation import Continuation, request_output
 from jaxinfer.decode.sampling import MAX_EOS_IDS
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.decode.speculative import Loader
+from jaxinfer.decode.speculative import Loader, check_ranks
 from jaxinfer.engine import Engine, Options, Request
+from jaxinfer.engine.options import SMALLEST_BUCKET
 from jaxinfer.engine.request import Watch
 from jaxinfer.intake import (
     Intake,
@@ -70,6 +71,7 @@ class LLM:
         dtype: str | None = None,
         max_model_len: int | None = None,
         tensor_parallel_size: int = 1,
+        context_parallel_size: int = 1,
         seed: int = 0,
         warm_up: bool = False,
         options: Options | None = None,
@@ -82,6 +84,8 @@ class LLM:
             max_model_len: tokens of the longest sequence, prompt and output; the checkpoint's context by default, and
                 at most that, unless its rotary embeddings adapt to longer ones (dynamic NTK, LongRoPE).
             tensor_parallel_size: devices that share the model.
+            context_parallel_size: devices that share every sequence, a power of two: each has an equal part of its
+                keys and values, and of the work of its prompt. With both there are as many devices as their product.
             seed: of the requests that name none.
             warm_up: compile now whatever requests can meet, so that none waits for a compiler: the programs of the
                 model, for the sizes of prompts and of decoding, and small ones; where llguidance is installed those of
@@ -95,17 +99,21 @@ class LLM:
                 argument, its value and what is allowed.
         """
         _check_arguments(dtype, max_model_len, tensor_parallel_size, seed, warm_up, options)
+        _check_context_parallel(context_parallel_size, tensor_parallel_size)
         self.folder = checkpoint.resolve(model)
         config = read_config(self.folder)
         _check_context(max_model_len, config)
         self.tokenizer = Tokenizer.from_folder(self.folder)
         eos_ids = _checked_eos(self.folder, self.tokenizer, config.vocab_size)
-        self.model = Model(config, make_mesh(tensor_parallel_size), max_model_len, dtype)
+        self.model = Model(
+            config, make_mesh(tensor_parallel_size, context=context_parallel_size), max_model_len, dtype
+        )
         self.intake = Intake(self.tokenizer, Limits(config.vocab_size, self.model.context, eos_ids))
         if options is not None and options.speculation is not None:
             loader = Loader(self.model, self._load_beside, self._tensors, self._load_head)
             method = options.speculation.loaded(loader)
             method.check(self.model)  # before the model's weights are there
+            check_ranks(method, self.model)
             options = replace(options, speculation=method)
         params = self.model.params(checkpoint.load(self.folder, self.model))
         constrain = self.intake.grammars.constraint if self.intake.grammars.possible else None
@@ -366,6 +374,17 @@ def _check_arguments(
         raise ValueError(f"warm_up = {warm_up!r} must be True or False")
     if not isinstance(options, Options | None):
         raise ValueError(f"options = {reprlib.repr(options)} must be an Options")
+
+
+def _check_context_parallel(size: int, tensor: int) -> None:
+    sizes = [1 << shift for shift in range((SMALLEST_BUCKET // 2).bit_length())]  # a step has two blocks of rows each
+    if not is_integer(size, 1) or size not in sizes:
+        raise ValueError(f"context_parallel_size = {size!r} must be an integer power of two in 1..{sizes[-1]}")
+    if (needed := size * tensor) > (devices := len(jax.devices())):
+        raise ValueError(
+            f"context_parallel_size = {size} with tensor_parallel_size = {tensor} needs {needed} devices, and there "
+            f"are {devices}; up to {devices // tensor} would fit"
+        )
 
 
 def _check_context(max_model_len: int | None, config: ModelConfig) -> None:

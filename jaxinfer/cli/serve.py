@@ -59,6 +59,9 @@ def serve(
     tensor_parallel: Annotated[
         int, integer(least=1, help="Devices that share the model.", rich_help_panel=_ENGINE)
     ] = 1,
+    context_parallel_size: Annotated[
+        int, integer(least=1, help="Devices that share every sequence.", rich_help_panel=_ENGINE)
+    ] = 1,
     data_parallel_size: Annotated[
         int, integer(least=1, help="Replicas of the engine, each with devices of its own.", rich_help_panel=_ENGINE)
     ] = 1,
@@ -119,6 +122,7 @@ def serve(
             "dtype": dtype,
             "max_model_len": max_model_len,
             "tensor_parallel_size": tensor_parallel,
+            "context_parallel_size": context_parallel_size,
         },
         {
             "max_num_seqs": max_num_seqs,
@@ -144,7 +148,8 @@ def serve(
         ),
     )
     try:
-        setups = [replace(setup, devices=share) for share in shares(data_parallel_size, tensor_parallel)]
+        each = shares(data_parallel_size, tensor_parallel, context_parallel_size)
+        setups = [replace(setup, devices=share) for share in each]
     except ValueError as error:
         raise bad_argument(error) from error
     name = served_model_name or ("demo" if model is None else model)

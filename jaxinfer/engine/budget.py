@@ -84,8 +84,9 @@ def step_times(model: Model, layout: Layout, config: ModelConfig | None = None) 
     """What the cost model says of this model on this machine; or of another `config` in its place."""
     precision = Precision.all_in(model.config.dtype, layout.cache_dtype)
     decode, prefill = gathers(layout.attention)
+    tensor = model.kv_slots // model.kv_slots_per_device
     return StepTimes(
-        config or model.config, known_machine(precision.residual), precision, model.mesh.size,
+        config or model.config, known_machine(precision.residual), precision, tensor,
         "materialized" if decode else "flash", "materialized" if prefill else "flash",
     )  # fmt: skip
 

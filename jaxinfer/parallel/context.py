@@ -67,6 +67,7 @@ def take_rows(x_TD: jax.Array, rows_W: jax.Array) -> jax.Array:
     """Some rows of a step on every rank, whether they are spread over the ranks or not."""
     if row_axis(x_TD) is None:
         return x_TD[rows_W]
+    # Each rank gives the rows that it has, and a sum over the ranks brings them together.
     at_W = jnp.asarray(places(x_TD.shape[0], ranks()))[rows_W]
     return x_TD.at[at_W].get(out_sharding=P(None, None))
 
