@@ -49,12 +49,12 @@ class Compiled:
 
 def compiled(
     which: str, config: dict, tensor: int = 1, num_pages: int = 29, cache_dtype: str = "float32",
-    context: int = CONTEXT, needs: Needs = sampling.GREEDY, speculation: Speculation | None = None,
+    context: int = CONTEXT, needs: Needs = sampling.GREEDY, speculation: Speculation | None = None, ranks: int = 1,
 ) -> Compiled:  # fmt: skip
     """A program of decode and, as `step` and `sample`, of prefill. Nothing is run."""
-    model = Model(read_config(config | {"max_position_embeddings": context}), make_mesh(tensor))
-    pools = (num_pages,) * len(model.config.windows)
-    layout = Layout(SLOTS, PAGE, pools, context, cache_dtype, speculation=speculation)
+    model = Model(read_config(config | {"max_position_embeddings": context}), make_mesh(tensor, context=ranks))
+    pools = (ranks * num_pages,) * len(model.config.windows)
+    layout = Layout(SLOTS, PAGE, pools, context, cache_dtype, speculation=speculation, ranks=ranks)
     programs = Programs(model, layout)
     weights = [] if speculation is None else speculation.weights
     given = ([*model.parameters.values(), *weights], *programs.new_state())
@@ -234,6 +234,10 @@ def test_the_vocabulary_is_sorted_for_filters_alone(which):
 def test_devices_meet_twice_a_layer(which, meetings):
     """Attention and MLP each end in one sum over devices, the embedding of a sharded vocabulary in another, and the
     sampler gathers the logits. A loop's body is one computation, whatever its number of steps."""
+    assert collectives(compiled(which, EVEN, tensor=4).text) == meetings
+
+
+def collectives(text: str) -> Counter[str]:
+    """How often each is in a program."""
     kinds = r"(all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter)"
-    found = Counter(re.findall(rf" {kinds}(?:-start)?\(", compiled(which, EVEN, tensor=4).text))
-    assert found == meetings
+    return Counter(re.findall(rf" {kinds}(?:-start)?\(", text))

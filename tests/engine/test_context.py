@@ -10,7 +10,7 @@ from jaxinfer.decode.speculative import EarlyExit, PromptLookup
 from jaxinfer.engine import Options
 from jaxinfer.llm import LLM
 from jaxinfer.outputs import RequestOutput
-from tests.engine.tiny import assert_clean, tiny_folder
+from tests.engine.tiny import ONE_LAYER, assert_clean, tiny_folder, write_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 BEGINNING = "def f(x):\n    return " * 2  # past the window of 8, and several pages
@@ -37,7 +37,9 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     ("tensor", "speculation", "cache_dtype"), [(1, PromptLookup(3), "float32"), (2, None, "int8")]
 )
-def test_the_text_is_that_of_one_device(tensor, speculation, cache_dtype, folder, one_rectangle):
+def test_the_text_is_that_of_one_device(tensor, speculation, cache_dtype, folder, tmp_path, one_rectangle):
+    if tensor > 1:
+        folder = write_checkpoint(tmp_path / "one layer", ONE_LAYER)
     alone = LLM(folder, options=replace(ALONE, cache_dtype=cache_dtype))
     expected = texts([alone.generate([prompt], params)[0] for prompt, params in REQUESTS])
     options = replace(FEW, cache_dtype=cache_dtype, speculation=speculation, always_speculate=speculation is not None)
