@@ -35,3 +35,9 @@ class Stripe:
         whole = tokens // page_size
         last_is_here = whole % self.ranks == self.rank
         return self.columns(whole) * page_size + jnp.where(last_is_here, tokens % page_size, 0)
+
+
+def key_positions(table_BJ: jax.Array, page_size: int, stripe: Stripe | None) -> jax.Array:
+    """Where in their sequences the keys of a row are that its columns name, [1, C]."""
+    key_1C = jnp.arange(table_BJ.shape[1] * page_size, dtype=jnp.int32)[None]
+    return key_1C if stripe is None else stripe.position(key_1C, page_size)

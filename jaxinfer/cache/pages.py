@@ -45,6 +45,9 @@ class View:
     of R sequences, it goes over all rows: a row of the rectangle whose slot is idle may be a row of the prefill, and
     rows that decode are the prefill's as those of a sequence of length 0.
 
+    Where several devices share sequences, a page is named by its number among those of all of them, and every device
+    has the whole view, whatever rows of the step it has; see `jaxinfer.cache.dealt`.
+
     Attributes:
         write_T: where a token's key and value go, page x page size + slot; padding goes to the null page.
         decode_tables_BJ: page table of every slot of the rectangle.

@@ -115,7 +115,12 @@ def loop_programs(runner: Runner, kinds: Sequence[Needs]) -> Iterator[Program]:
 
 
 def _step(runner: Runner, name: str, given: StepInput) -> Program:
-    return Program(name, partial(runner.step, given, WARM[0]), partial(runner.lower_step, given))
+    rows, targets_T = len(given.tokens_T), None
+    if (
+        runner.layout.ranks > 1 and rows >= SCORED
+    ):  # what brings its rows together, to be scored, depends on their number
+        targets_T = next_tokens([], rows)
+    return Program(name, partial(runner.step, given, WARM[0], targets_T), partial(runner.lower_step, given))
 
 
 def make_ready(programs: Iterable[Program], progress: Progress | None, wait: Callable[[], None]) -> WarmUp:
