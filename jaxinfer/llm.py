@@ -25,6 +25,7 @@ from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.speculative import Loader
 from jaxinfer.engine import Engine, Options, Request
 from jaxinfer.engine.memory import check_weights
+from jaxinfer.engine.options import SMALLEST_BUCKET
 from jaxinfer.engine.request import Watch
 from jaxinfer.intake import (
     Intake,
@@ -71,6 +72,7 @@ class LLM:
         dtype: str | None = None,
         max_model_len: int | None = None,
         tensor_parallel_size: int = 1,
+        context_parallel_size: int = 1,
         seed: int = 0,
         warm_up: bool = False,
         options: Options | None = None,
@@ -84,6 +86,8 @@ class LLM:
             max_model_len: tokens of the longest sequence, prompt and output; the checkpoint's context by default, and
                 at most that, unless its rotary embeddings adapt to longer ones (dynamic NTK, LongRoPE).
             tensor_parallel_size: devices that share the model.
+            context_parallel_size: devices that share every sequence, a power of two: each has an equal part of its
+                keys and values, and of the work of its prompt. With both there are as many devices as their product.
             seed: of the requests that name none.
             warm_up: compile now whatever requests can meet, so that none waits for a compiler: the programs of the
                 model, for the sizes of prompts and of decoding, and small ones; where llguidance is installed those of
@@ -99,19 +103,24 @@ class LLM:
                 argument, its value and what is allowed.
         """
         _check_arguments(dtype, max_model_len, tensor_parallel_size, seed, warm_up, options)
+        _check_context_parallel(context_parallel_size, tensor_parallel_size)
         self.folder = checkpoint.resolve(model)
         config, self.group = read_config(self.folder), group
         if group is not None:
             given = {"dtype": dtype, "max_model_len": max_model_len, "tensor_parallel_size": tensor_parallel_size}
+            given |= {"context_parallel_size": context_parallel_size}
             group.agree(_facts(config, options or Options(), **given))
         _check_context(max_model_len, config)
         self.tokenizer = Tokenizer.from_folder(self.folder)
         eos_ids = _checked_eos(self.folder, self.tokenizer, config.vocab_size)
-        self.model = Model(config, make_mesh(tensor_parallel_size), max_model_len, dtype)
+        self.model = Model(
+            config, make_mesh(tensor_parallel_size, context=context_parallel_size), max_model_len, dtype
+        )
         self.intake = Intake(self.tokenizer, Limits(config.vocab_size, self.model.context, eos_ids))
         if options is not None and options.speculation is not None:
             loader = Loader(self.model, self._beside, self._params_beside, self._tensors, self._load_head)
             # What does not go with the model is refused before its weights are there.
+            check_ranks(options.speculation, self.model)
             options = replace(options, speculation=options.speculation.loaded(loader))
         params = self.model.params(checkpoint.load(self.folder, self.model))
         constrain = self.intake.grammars.constraint if self.intake.grammars.possible else None
@@ -400,6 +409,17 @@ def _facts(config: ModelConfig, options: Options, **given: Any) -> dict[str, str
     found |= {f"the model's layer {index}": repr(layer) for index, layer in enumerate(config.layers)}
     found |= {name: repr(value) for name, value in vars(options).items()}
     return found | {name: repr(value) for name, value in given.items()}
+
+
+def _check_context_parallel(size: int, tensor: int) -> None:
+    sizes = [1 << shift for shift in range((SMALLEST_BUCKET // 2).bit_length())]  # a step has two blocks of rows each
+    if not is_size(size, 1) or size not in sizes:
+        raise ValueError(f"context_parallel_size = {size!r} must be an integer power of two in 1..{sizes[-1]}")
+    if (needed := size * tensor) > (devices := len(jax.devices())):
+        raise ValueError(
+            f"context_parallel_size = {size} with tensor_parallel_size = {tensor} needs {needed} devices, and there "
+            f"are {devices}; up to {devices // tensor} would fit"
+        )
 
 
 def _check_context(max_model_len: int | None, config: ModelConfig) -> None:

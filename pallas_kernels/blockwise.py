@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.stripe import Stripe
+
 Attend = Callable[..., tuple[jax.Array, jax.Array]]  # `attend` below, or what stands for it
 # Stands for minus infinity where differences are taken: -inf minus -inf would be NaN.
 LOWEST = -1e30
@@ -89,22 +91,28 @@ def attend(
     *,
     block_keys: int,
     tree: Tree | None = None,
+    end_B: jax.Array | None = None,
+    stripe: Stripe | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends each row of queries to the keys that its row of the page table holds.
 
     Positions rise along a row; a query at a negative position sees nothing. With a tree they count the keys, and
-    the tree says which of those at the row's own positions each query sees. At most about B * block_keys keys are
-    gathered at a time. Returns out_BQNH in q's dtype and lse_BQN in float32.
+    the tree says which of those at the row's own positions each query sees. Keys at position `end` or past it are not
+    there. At most about B * block_keys keys are gathered at a time. Returns out_BQNH in q's dtype and lse_BQN in
+    float32.
     """
     B, Q, N, H = q_BQNH.shape
     K, S = kv.k_PSKH.shape[2], kv.page_size
     q_BQKgH = q_BQNH.reshape(B, Q, K, N // K, H)
-    pages_BJ, start_B = _pages_in_sight(table_BJ, position_BQ, S, options.window)
+    pages_BJ, start_B = _pages_in_sight(table_BJ, position_BQ, S, options.window, stripe)
 
     def add_block(softmax: Softmax, block_BJ: jax.Array, first_key_B: jax.Array) -> Softmax:
         k_BKCH, v_BKCH = kv.load(block_BJ, q_BQNH.dtype)
         key_BC = first_key_B[:, None] + jnp.arange(k_BKCH.shape[2], dtype=jnp.int32)[None]
+        key_BC = key_BC if stripe is None else stripe.position(key_BC, S)
         visible_BQC = _visible(position_BQ, key_BC, options.window, tree)
+        if end_B is not None:
+            visible_BQC &= (key_BC < end_B[:, None])[:, None]
         return _update(softmax, q_BQKgH, k_BKCH, v_BKCH, visible_BQC, options)
 
     softmax = _nothing_seen(q_BQKgH)
@@ -114,7 +122,10 @@ def attend(
 
     # A dynamic slice clamps at the end instead of reading past it, so the last block needs its full width.
     pages_BJ = jnp.pad(pages_BJ, ((0, 0), (0, -pages_BJ.shape[1] % columns)))
-    keys_in_sight = jnp.max(position_BQ + 1 - start_B[:, None])
+    seen_B = jnp.max(position_BQ, axis=1) + 1
+    seen_B = seen_B if end_B is None else jnp.minimum(seen_B, end_B)
+    seen_B = seen_B if stripe is None else stripe.keys(jnp.maximum(seen_B, 0), S)
+    keys_in_sight = jnp.max(seen_B - start_B)
 
     def add_nth_block(i: jax.Array, softmax: Softmax) -> Softmax:
         block_BJ = jax.lax.dynamic_slice_in_dim(pages_BJ, i * columns, columns, axis=1)
@@ -129,17 +140,18 @@ def ceil_div[Integer: (int, jax.Array)](a: Integer, b: int) -> Integer:
 
 
 def _pages_in_sight(
-    table_BJ: jax.Array, position_BQ: jax.Array, page_size: int, window: int | None
+    table_BJ: jax.Array, position_BQ: jax.Array, page_size: int, window: int | None, stripe: Stripe | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The columns of the page table that a row's queries can see, and the position of their first key.
+    """The columns of the page table that a row's queries can see, and the first of their keys.
 
     The Q queries of a row see window + Q - 1 keys at most, which bounds the number of columns before any
     length is known: a layer with a short window reads few pages of a long sequence.
     """
-    (B, J), Q = table_BJ.shape, position_BQ.shape[1]
-    if window is None or (in_sight := ceil_div(window + Q - 2, page_size) + 1) >= J:
+    (B, J), Q, ranks = table_BJ.shape, position_BQ.shape[1], 1 if stripe is None else stripe.ranks
+    if window is None or (in_sight := ceil_div(ceil_div(window + Q - 2, page_size) + 1, ranks)) >= J:
         return table_BJ, jnp.zeros((B,), jnp.int32)
     first_column_B = jnp.maximum(position_BQ[:, 0] - window + 1, 0) // page_size
+    first_column_B = first_column_B if stripe is None else stripe.columns(first_column_B)
     # Columns past the end of the table hold no visible key, whichever page stands in for them.
     column_BJ = jnp.minimum(first_column_B[:, None] + jnp.arange(in_sight, dtype=jnp.int32)[None], J - 1)
     return jnp.take_along_axis(table_BJ, column_BJ, axis=1), first_column_B * page_size

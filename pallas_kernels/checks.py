@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.blockwise import Options, PagedKV
+from pallas_kernels.stripe import Stripe
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZED_DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
@@ -39,10 +40,14 @@ def require_number(name: str, given: object, valid: Callable[[Any], bool], allow
 
 
 def check_attention(
-    q: jax.Array, kv: PagedKV, table_BJ: jax.Array, lengths_B: jax.Array, sinks_N: jax.Array | None
-) -> None:
+    q: jax.Array, kv: PagedKV, table_BJ: jax.Array, lengths_B: jax.Array, sinks_N: jax.Array | None,
+    stripe: Stripe | None = None,
+) -> None:  # fmt: skip
     """Checks what both ops share; `q` has any leading axes and ends in NH."""
-    check_layout(q, kv.k_PSKH, table_BJ, lengths_B)
+    if stripe is not None:
+        allowed = "None or a Stripe of at least 1 rank"
+        require(isinstance(stripe, Stripe) and stripe.ranks >= 1, "stripe", stripe, allowed)
+    check_layout(q, kv.k_PSKH, table_BJ, lengths_B, 1 if stripe is None else stripe.ranks)
     _require_values("page_table", table_BJ, 0, kv.k_PSKH.shape[0] - 1, "pages of the pool")
     _check_values(kv)
     if sinks_N is not None:
@@ -52,7 +57,7 @@ def check_attention(
         require(sinks_N.shape == heads, "sinks.shape", sinks_N.shape, f"{heads}, one per query head")
 
 
-def check_layout(q: jax.Array, k_PSKH: jax.Array, table_BJ: jax.Array, lengths_B: jax.Array) -> None:
+def check_layout(q: jax.Array, k_PSKH: jax.Array, table_BJ: jax.Array, lengths_B: jax.Array, ranks: int = 1) -> None:
     """Checks what says how many keys there are and of which queries; of the pages only shape and dtype matter."""
     for name, array in {"k_pages": k_PSKH, "page_table": table_BJ, "lengths": lengths_B}.items():
         require_array(name, array)
@@ -64,7 +69,7 @@ def check_layout(q: jax.Array, k_PSKH: jax.Array, table_BJ: jax.Array, lengths_B
     _require_dtype("lengths", lengths_B, ("int32",))
     rows = (table_BJ.shape[0],)
     require(lengths_B.shape == rows, "lengths.shape", lengths_B.shape, f"{rows}, one per row of page_table")
-    most = table_BJ.shape[1] * k_PSKH.shape[1]
+    most = ranks * table_BJ.shape[1] * k_PSKH.shape[1]
     _require_values("lengths", lengths_B, 0, most, "keys that a row of page_table holds")
 
 

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused  # jax.nn gives the log-sum-exp in 16 bits only
 
 from pallas_kernels import dispatch
-from pallas_kernels.blockwise import Options, PagedKV, as_moved, ceil_div, share
+from pallas_kernels.blockwise import Options, PagedKV, as_moved, ceil_div
+from pallas_kernels.parts import Part, merged, with_sinks
 
 DTYPES = ("bfloat16", "float16")
 
@@ -71,13 +72,6 @@ class PagedTable(NamedTuple):
         return gather(self.kv.k_PSKH, self.kv.k_scales_PKS), gather(self.kv.v_PSKH, self.kv.v_scales_PKS)
 
 
-class Part(NamedTuple):
-    """Attention over some of the keys, in float32: 0 and -inf where nothing is seen."""
-
-    out_BQNH: jax.Array
-    lse_BQN: jax.Array
-
-
 class Rows(NamedTuple):
     """Queries for cuDNN: of each row of the batch, the first `number_B`."""
 
@@ -129,7 +123,7 @@ def _tile(q_BQNH, position_BQ, seen_BQ, keys: PagedTable, options: Options, bloc
     if window is None:
         end_B = jnp.where(number_B > 0, first_B, 0)
         before = _all_seen(rows, keys, jnp.zeros_like(end_B), end_B, options, min(block_keys, keys.most))
-        part = _merge(part, before)
+        part = merged(part, before)
     return Part(*(_moved(x, skipped_B - lead_B, Q) for x in part))
 
 
@@ -140,7 +134,7 @@ def _all_seen(rows: Rows, keys: PagedTable, begin_B, end_B, options: Options, bl
         start_B = begin_B + i * block_keys
         kv_BCKH = keys.load(start_B, end_B, block_keys, rows.q_BQNH.dtype)
         number_B = jnp.clip(end_B - start_B, 0, block_keys)
-        return _merge(part, _cudnn(rows, kv_BCKH, number_B, options, causal=False))
+        return merged(part, _cudnn(rows, kv_BCKH, number_B, options, causal=False))
 
     q_BQNH = rows.q_BQNH
     nothing = Part(jnp.zeros_like(q_BQNH, jnp.float32), jnp.full_like(q_BQNH[..., 0], -jnp.inf, jnp.float32))
@@ -168,21 +162,11 @@ def _cudnn(
     return Part(out_BQNH, jnp.where(seen_BQ1, lse_BNQ.transpose(0, 2, 1), -jnp.inf))
 
 
-def _merge(a: Part, b: Part) -> Part:
-    """Of two sets of keys, each weighted by its sum of exponentials (FlashDecoding, Dao et al. 2023)."""
-    lse_BQN = jnp.logaddexp(a.lse_BQN, b.lse_BQN)
-    a_BQNH, b_BQNH = (part.out_BQNH * share(part.lse_BQN, lse_BQN)[..., None] for part in (a, b))
-    return Part(a_BQNH + b_BQNH, lse_BQN)
-
-
 def _finish(
     part: Part, seen_BQ: jax.Array, sinks_N: jax.Array | None, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
     """What sees nothing, and the sinks: more to divide by (gpt-oss)."""
-    out_BQNH, lse_BQN = part
-    if sinks_N is not None:
-        lse_BQN = jnp.logaddexp(part.lse_BQN, sinks_N.astype(jnp.float32)[None, None])
-        out_BQNH = out_BQNH * share(part.lse_BQN, lse_BQN)[..., None]
+    out_BQNH, lse_BQN = with_sinks(part, sinks_N)
     seen_BQ1 = seen_BQ[..., None]
     return jnp.where(seen_BQ1[..., None], out_BQNH, 0.0).astype(dtype), jnp.where(seen_BQ1, lse_BQN, -jnp.inf)
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 
 from jaxinfer.cache import CACHE_DTYPES, NULL_PAGE, Pages, View, attend_pages, make_cache, page_bytes
-from jaxinfer.cache.attention import write
 from jaxinfer.cache.quantized import LARGEST, SMALLEST_SCALE, numbers, quantize
+from jaxinfer.cache.store import write
 from jaxinfer.decode.batch import StepInput, make_batch, make_rectangle
 from jaxinfer.decode.slots import empty_slots, taken
 from jaxinfer.parallel import make_mesh
@@ -217,11 +217,11 @@ def test_pages_equal_a_contiguous_cache(dtype, window):
         prefill_starts_R1=integers(0, 1, 5),
         prefill_lengths_R=integers(0, LENGTHS[1]),
     )
-    heads, pages = jax.P(None, "tensor"), jax.P(None, None, "tensor")
+    heads, pages = jax.P(None, "tensor"), jax.P("context", None, "tensor")
     with jax.set_mesh(make_mesh(2)):
         queries = jax.device_put(step(q).reshape(-1, KV_HEADS, HEADS // KV_HEADS, SIZE), heads)
         k_TKH, v_TKH = jax.device_put((step(k), step(v)), heads)
-        scales = heads if dtype in LARGEST else None
+        scales = jax.P("context", "tensor") if dtype in LARGEST else None
         state = jax.device_put(earlier(), Pages(pages, pages, scales, scales))
         attend = jax.jit(attend_pages, static_argnames=("scale", "window"))
         out, _ = attend(queries, k_TKH, v_TKH, state, view, scale=SIZE**-0.5, window=window)
@@ -253,7 +253,7 @@ def test_a_tree_goes_to_the_decode_kernel_on_every_device():
         queries=queries,
         tree_mask_BQW=pack_tree_mask(jnp.asarray(seen_BQC)),
     )
-    heads, pages = jax.P(None, "tensor"), jax.P(None, None, "tensor")
+    heads, pages = jax.P(None, "tensor"), jax.P("context", None, "tensor")
     with jax.set_mesh(make_mesh(2)):
         grouped = jax.device_put(jnp.asarray(q.reshape(queries, KV_HEADS, HEADS // KV_HEADS, SIZE)), heads)
         k_TKH, v_TKH = jax.device_put((jnp.asarray(k[-queries:]), jnp.asarray(v[-queries:])), heads)

@@ -38,6 +38,7 @@ MORE_ROOMS = {
 PART_OF = {"intake": "llm", "outputs": "llm", "continuation": "llm", "structured": "llm"}
 DEVIATIONS = {
     ("roofline", "model"): "for types alone: costs are counted of a ModelConfig; nothing is imported when it runs",
+    ("decode", "parallel"): "the rows of a step are spread over the devices that share a sequence",
     ("engine", "model"): "an Engine is given the model that it runs",
     ("engine", "cache"): "the allocator gives out the cache's pages: it must know the null page, and a page's bytes",
     ("engine", "parallel"): "what the leader's runner runs, the other processes of its group are told",

@@ -9,7 +9,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from jaxinfer.cache import Pages, attend_pages
-from jaxinfer.cache.attention import write
+from jaxinfer.cache.store import write
 from jaxinfer.decode import sampling
 from jaxinfer.decode.prompt_logprobs import prompt_logprobs
 from jaxinfer.model import Model, read_config

@@ -12,10 +12,11 @@ from einops import rearrange
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
-from jaxinfer.cache.pages import Pages, View
-from jaxinfer.cache.quantized import numbers, quantize
-from jaxinfer.parallel import TENSOR, attend
-from pallas_kernels.blockwise import as_moved
+from jaxinfer.cache.dealt import attend_dealt
+from jaxinfer.cache.pages import Pages, View, specs_of_pages
+from jaxinfer.cache.quantized import numbers
+from jaxinfer.cache.store import scale_index, write
+from jaxinfer.parallel import TENSOR, attend, context
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_decoding import flash_decoding, pack_tree_mask, plan
 
@@ -34,9 +35,10 @@ def attend_pages(
     Returns:
         the output, of the shape of `q_TKgH`, and the pages with the step's keys and values.
     """
-    heads, pools = P(None, TENSOR), P(None, None, TENSOR)
-    specs_of_pages: Any = (pools, pools, heads, heads)
-    pool = Pages(*specs_of_pages)
+    if context.ranks() > 1:
+        options = {"scale": scale, "window": window, "soft_cap": soft_cap}
+        return attend_dealt(q_TKgH, k_TKH, v_TKH, pages, view, sinks_Kg, options)
+    heads, pool = P(None, TENSOR), specs_of_pages()
     local = partial(_local, scale=scale, window=window, soft_cap=soft_cap)
     specs = (heads, heads, heads, pool, P(), P(TENSOR))
     return attend(local, specs, (heads, pool), q_TKgH, k_TKH, v_TKH, pages, view, sinks_Kg)
@@ -84,7 +86,7 @@ def scheduled(
     """
     view = replace(view, implementation=implementation)
     slots = view.decode_lengths_B.shape[0]
-    if slots == 0:
+    if slots == 0 or context.ranks() > 1:  # each rank has a schedule of its own
         return view
     q_BQNH = jax.ShapeDtypeStruct((slots, view.queries, *q_NH.shape), q_NH.dtype)
     pages_PSKH = jax.ShapeDtypeStruct((1, *page_SKH.shape), page_SKH.dtype)
@@ -98,33 +100,6 @@ def tree_mask(seen_BQQ: Bool[Array, "b Q Q"], slots: int) -> UInt32[Array, "B Q 
     """Whether each of a slot's tokens in the rectangle sees each, as `View.tree_mask_BQW`; given once where it is the
     same for all slots."""
     return jnp.tile(pack_tree_mask(seen_BQQ), (slots // len(seen_BQQ), 1, 1))
-
-
-def write(
-    pages: Pages, write_T: Int32[Array, "T"], k_TKH: Float[Array, "T K H"], v_TKH: Float[Array, "T K H"]
-) -> Pages:
-    """Stores keys and values of a step in place, each at its own slot; quantized, where the pages are."""
-    k_PSKH, k_scales_PKS = _stored(pages.k_PSKH, pages.k_scales_PKS, write_T, k_TKH)
-    v_PSKH, v_scales_PKS = _stored(pages.v_PSKH, pages.v_scales_PKS, write_T, v_TKH)
-    return Pages(k_PSKH, v_PSKH, k_scales_PKS, v_scales_PKS)
-
-
-def _stored(pool_PSKH, scales_PKS, write_T, new_TKH):
-    """Scatters along the first axis of flat arrays: for other axes XLA would move the whole pool.
-
-    No two tokens go to one place but the null page, of which nothing is read, whatever is written to it. Told that,
-    XLA takes 13 us for 8,192 tokens of 8 heads of 128 on an H100, and else 80.
-    """
-    if scales_PKS is None:
-        values_TKH = new_TKH.astype(pool_PSKH.dtype)
-    else:
-        values_TKH, scales_TK = quantize(new_TKH, numbers(pool_PSKH).dtype)
-        values_TKH = as_moved(values_TKH)
-        at_TK = _scale_index(write_T, scales_PKS)
-        scales_P = scales_PKS.reshape(-1).at[at_TK].set(scales_TK, unique_indices=True)
-        scales_PKS = scales_P.reshape(scales_PKS.shape)
-    flat = pool_PSKH.reshape(-1, *pool_PSKH.shape[2:])
-    return flat.at[write_T].set(values_TKH, unique_indices=True).reshape(pool_PSKH.shape), scales_PKS
 
 
 def move(pages: Pages, from_T: Int32[Array, "T"], to_T: Int32[Array, "T"]) -> Pages:
@@ -145,17 +120,10 @@ def _moved(pages, from_T, to_T):
 
     def scales_of(scales_PKS):
         flat = scales_PKS.reshape(-1)
-        to_TK, from_TK = (_scale_index(at_T, scales_PKS) for at_T in (to_T, from_T))
+        to_TK, from_TK = (scale_index(at_T, scales_PKS) for at_T in (to_T, from_T))
         return flat.at[to_TK].set(flat[from_TK], unique_indices=True).reshape(scales_PKS.shape)
 
     k_PSKH, v_PSKH = numbers_of(pages.k_PSKH), numbers_of(pages.v_PSKH)
     if pages.k_scales_PKS is None or pages.v_scales_PKS is None:
         return Pages(k_PSKH, v_PSKH)
     return Pages(k_PSKH, v_PSKH, scales_of(pages.k_scales_PKS), scales_of(pages.v_scales_PKS))
-
-
-def _scale_index(at_T: jax.Array, scales_PKS: jax.Array) -> jax.Array:
-    """Where the scales of slots of pages lie in the flat array, [T, K]."""
-    _, K, S = scales_PKS.shape
-    row_TK = (at_T // S * K)[:, None] + jnp.arange(K, dtype=jnp.int32)[None]
-    return row_TK * S + (at_T % S)[:, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxinfer.cache.quantized import LARGEST, SCALE
-from jaxinfer.parallel import TENSOR
+from jaxinfer.parallel import CONTEXT, TENSOR
 from pallas_kernels.blockwise import as_moved
 from pallas_kernels.flash_decoding import Schedule
 
@@ -44,6 +45,9 @@ class View:
     of R sequences, it goes over all rows: a row of the rectangle whose slot is idle may be a row of the prefill, and
     rows that decode are the prefill's as those of a sequence of length 0.
 
+    Where several devices share sequences, a page is named by its number among those of all of them, and every device
+    has the whole view, whatever rows of the step it has; see `jaxinfer.cache.dealt`.
+
     Attributes:
         write_T: where a token's key and value go, page x page size + slot; padding goes to the null page.
         decode_tables_BJ: page table of every slot of the rectangle.
@@ -75,20 +79,21 @@ def make_cache(
     mesh: Mesh, groups: tuple[int, ...], num_pages: tuple[int, ...], page_size: int, kv_heads: int, head_size: int,
     dtype: str,
 ) -> tuple[Pages, ...]:  # fmt: skip
-    """An empty cache, sharded over KV heads; a quantized one has scales.
+    """An empty cache, sharded over KV heads, and its pages over the axis `context`; a quantized one has scales.
 
     Args:
         mesh: the model's mesh.
         groups: the group of each layer.
-        num_pages: pages of each group's layers, the null page included.
+        num_pages: pages of each group's layers, the null page included; of all ranks of the axis `context`, each of
+            which has an equal part with a null page of its own.
         page_size: tokens per page.
         kv_heads: KV heads, as the mesh repeats them.
         head_size: components of a head.
         dtype: of keys and values, one of CACHE_DTYPES.
     """
     as_held = jax.eval_shape(as_moved, jax.ShapeDtypeStruct((), dtype)).dtype
-    numbers = NamedSharding(mesh, P(None, None, TENSOR, None))
-    scales = NamedSharding(mesh, P(None, TENSOR, None))
+    numbers = NamedSharding(mesh, P(CONTEXT, None, TENSOR, None))
+    scales = NamedSharding(mesh, P(CONTEXT, TENSOR, None))
 
     def empty(pages: int) -> Pages:
         pools = [jnp.zeros((pages, page_size, kv_heads, head_size), as_held, device=numbers) for _ in "kv"]
@@ -97,6 +102,13 @@ def make_cache(
         return Pages(*pools)
 
     return tuple(empty(num_pages[group]) for group in groups)
+
+
+def specs_of_pages() -> Pages:
+    """How a layer's state lies on the mesh."""
+    numbers, scales = P(CONTEXT, None, TENSOR), P(CONTEXT, TENSOR)
+    specs: Any = (numbers, numbers, scales, scales)
+    return Pages(*specs)
 
 
 def page_bytes(page_size: int, kv_heads: int, head_size: int, dtype: str) -> int:

@@ -41,6 +41,7 @@ def generate(
         int | None, integer(help="Tokens of prompt and continuation; the checkpoint's context by default.")
     ] = None,
     tensor_parallel_size: Annotated[int, integer(least=1, help="Devices that share the model.")] = 1,
+    context_parallel_size: Annotated[int, integer(least=1, help="Devices that share every sequence.")] = 1,
     cache_dtype: Annotated[
         str | None, typer.Option(help="Of keys and values, also int8 or float8_e4m3fn; the model's by default.")
     ] = None,
@@ -62,6 +63,7 @@ def generate(
             dtype=dtype,
             max_model_len=max_model_len,
             tensor_parallel_size=tensor_parallel_size,
+            context_parallel_size=context_parallel_size,
             options=Options(max_num_seqs=1, cache_dtype=cache_dtype, **speculating),
             group=group,
         )

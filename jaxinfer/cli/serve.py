@@ -83,7 +83,8 @@ def _run(
     from jaxinfer.serve.server import run
 
     try:
-        setups = [replace(setup, devices=share) for share in shares(replicas, setup.llm["tensor_parallel_size"])]
+        each = shares(replicas, setup.llm["tensor_parallel_size"], setup.llm["context_parallel_size"])
+        setups = [replace(setup, devices=share) for share in each]
     except ValueError as error:
         raise bad_argument(error) from error
     bound = network.bind()

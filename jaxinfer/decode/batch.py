@@ -12,6 +12,7 @@ from jaxinfer.cache import NULL_PAGE, Pages, View, attend_pages, scheduled, tree
 from jaxinfer.decode.slots import SlotState
 from jaxinfer.decode.tree import Ancestry
 from jaxinfer.model.attention import Scores
+from jaxinfer.parallel import spread
 
 Array = jax.Array | np.ndarray
 
@@ -22,7 +23,8 @@ class Batch:
     """What the model is given: `jaxinfer.model.attention.Attends` over pages.
 
     Attributes:
-        tokens_T, positions_T: flat, what decodes first.
+        tokens_T, positions_T: flat, what decodes first; with prompts among them spread over the axis `context`, where
+            that has several devices, in the order of `jaxinfer.parallel.context.zigzag`.
         views: how the tokens see each cache group.
     """
 
@@ -134,8 +136,8 @@ def make_batch(state: SlotState, step: StepInput, page_size: int) -> tuple[Batch
         )
 
     batch = Batch(
-        tokens_T=over(jnp.asarray(step.tokens_T), state.token_B[own_B]),
-        positions_T=over(jnp.where(valid_T, position_T, 0), position_B),
+        tokens_T=spread(over(jnp.asarray(step.tokens_T), state.token_B[own_B])),
+        positions_T=spread(over(jnp.where(valid_T, position_T, 0), position_B)),
         views=tuple(view(table_BJ) for table_BJ in state.tables),
     )
     return batch, _rows(step, slots, active_B, lengths_B)

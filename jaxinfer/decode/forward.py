@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxinfer.cache import Pages
 from jaxinfer.decode.batch import Batch
 from jaxinfer.model import Model, Network, Params
+from jaxinfer.parallel import take_rows
 
 Cache = tuple[Pages, ...]
 
@@ -43,7 +44,7 @@ class Forward:
         batch, own = self.scheduled(batch, self.model), self.own(params)
         hidden_TD, tapped, cache = self.model.forward(own, batch, cache, self.layers, self.taps)
         shown_TE = jnp.concatenate(tapped, axis=1) if tapped else hidden_TD
-        return cache, self.model.logits(own, hidden_TD[rows_W]), hidden_TD, shown_TE
+        return cache, self.model.logits(own, take_rows(hidden_TD, rows_W)), hidden_TD, shown_TE
 
     def own(self, params: Params) -> Params:
         """The model's parameters, which come before those of others."""

@@ -15,12 +15,14 @@ class Layout:
     Attributes:
         slots: sequences that run at once.
         page_size: tokens per page.
-        num_pages: pages of each cache group, the null page included.
+        num_pages: pages of each cache group, the null page included; with several ranks of all of these, each with a
+            null page of its own.
         max_tokens: tokens of the longest sequence, prompt and output.
         cache_dtype: of keys and values, one of `jaxinfer.cache.CACHE_DTYPES`.
         attention: the implementation of attention, by its name in `pallas_kernels`; by default chosen by hardware
             and input.
         speculation: what loops of decode steps may propose; None for plain decoding.
+        ranks: devices that share every sequence, whose pages are dealt out to them, one after the other.
         adaptive: whether they may propose fewer tokens than that says, see `choices`. Only of a method that adapts.
     """
 
@@ -32,6 +34,7 @@ class Layout:
     attention: str = "auto"
     speculation: Speculation | None = None
     adaptive: bool = False
+    ranks: int = 1
 
     @property
     def drafts(self) -> int:

@@ -39,6 +39,7 @@ from jaxinfer.decode.speculative import (
     remembering,
 )
 from jaxinfer.model import Model, Params
+from jaxinfer.parallel import row_axis, take_rows
 
 VOCABULARY_CHUNK = 8192
 SCORED = 64  # rows that one program gives log-probabilities, where the step has as many
@@ -78,6 +79,7 @@ class Programs:
         self._step = jax.jit(self._traced_step, static_argnames=("tokens", "decode"), donate_argnames=("cache",))
         self._sample = jax.jit(self._traced_sample, static_argnames=("needs",), donate_argnames=("state",))
         self._mask = jax.jit(self._traced_mask)
+        self._gather = jax.jit(_tiles)
         self._score = jax.jit(self._traced_score)
         self._loop = jax.jit(self._traced_loop, static_argnames=("steps", "needs", "drafts"), donate_argnames=donated)
         self._propose = jax.jit(self._traced_propose, static_argnames=("needs",), donate_argnames=("cache",))
@@ -122,6 +124,7 @@ class Programs:
                 logits_WV = self._mask(logits_WV, masks())
             state, sampled, emits_nW = self._sample(state, logits_WV, rows, shown_WE, needs=needs)
             if targets_T is not None:
+                tiles = tiles if self.layout.ranks == 1 else self._gather(*tiles)
                 targets = np.split(targets_T, range(SCORED, len(targets_T), SCORED))
                 prompt = [self._score(params, *tile) for tile in zip(tiles, targets, strict=True)]
         return state, cache, StepOutput(sampled, emits_nW, tuple(prompt))
@@ -252,8 +255,8 @@ class Programs:
         if self.layout.speculation is not None:
             step = Observed(batch, shown_TE, first_rows(given, len(state.token_B)))
             cache = self.layout.speculation.observe(self.forward, params, state, step, cache)
-        tiles = tuple(hidden_TD[at : at + SCORED] for at in range(0, tokens, SCORED))
-        shown_WE = None if state.memory is None else shown_TE[rows.tokens_W]
+        tiles = _tiles(hidden_TD) if self.layout.ranks == 1 else (hidden_TD,)
+        shown_WE = None if state.memory is None else take_rows(shown_TE, rows.tokens_W)
         return cache, logits_WV, rows, shown_WE, tiles
 
     def _traced_mask(self, logits_WV, words_BU):
@@ -365,6 +368,14 @@ class Programs:
         row_W1, ran_W = jnp.arange(len(rows.lengths_W), dtype=jnp.int32)[:, None], rows.lengths_W > 0
         taken_W = ran_W.astype(jnp.int32)
         return remembering(self.layout.speculation, state, after, shown_WE, row_W1, taken_W), sampled
+
+
+def _tiles(hidden_TD: jax.Array) -> tuple[jax.Array, ...]:
+    """The rows of a step in their order, `SCORED` at a time, on every device."""
+    whole_TD = hidden_TD
+    if row_axis(hidden_TD) is not None:
+        whole_TD = take_rows(hidden_TD, jnp.arange(hidden_TD.shape[0], dtype=jnp.int32))
+    return tuple(whole_TD[at : at + SCORED] for at in range(0, whole_TD.shape[0], SCORED))
 
 
 def allowed(words_WU: jax.Array, vocab: int) -> jax.Array:

@@ -19,9 +19,14 @@ def bucket(count: int, least: int = SMALLEST_BUCKET) -> int:
     return max(least, 1 << (count - 1).bit_length())
 
 
-def step_size(rows: int, prompts: bool) -> int:
+def few(ranks: int) -> int:
+    """Rows of the smallest step without prompts, two blocks of them for each device that shares a sequence."""
+    return max(FEW, 2 * ranks)
+
+
+def step_size(rows: int, prompts: bool, ranks: int = 1) -> int:
     """Rows of the step that computes so many, some of them of prompts or none."""
-    return FEW if rows <= FEW and not prompts else bucket(rows)
+    return few(ranks) if rows <= few(ranks) and not prompts else bucket(rows)
 
 
 def rectangles(slots: int) -> list[int]:

@@ -86,8 +86,9 @@ def step_times(
     of another machine."""
     precision = Precision.all_in(model.config.dtype, layout.cache_dtype)
     decode, prefill = gathers(layout.attention)
+    tensor = model.kv_slots // model.kv_slots_per_device
     return StepTimes(
-        config or model.config, machine or known_machine(precision.residual), precision, model.mesh.size,
+        config or model.config, machine or known_machine(precision.residual), precision, tensor,
         "materialized" if decode else "flash", "materialized" if prefill else "flash",
     )  # fmt: skip
 

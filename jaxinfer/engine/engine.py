@@ -21,6 +21,7 @@ import numpy as np
 from jaxinfer.decode import sampling
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.decode.speculative import check_ranks
 from jaxinfer.decode.step import StepOutput
 from jaxinfer.engine.buckets import rectangle, step_size
 from jaxinfer.engine.budget import predicted_budget
@@ -71,6 +72,7 @@ class Engine:
         self.options = options or Options()
         if (method := self.options.speculation) is not None:
             method.check(model)
+            check_ranks(method, model)
             params = [*params, *method.weights]
         self.layout = make_layout(model, self.options)
         self.counters = Counters()
@@ -265,7 +267,8 @@ class Engine:
             assert plan.drafts == self.layout.depth, "there are pages for fewer tokens than are proposed"
             output = self.runner.verify(slots_B, needs, partial(self._masks, rows))
             return Work(plan, rows, output, checked=True)
-        tokens = step_size(len(occupied) + sum(chunk.tokens for chunk in plan.chunks), bool(plan.chunks))
+        rows = len(occupied) + sum(chunk.tokens for chunk in plan.chunks)
+        tokens = step_size(rows, bool(plan.chunks), self.layout.ranks)
         given = lay_out(plan.chunks, tokens, slots, occupied or None)
         wants = any(chunk.sequence.scores_prompt for chunk in plan.chunks)
         targets_T = next_tokens(plan.chunks, tokens, len(occupied)) if wants else None

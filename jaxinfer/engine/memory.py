@@ -35,28 +35,29 @@ def make_layout(model: Model, options: Options) -> Layout:
     dtype, windows = options.cache_dtype or model.config.dtype, model.config.windows
     if options.num_pages is not None:
         check_pages(model, options.page_size, dtype, options.num_pages, options.speculation)
-        num_pages = (options.num_pages,) * len(windows)
+        each = (options.num_pages,) * len(windows)
     else:
         ahead = max(options.max_num_batched_tokens, options.most_ahead)
         tokens = model.context + beyond_of(options.speculation)
         longest = [most_pages(tokens, options.page_size, window, ahead) for window in windows]
-        wanted = tuple(options.max_num_seqs * pages + 1 for pages in longest)
-        num_pages = fitting_pages(model, options.page_size, dtype, wanted, options.speculation)
+        wanted = tuple(options.max_num_seqs * -(-pages // model.ranks) + 1 for pages in longest)
+        each = fitting_pages(model, options.page_size, dtype, wanted, options.speculation)
     return Layout(
         slots=options.max_num_seqs,
         page_size=options.page_size,
-        num_pages=num_pages,
+        num_pages=tuple(model.ranks * pages for pages in each),
         max_tokens=model.context,
         cache_dtype=dtype,
         speculation=options.speculation,
         adaptive=options.adaptive_speculation,
+        ranks=model.ranks,
     )
 
 
 def fitting_pages(
     model: Model, page_size: int, dtype: str, wanted: tuple[int, ...], speculation: Speculation | None = None
 ) -> tuple[int, ...]:
-    """Pages of every cache group, the null pages included, that fit beside what is on the devices already.
+    """Pages of every cache group on each device, the null page included, that fit beside what is there already.
 
     Groups have equally many, but none has more than is wanted: the others can use what it leaves.
 

@@ -29,8 +29,8 @@ class Options:
         max_num_seqs, page_size, max_num_batched_tokens: sequences that run at once, tokens per page of the cache, and
             tokens of one step that has prompts in it, those of sequences that decode included, so more than there
             are sequences; powers of two in the ranges of POWERS.
-        num_pages: pages of each cache group, the null page included; None gives every slot its longest sequence, as
-            far as memory goes.
+        num_pages: pages of each cache group, the null page included, on each of the devices that share a sequence;
+            None gives every slot its longest sequence, as far as memory goes.
         max_slowdown: how many times as long as a decode step alone a program may take, by prediction, that prefills
             beside sequences that decode: at least 1. No limit, the default, is best for throughput; where somebody
             waits for single tokens, `jaxinfer serve` has 1.75. See `jaxinfer.engine.budget`.

@@ -9,17 +9,23 @@ from jaxinfer.cache import NULL_PAGE
 
 
 class PagePool:
-    """The pages of one cache group. The null page is never handed out.
+    """The pages of one cache group that one device has, or devices that have the same. The null page, the first of
+    them, is never handed out.
 
     A page is in one of three places: in use, by one sequence or several; cached, where nobody uses it but its text
     has a key by which it is found; or empty. A cached page is taken away when no empty one is left, the one first
     that was used longest ago.
     """
 
-    def __init__(self, num_pages: int):
+    def __init__(self, num_pages: int, first: int = 0):
+        """
+        Args:
+            num_pages: the null page included.
+            first: the number of the first page.
+        """
         self.usable = num_pages - 1  # pages that sequences can have together
         self.evictions = 0  # cached pages that were taken away
-        self._empty = [page for page in range(num_pages - 1, -1, -1) if page != NULL_PAGE]
+        self._empty = [first + page for page in range(num_pages - 1, -1, -1) if page != NULL_PAGE]
         self._cached: OrderedDict[int, None] = OrderedDict()  # longest unused first
         self._users: dict[int, int] = {}
         self._page_of: dict[bytes, int] = {}

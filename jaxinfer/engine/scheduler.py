@@ -84,9 +84,10 @@ class Scheduler:
         if not is_integer(request.priority):
             return [f"priority = {request.priority!r} must be an integer"]
         size, ahead = self.paging.page_size, self.options.most_ahead
-        for group, pool in enumerate(self.paging.pools):
-            if (needed := self.paging.most(group, request.capacity + self.beyond, ahead)) > pool.usable:
-                return [f"prompt and max_tokens need {needed} pages of {size} tokens; the cache has {pool.usable}"]
+        for group in range(len(self.paging.windows)):
+            needed, usable = self.paging.most(group, request.capacity + self.beyond, ahead), self.paging.usable(group)
+            if needed > usable:
+                return [f"prompt and max_tokens need {needed} pages of {size} tokens; the cache has {usable}"]
         return []
 
     def add(self, request: Request, constraint: Constraint | None = None) -> None:
@@ -240,12 +241,12 @@ class Scheduler:
         start = found * paging.page_size
         if not allowance.tokens(start, len(sequence.tokens) - start, sequence.scores_prompt):
             return []
-        costs = [paging.cost(sequence, found, group, self.budget.most) for group in range(len(spare))]
+        costs = paging.costs(sequence, found, self.budget.most)
         if self.running and any(cost > left for cost, left in zip(costs, spare, strict=True)):
             return []
         self._stop_waiting(sequence)
         slot = next(slot for slot in range(self.slots) if slot not in self.running)
-        sequence.start(slot, len(paging.pools))
+        sequence.start(slot, len(paging.windows))
         if sequence.queued is None:
             sequence.queued = self.clock() - sequence.request.arrived
         self.running[slot] = sequence
@@ -258,16 +259,12 @@ class Scheduler:
         return [chunk]
 
     def _spare(self) -> list[int]:
-        """Pages of every group that remain beside what those who run have yet to prefill and one more page for each of
+        """Pages of every pool that remain beside what those who run have yet to prefill and one more page for each of
         them. Whoever begins with more would soon be preempted."""
-        spare = []
-        for group, pool in enumerate(self.paging.pools):
-            promised = sum(
-                max(self.paging.most(group, other.goal, self.budget.most) - other.columns + other.first[group], 0)
-                for other in self.running.values()
-                if other.prompt_left
-            )
-            spare.append(pool.available - promised - len(self.running))
+        spare = [pool.available for pool in self.paging.pools]
+        for other in self.running.values():
+            to_come = self.paging.to_come(other, self.budget.most)
+            spare = [left - promised for left, promised in zip(spare, to_come, strict=True)]
         return spare
 
     def _preempt(self, sequence: Sequence) -> int:

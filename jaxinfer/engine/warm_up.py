@@ -27,7 +27,7 @@ from jaxinfer.decode.masks import no_masks
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.speculative import Speculation
 from jaxinfer.decode.step import SCORED, Part, StepOutput
-from jaxinfer.engine.buckets import FEW, powers, rectangles
+from jaxinfer.engine.buckets import few, powers, rectangles
 from jaxinfer.engine.clock import DeviceClock
 from jaxinfer.engine.costs import ENOUGH
 from jaxinfer.engine.gate import Gate
@@ -77,7 +77,8 @@ def warm_programs(runner: Runner, largest_step: int, masked: bool) -> Iterator[P
         yield Program(f"{needs.level} sampling of prompts", partial(runner.step, given, needs, targets_T))
     if masked:
         masks = partial(no_masks, slots, runner.programs.model.config.vocab_size)
-        yield _step(runner, f"{FEW} rows without prompts", lay_out([], FEW, slots, []))
+        rows = few(runner.layout.ranks)
+        yield _step(runner, f"{rows} rows without prompts", lay_out([], rows, slots, []))
         given = lay_out([], SMALLEST_BUCKET, slots, [])
         yield Program("masks", partial(runner.step, given, WARM[0], masks=masks))
     if masked and (method := runner.layout.speculation) is not None:
@@ -122,7 +123,12 @@ def prompt_program(runner: Runner, tokens: int, beside: bool) -> Program:
 
 
 def _step(runner: Runner, name: str, given: StepInput) -> Program:
-    return Program(name, partial(runner.step, given, WARM[0]), partial(runner.lower_step, given))
+    rows, targets_T = len(given.tokens_T), None
+    if (
+        runner.layout.ranks > 1 and rows >= SCORED
+    ):  # what brings its rows together, to be scored, depends on their number
+        targets_T = next_tokens([], rows)
+    return Program(name, partial(runner.step, given, WARM[0], targets_T), partial(runner.lower_step, given))
 
 
 def make_ready(programs: Iterable[Program], progress: Progress | None, wait: Callable[[], None]) -> WarmUp:

@@ -14,7 +14,7 @@ from jaxinfer.model.config import ModelConfig
 from jaxinfer.model.norm import Norm, head_norm
 from jaxinfer.model.parameter import Shapes
 from jaxinfer.model.rope import rotate
-from jaxinfer.parallel import TENSOR
+from jaxinfer.parallel import TENSOR, row_axis
 from jaxinfer.quantize import contract, project
 
 
@@ -73,7 +73,7 @@ class Attention(nnx.Module):
         with jax.named_scope("attention"):
             q_TKgH, k_TKH = rotate(q_TKgH, cos_Tr, sin_Tr), rotate(k_TKH, cos_Tr, sin_Tr)
             out_TKgH, state = batch.attend(q_TKgH, k_TKH, v_TKH, state, self.group, scores, sinks_Kg)
-        return jnp.reshape(out_TKgH, (x_TD.shape[0], -1), out_sharding=P(None, TENSOR)), state
+        return jnp.reshape(out_TKgH, (x_TD.shape[0], -1), out_sharding=P(row_axis(out_TKgH), TENSOR)), state
 
     def _project(self, x_TD: jax.Array, norm: Norm | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         bias_KgH = None if self.qkv_bias_KgH is None else self.qkv_bias_KgH[...]

@@ -17,6 +17,7 @@ from jaxinfer.model.attention import Attends
 from jaxinfer.model.config import ModelConfig
 from jaxinfer.model.parameter import Shapes
 from jaxinfer.model.transformer import Transformer
+from jaxinfer.parallel import CONTEXT
 
 Params = list[jax.Array]
 
@@ -31,6 +32,7 @@ class Network:
         config: what is computed, with `dtype` the one the weights are held in.
         mesh: the devices.
         context: positions that are served, prompt and output together; it fixes dynamic and LongRoPE scaling.
+        ranks: devices that share a sequence.
         kv_slots, kv_slots_per_device: KV heads, repeated where there are more devices, in all and on each.
         parameters: shape, dtype and sharding of every parameter, by its path, such as `layers.0.mlp.down_FD`.
     """
@@ -45,6 +47,7 @@ class Network:
         """
         self.config = replace(config, dtype=dtype or config.dtype)
         self.mesh, self.context = mesh, context or config.context
+        self.ranks = mesh.shape[CONTEXT]
         shapes = Shapes(self.config, mesh)
         shapes.check()
         self.kv_slots, self.kv_slots_per_device = shapes.kv_slots, shapes.kv_slots // shapes.tensor

@@ -17,7 +17,7 @@ from jaxinfer.model.moe import MoE
 from jaxinfer.model.norm import Norm
 from jaxinfer.model.parameter import Shapes
 from jaxinfer.model.rope import tables
-from jaxinfer.parallel import TENSOR, all_tokens, look_up, meeting, shares_work
+from jaxinfer.parallel import TENSOR, all_tokens, look_up, meeting, row_axis, shares_work
 from jaxinfer.quantize import einsum, output_and_gated_mlp
 from pallas_kernels.all_reduce import Workspace, in_order
 
@@ -30,7 +30,7 @@ class Embedding(nnx.Module):
         self.weight_VD = shapes.param((config.vocab_size, config.hidden_size), (TENSOR,))
 
     def __call__(self, tokens_T: jax.Array) -> jax.Array:
-        return self._scaled(self.weight_VD[...].at[tokens_T].get(out_sharding=P(None, None)))
+        return self._scaled(self.weight_VD[...].at[tokens_T].get(out_sharding=P(row_axis(tokens_T), None)))
 
     def start(self, tokens_T: jax.Array) -> tuple[jax.Array, Workspace | None]:
         """What enters the first layer of a step; and where the sums of its layers meet, as `look_up` gives both."""

@@ -11,12 +11,14 @@ from jaxinfer.parallel.collectives import (
     shares_work,
     whole,
 )
+from jaxinfer.parallel.context import row_axis, spread, take_rows
 from jaxinfer.parallel.exchange import exchange_experts, exchanges_tokens
 from jaxinfer.parallel.group import Group
 from jaxinfer.parallel.hosts import join, least
-from jaxinfer.parallel.mesh import PIPE, TENSOR, make_mesh
+from jaxinfer.parallel.mesh import CONTEXT, PIPE, TENSOR, make_mesh
 
 __all__ = [
+    "CONTEXT",
     "PIPE",
     "TENSOR",
     "Group",
@@ -31,7 +33,10 @@ __all__ = [
     "look_up",
     "make_mesh",
     "meeting",
+    "row_axis",
     "row_parallel",
     "shares_work",
+    "spread",
+    "take_rows",
     "whole",
 ]

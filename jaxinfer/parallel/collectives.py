@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from jaxinfer.parallel.context import row_axis
 from jaxinfer.parallel.mesh import TENSOR
 from pallas_kernels.all_reduce import Workspace, all_reduce, fresh_workspace, most_rows, runs
 
@@ -144,7 +145,7 @@ def row_parallel(
         like_TD: has its tokens where those of the residual and the result are; without it all are on every device.
     """
     workspace, spread = _workspace.get(), like_TD is not None and is_spread(like_TD)
-    rows = jax.typeof(x_TF).sharding.spec[0]
+    rows = row_axis(x_TF)
 
     def local(x_TF, w_FD, residual_TD, workspace):
         return _sum(multiply(x_TF, w_FD), residual_TD, spread, workspace)
@@ -173,7 +174,7 @@ def expert_parallel(
         first = 0 if alone else lax.axis_index(TENSOR) * per_device
         return _sum(local(first, experts, *rows), residual_TD, spread, workspace)
 
-    axis = jax.typeof(rows[0]).sharding.spec[0]
+    axis = row_axis(rows[0])
     tokens = SPREAD if spread else P(axis, None)
     specs = (P(TENSOR), tokens, P(TENSOR), *(P(axis) for _ in rows))
     mapped = jax.shard_map(summed, in_specs=specs, out_specs=tokens, check_vma=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,25 +10,27 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-PIPE, TENSOR = "pipe", "tensor"
+PIPE, TENSOR, CONTEXT = "pipe", "tensor", "context"
 
 
-def make_mesh(tensor: int = 1, pipe: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of pipe x tensor devices, the first ones of `devices` (by default of all, equally many of each process).
+def make_mesh(tensor: int = 1, pipe: int = 1, devices: Sequence[Any] | None = None, context: int = 1) -> Mesh:
+    """A mesh of pipe x tensor x context devices, the first ones of `devices` (by default of all, equally many of each
+    process).
 
     Raises:
         ValueError: an axis is smaller than 1, or the mesh needs more devices than there are.
     """
-    for name, size in ((PIPE, pipe), (TENSOR, tensor)):
+    axes = {PIPE: pipe, TENSOR: tensor, CONTEXT: context}
+    for name, size in axes.items():
         if size < 1:
             raise ValueError(f"mesh axis {name} has size {size}; it must be at least 1")
-    devices = list(_shared(pipe * tensor) if devices is None else devices)
-    if pipe * tensor > len(devices):
-        raise ValueError(
-            f"mesh {PIPE}={pipe} x {TENSOR}={tensor} needs {pipe * tensor} devices; there are {len(devices)}"
-        )
-    grid = np.asarray(devices[: pipe * tensor]).reshape(pipe, tensor)
-    return Mesh(grid, (PIPE, TENSOR), axis_types=(AxisType.Explicit,) * 2)
+    needed = math.prod(axes.values())
+    devices = list(_shared(needed) if devices is None else devices)
+    if needed > len(devices):
+        sizes = " x ".join(f"{name}={size}" for name, size in axes.items())
+        raise ValueError(f"mesh {sizes} needs {needed} devices; there are {len(devices)}")
+    grid = np.asarray(devices[:needed]).reshape(*axes.values())
+    return Mesh(grid, tuple(axes), axis_types=(AxisType.Explicit,) * len(axes))
 
 
 def _shared(count: int) -> list[Any]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxinfer.parallel import TENSOR, all_tokens, column_parallel, row_parallel, whole
+from jaxinfer.parallel import TENSOR, all_tokens, column_parallel, row_axis, row_parallel, whole
 from pallas_kernels.streaming_matmul import streaming_matmul, streaming_mlp, takes, takes_mlp
 
 RMS = tuple[jax.Array, float]  # scale_D and epsilon
@@ -86,9 +86,10 @@ def contract(
         like_TD: has its tokens where those of the result are to be, and those of the residual are; without it all are
             on every device.
     """
-    if _local(w_FD).shape == w_FD.shape and takes(x_TF, w_FD, bias=bias_D, residual_MN=residual_TD):
+    few = row_axis(x_TF) is None
+    if few and _local(w_FD).shape == w_FD.shape and takes(x_TF, w_FD, bias=bias_D, residual_MN=residual_TD):
         return whole(_finished, x_TF, w_FD, bias_D, residual_TD)
-    multiply = streaming_matmul if takes(_local(x_TF), _local(w_FD)) else partial(einsum, spec)
+    multiply = streaming_matmul if few and takes(_local(x_TF), _local(w_FD)) else partial(einsum, spec)
     if bias_D is None:
         return row_parallel(multiply, x_TF, w_FD, residual_TD, like_TD)
     y_TD = row_parallel(multiply, x_TF, w_FD, None, like_TD) + bias_D[None, :]
@@ -103,7 +104,7 @@ def output_and_gated_mlp(
     None where no kernel does all of it: the caller then has its products to call.
     """
     weights = (o_MD, up_DcF, down_FD)
-    if norm.rms is None or any(_local(w).shape != w.shape for w in weights):
+    if row_axis(x_TD) is not None or norm.rms is None or any(_local(w).shape != w.shape for w in weights):
         return None
     scale_D, eps = norm.rms
     if not takes_mlp(x_TD, up_DcF, down_FD, norm_scale_D=scale_D, attended_ME=heads_TM, o_ED=o_MD):
@@ -127,7 +128,8 @@ def _before(norm: Norm | None, x_TD: jax.Array, w: jax.Array, w_axes: str) -> tu
 
 
 def _takes(x_TD: jax.Array, w: jax.Array, w_axes: str, rms: RMS | None) -> bool:
-    return takes(x_TD, _local(w, w_axes), w_axes=w_axes, norm_scale_D=None if rms is None else rms[0])
+    few = row_axis(x_TD) is None  # tokens are spread where there are many
+    return few and takes(x_TD, _local(w, w_axes), w_axes=w_axes, norm_scale_D=None if rms is None else rms[0])
 
 
 def _on_own_columns(

@@ -1,5 +1,6 @@
 """Attention of ragged prefill queries over a paged cache: causal, grouped heads, window, soft cap, sinks."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ from pallas_kernels import checks, dispatch
 from pallas_kernels.blockwise import Options, PagedKV
 from pallas_kernels.flash_attention import cudnn, mosaic_gpu, reference, xla
 from pallas_kernels.flash_attention.config import unsupported
+from pallas_kernels.stripe import Stripe
 
 IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu.flash_attention,
@@ -31,6 +33,8 @@ def flash_attention(
     sinks_N: jax.Array | None = None,
     k_scales_PKS: jax.Array | None = None,
     v_scales_PKS: jax.Array | None = None,
+    kv_lengths_R: jax.Array | None = None,
+    stripe: Stripe | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
 ) -> Any:  # depends on return_lse
@@ -56,6 +60,10 @@ def flash_attention(
       sinks_N: a logit per query head that joins the softmax's denominator only (gpt-oss).
       k_scales_PKS: float32; a quantized key is value * scale. Those of a page lie head by head.
       v_scales_PKS: float32, likewise.
+      kv_lengths_R: int32, keys that are there, where those of `lengths` are not all: none at position kv_lengths[r] or
+        past it is seen, and the page table need not name their pages. None stands for `lengths`. XLA only.
+      stripe: the pages of a sequence are dealt out to several ranks, and the page table names those of one, where
+        lengths and positions count the tokens of all. `parts.merged` joins the results. XLA only.
       return_lse: also return the logarithm of the softmax's denominator; -inf where a query sees nothing.
       implementation: "mosaic_gpu" (Hopper), "cudnn" (from compute capability 8.0 on; bfloat16 and float16, head sizes
         that are multiples of 8 up to 128, on Hopper 256, no soft cap), "xla", "reference", or "auto": the first of
@@ -77,15 +85,26 @@ def flash_attention(
     options = Options(scale, window, soft_cap)
     checks.check_queries(q_TNH, "TNH")
     checks.check_options(options)
-    checks.check_attention(q_TNH, kv, page_table_RJ, lengths_R, sinks_N)
+    in_pages_R = lengths_R if kv_lengths_R is None else kv_lengths_R
+    checks.check_attention(q_TNH, kv, page_table_RJ, in_pages_R, sinks_N, stripe)
     checks.check_ragged(cu_q_R1, lengths_R, len(q_TNH))
+    parts = _in_parts(kv_lengths_R, stripe)
     refusals = {
-        dispatch.KERNEL: unsupported(q_TNH, kv, options),
-        dispatch.CUDNN: cudnn.unsupported(q_TNH, options),
+        dispatch.KERNEL: parts or unsupported(q_TNH, kv, options),
+        dispatch.CUDNN: parts or cudnn.unsupported(q_TNH, options),
     }
     if implementation == "auto":
         refusals[dispatch.CUDNN] = refusals[dispatch.CUDNN] or cudnn.slower(q_TNH)
     run = dispatch.choose("flash_attention", implementation, IMPLEMENTATIONS, refusals)
     dispatch.require_here("flash_attention", implementation, q_TNH, kv, page_table_RJ, cu_q_R1, lengths_R, sinks_N)
+    if parts is not None:
+        run = partial(run, kv_lengths_R=kv_lengths_R, stripe=stripe)
     out_TNH, lse_TN = run(q_TNH, kv, page_table_RJ, cu_q_R1, lengths_R, sinks_N, options)
     return (out_TNH, lse_TN) if return_lse else out_TNH
+
+
+def _in_parts(kv_lengths_R: jax.Array | None, stripe: Stripe | None) -> dispatch.Refusal | None:
+    """Why only XLA takes keys that are not all there."""
+    if stripe is not None:
+        return dispatch.Refusal("stripe", f"one of {stripe.ranks}", "None")
+    return None if kv_lengths_R is None else dispatch.Refusal("kv_lengths", "an array", "None")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blockwise import Attend, Options, PagedKV, attend, ceil_div
+from pallas_kernels.stripe import Stripe
 
 
 # Jitted, so that the layers of a model share one trace.
@@ -22,6 +23,8 @@ def flash_attention(
     lengths_R: jax.Array,
     sinks_N: jax.Array | None,
     options: Options,
+    kv_lengths_R: jax.Array | None = None,
+    stripe: Stripe | None = None,
     *,
     attend: Attend = attend,
     tile_queries: int = 128,
@@ -45,7 +48,9 @@ def flash_attention(
         tile_B = i * tiles_at_once + jnp.arange(tiles_at_once, dtype=jnp.int32)
         row_BQ, position_BQ, sequence_B = _cut(tile_B, end_tile_R, cu_q_R1, lengths_R, tile_queries, T)
         q_BQNH = q_TNH.at[row_BQ].get(mode="fill", fill_value=0)
-        tiles = attend(q_BQNH, position_BQ, kv, table_RJ[sequence_B], sinks_N, options, block_keys=block_keys)
+        end_B = None if kv_lengths_R is None else kv_lengths_R[sequence_B]
+        some = {} if end_B is None and stripe is None else {"end_B": end_B, "stripe": stripe}
+        tiles = attend(q_BQNH, position_BQ, kv, table_RJ[sequence_B], sinks_N, options, block_keys=block_keys, **some)
         return jax.tree.map(lambda x, tile: x.at[row_BQ].set(tile, mode="drop", unique_indices=True), results, tiles)
 
     nothing_seen = jnp.zeros_like(q_TNH), jnp.full_like(q_TNH, -jnp.inf, jnp.float32, shape=(T, N))

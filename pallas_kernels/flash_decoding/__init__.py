@@ -12,6 +12,7 @@ from pallas_kernels.flash_decoding import config, cudnn, mosaic_gpu, reference, 
 from pallas_kernels.flash_decoding.schedule import Schedule
 from pallas_kernels.flash_decoding.tree import check_tree_mask, pack_tree_mask
 from pallas_kernels.flash_decoding.units import Shape
+from pallas_kernels.stripe import Stripe
 
 __all__ = ["IMPLEMENTATIONS", "Schedule", "flash_decoding", "pack_tree_mask", "plan"]
 
@@ -38,6 +39,7 @@ def flash_decoding(
     v_scales_PKS: jax.Array | None = None,
     tree_mask_BQW: jax.Array | None = None,
     schedule: Schedule | None = None,
+    stripe: Stripe | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
 ) -> Any:  # depends on return_lse
@@ -61,6 +63,7 @@ def flash_decoding(
         give the same result.
       schedule: from `plan`, for the same lengths, queries, heads and window; the layers of a step share one. None
         makes one here. Only the kernel needs it.
+      stripe: as for `flash_attention`.
       implementation: as there; "cudnn" takes a window only with one query, and "auto" leaves one slot with up to 8192
         keys in sight, as many as the window and the page table allow, to XLA instead of cuDNN.
       The others: as for `pallas_kernels.flash_attention.flash_attention`.
@@ -81,7 +84,7 @@ def flash_decoding(
     options = Options(scale, window, soft_cap)
     checks.check_queries(q_BQNH, "BQNH")
     checks.check_options(options)
-    checks.check_attention(q_BQNH, kv, page_table_BJ, lengths_B, sinks_N)
+    checks.check_attention(q_BQNH, kv, page_table_BJ, lengths_B, sinks_N, stripe)
     _check_slots(q_BQNH, lengths_B)
     if tree_mask_BQW is not None:
         check_tree_mask(tree_mask_BQW, *q_BQNH.shape[:2])
@@ -90,11 +93,13 @@ def flash_decoding(
         checks.require(isinstance(schedule, Schedule), "schedule", given, "None or what `plan` gives")
         shape = Shape.of(q_BQNH, kv, page_table_BJ)
         schedule.check(slots=shape.slots, queries=shape.queries, window=window, units=shape.units)
-    run = _choose(q_BQNH, kv, page_table_BJ, options, tree_mask_BQW is not None, implementation)
+    run = _choose(q_BQNH, kv, page_table_BJ, options, tree_mask_BQW is not None, implementation, stripe)
     arrays = kv, page_table_BJ, lengths_B, sinks_N, tree_mask_BQW, schedule
     dispatch.require_here("flash_decoding", implementation, q_BQNH, *arrays)
     if run is mosaic_gpu.flash_decoding:
         run = partial(run, schedule=schedule)
+    if stripe is not None:
+        run = partial(run, stripe=stripe)
     out_BQNH, lse_BQN = run(q_BQNH, kv, page_table_BJ, lengths_B, sinks_N, options, tree_mask_BQW)
     return (out_BQNH, lse_BQN) if return_lse else out_BQNH
 
@@ -140,11 +145,13 @@ def _check_slots(q_BQNH: jax.Array, lengths_B: jax.Array) -> None:
 
 
 def _choose(
-    q_BQNH: jax.Array, kv: PagedKV, table_BJ: jax.Array, options: Options, tree: bool, implementation: str
-) -> Callable:
+    q_BQNH: jax.Array, kv: PagedKV, table_BJ: jax.Array, options: Options, tree: bool, implementation: str,
+    stripe: Stripe | None = None,
+) -> Callable:  # fmt: skip
+    striped = None if stripe is None else dispatch.Refusal("stripe", f"one of {stripe.ranks}", "None")
     refusals = {
-        dispatch.KERNEL: config.unsupported(q_BQNH, kv),
-        dispatch.CUDNN: cudnn.unsupported(q_BQNH, options, tree),
+        dispatch.KERNEL: striped or config.unsupported(q_BQNH, kv),
+        dispatch.CUDNN: striped or cudnn.unsupported(q_BQNH, options, tree),
     }
     if implementation == "auto":
         keys = table_BJ.shape[1] * kv.page_size

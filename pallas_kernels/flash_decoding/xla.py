@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.blockwise import Attend, Options, PagedKV, attend
 from pallas_kernels.flash_decoding.tree import make_tree
+from pallas_kernels.stripe import Stripe
 
 BLOCK_KEYS = 8192
 
@@ -27,6 +28,7 @@ def flash_decoding(
     sinks_N: jax.Array | None,
     options: Options,
     tree_mask_BQW: jax.Array | None = None,
+    stripe: Stripe | None = None,
     *,
     attend: Attend = attend,
     block_keys: int = BLOCK_KEYS,
@@ -35,4 +37,5 @@ def flash_decoding(
     Q = q_BQNH.shape[1]
     position_BQ = (lengths_B - Q)[:, None] + jnp.arange(Q, dtype=jnp.int32)[None]
     tree = None if tree_mask_BQW is None else make_tree(tree_mask_BQW, options.window)
-    return attend(q_BQNH, position_BQ, kv, table_BJ, sinks_N, options, block_keys=block_keys, tree=tree)
+    some = {} if stripe is None else {"stripe": stripe}
+    return attend(q_BQNH, position_BQ, kv, table_BJ, sinks_N, options, block_keys=block_keys, tree=tree, **some)

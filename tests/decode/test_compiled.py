@@ -49,12 +49,12 @@ class Compiled:
 
 def compiled(
     which: str, config: dict, tensor: int = 1, num_pages: int = 29, cache_dtype: str = "float32",
-    context: int = CONTEXT, needs: Needs = sampling.GREEDY, speculation: Speculation | None = None,
+    context: int = CONTEXT, needs: Needs = sampling.GREEDY, speculation: Speculation | None = None, ranks: int = 1,
 ) -> Compiled:  # fmt: skip
     """A program of decode and, as `step` and `sample`, of prefill. Nothing is run."""
-    model = Model(read_config(config | {"max_position_embeddings": context}), make_mesh(tensor))
-    pools = (num_pages,) * len(model.config.windows)
-    layout = Layout(SLOTS, PAGE, pools, context, cache_dtype, speculation=speculation)
+    model = Model(read_config(config | {"max_position_embeddings": context}), make_mesh(tensor, context=ranks))
+    pools = (ranks * num_pages,) * len(model.config.windows)
+    layout = Layout(SLOTS, PAGE, pools, context, cache_dtype, speculation=speculation, ranks=ranks)
     programs = Programs(model, layout)
     weights = [] if speculation is None else speculation.weights
     given = ([*model.parameters.values(), *weights], *programs.new_state())

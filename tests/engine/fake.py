@@ -185,6 +185,7 @@ class FakePrograms:
         before = longer(*self._read(cache[0], slot.tables[0], position - 1)) if position else 0
         for table, pages, window in zip(slot.tables, cache, self.model.config.windows, strict=True):
             assert table[column] != NULL_PAGE
+            assert table[column] // (len(pages) // self.layout.ranks) == column % self.layout.ranks
             pages[table[column]][place] = before, token
             expected = before
             for key in range(position - 1, max(position - window, -1) if window else -1, -1):
@@ -241,15 +242,16 @@ class FakeTimes:
 
 
 def fake_engine(
-    options: Options, context: int, windows: tuple[int | None, ...] = WINDOWS, times: Times | None = None
-) -> Engine:
+    options: Options, context: int, windows: tuple[int | None, ...] = WINDOWS, times: Times | None = None,
+    ranks: int = 1,
+) -> Engine:  # fmt: skip
     """An engine without a device. The first window is None, since that group tells the whole text."""
     config = SimpleNamespace(windows=windows, dtype="float32", vocab_size=VOCABULARY)
     fits_always = mock.patch("jaxinfer.engine.memory.check_pages")
     budget = mock.patch("jaxinfer.engine.engine.predicted_budget", lambda _, *sizes: Budget(*sizes, times))
     threads = mock.patch("jaxinfer.engine.constraints.futures.ThreadPoolExecutor", return_value=AtOnce())
     with mock.patch("jaxinfer.engine.runner.Programs", FakePrograms), fits_always, budget, threads:
-        return Engine(SimpleNamespace(config=config, context=context), [], options, lambda asked: Chain())
+        return Engine(SimpleNamespace(config=config, context=context, ranks=ranks), [], options, lambda asked: Chain())
 
 
 def run(engine: Engine, told: Told, most: int = 10_000) -> None:

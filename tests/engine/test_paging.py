@@ -105,15 +105,19 @@ def assert_exact(engine: Engine) -> None:
     assert [s.rank for s in scheduler.waiting] == sorted(s.rank for s in scheduler.waiting)
     for sequence in scheduler.sequences.values():
         sequence.check()
-    for group, pool in enumerate(paging.pools):
+    for group in range(len(paging.windows)):
         held = [s.pages[group][s.first[group] :] for s in scheduler.running.values()]
         users = Counter(page for pages in held for page in pages)
         assert all(len(set(pages)) == len(pages) for pages in held)
-        assert [pool.users(page) for page in range(pool.usable + 1)] == [users[p] for p in range(pool.usable + 1)]
-        assert users[NULL_PAGE] == 0
-        assert paging.sharing or (pool.cached == 0 and max(users.values(), default=0) <= 1)
+        assert paging.sharing or max(users.values(), default=0) <= 1
+        for rank, pool in enumerate(paging.pools_of(group)):
+            own = range(rank * (pool.usable + 1), (rank + 1) * (pool.usable + 1))
+            assert users[own.start + NULL_PAGE] == 0
+            assert [pool.users(page) for page in own] == [users.pop(page, 0) for page in own]
+            assert paging.sharing or pool.cached == 0
+            pool.check()
+        assert not users, "pages that no pool has"
         assert all(len(pages) <= paging.most(group, CONTEXT, OPTIONS.max_num_batched_tokens) for pages in held)
-        pool.check()
 
 
 def assert_idle(engine: Engine) -> None:
@@ -137,10 +141,14 @@ def assert_told(told: Told, request: Request, aborted: bool = False) -> None:
 class Requests(RuleBasedStateMachine):
     """An engine, with prompts that begin alike, that all kinds of things happen to."""
 
-    @initialize(sharing=st.booleans(), pages=st.sampled_from([19, 24, 40]), times=st.sampled_from(TIMES))
-    def start(self, sharing, pages, times):
-        options = dataclasses.replace(OPTIONS, enable_prefix_caching=sharing, num_pages=pages)
-        self.engine, self.requests, self.told, self.aborted = fake_engine(options, CONTEXT, times=times), [], {}, set()
+    @initialize(
+        sharing=st.booleans(), pages=st.sampled_from([19, 24, 40]), times=st.sampled_from(TIMES),
+        ranks=st.sampled_from([1, 1, 2, 4]),
+    )  # fmt: skip
+    def start(self, sharing, pages, times, ranks):
+        options = dataclasses.replace(OPTIONS, enable_prefix_caching=sharing, num_pages=-(-pages // ranks) + 1)
+        self.engine = fake_engine(options, CONTEXT, times=times, ranks=ranks)
+        self.requests, self.told, self.aborted = [], {}, set()
         self.add(shift=False, common=24, own=(9,), new=20, stops=False, priority=0, n=4)
 
     @rule(
@@ -179,15 +187,17 @@ class Requests(RuleBasedStateMachine):
                 assert_told(self.told, each, each.id in self.aborted)
 
 
-@pytest.mark.parametrize("sharing", [True, False])
-def test_requests_of_random_arrivals(sharing, monkeypatch):
+@pytest.mark.parametrize(("sharing", "ranks"), [(True, 1), (False, 1), (True, 3)])
+def test_requests_of_random_arrivals(sharing, ranks, monkeypatch):
     """Many more, and longer, than the machine above tries; among them everything that can happen."""
     preemptions, hits, evictions, dropped = 0, 0, 0, 0
     for seed in range(30):
         random = Random(seed)
         monkeypatch.setattr("jaxinfer.engine.engine.IN_FLIGHT", random.choice([1, 2, 4]))
-        options = dataclasses.replace(OPTIONS, enable_prefix_caching=sharing, num_pages=random.choice([37, 44, 90]))
-        engine, requests, told, aborted = fake_engine(options, CONTEXT, times=random.choice(TIMES)), [], {}, set()
+        pages = random.choice([36, 43, 89]) // ranks + 1
+        options = dataclasses.replace(OPTIONS, enable_prefix_caching=sharing, num_pages=pages)
+        engine = fake_engine(options, CONTEXT, times=random.choice(TIMES), ranks=ranks)
+        requests, told, aborted = [], {}, set()
         engine.budget.most = random.choice([3, 17, 64])
         while len(requests) < 40:
             stops, priority = random.random() < 0.5, random.choice([0, 0, 0, 1])

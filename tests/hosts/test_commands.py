@@ -52,7 +52,7 @@ def engine(monkeypatch):
     here, there = multiprocessing.Pipe()
     process = SimpleNamespace(sentinel=here, exitcode=None, join=lambda _: None, kill=lambda: None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(server, "wait_until_ready", lambda engines, warming: [FOLLOWING])
+    monkeypatch.setattr(server, "wait_until_ready", lambda engines, warming, stop: [FOLLOWING])
     monkeypatch.setattr(server, "engine_processes", lambda setups: Entered([EngineProcess(process, here)]))
     with here, there:
         yield SimpleNamespace(says=there, process=process)

@@ -8,10 +8,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import cudnn
 from pallas_kernels.blockwise import LOWEST, Options, _finish, _nothing_seen, _update
 from pallas_kernels.flash_attention.mosaic_gpu import _merged
 from pallas_kernels.flash_decoding.merge import _add_parts, with_sink
+from pallas_kernels.parts import Part
+from pallas_kernels.parts import merged as merge_parts
 from tests.pallas_kernels.cases import ATOL, assert_close
 
 KEYS, WIDTH, PARTS = 48, 8, 5
@@ -19,7 +20,7 @@ KEYS, WIDTH, PARTS = 48, 8, 5
 CUTS = st.lists(st.integers(0, KEYS), min_size=PARTS - 1, max_size=PARTS - 1).map(sorted)
 SEEN, SEEDS, SPREAD = st.integers(0, KEYS), st.integers(0, 2**16), st.sampled_from([1.0, 30.0])
 
-merged, merge_two = jax.jit(_merged, static_argnums=3), jax.jit(cudnn._merge)
+merged, merge_two = jax.jit(_merged, static_argnums=3), jax.jit(merge_parts)
 
 
 def attention(scores: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.float64]:
@@ -82,9 +83,9 @@ def test_parts_of_the_keys_of_prefill_merge(cuts, seen, seed, spread):
 @given(CUTS, SEEN, SEEDS, SPREAD)
 def test_blocks_of_keys_of_cudnn_merge(cuts, seen, seed, spread):
     outs, lses, scores, values, _ = drawn(cuts, seen, seed, spread)
-    whole = cudnn.Part(outs[0][None, None, None], lses[0][None, None, None])
+    whole = Part(outs[0][None, None, None], lses[0][None, None, None])
     for out, lse in zip(outs[1:], lses[1:], strict=True):
-        whole = merge_two(whole, cudnn.Part(out[None, None, None], lse[None, None, None]))
+        whole = merge_two(whole, Part(out[None, None, None], lse[None, None, None]))
     assert_close([x[0, 0, 0] for x in whole], attention(scores, values), atol=spread * ATOL)
 
 

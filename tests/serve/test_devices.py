@@ -62,6 +62,14 @@ def test_more_replicas_than_the_gpus_allow_are_refused(gpus, replicas, each, nee
         shares(replicas, each)
 
 
+def test_gpus_that_share_sequences_count_too(gpus):
+    gpus(4, platforms="cuda")
+    assert shares(2, 1, 2) == ["0,1", "2,3"]
+    sizes = "tensor_parallel_size = 2 and context_parallel_size = 2 need 8 GPUs, and there are 4; .* would fit: 1"
+    with pytest.raises(ValueError, match=sizes):
+        shares(2, 2, 2)
+
+
 def test_an_engine_process_sees_its_share_before_jax_starts():
     code = (
         "import multiprocessing, os; from jaxinfer.serve import worker; from jaxinfer.serve.messages import *\n"

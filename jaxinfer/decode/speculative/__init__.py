@@ -38,6 +38,7 @@ from jaxinfer.decode.speculative.method import (
     Speculation,
     Typical,
     beyond_of,
+    check_ranks,
     depth_of,
     drafts_of,
     tree_of,
@@ -54,7 +55,7 @@ METHODS: dict[str, type[Speculation]] = {
 __all__ = [
     "METHODS", "MOST_DRAFTS", "DraftModel", "Eagle", "EarlyExit", "Loader", "Lookahead", "Medusa", "Observed", "Pass",
     "Pool", "PromptLookup", "Proposal", "Speculation", "SpeculativeStep", "Tree", "Typical", "beyond_of", "by_name",
-    "depth_of", "drafts_of", "remembering", "tree_of", "verify",
+    "check_ranks", "depth_of", "drafts_of", "remembering", "tree_of", "verify",
 ]  # fmt: skip
 
 

@@ -38,6 +38,7 @@ class PromptLookup(Speculation):
     num_speculative_tokens: int = 8
     prompt_lookup_max: int = 4
     adapts = True
+    shares_sequences = True
     reads_text = True
 
     def __post_init__(self):

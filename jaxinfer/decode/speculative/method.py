@@ -122,6 +122,7 @@ class Speculation:
         num_speculative_tokens: k, proposed for each sequence in each step, 1..MOST_DRAFTS.
         adapts: whether it proposes any number of tokens, one after the other: see `fewer`.
         reads_text: whether the slots keep their text.
+        shares_sequences: whether it is built for devices that share sequences, whose pages are dealt out to them.
         draws: whether what it proposes depends on what requests need of the sampler.
         typical: how proposed tokens count that are likely enough; None for those alone that are drawn.
     """
@@ -129,6 +130,7 @@ class Speculation:
     num_speculative_tokens: int
     adapts = False
     reads_text = False
+    shares_sequences = False
     draws = False
     typical: Typical | None = None
 
@@ -284,6 +286,19 @@ def depth_of(speculation: Speculation | None) -> int:
 def beyond_of(speculation: Speculation | None) -> int:
     """Tokens by which a slot needs more room for proposals than for the longest text that they may bring."""
     return 0 if (tree := tree_of(speculation)) is None else tree.beyond
+
+
+def check_ranks(speculation: Speculation, model: Model) -> None:
+    """
+    Raises:
+        ValueError: several devices share the sequences of the model, and the method is not made for that.
+    """
+    if model.ranks > 1 and not (speculation.shares_sequences and tree_of(speculation) is None):
+        name = type(speculation).__name__
+        raise ValueError(
+            f"speculation = {name} is not built for context_parallel_size = {model.ranks}; PromptLookup is, "
+            "and plain decoding"
+        )
 
 
 def group_of(window: int | None, windows: tuple[int | None, ...]) -> int | None:
