@@ -98,7 +98,8 @@ class Programs:
         state = jax.device_put(empty, whole)
         dtype, sizes = layout.cache_dtype, (layout.num_pages, layout.page_size)
         made = [
-            make_cache(model.mesh, (pool.group,), *sizes, pool.kv_slots, pool.head_size, dtype) for pool in self._pools
+            make_cache(model.mesh, (pool.group,), *sizes, pool.kv_slots, pool.head_size, dtype, pool.stages)
+            for pool in self._pools
         ]
         return state, tuple(pages for (pages,) in made)
 
