@@ -70,6 +70,7 @@ class LLM:
         dtype: str | None = None,
         max_model_len: int | None = None,
         tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
         seed: int = 0,
         warm_up: bool = False,
         options: Options | None = None,
@@ -81,7 +82,8 @@ class LLM:
             dtype: bfloat16, float16 or float32; the checkpoint's own by default.
             max_model_len: tokens of the longest sequence, prompt and output; the checkpoint's context by default, and
                 at most that, unless its rotary embeddings adapt to longer ones (dynamic NTK, LongRoPE).
-            tensor_parallel_size: devices that share the model.
+            tensor_parallel_size: devices that share every layer.
+            pipeline_parallel_size: stages, of so many devices each, that the layers are divided among.
             seed: of the requests that name none.
             warm_up: compile now whatever requests can meet, so that none waits for a compiler: the programs of the
                 model, for the sizes of prompts and of decoding, and small ones; where llguidance is installed those of
@@ -94,13 +96,14 @@ class LLM:
             FileNotFoundError, ValueError: what is missing or wrong in the checkpoint, by file and tensor; or the
                 argument, its value and what is allowed.
         """
-        _check_arguments(dtype, max_model_len, tensor_parallel_size, seed, warm_up, options)
+        _check_arguments(dtype, max_model_len, seed, warm_up, options)
+        _check_devices(tensor_parallel_size, pipeline_parallel_size)
         self.folder = checkpoint.resolve(model)
         config = read_config(self.folder)
         _check_context(max_model_len, config)
         self.tokenizer = Tokenizer.from_folder(self.folder)
         eos_ids = _checked_eos(self.folder, self.tokenizer, config.vocab_size)
-        self.model = Model(config, make_mesh(tensor_parallel_size), max_model_len, dtype)
+        self.model = Model(config, make_mesh(tensor_parallel_size, pipeline_parallel_size), max_model_len, dtype)
         self.intake = Intake(self.tokenizer, Limits(config.vocab_size, self.model.context, eos_ids))
         if options is not None and options.speculation is not None:
             loader = Loader(self.model, self._load_beside, self._tensors, self._load_head)
@@ -130,7 +133,7 @@ class LLM:
                 f"the tokenizer of {folder} differs from that of {self.folder} in {len(differ)} tokens, such as "
                 f"{min(differ)!r}; it must be the same"
             )
-        model = Model(config, self.model.mesh, self.model.context, self.model.config.dtype)
+        model = Model(config, self.model.mesh, self.model.context, self.model.config.dtype, pipelined=False)
         return model, model.params(checkpoint.load(folder, model))
 
     def _tensors(self, name: str | Path | None, file: str) -> dict[str, np.ndarray]:
@@ -346,8 +349,7 @@ def _warm_up(engine: Engine) -> None:
 
 
 def _check_arguments(
-    dtype: str | None, max_model_len: int | None, tensor_parallel_size: int, seed: int, warm_up: bool,
-    options: Options | None,
+    dtype: str | None, max_model_len: int | None, seed: int, warm_up: bool, options: Options | None
 ) -> None:  # fmt: skip
     if dtype is not None and (not isinstance(dtype, str) or dtype not in ("bfloat16", "float16", "float32")):
         raise ValueError(f"dtype = {dtype!r} must be bfloat16, float16 or float32")
@@ -355,17 +357,26 @@ def _check_arguments(
         raise ValueError(
             f"max_model_len = {max_model_len!r} must be an integer, at least 2 (a prompt and a new token)"
         )
-    devices = len(jax.devices())
-    if not is_integer(tensor_parallel_size, 1) or tensor_parallel_size > devices:
-        raise ValueError(
-            f"tensor_parallel_size = {tensor_parallel_size!r} must be an integer in 1..{devices}, the devices here"
-        )
     if not is_integer(seed, 0):
         raise ValueError(f"seed = {seed!r} must be an integer, at least 0")
     if not isinstance(warm_up, bool):
         raise ValueError(f"warm_up = {warm_up!r} must be True or False")
     if not isinstance(options, Options | None):
         raise ValueError(f"options = {reprlib.repr(options)} must be an Options")
+
+
+def _check_devices(tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
+    devices, left = len(jax.devices()), len(jax.devices())
+    sizes = {"tensor_parallel_size": tensor_parallel_size, "pipeline_parallel_size": pipeline_parallel_size}
+    for name, size in sizes.items():
+        if not is_integer(size, 1) or size > devices:
+            raise ValueError(f"{name} = {size!r} must be an integer in 1..{devices}, the devices here")
+        if size > left:
+            raise ValueError(
+                f"{name} = {size} with tensor_parallel_size = {tensor_parallel_size} needs "
+                f"{size * tensor_parallel_size} devices, and there are {devices}; it must be in 1..{left}"
+            )
+        left //= size
 
 
 def _check_context(max_model_len: int | None, config: ModelConfig) -> None:

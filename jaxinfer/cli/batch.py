@@ -29,6 +29,7 @@ def batch(
         int | None, integer(help="Tokens of prompt and output; the checkpoint's by default.")
     ] = None,
     tensor_parallel: Annotated[int, integer(least=1, help="Devices that share the model.")] = 1,
+    pipeline_parallel_size: Annotated[int, integer(least=1, help="Stages of so many devices, for the layers.")] = 1,
     max_num_seqs: Annotated[int, integer(help="Sequences that run at once; a power of two.")] = 64,
     cache_dtype: Annotated[
         str | None, typer.Option(help="Of keys and values, also int8 or float8_e4m3fn; the model's by default.")
@@ -58,6 +59,7 @@ def batch(
             dtype=dtype,
             max_model_len=max_model_len,
             tensor_parallel_size=tensor_parallel,
+            pipeline_parallel_size=pipeline_parallel_size,
             options=Options(max_num_seqs=max_num_seqs, cache_dtype=cache_dtype, **speculation.options()),
         )
     except (ValueError, OSError) as error:

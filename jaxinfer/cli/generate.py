@@ -39,6 +39,7 @@ def generate(
         int | None, integer(help="Tokens of prompt and continuation; the checkpoint's context by default.")
     ] = None,
     tensor_parallel: Annotated[int, integer(least=1, help="Devices that share the model.")] = 1,
+    pipeline_parallel_size: Annotated[int, integer(least=1, help="Stages of so many devices, for the layers.")] = 1,
     cache_dtype: Annotated[
         str | None, typer.Option(help="Of keys and values, also int8 or float8_e4m3fn; the model's by default.")
     ] = None,
@@ -59,6 +60,7 @@ def generate(
             dtype=dtype,
             max_model_len=max_model_len,
             tensor_parallel_size=tensor_parallel,
+            pipeline_parallel_size=pipeline_parallel_size,
             options=Options(max_num_seqs=1, cache_dtype=cache_dtype, **speculating),
         )
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import typer
 
-_NAMES = {"tensor_parallel_size": "--tensor-parallel", "data_parallel_size": "--data-parallel-size"}
+_NAMES = {"tensor_parallel_size": "--tensor-parallel", "data_parallel_size": "--data-parallel-size",
+          "pipeline_parallel_size": "--pipeline-parallel-size"}  # fmt: skip
 
 
 def integer(least: int | None = None, most: int | None = None, **option: Any) -> Any:

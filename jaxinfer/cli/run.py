@@ -123,7 +123,10 @@ class Run:
         """
         options, config = self.options(), find_model(self.model)
         precision = Precision.all_in(options["dtype"] or config.dtype, options["cache_dtype"])
-        mesh = Mesh(tensor=options["tensor_parallel"], replicas=options.get("data_parallel_size", 1))
+        mesh = Mesh(
+            options["pipeline_parallel_size"], options["tensor_parallel"],
+            replicas=options.get("data_parallel_size", 1),
+        )  # fmt: skip
         batch = mesh.replicas * options.get("max_num_seqs", 1)
         return make_plan(config, self.machine(), batch, self.context, precision, mesh)
 

@@ -59,6 +59,9 @@ def serve(
     tensor_parallel: Annotated[
         int, integer(least=1, help="Devices that share the model.", rich_help_panel=_ENGINE)
     ] = 1,
+    pipeline_parallel_size: Annotated[
+        int, integer(least=1, help="Stages of so many devices, for the layers.", rich_help_panel=_ENGINE)
+    ] = 1,
     data_parallel_size: Annotated[
         int, integer(least=1, help="Replicas of the engine, each with devices of its own.", rich_help_panel=_ENGINE)
     ] = 1,
@@ -119,6 +122,7 @@ def serve(
             "dtype": dtype,
             "max_model_len": max_model_len,
             "tensor_parallel_size": tensor_parallel,
+            "pipeline_parallel_size": pipeline_parallel_size,
         },
         {
             "max_num_seqs": max_num_seqs,
@@ -143,8 +147,9 @@ def serve(
             batch=online_batch,
         ),
     )
+    mesh = {"tensor_parallel_size": tensor_parallel, "pipeline_parallel_size": pipeline_parallel_size}
     try:
-        setups = [replace(setup, devices=share) for share in shares(data_parallel_size, tensor_parallel)]
+        setups = [replace(setup, devices=share) for share in shares(data_parallel_size, **mesh)]
     except ValueError as error:
         raise bad_argument(error) from error
     name = served_model_name or ("demo" if model is None else model)

@@ -25,6 +25,7 @@ from jax.stages import Lowered
 from jaxinfer.cache import make_cache
 from jaxinfer.decode import sampling, slots
 from jaxinfer.decode.batch import Rows, StepInput, first_rows, make_batch, make_rectangle
+from jaxinfer.decode.circulation import circulate
 from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.layout import Layout, pools_of
 from jaxinfer.decode.masks import WORD, no_masks
@@ -275,8 +276,12 @@ class Programs:
     def _traced_loop(self, params, state, cache, slots_B, *, steps, needs, drafts):
         self.traces["loop"] += 1
         own = self._own(state, slots_B)
-        body = partial(self._proposing, self._speculative(drafts)) if drafts else self._plain
-        (own, cache), (sampled, emits_nW) = jax.lax.scan(partial(body, params, needs), (own, cache), length=steps)
+        if self.circulates and not drafts:
+            draw = partial(self._draw, needs=needs)
+            own, cache, (sampled, emits_nW) = circulate(self.forward, draw, params, own, cache, steps)
+        else:
+            body = partial(self._proposing, self._speculative(drafts)) if drafts else self._plain
+            (own, cache), (sampled, emits_nW) = jax.lax.scan(partial(body, params, needs), (own, cache), length=steps)
         if drafts:
             places = steps * (1 + drafts)
             sampled, emits_nW = jax.tree.map(lambda x: x.reshape(places, *x.shape[2:]), (sampled, emits_nW))
@@ -337,6 +342,12 @@ class Programs:
         """What a program of proposals must be able to do: no more of these than the method has a use for."""
         assert self.layout.speculation is not None
         return needs if self.layout.speculation.draws else sampling.GREEDY
+
+    @property
+    def circulates(self) -> bool:
+        """Whether loops of plain steps keep a pipe filled between them. Not where a method is shown outputs of layers
+        that lie in several stages, and so leave the pipe in several ticks."""
+        return self.model.stages > 1 and not self.forward.taps
 
     def _own(self, state: SlotState, slots_B: jax.Array) -> SlotState:
         """Of the slots of a program without prompts."""

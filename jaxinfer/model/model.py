@@ -19,7 +19,7 @@ from jaxinfer.model.config import ModelConfig
 from jaxinfer.model.parameter import Shapes
 from jaxinfer.model.transformer import Transformer
 from jaxinfer.parallel import PIPE
-from jaxinfer.parallel.pipeline import join, microbatches, of_stage, part
+from jaxinfer.parallel.pipeline import BatchOf, empty, join, microbatches, of_stage, part
 
 Params = list[jax.Array]
 
@@ -149,6 +149,25 @@ class Model(Network):
             cache: one state for each layer of a stage, of all stages.
         """
         return pipelined.forward(self._module(params), self.stages, batches, cache, layers, taps)
+
+    def advance(
+        self, params: Sequence[jax.Array], x_ptD: jax.Array, tokens_t: Int32[Array, "t"], batch_of: BatchOf, told: Any,
+        cache: tuple[Any, ...],
+    ) -> tuple[jax.Array, Float[Array, "t D"], tuple[Any, ...]]:  # fmt: skip
+        """One tick of a pipe that does not drain; see `jaxinfer.parallel.pipeline.advance`.
+
+        Args:
+            x_ptD: from `empty_pipe`, or the tick before.
+            tokens_t: of the micro-batch that enters the first stage.
+
+        Returns:
+            x_ptD for the next tick; hidden states that leave the last stage; the cache with the new states.
+        """
+        return pipelined.advance(self._module(params), x_ptD, tokens_t, batch_of, told, cache)
+
+    def empty_pipe(self, rows: int) -> jax.Array:
+        """What stages have before the first tick, of micro-batches of so many rows."""
+        return empty(self.stages, rows, self.config.hidden_size, jnp.dtype(self.config.dtype))
 
     def microbatches(self, rows: int, parts: int) -> int:
         """Into how many micro-batches a step of so many rows is divided, which fall into so many equal parts."""

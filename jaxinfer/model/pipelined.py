@@ -9,7 +9,7 @@ import jax
 from jaxinfer.model.attention import Attends
 from jaxinfer.model.transformer import Transformer
 from jaxinfer.parallel import pipeline
-from jaxinfer.parallel.pipeline import Exit, Stage
+from jaxinfer.parallel.pipeline import BatchOf, Exit, Stage
 
 
 def forward(
@@ -27,14 +27,27 @@ def forward(
     inner = tuple(dict.fromkeys(layer for _, layer in places))
     exits = tuple(Exit(stage, inner.index(layer)) for stage, layer in places)
     last = max(exits)[0]
-    run, weights = stage_of(module, each if last else max(inner) + 1, inner)
-    x_mtD = _micro(module.embed(batches.tokens_T[:-1].reshape(-1)), len(batches.tokens_T) - 1)
+    run, weights = _stage(module, each if last else max(inner) + 1, inner)
+    tokens_mt = batches.tokens_T[:-1]
+    x_TD = module.embed(tokens_mt.reshape(-1))
+    x_mtD = x_TD.reshape(*tokens_mt.shape, x_TD.shape[-1])
     left, own = pipeline.run(run, weights, cache[:each], x_mtD, batches, exits, last + 1)
     *tapped, hidden_TD = (each_mtD.reshape(-1, each_mtD.shape[-1]) for each_mtD in left)
     return hidden_TD, tuple(tapped), (*own, *cache[each:])
 
 
-def stage_of(module: Transformer, layers: int, taps: tuple[int, ...]) -> tuple[Stage, Any]:
+def advance(
+    module: Transformer, x_ptD: jax.Array, tokens_t: jax.Array, batch_of: BatchOf, told: Any, cache: tuple[Any, ...]
+):  # fmt: skip
+    """See `Model.advance`."""
+    each = len(module.layers)
+    run, weights = _stage(module, each, (each - 1,))
+    first_tD = module.embed(tokens_t)
+    x_ptD, left_tD, own = pipeline.advance(run, weights, cache[:each], x_ptD, first_tD, batch_of, told)
+    return x_ptD, left_tD, (*own, *cache[each:])
+
+
+def _stage(module: Transformer, layers: int, taps: tuple[int, ...]) -> tuple[Stage, Any]:
     """What a stage runs: the first of its layers, and what leaves those of `taps`; their weights."""
     graphs, weights = module.split(layers)
 
@@ -42,7 +55,3 @@ def stage_of(module: Transformer, layers: int, taps: tuple[int, ...]) -> tuple[S
         return module.run(graphs, weights, x_tD, batch, cache, taps)
 
     return run, weights
-
-
-def _micro(x_TD: jax.Array, count: int) -> jax.Array:
-    return x_TD.reshape(count, -1, x_TD.shape[-1])

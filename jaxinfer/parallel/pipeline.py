@@ -13,6 +13,7 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,8 @@ from jaxinfer.parallel.mesh import PIPE
 FEW_ROWS = 256
 MOST = 4  # micro-batches for each stage: then the bubble is below 1/5
 
+# What the layers of a stage need to know of its micro-batch, from what all stages are told and the stage's number.
+BatchOf = Callable[[Any, jax.Array], Any]
 # Runs the layers of a stage: its weights, states, a micro-batch's x_tD and what the layers need to know of it, to x_tD
 # behind the last layer, what was asked for of those before, and the new states.
 Stage = Callable[[Any, Any, jax.Array, Any], tuple[jax.Array, tuple[jax.Array, ...], Any]]
@@ -53,6 +56,43 @@ def ticks(microbatches: int, stages: int, rounds: int = 1) -> int:
     """In each every stage computes a micro-batch and hands it over. The first one of a round enters when it has left
     the last stage in the round before: with fewer micro-batches than stages, stages wait for it."""
     return (rounds - 1) * max(microbatches, stages) + microbatches + stages - 1
+
+
+@dataclass(frozen=True)
+class Round:
+    """When micro-batches that go round and round enter and leave a pipe; each enters once a round.
+
+    Attributes:
+        rounds: of each micro-batch.
+    """
+
+    microbatches: int
+    stages: int
+    rounds: int
+
+    @classmethod
+    def of(cls, rows: int, stages: int, rounds: int) -> Round:
+        """Of so many rows: in as few micro-batches as keep all stages at work, since each reads all weights."""
+        enough = (count for count in range(stages, rows) if rows % count == 0)
+        return cls(next(enough, rows), stages, rounds)
+
+    @property
+    def period(self) -> int:
+        """Ticks from one entry of a micro-batch to the next."""
+        return max(self.microbatches, self.stages)
+
+    @property
+    def ticks(self) -> int:
+        return ticks(self.microbatches, self.stages, self.rounds)
+
+    def entered(self, tick: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The micro-batch that enters the first stage in a tick, and whether there is one; else it is any."""
+        there = (tick >= 0) & (tick < self.rounds * self.period) & (tick % self.period < self.microbatches)
+        return jnp.where(there, tick % self.period, 0), there
+
+    def leaves_in(self) -> np.ndarray:
+        """The tick in which each leaves the last stage, by round and micro-batch."""
+        return np.arange(self.rounds)[:, None] * self.period + np.arange(self.microbatches) + self.stages - 1
 
 
 def microbatches(rows: int, parts: int, stages: int) -> int:
@@ -150,30 +190,33 @@ def run(
 
 
 def advance(
-    stage: Stage, weights: Any, states: Any, x_ptD: jax.Array, first_tD: jax.Array, batches: Any
+    stage: Stage, weights: Any, states: Any, x_ptD: jax.Array, first_tD: jax.Array, batch_of: BatchOf, told: Any
 ) -> tuple[jax.Array, jax.Array, Any]:
     """One tick of a pipe that does not drain: each stage runs the micro-batch that it has, and hands it over.
 
     Args:
-        stage, weights, states: see `run`.
+        stage, weights, states: see `run`. The last of what `stage` gives leaves the pipe.
         x_ptD: what each stage was handed, one after the other on the first axis, which is sharded over the stages.
         first_tD: what enters the first stage, on all devices.
-        batches: what the layers need to know of each stage's micro-batch, with a leading axis of stages.
+        told: arrays that all devices have.
 
     Returns:
-        what each stage is handed now; the last place that `stage` gives of the last stage, [t, D], on all devices; the
-        states.
+        what each stage is handed now; what leaves the last one, [t, D], on all devices; the states.
     """
 
-    def local(weights, states, x_tD, first_tD, batches):
+    def local(weights, states, x_tD, first_tD, told):
         rank = jax.lax.axis_index(PIPE)
         x_tD = jnp.where(rank == 0, first_tD, x_tD)
-        own = jax.tree.map(lambda leaf: _at(leaf, rank), batches)
-        x_tD, tapped, states = stage(weights, states, x_tD, own)
+        x_tD, tapped, states = stage(weights, states, x_tD, batch_of(told, rank))
         return _handed_on(x_tD), _told(tapped[-1], jax.lax.axis_size(PIPE) - 1), states
 
     specs = (P(PIPE), P(PIPE), P(PIPE), P(), P())
-    return _on_stages(local, specs, (P(PIPE), P(), P(PIPE)))(weights, states, x_ptD, first_tD, batches)
+    return _on_stages(local, specs, (P(PIPE), P(), P(PIPE)))(weights, states, x_ptD, first_tD, told)
+
+
+def empty(stages: int, rows: int, hidden: int, dtype: jnp.dtype) -> jax.Array:
+    """x_ptD of a pipe with nothing in it."""
+    return jax.sharding.reshard(jnp.zeros((stages * rows, hidden), dtype), P(PIPE, None))
 
 
 def _on_stages(local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

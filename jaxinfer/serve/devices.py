@@ -9,7 +9,9 @@ from importlib.util import find_spec
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
-def shares(data_parallel_size: int, tensor_parallel_size: int) -> list[str | None]:
+def shares(
+    data_parallel_size: int, tensor_parallel_size: int, pipeline_parallel_size: int = 1
+) -> list[str | None]:  # fmt: skip
     """What `CUDA_VISIBLE_DEVICES` is for each replica.
 
     None leaves it as it is: for a replica that has no others beside it, and where JAX runs on a CPU, on which every
@@ -21,14 +23,15 @@ def shares(data_parallel_size: int, tensor_parallel_size: int) -> list[str | Non
     gpus = visible_gpus() if data_parallel_size > 1 else []
     if not gpus:
         return [None] * data_parallel_size
-    needed, fitting = data_parallel_size * tensor_parallel_size, len(gpus) // tensor_parallel_size
+    each = tensor_parallel_size * pipeline_parallel_size
+    needed, fitting = data_parallel_size * each, len(gpus) // each
     if needed > len(gpus):
+        stages = f" and pipeline_parallel_size = {pipeline_parallel_size}" if pipeline_parallel_size > 1 else ""
         raise ValueError(
-            f"data_parallel_size = {data_parallel_size} replicas with tensor_parallel_size = {tensor_parallel_size} "
-            f"need {needed} GPUs, and there are {len(gpus)}; replicas that would fit: {fitting}"
+            f"data_parallel_size = {data_parallel_size} replicas with tensor_parallel_size = {tensor_parallel_size}"
+            f"{stages} need {needed} GPUs, and there are {len(gpus)}; replicas that would fit: {fitting}"
         )
-    each = range(0, needed, tensor_parallel_size)
-    return [",".join(gpus[first : first + tensor_parallel_size]) for first in each]
+    return [",".join(gpus[first : first + each]) for first in range(0, needed, each)]
 
 
 def visible_gpus() -> list[str]:
