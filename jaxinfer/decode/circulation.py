@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -38,7 +37,8 @@ def circulate(
     """
     model, own, slots = forward.model, forward.own(params), len(state.token_B)
     rounds = Round.of(slots, model.stages, steps)
-    groups_mt = jax.tree.map(lambda array_B: array_B.reshape(rounds.microbatches, -1, *array_B.shape[1:]), state)
+    count, rows = rounds.microbatches, slots // rounds.microbatches
+    groups_mt = jax.tree.map(lambda array_B: array_B.reshape(count, rows, *array_B.shape[1:]), state)
 
     def batch_of(told: tuple[SlotState, jax.Array], stage: jax.Array) -> Any:
         """What the layers of a stage need to know of its micro-batch; nothing of one that is none."""
@@ -56,11 +56,16 @@ def circulate(
         after_t, sampled = draw(group_t, model.logits(own, left_tD), rows, left_tD)
         return (x_ptD, _put_back(groups_mt, rounds, leaving, after_t), cache), (sampled, rows.emits_W)
 
-    x_ptD = model.empty_pipe(slots // rounds.microbatches)
+    x_ptD = model.empty_pipe(rows)
     now = jnp.arange(rounds.ticks, dtype=jnp.int32)
     (_, groups_mt, cache), drawn = jax.lax.scan(tick, (x_ptD, groups_mt, cache), now)
     state = jax.tree.map(lambda array_mt: array_mt.reshape(slots, *array_mt.shape[2:]), groups_mt)
-    return state, cache, jax.tree.map(partial(_by_step, rounds=rounds), drawn)
+    in_order = rounds.leaves_in().reshape(-1)  # of steps, then of slots
+
+    def by_step(drawn_t: jax.Array) -> jax.Array:
+        return drawn_t[in_order].reshape(steps, slots, *drawn_t.shape[2:])
+
+    return state, cache, jax.tree.map(by_step, drawn)
 
 
 def _group(groups_mt: SlotState, rounds: Round, since: jax.Array) -> SlotState:
@@ -78,9 +83,3 @@ def _put_back(groups_mt: SlotState, rounds: Round, since: jax.Array, after_t: Sl
     return jax.tree.map(
         lambda array_mt, array_t: jax.lax.dynamic_update_index_in_dim(array_mt, array_t, place, 0), groups_mt, after_t
     )
-
-
-def _by_step(drawn: jax.Array, rounds: Round) -> jax.Array:
-    """From ticks to steps and slots: [ticks, t, ...] to [n, B, ...]."""
-    ticks_nm = rounds.leaves_in()
-    return drawn[ticks_nm.reshape(-1)].reshape(len(ticks_nm), -1, *drawn.shape[2:])
