@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from jaxinfer.cli.generate import pipe_lines
 from jaxinfer.cli.options import bad_argument, integer
 from jaxinfer.cli.speculation import Speculating, speculating
 
@@ -76,4 +77,6 @@ def batch(
     failed = sum(count for status, count in statuses.items() if status >= 500)
     refused = statuses.total() - statuses[200] - failed
     there = len(lines) - len(left)
+    for line in pipe_lines(llm):
+        console.print(line)
     console.print(f"{statuses[200]} answered, {refused} refused, {failed} failed, {there} were there already")

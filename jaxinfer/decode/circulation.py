@@ -36,7 +36,7 @@ def circulate(
         state and cache; of every step the draws and which of them count, with leading axes n and B.
     """
     model, own, slots = forward.model, forward.own(params), len(state.token_B)
-    rounds = Round.of(slots, model.stages, steps)
+    rounds = model.rounds(slots, steps)
     count, rows = rounds.microbatches, slots // rounds.microbatches
     groups_mt = jax.tree.map(lambda array_B: array_B.reshape(count, rows, *array_B.shape[1:]), state)
 

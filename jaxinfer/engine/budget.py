@@ -81,11 +81,14 @@ def predicted_budget(model: Model, layout: Layout, options: Options) -> Budget:
 
 
 def step_times(model: Model, layout: Layout, config: ModelConfig | None = None) -> StepTimes:
-    """What the cost model says of this model on this machine; or of another `config` in its place."""
+    """What the cost model says of this model on this machine; or of another `config` in its place.
+
+    A pipe counts as one stage that has all layers: a micro-batch that goes through it alone takes as long.
+    """
     precision = Precision.all_in(model.config.dtype, layout.cache_dtype)
     decode, prefill = gathers(layout.attention)
     return StepTimes(
-        config or model.config, known_machine(precision.residual), precision, model.mesh.size,
+        config or model.config, known_machine(precision.residual), precision, model.tensor,
         "materialized" if decode else "flash", "materialized" if prefill else "flash",
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from jaxinfer.model.config import ModelConfig
 from jaxinfer.model.parameter import Shapes
 from jaxinfer.model.transformer import Transformer
 from jaxinfer.parallel import PIPE
-from jaxinfer.parallel.pipeline import BatchOf, empty, join, microbatches, of_stage, part
+from jaxinfer.parallel.pipeline import BatchOf, Round, empty, join, microbatches, of_stage, part
 
 Params = list[jax.Array]
 
@@ -35,6 +35,7 @@ class Network:
         mesh: the devices.
         context: positions that are served, prompt and output together; it fixes dynamic and LongRoPE scaling.
         kv_slots, kv_slots_per_device: KV heads, repeated where there are more devices, in all and on each.
+        tensor: devices that share every layer.
         stages: of the pipe that the layers are divided among; 1 where every device has all of them.
         per_stage: layers that a device has.
         parameters: shape, dtype and sharding of every parameter, by its path, such as `layers.0.mlp.down_FD`. With
@@ -54,7 +55,7 @@ class Network:
         self.mesh, self.context = mesh, context or config.context
         shapes = Shapes(self.config, mesh, stages)
         shapes.check()
-        self.stages, self.per_stage = stages, shapes.per_stage
+        self.tensor, self.stages, self.per_stage = shapes.tensor, stages, shapes.per_stage
         self.kv_slots, self.kv_slots_per_device = shapes.kv_slots, shapes.kv_slots // shapes.tensor
         self._graph, state = nnx.split(build(self.config, shapes, self.context))
         leaves, self._tree = jax.tree_util.tree_flatten_with_path(state)
@@ -168,6 +169,10 @@ class Model(Network):
     def empty_pipe(self, rows: int) -> jax.Array:
         """What stages have before the first tick, of micro-batches of so many rows."""
         return empty(self.stages, rows, self.config.hidden_size, jnp.dtype(self.config.dtype))
+
+    def rounds(self, rows: int, count: int) -> Round:
+        """How micro-batches of so many rows together go through a pipe that does not drain, so many times."""
+        return Round.of(rows, self.stages, count)
 
     def microbatches(self, rows: int, parts: int) -> int:
         """Into how many micro-batches a step of so many rows is divided, which fall into so many equal parts."""
