@@ -193,6 +193,11 @@ def test_convert_keeps_every_bit(tmp_path):
         (["generate", "a", "--max-tokens", "1.5"], "Invalid value for '--max-tokens': '1.5' must be an integer"),
         (["generate", "a", "--tensor-parallel", "4"], "tensor"),
         (["generate", "a", "--tensor-parallel", "0"], "'--tensor-parallel': 0 must be an integer, at least 1"),
+        (
+            ["generate", "a", "--pipeline-parallel-size", "9"],
+            "--pipeline-parallel-size = 9 must be an integer in 1..8",
+        ),
+        (["generate", "a", "--pipeline-parallel-size", "5"], "pipe has 5 stages, which does not divide num_layers"),
         (["generate", "a", "--tensor-parallel", "9"], "--tensor-parallel = 9 must be an integer in 1..8, the devices"),
         (["convert", "no-such-model", "own"], "no-such-model"),
         (["convert", str(DEMO), str(DEMO)], "demo"),

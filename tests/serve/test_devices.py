@@ -62,6 +62,13 @@ def test_more_replicas_than_the_gpus_allow_are_refused(gpus, replicas, each, nee
         shares(replicas, each)
 
 
+def test_each_replica_has_the_devices_of_all_stages(gpus):
+    gpus(8, platforms="cuda")
+    assert shares(2, 2, 2) == ["0,1,2,3", "4,5,6,7"]
+    with pytest.raises(ValueError, match=r"tensor_parallel_size = 2 and pipeline_parallel_size = 3 need 12 GPUs"):
+        shares(2, 2, 3)
+
+
 def test_an_engine_process_sees_its_share_before_jax_starts():
     code = (
         "import multiprocessing, os; from jaxinfer.serve import worker; from jaxinfer.serve.messages import *\n"
