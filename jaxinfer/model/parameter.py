@@ -63,8 +63,10 @@ class Shapes:
         return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.dtype(self.config.dtype), sharding=sharding))
 
     def vocabulary(self, tokens: int, *shape: int) -> nnx.Param:
-        """A parameter whose first axis is the vocabulary: over all devices, as what reads it is outside the pipe."""
-        return self.param((tokens, *shape), ((PIPE, TENSOR) if self.stages > 1 else TENSOR,))
+        """A parameter whose first axis is the vocabulary: over all devices, as what reads it is outside the pipe; only
+        over those of each stage, where all do not divide it."""
+        everywhere = self.stages > 1 and tokens % (self.stages * self.tensor) == 0
+        return self.param((tokens, *shape), ((PIPE, TENSOR) if everywhere else TENSOR,))
 
     def check(self) -> None:
         """Refuses a mesh that does not divide the model.
@@ -77,9 +79,9 @@ class Shapes:
             fits = [fewer for fewer in range(1, tensor) if not _undivided(self.config, fewer)]
             sizes = ", ".join(bad)
             raise ValueError(f"mesh axis {TENSOR} has {tensor} devices, which does not divide {sizes}; {fits} would")
-        if self.stages > 1 and (problem := _unpiped(self.config, self.stages, tensor)):
+        if self.stages > 1 and (problem := _unpiped(self.config, self.stages)):
             counts = range(1, self.config.num_layers + 1)
-            fits = [count for count in counts if not _unpiped(self.config, count, tensor)]
+            fits = [count for count in counts if not _unpiped(self.config, count)]
             raise ValueError(f"mesh axis {PIPE} has {self.stages} stages, {problem}; {fits} would fit")
 
 
@@ -87,12 +89,10 @@ def _kv_slots(config: ModelConfig, tensor: int) -> int:
     return max(config.num_kv_heads, tensor)
 
 
-def _unpiped(config: ModelConfig, stages: int, tensor: int) -> str | None:
-    """Why a model's layers cannot be divided among so many stages, each of so many devices."""
+def _unpiped(config: ModelConfig, stages: int) -> str | None:
+    """Why a model's layers cannot be divided among so many stages."""
     if config.num_layers % stages:
         return f"which does not divide num_layers {config.num_layers}"
-    if config.vocab_size % (stages * tensor):
-        return f"which with {tensor} devices each does not divide vocab_size {config.vocab_size}"
     each = config.num_layers // stages
     for index in range(each, config.num_layers):
         if config.layers[index] != config.layers[index % each]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from jaxinfer import checkpoint
 from jaxinfer.decode.batch import StepInput, make_batch
@@ -113,15 +114,21 @@ def test_a_checkpoint_is_restored_under_another_mesh(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, other, expected)
 
 
-@pytest.mark.parametrize(("change", "pipe", "tensor", "told"), [
-    ({}, 3, 1, "axis pipe has 3 stages, which does not divide num_layers 4; [1, 2] would fit"),
-    ({"vocab_size": 66}, 2, 2, "which with 2 devices each does not divide vocab_size 66; [1] would fit"),
-    ({"layer_types": ["sliding_attention", *["full_attention"] * 3]}, 2, 1,
+@pytest.mark.parametrize(("change", "pipe", "told"), [
+    ({}, 3, "axis pipe has 3 stages, which does not divide num_layers 4; [1, 2] would fit"),
+    ({"layer_types": ["sliding_attention", *["full_attention"] * 3]}, 2,
      "which run one program, but layer 2 is not as layer 0, of another stage; [1] would fit"),
 ])  # fmt: skip
-def test_a_model_that_cannot_be_divided(change, pipe, tensor, told):
+def test_a_model_that_cannot_be_divided(change, pipe, told):
     with pytest.raises(ValueError, match=re.escape(told)):
-        Model(read_config(WINDOW | change), make_mesh(tensor, pipe))
+        Model(read_config(WINDOW | change), make_mesh(pipe=pipe))
+
+
+@pytest.mark.parametrize(("vocabulary", "axes"), [(64, ("pipe", "tensor")), (66, "tensor")])
+def test_all_devices_share_a_vocabulary_that_they_divide(vocabulary, axes):
+    model = Model(read_config(DENSE | {"vocab_size": vocabulary}), make_mesh(tensor=2, pipe=2))
+    embedding, head = (model.parameters[path].sharding for path in ("embed.weight_VD", "head_VD"))
+    assert embedding.spec == head.spec == P(axes, None)
 
 
 def test_random_weights_are_drawn_for_one_layer():
