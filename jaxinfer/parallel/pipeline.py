@@ -43,18 +43,14 @@ class Exit(NamedTuple):
     place: int
 
 
-def bubble(microbatches: int, stages: int, rounds: int = 1) -> float:
-    """The part of its time that a stage idles: (p - 1) / (m + p - 1) where m micro-batches go once through p stages.
+def ticks(microbatches: int, stages: int, rounds: int = 1) -> int:
+    """In each every stage computes a micro-batch and hands it over. Of m + p - 1 for m micro-batches in p stages, a
+    stage idles in p - 1: that is the bubble.
 
     Args:
-        rounds: how often they go through all stages before the pipe drains.
+        rounds: how often the micro-batches go through all stages before the pipe drains. The first one of a round
+            enters when it has left the last stage in the round before: stages wait for it, if there are fewer.
     """
-    return 1 - rounds * microbatches / ticks(microbatches, stages, rounds)
-
-
-def ticks(microbatches: int, stages: int, rounds: int = 1) -> int:
-    """In each every stage computes a micro-batch and hands it over. The first one of a round enters when it has left
-    the last stage in the round before: with fewer micro-batches than stages, stages wait for it."""
     return (rounds - 1) * max(microbatches, stages) + microbatches + stages - 1
 
 
