@@ -22,7 +22,7 @@ from jaxinfer.continuation import Continuation, request_output
 from jaxinfer.decode.arguments import check_size, is_size
 from jaxinfer.decode.sampling import MAX_EOS_IDS
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.decode.speculative import Loader
+from jaxinfer.decode.speculative import Loader, check_ranks
 from jaxinfer.engine import Engine, Options, Request
 from jaxinfer.engine.memory import check_weights
 from jaxinfer.engine.options import SMALLEST_BUCKET
@@ -72,6 +72,7 @@ class LLM:
         dtype: str | None = None,
         max_model_len: int | None = None,
         tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
         context_parallel_size: int = 1,
         seed: int = 0,
         warm_up: bool = False,
@@ -85,9 +86,11 @@ class LLM:
             dtype: bfloat16, float16 or float32; the checkpoint's own by default.
             max_model_len: tokens of the longest sequence, prompt and output; the checkpoint's context by default, and
                 at most that, unless its rotary embeddings adapt to longer ones (dynamic NTK, LongRoPE).
-            tensor_parallel_size: devices that share the model.
+            tensor_parallel_size: devices that share every layer.
+            pipeline_parallel_size: stages, of so many devices each, that the layers are divided among.
             context_parallel_size: devices that share every sequence, a power of two: each has an equal part of its
-                keys and values, and of the work of its prompt. With both there are as many devices as their product.
+                keys and values, and of the work of its prompt. It does not go with several stages. There are as many
+                devices as the product of these sizes.
             seed: of the requests that name none.
             warm_up: compile now whatever requests can meet, so that none waits for a compiler: the programs of the
                 model, for the sizes of prompts and of decoding, and small ones; where llguidance is installed those of
@@ -102,20 +105,22 @@ class LLM:
             FileNotFoundError, ValueError: what is missing or wrong in the checkpoint, by file and tensor; or the
                 argument, its value and what is allowed.
         """
-        _check_arguments(dtype, max_model_len, tensor_parallel_size, seed, warm_up, options)
-        _check_context_parallel(context_parallel_size, tensor_parallel_size)
+        _check_arguments(dtype, max_model_len, seed, warm_up, options)
+        sizes = {
+            "tensor_parallel_size": tensor_parallel_size,
+            "pipeline_parallel_size": pipeline_parallel_size,
+            "context_parallel_size": context_parallel_size,
+        }
+        _check_devices(**sizes)
         self.folder = checkpoint.resolve(model)
         config, self.group = read_config(self.folder), group
         if group is not None:
-            given = {"dtype": dtype, "max_model_len": max_model_len, "tensor_parallel_size": tensor_parallel_size}
-            given |= {"context_parallel_size": context_parallel_size}
-            group.agree(_facts(config, options or Options(), **given))
+            group.agree(_facts(config, options or Options(), dtype=dtype, max_model_len=max_model_len, **sizes))
         _check_context(max_model_len, config)
         self.tokenizer = Tokenizer.from_folder(self.folder)
         eos_ids = _checked_eos(self.folder, self.tokenizer, config.vocab_size)
-        self.model = Model(
-            config, make_mesh(tensor_parallel_size, context=context_parallel_size), max_model_len, dtype
-        )
+        mesh = make_mesh(tensor_parallel_size, pipeline_parallel_size, context=context_parallel_size)
+        self.model = Model(config, mesh, max_model_len, dtype)
         self.intake = Intake(self.tokenizer, Limits(config.vocab_size, self.model.context, eos_ids))
         if options is not None and options.speculation is not None:
             loader = Loader(self.model, self._beside, self._params_beside, self._tensors, self._load_head)
@@ -157,7 +162,7 @@ class LLM:
                 f"the tokenizer of {folder} differs from that of {self.folder} in {len(differ)} tokens, such as "
                 f"{min(differ)!r}; it must be the same"
             )
-        return Model(config, self.model.mesh, self.model.context, self.model.config.dtype)
+        return Model(config, self.model.mesh, self.model.context, self.model.config.dtype, pipelined=False)
 
     def _params_beside(self, name: str | Path | None, model: Model) -> Params:
         """
@@ -382,19 +387,13 @@ def _warm_up(engine: Engine) -> None:
 
 
 def _check_arguments(
-    dtype: str | None, max_model_len: int | None, tensor_parallel_size: int, seed: int, warm_up: bool,
-    options: Options | None,
+    dtype: str | None, max_model_len: int | None, seed: int, warm_up: bool, options: Options | None
 ) -> None:  # fmt: skip
     if dtype is not None and (not isinstance(dtype, str) or dtype not in ("bfloat16", "float16", "float32")):
         raise ValueError(f"dtype = {dtype!r} must be bfloat16, float16 or float32")
     if max_model_len is not None and not is_size(max_model_len, 2):
         raise ValueError(
             f"max_model_len = {max_model_len!r} must be an integer, at least 2 (a prompt and a new token)"
-        )
-    devices = len(jax.devices())
-    if not is_size(tensor_parallel_size, 1, devices):
-        raise ValueError(
-            f"tensor_parallel_size = {tensor_parallel_size!r} must be an integer in 1..{devices}, the devices here"
         )
     check_size("seed", seed, 0)
     if not isinstance(warm_up, bool):
@@ -411,15 +410,26 @@ def _facts(config: ModelConfig, options: Options, **given: Any) -> dict[str, str
     return found | {name: repr(value) for name, value in given.items()}
 
 
-def _check_context_parallel(size: int, tensor: int) -> None:
-    sizes = [1 << shift for shift in range((SMALLEST_BUCKET // 2).bit_length())]  # a step has two blocks of rows each
-    if not is_size(size, 1) or size not in sizes:
-        raise ValueError(f"context_parallel_size = {size!r} must be an integer power of two in 1..{sizes[-1]}")
-    if (needed := size * tensor) > (devices := len(jax.devices())):
-        raise ValueError(
-            f"context_parallel_size = {size} with tensor_parallel_size = {tensor} needs {needed} devices, and there "
-            f"are {devices}; up to {devices // tensor} would fit"
-        )
+def _check_devices(**sizes: int) -> None:
+    """The sizes of the mesh, by their names."""
+    devices, product, others = len(jax.devices()), 1, []
+    for name, size in sizes.items():
+        if not is_size(size, 1, devices):
+            raise ValueError(f"{name} = {size!r} must be an integer in 1..{devices}, the devices here")
+        if product * size > devices:
+            raise ValueError(
+                f"{name} = {size} with {' and '.join(others)} needs {product * size} devices, and there are {devices}; "
+                f"it must be in 1..{devices // product}"
+            )
+        product *= size
+        others.append(f"{name} = {size}")
+    context = sizes["context_parallel_size"]
+    powers = [1 << shift for shift in range((SMALLEST_BUCKET // 2).bit_length())]  # a step has two blocks of rows each
+    if context not in powers:
+        raise ValueError(f"context_parallel_size = {context} must be a power of two in 1..{powers[-1]}")
+    if context > 1 and (stages := sizes["pipeline_parallel_size"]) > 1:
+        refused = f"context_parallel_size = {context} does not go with pipeline_parallel_size = {stages}"
+        raise ValueError(f"{refused}; one of them must be 1")
 
 
 def _check_context(max_model_len: int | None, config: ModelConfig) -> None:

@@ -269,6 +269,11 @@ def test_more_pages_than_fit_are_refused_before_they_are_allocated(tmp_path_fact
     ({"tensor_parallel_size": 0}, ["tensor_parallel_size = 0", "in 1..8, the devices here"]),
     ({"tensor_parallel_size": 16}, ["tensor_parallel_size = 16", "in 1..8, the devices here"]),
     ({"tensor_parallel_size": 8}, ["tensor has 8", "num_heads", "4"]),
+    ({"pipeline_parallel_size": True}, ["pipeline_parallel_size = True", "integer"]),
+    ({"pipeline_parallel_size": 9}, ["pipeline_parallel_size = 9", "in 1..8, the devices here"]),
+    ({"pipeline_parallel_size": 3, "tensor_parallel_size": 4},
+     ["pipeline_parallel_size = 3", "tensor_parallel_size = 4", "needs 12 devices", "there are 8", "in 1..2"]),
+    ({"pipeline_parallel_size": 3}, ["pipe has 3 stages", "num_layers 2"]),
 ])  # fmt: skip
 def test_arguments(tmp_path_factory, arguments, words):
     with pytest.raises(ValueError, match=r".") as error:

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxinfer.cache.quantized import LARGEST, SCALE
 from jaxinfer.parallel import CONTEXT, TENSOR
+from jaxinfer.parallel.pipeline import staged
 from pallas_kernels.blockwise import as_moved
 from pallas_kernels.flash_decoding import Schedule
 
@@ -77,7 +78,7 @@ class View:
 
 def make_cache(
     mesh: Mesh, groups: tuple[int, ...], num_pages: tuple[int, ...], page_size: int, kv_heads: int, head_size: int,
-    dtype: str,
+    dtype: str, stages: int = 1,
 ) -> tuple[Pages, ...]:  # fmt: skip
     """An empty cache, sharded over KV heads, and its pages over the axis `context`; a quantized one has scales.
 
@@ -90,15 +91,19 @@ def make_cache(
         kv_heads: KV heads, as the mesh repeats them.
         head_size: components of a head.
         dtype: of keys and values, one of CACHE_DTYPES.
+        stages: of a pipe, each of which has a layer of these on its devices; see `jaxinfer.parallel.pipeline`.
     """
     as_held = jax.eval_shape(as_moved, jax.ShapeDtypeStruct((), dtype)).dtype
-    numbers = NamedSharding(mesh, P(CONTEXT, None, TENSOR, None))
-    scales = NamedSharding(mesh, P(CONTEXT, TENSOR, None))
+
+    def zeros(shape: tuple[int, ...], dtype: jnp.dtype, spec: P) -> jax.Array:
+        shape, spec = staged(shape, spec, stages) if stages > 1 else (shape, spec)
+        return jnp.zeros(shape, dtype, device=NamedSharding(mesh, spec))
 
     def empty(pages: int) -> Pages:
-        pools = [jnp.zeros((pages, page_size, kv_heads, head_size), as_held, device=numbers) for _ in "kv"]
+        shape = (pages, page_size, kv_heads, head_size)
+        pools = [zeros(shape, as_held, P(CONTEXT, None, TENSOR, None)) for _ in "kv"]
         if dtype in LARGEST:
-            pools += [jnp.zeros((pages, kv_heads, page_size), SCALE, device=scales) for _ in "kv"]
+            pools += [zeros((pages, kv_heads, page_size), SCALE, P(CONTEXT, TENSOR, None)) for _ in "kv"]
         return Pages(*pools)
 
     return tuple(empty(num_pages[group]) for group in groups)

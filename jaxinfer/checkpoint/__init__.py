@@ -39,7 +39,8 @@ def load(folder: str | Path, model: Model) -> dict[str, jax.Array]:
             when all are read; names the file and the tensors.
     """
     folder = Path(folder)
-    return native.load(folder, model) if native.is_native(folder) else huggingface.load(folder, model)
+    read = native.load if native.is_native(folder) else huggingface.load
+    return model.joined(read(folder, model))
 
 
 def load_head(folder: str | Path, target: Model) -> tuple[EagleHead, Params]:

@@ -25,7 +25,7 @@ _CHUNK = 4 << 20  # bytes of one read; IN_FLIGHT bounds how many run at once
 
 
 def load(folder: Path, model: Network, stored_dtypes: bool = False) -> dict[str, jax.Array]:
-    """The parameters of `model` by path, from the safetensors checkpoint in `folder`.
+    """The parameters of `model` as it has them stored, by path, from the safetensors checkpoint in `folder`.
 
     Raises:
         ValueError: the checkpoint is damaged or is not one of this model; see `files.read_folder` and
@@ -37,7 +37,7 @@ def load(folder: Path, model: Network, stored_dtypes: bool = False) -> dict[str,
         for name, tensor in read_folder(folder).items()
         if not names.ignorable(config, name)
     }
-    planned = loading.plan(folder, found, names.rules(config, model.parameters), model, stored_dtypes)
+    planned = loading.plan(folder, found, names.rules(config, model.stored), model, stored_dtypes)
     return loading.load(planned, _read)
 
 
@@ -94,10 +94,10 @@ def export(
 
 def published(model: Network, arrays: Mapping[str, jax.Array | np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """The published tensors of every parameter, one parameter at a time on the host."""
-    rules = names.rules(model.config, model.parameters)
-    for path, leaf in model.parameters.items():
-        assembly = Assembly.of(model.config, path, rules[path].form, leaf)
-        tensors = assembly.split(np.asarray(arrays[path]))
+    rules = names.rules(model.config, model.stored)
+    for path, array in model.parted(arrays):
+        assembly = Assembly.of(model.config, path, rules[path].form, model.stored[path])
+        tensors = assembly.split(np.asarray(array))
         yield from zip(rules[path].names, map(np.ascontiguousarray, tensors), strict=True)
 
 

@@ -63,7 +63,7 @@ def plan(
             file and the shapes expected and found.
     """
     planned, problems = [], []
-    for path, leaf in model.parameters.items():
+    for path, leaf in model.stored.items():
         rule = rules[path]
         assembly = Assembly.of(model.config, path, rule.form, leaf)
         wrong = list(_problems(store, found, dict(zip(rule.names, assembly.sources, strict=True))))

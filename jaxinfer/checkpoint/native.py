@@ -47,7 +47,7 @@ def convert(source: Path, destination: Path, mesh: Mesh) -> None:
     if is_native(source):
         raise ValueError(f"{source} is in our own layout already; expected the folder of a Hugging Face checkpoint")
     model = Model(read_config(source), mesh)
-    save(destination, model, huggingface.load(source, model, stored_dtypes=True), source)
+    save(destination, model, model.joined(huggingface.load(source, model, stored_dtypes=True)), source)
 
 
 def save(folder: Path, model: Model, arrays: Mapping[str, jax.Array], beside: Path) -> None:
@@ -69,7 +69,7 @@ def save(folder: Path, model: Model, arrays: Mapping[str, jax.Array], beside: Pa
         with context:
             ocp.save(
                 _orbax_path(staging / PARAMETERS),
-                {path: _stored(model, path, array) for path, array in arrays.items()},
+                {path: _stored(model, path, array) for path, array in model.parted(arrays)},
             )
         (staging / SIZES).write_text(json.dumps(_sizes(staging / PARAMETERS), indent=2), encoding="utf-8")
 
@@ -95,14 +95,14 @@ def is_native(folder: Path) -> bool:
 
 
 def load(folder: Path, model: Model) -> dict[str, jax.Array]:
-    """The parameters of `model` by path, from our own checkpoint in `folder`.
+    """The parameters of `model` as it has them stored, by path, from our own checkpoint in `folder`.
 
     Raises:
         ValueError: the checkpoint is damaged or is not one of this model; see `loading.plan` and
             `loading.load`.
     """
     _check_sizes(folder)
-    rules = {path: Rule(forms.SAME, (path,)) for path in model.parameters}
+    rules = {path: Rule(forms.SAME, (path,)) for path in model.stored}
     planned = loading.plan(folder, _read_metadata(folder / PARAMETERS), rules, model, stored_dtypes=False)
     return loading.load(planned, _read)
 

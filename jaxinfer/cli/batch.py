@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from jaxinfer.cli.generate import pipe_lines
 from jaxinfer.cli.hosts import Hosting, hosting
 from jaxinfer.cli.options import bad_argument, integer
 from jaxinfer.cli.speculation import Speculating, speculating
@@ -31,6 +32,7 @@ def batch(
         int | None, integer(help="Tokens of prompt and output; the checkpoint's by default.")
     ] = None,
     tensor_parallel_size: Annotated[int, integer(least=1, help="Devices that share the model.")] = 1,
+    pipeline_parallel_size: Annotated[int, integer(least=1, help="Stages of so many devices, for the layers.")] = 1,
     context_parallel_size: Annotated[int, integer(least=1, help="Devices that share every sequence.")] = 1,
     max_num_seqs: Annotated[int, integer(help="Sequences that run at once; a power of two.")] = 64,
     cache_dtype: Annotated[
@@ -64,6 +66,7 @@ def batch(
                 dtype=dtype,
                 max_model_len=max_model_len,
                 tensor_parallel_size=tensor_parallel_size,
+                pipeline_parallel_size=pipeline_parallel_size,
                 context_parallel_size=context_parallel_size,
                 options=Options(max_num_seqs=max_num_seqs, cache_dtype=cache_dtype, **speculation.options()),
                 group=group,
@@ -82,6 +85,8 @@ def batch(
                 append(file, told)
                 statuses[told["response"]["status_code"]] += 1
                 progress.advance(task)
+    for line in pipe_lines(llm):
+        console.print(line)
     console.print(_summary(statuses, len(lines) - len(left)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,6 +41,7 @@ def generate(
         int | None, integer(help="Tokens of prompt and continuation; the checkpoint's context by default.")
     ] = None,
     tensor_parallel_size: Annotated[int, integer(least=1, help="Devices that share the model.")] = 1,
+    pipeline_parallel_size: Annotated[int, integer(least=1, help="Stages of so many devices, for the layers.")] = 1,
     context_parallel_size: Annotated[int, integer(least=1, help="Devices that share every sequence.")] = 1,
     cache_dtype: Annotated[
         str | None, typer.Option(help="Of keys and values, also int8 or float8_e4m3fn; the model's by default.")
@@ -63,6 +64,7 @@ def generate(
             dtype=dtype,
             max_model_len=max_model_len,
             tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
             context_parallel_size=context_parallel_size,
             options=Options(max_num_seqs=1, cache_dtype=cache_dtype, **speculating),
             group=group,
@@ -85,6 +87,8 @@ def generate(
         clock = timed(llm, prompt, params, partial(typer.echo, nl=False))
         typer.echo()
         console.print(summary(llm, len(llm.tokenizer.encode(prompt)), clock))
+        for line in pipe_lines(llm):
+            console.print(line)
     if llm.engine.options.speculation is not None and clock.per_token and group is None:
         counters = llm.engine.counters
         del llm  # the plain one takes its place in memory
@@ -112,6 +116,13 @@ def gain(counters: Counters, times: float) -> str:
     """One line: what proposals brought."""
     right = " ".join(f"{fraction:.0%}" for fraction in counters.accepted_by_position)
     return f"{counters.tokens_per_draft:.2f} tokens a step, {times:.2f} times plain decoding; right by place: {right}"
+
+
+def pipe_lines(llm: LLM) -> Iterator[str]:
+    """One line where there is a pipe: how much of its time its stages idled, if all ticks are equally long."""
+    if (stages := llm.model.stages) > 1:
+        counters = llm.engine.counters
+        yield f"pipe of {stages} stages: each idled in {counters.bubble:.1%} of {counters.pipe_ticks:,} ticks"
 
 
 @dataclass
@@ -142,7 +153,8 @@ def summary(llm: LLM, prompt_tokens: int, clock: Clock) -> str:
 
     if not clock.per_token:
         return f"{clock.before} tokens, no decode step to time"
-    config, devices = llm.model.config, llm.model.mesh.size
+    # One sequence is in one stage of a pipe at a time.
+    config, devices = llm.model.config, llm.model.tensor
     context = prompt_tokens + clock.before + clock.tokens // 2
     precision = Precision.all_in(config.dtype, llm.engine.options.cache_dtype)
     step = decode_step(config, 1, context, precision, tensor_parallel=devices)

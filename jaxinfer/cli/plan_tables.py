@@ -8,6 +8,7 @@ from rich.table import Column, Table
 
 from jaxinfer.cli.units import si
 from jaxinfer.roofline import Cost, Goal, Hardware, MemoryPlan, Mesh, Plan, Proposal, parameters
+from jaxinfer.roofline.pipeline import STEPS
 
 if TYPE_CHECKING:
     from jaxinfer.model import ModelConfig
@@ -145,7 +146,7 @@ def _bubbles(plan: Plan) -> str:
     decode, first = plan.decode, plan.prefill
     return (
         f"Pipe of {plan.mesh.pipe} stages: {decode.microbatches} micro-batches of a decode step leave a bubble of "
-        f"{decode.bubble:.0%} where it drains after each step, {first.microbatches} chunks of a prompt one of "
+        f"{decode.bubble:.0%} where it drains after {STEPS} steps, {first.microbatches} chunks of a prompt one of "
         f"{first.bubble:.0%}."
     )
 

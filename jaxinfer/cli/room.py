@@ -33,6 +33,7 @@ def memory_lines(setup: Setup, device: tuple[str, str, int]) -> Iterator[str]:
     plan = plan_memory(
         config, hardware, sequences, context, Precision.all_in(dtype, setup.options["cache_dtype"]),
         devices, page_size, setup.options["max_num_batched_tokens"], DEVICE_FRACTION,
+        pipeline_parallel=setup.llm.get("pipeline_parallel_size", 1),
         context_parallel=setup.llm.get("context_parallel_size", 1),
     )  # fmt: skip
     room = max(0, cache_room(memory, plan.weights + plan.activations, platform))

@@ -138,6 +138,7 @@ class Run:
             tensor=options["tensor_parallel_size"],
             context=options.get("context_parallel_size", 1),
             replicas=options.get("data_parallel_size", 1),
+            pipe=options.get("pipeline_parallel_size", 1),
         )
         batch = mesh.replicas * options.get("max_num_seqs", 1)
         return make_plan(config, self.machine(), batch, self.context, precision, mesh)

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from jaxinfer.cli.hosts import Hosting, hosting
 from jaxinfer.cli.online import learning, learning_draft
 from jaxinfer.cli.options import bad_argument, integer, number
-from jaxinfer.cli.serving import PANEL, Network, engine_options, loading, networking
+from jaxinfer.cli.serving import MESH, PANEL, Network, engine_options, loading, networking
 from jaxinfer.cli.speculation import Speculating, speculating
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ def _run(
     from jaxinfer.serve.server import run
 
     try:
-        each = shares(replicas, setup.llm["tensor_parallel_size"], setup.llm["context_parallel_size"])
-        setups = [replace(setup, devices=share) for share in each]
+        own = {name: setup.llm[name] for name in MESH}
+        setups = [replace(setup, devices=share) for share in shares(replicas, **own)]
     except ValueError as error:
         raise bad_argument(error) from error
     bound = network.bind()

@@ -67,7 +67,9 @@ NETWORK = {
     "ssl_keyfile": option(str | None, None, typer.Option(help="PEM file of its key.", rich_help_panel=_NETWORK)),
 }  # fmt: skip
 
-# Arguments of `LLM`, by name.
+# Arguments of `LLM` whose product is the number of an engine's devices.
+MESH = ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size")
+# All of them, by name.
 LOADING = {
     "dtype": option(
         str | None, None,
@@ -79,6 +81,12 @@ LOADING = {
     ),
     "tensor_parallel_size": option(
         int, 1, integer(least=1, help="Devices that share the model.", rich_help_panel=PANEL)
+    ),
+    "pipeline_parallel_size": option(
+        int, 1, integer(least=1, help="Stages of so many devices, for the layers.", rich_help_panel=PANEL)
+    ),
+    "context_parallel_size": option(
+        int, 1, integer(least=1, help="Devices that share every sequence.", rich_help_panel=PANEL)
     ),
 }  # fmt: skip
 

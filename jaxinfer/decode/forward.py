@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from jaxinfer.cache import Pages
 from jaxinfer.decode.batch import Batch
+from jaxinfer.decode.microbatches import divide
 from jaxinfer.model import Model, Network, Params
 from jaxinfer.parallel import take_rows
 
@@ -41,8 +43,12 @@ class Forward:
         what of all a method is shown [T, E]: these, or the outputs of the tapped layers side by side."""
         if self.views is not None:
             batch = replace(batch, views=tuple(batch.views[view] for view in self.views))
-        batch, own = self.scheduled(batch, self.model), self.own(params)
-        hidden_TD, tapped, cache = self.model.forward(own, batch, cache, self.layers, self.taps)
+        own, scheduled = self.own(params), partial(self.scheduled, network=self.model)
+        if self.model.stages > 1:
+            forward, batch = self.model.pipelined, divide(batch, scheduled, self.model)
+        else:
+            forward, batch = self.model.forward, scheduled(batch)
+        hidden_TD, tapped, cache = forward(own, batch, cache, self.layers, self.taps)
         shown_TE = jnp.concatenate(tapped, axis=1) if tapped else hidden_TD
         return cache, self.model.logits(own, take_rows(hidden_TD, rows_W)), hidden_TD, shown_TE
 

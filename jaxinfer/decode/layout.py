@@ -78,9 +78,7 @@ class Layout:
 
 
 def pools_of(model: Model, speculation: Speculation | None) -> list[Pool]:
-    """The layers of a cache: the model's, then those of a method."""
-    own = [
-        Pool(model.config.group(layer), model.kv_slots, model.kv_slots_per_device, model.config.head_size)
-        for layer in range(model.config.num_layers)
-    ]
+    """The layers of a cache: the model's, of a stage where a pipe divides them, then those of a method."""
+    sizes = (model.kv_slots, model.kv_slots_per_device, model.config.head_size, model.stages)
+    own = [Pool(model.config.group(layer), *sizes) for layer in range(model.per_stage)]
     return own if speculation is None else own + speculation.pools(model)

@@ -42,12 +42,12 @@ def prompt_logprobs(
 ) -> PromptLogprobs:
     """Log-probability of each target, and the likeliest tokens, under softmax(transform(hidden head^T)).
 
-    Runs on the mesh in force, whose axis "tensor" may have size 1; each of its devices scans its own part of
-    the vocabulary and only [T] and [T, L] arrays travel.
+    Runs on the mesh in force, whose axis "tensor" may have size 1; each device that has an own part of the
+    vocabulary scans it, and only [T] and [T, L] arrays travel.
 
     Args:
       hidden_TD: final hidden states, replicated; row t predicts `targets_T[t]`.
-      head_VD: output embedding, sharded over "tensor" on the vocabulary (resharded to that if it is not).
+      head_VD: output embedding, sharded on the vocabulary (over "tensor", if it is not yet).
       targets_T: replicated. A target outside the vocabulary has log-probability -inf.
       top: how many of the likeliest tokens to return, at least 1; the whole vocabulary if that is less.
       chunk: tokens of vocabulary whose logits exist at a time, on each device.
@@ -60,13 +60,14 @@ def prompt_logprobs(
         raise ValueError(f"top = {top} must be at least 1")
     if chunk < 1:
         raise ValueError(f"chunk = {chunk} must be at least 1")
+    axes = jax.typeof(head_VD).sharding.spec[0] or "tensor"
     on_each_device = jax.shard_map(
-        partial(_scan_shard, top=min(top, head_VD.shape[0]), chunk=chunk, transform=transform),
-        in_specs=(P(), P("tensor"), P()),
+        partial(_scan_shard, top=min(top, head_VD.shape[0]), chunk=chunk, transform=transform, axes=axes),
+        in_specs=(P(), P(axes), P()),
         out_specs=P(),
         check_vma=False,  # what all_gather replicates is typed as varying
     )
-    return on_each_device(hidden_TD, jax.reshard(head_VD, P("tensor", None)), targets_T)
+    return on_each_device(hidden_TD, jax.reshard(head_VD, P(axes, None)), targets_T)
 
 
 def _scan_shard(
@@ -77,10 +78,11 @@ def _scan_shard(
     top: int,
     chunk: int,
     transform: Callable[[jax.Array], jax.Array],
+    axes: str | tuple[str, ...],
 ) -> PromptLogprobs:
     tokens, shard = hidden_TD.shape[0], head_VD.shape[0]
     chunk = min(chunk, shard)
-    offset = jax.lax.axis_index("tensor") * shard
+    offset = jax.lax.axis_index(axes) * shard
 
     def step(carry: tuple[jax.Array, ...], start: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         lse_T, target_T, top_TL, top_ids_TL = carry
@@ -104,9 +106,9 @@ def _scan_shard(
     (lse_T, target_T, top_TL, top_ids_TL), _ = jax.lax.scan(step, (nothing_T, nothing_T, *no_top), starts)
 
     # Devices in order hold rising ids, so equal logits stay in the order of their ids.
-    lse_T = jax.nn.logsumexp(jax.lax.all_gather(lse_T, "tensor"), axis=0)
-    target_T = jax.lax.pmax(target_T, "tensor")
-    gather = partial(jax.lax.all_gather, axis_name="tensor", axis=1, tiled=True)
+    lse_T = jax.nn.logsumexp(jax.lax.all_gather(lse_T, axes), axis=0)
+    target_T = jax.lax.pmax(target_T, axes)
+    gather = partial(jax.lax.all_gather, axis_name=axes, axis=1, tiled=True)
     top_TL, top_ids_TL = _largest(top, [gather(top_TL)], [gather(top_ids_TL)])
     return PromptLogprobs(target_T - lse_T, top_ids_TL, top_TL - lse_T[:, None])
 

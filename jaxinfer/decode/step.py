@@ -25,6 +25,7 @@ from jax.stages import Lowered
 from jaxinfer.cache import make_cache
 from jaxinfer.decode import sampling, slots
 from jaxinfer.decode.batch import Rows, StepInput, first_rows, make_batch, make_rectangle
+from jaxinfer.decode.circulation import circulate
 from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.layout import Layout, pools_of
 from jaxinfer.decode.masks import WORD, no_masks
@@ -100,7 +101,8 @@ class Programs:
         state = jax.device_put(empty, whole)
         dtype, sizes = layout.cache_dtype, (layout.num_pages, layout.page_size)
         made = [
-            make_cache(model.mesh, (pool.group,), *sizes, pool.kv_slots, pool.head_size, dtype) for pool in self._pools
+            make_cache(model.mesh, (pool.group,), *sizes, pool.kv_slots, pool.head_size, dtype, pool.stages)
+            for pool in self._pools
         ]
         return state, tuple(pages for (pages,) in made)
 
@@ -277,8 +279,12 @@ class Programs:
     def _traced_loop(self, params, state, cache, slots_B, *, steps, needs, drafts):
         self.traces["loop"] += 1
         own = self._own(state, slots_B)
-        body = partial(self._proposing, self._speculative(drafts)) if drafts else self._plain
-        (own, cache), (sampled, emits_nW) = jax.lax.scan(partial(body, params, needs), (own, cache), length=steps)
+        if self.circulates and not drafts:
+            draw = partial(self._draw, needs=needs)
+            own, cache, (sampled, emits_nW) = circulate(self.forward, draw, params, own, cache, steps)
+        else:
+            body = partial(self._proposing, self._speculative(drafts)) if drafts else self._plain
+            (own, cache), (sampled, emits_nW) = jax.lax.scan(partial(body, params, needs), (own, cache), length=steps)
         if drafts:
             places = steps * (1 + drafts)
             sampled, emits_nW = jax.tree.map(lambda x: x.reshape(places, *x.shape[2:]), (sampled, emits_nW))
@@ -339,6 +345,12 @@ class Programs:
         """What a program of proposals must be able to do: no more of these than the method has a use for."""
         assert self.layout.speculation is not None
         return needs if self.layout.speculation.draws else sampling.GREEDY
+
+    @property
+    def circulates(self) -> bool:
+        """Whether loops of plain steps keep a pipe filled between them. Not where a method is shown outputs of layers
+        that lie in several stages, and so leave the pipe in several ticks."""
+        return self.model.stages > 1 and not self.forward.taps
 
     def _own(self, state: SlotState, slots_B: jax.Array) -> SlotState:
         """Of the slots of a program without prompts."""

@@ -83,12 +83,14 @@ def step_times(
     model: Model, layout: Layout, config: ModelConfig | None = None, machine: Hardware | None = None
 ) -> StepTimes:
     """What the cost model says of this model on this machine, as it is known; or of another `config` in its place, and
-    of another machine."""
+    of another machine.
+
+    A pipe counts as one stage that has all layers: a micro-batch that goes through it alone takes as long.
+    """
     precision = Precision.all_in(model.config.dtype, layout.cache_dtype)
     decode, prefill = gathers(layout.attention)
-    tensor = model.kv_slots // model.kv_slots_per_device
     return StepTimes(
-        config or model.config, machine or known_machine(precision.residual), precision, tensor,
+        config or model.config, machine or known_machine(precision.residual), precision, model.tensor,
         "materialized" if decode else "flash", "materialized" if prefill else "flash",
     )  # fmt: skip
 

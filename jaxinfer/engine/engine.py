@@ -33,6 +33,7 @@ from jaxinfer.engine.gate import predicted_gate
 from jaxinfer.engine.memory import make_layout
 from jaxinfer.engine.metrics import Counters, Metrics, WarmUp
 from jaxinfer.engine.options import IN_FLIGHT, Options
+from jaxinfer.engine.pipe import Ticks, ticks_of_loop, ticks_of_step
 from jaxinfer.engine.request import Request, Update
 from jaxinfer.engine.runner import Runner, outlast
 from jaxinfer.engine.scheduler import Plan, Scheduler
@@ -262,6 +263,7 @@ class Engine:
             size = rectangle(len(occupied), slots)
             rows = by_slot if size == slots else list(enumerate(plan.decoding))
             slots_B = padded(occupied, size, slots)
+            self._count_ticks(ticks_of_loop(self.runner.programs, size, plan.steps, plan.drafts))
             if loops:
                 return Work(plan, rows, self.runner.loop(slots_B, needs, plan.drafts), loop=True)
             assert plan.drafts == self.layout.depth, "there are pages for fewer tokens than are proposed"
@@ -269,11 +271,16 @@ class Engine:
             return Work(plan, rows, output, checked=True)
         rows = len(occupied) + sum(chunk.tokens for chunk in plan.chunks)
         tokens = step_size(rows, bool(plan.chunks), self.layout.ranks)
+        self._count_ticks(ticks_of_step(self.runner.programs, tokens))
         given = lay_out(plan.chunks, tokens, slots, occupied or None)
         wants = any(chunk.sequence.scores_prompt for chunk in plan.chunks)
         targets_T = next_tokens(plan.chunks, tokens, len(occupied)) if wants else None
         masks = partial(self._masks, by_slot, *[np.zeros((slots, 0), np.int32)] * 2) if checked else None
         return Work(plan, by_slot, self.runner.step(given, needs, targets_T, masks), checked=checked)
+
+    def _count_ticks(self, ticks: Ticks) -> None:
+        self.counters.pipe_ticks += ticks.total
+        self.counters.pipe_filled += ticks.filled
 
     def _tell(self, plan: Plan) -> None:
         """Brings the device's slots up to date."""

@@ -23,6 +23,7 @@ class Counters:
         accepted: how often the first of them was right, the first two, and so on; not, where so many were not
             proposed.
         draft_updates: how often what proposes them was given other weights.
+        pipe_ticks, pipe_filled: of all programs, see `jaxinfer.engine.pipe`; 0 without a pipe.
     """
 
     preemptions: int = 0
@@ -34,6 +35,8 @@ class Counters:
     drafts: int = 0
     accepted: tuple[int, ...] = ()
     draft_updates: int = 0
+    pipe_ticks: int = 0
+    pipe_filled: int = 0
 
     def count_drafts(self, brought_Q: np.ndarray) -> None:
         """Counts what was proposed to a sequence in some steps.
@@ -44,6 +47,11 @@ class Counters:
         drafts, *accepted = brought_Q.tolist()
         self.drafts += drafts
         self.accepted = tuple(old + new for old, new in zip_longest(self.accepted, accepted, fillvalue=0))
+
+    @property
+    def bubble(self) -> float:
+        """The part of all ticks in which a stage of a pipe idled; 0 without a pipe."""
+        return 1 - self.pipe_filled / self.pipe_ticks if self.pipe_ticks else 0.0
 
     @property
     def tokens_per_draft(self) -> float:

@@ -5,7 +5,8 @@ A model is built abstractly first. Its values come from a checkpoint or a random
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,23 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.model.config import ModelConfig
-from jaxinfer.parallel import TENSOR
+from jaxinfer.parallel import PIPE, TENSOR
+from jaxinfer.parallel.pipeline import staged
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Declares parameters for one config on one mesh."""
+    """Declares parameters for one config on one mesh.
+
+    Attributes:
+        stages: of the pipe that the model's layers are divided among; 1 if every device has all of them.
+        staged: whether it declares those of a layer in every stage; see `jaxinfer.parallel.pipeline`.
+    """
 
     config: ModelConfig
     mesh: Mesh
+    stages: int = 1
+    staged: bool = False
 
     @property
     def tensor(self) -> int:
@@ -36,9 +45,28 @@ class Shapes:
     def queries_per_slot(self) -> int:
         return self.config.num_heads // self.kv_slots
 
-    def param(self, shape: tuple[int, ...], spec: tuple[str | None, ...] = ()) -> nnx.Param:
-        sharding = NamedSharding(self.mesh, PartitionSpec(*spec, *(None,) * (len(shape) - len(spec))))
+    @property
+    def per_stage(self) -> int:
+        """Layers that a device has."""
+        return self.config.num_layers // self.stages
+
+    @property
+    def layer(self) -> Shapes:
+        """For a layer: that of the same place in every stage, where there are several."""
+        return replace(self, staged=self.stages > 1)
+
+    def param(self, shape: tuple[int, ...], spec: Sequence[str | tuple[str, ...] | None] = ()) -> nnx.Param:
+        partition = PartitionSpec(*spec, *(None,) * (len(shape) - len(spec)))
+        if self.staged:
+            shape, partition = staged(shape, partition, self.stages)
+        sharding = NamedSharding(self.mesh, partition)
         return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.dtype(self.config.dtype), sharding=sharding))
+
+    def vocabulary(self, tokens: int, *shape: int) -> nnx.Param:
+        """A parameter whose first axis is the vocabulary: over all devices, as what reads it is outside the pipe; only
+        over those of each stage, where all do not divide it."""
+        everywhere = self.stages > 1 and tokens % (self.stages * self.tensor) == 0
+        return self.param((tokens, *shape), ((PIPE, TENSOR) if everywhere else TENSOR,))
 
     def check(self) -> None:
         """Refuses a mesh that does not divide the model.
@@ -51,10 +79,25 @@ class Shapes:
             fits = [fewer for fewer in range(1, tensor) if not _undivided(self.config, fewer)]
             sizes = ", ".join(bad)
             raise ValueError(f"mesh axis {TENSOR} has {tensor} devices, which does not divide {sizes}; {fits} would")
+        if self.stages > 1 and (problem := _unpiped(self.config, self.stages)):
+            counts = range(1, self.config.num_layers + 1)
+            fits = [count for count in counts if not _unpiped(self.config, count)]
+            raise ValueError(f"mesh axis {PIPE} has {self.stages} stages, {problem}; {fits} would fit")
 
 
 def _kv_slots(config: ModelConfig, tensor: int) -> int:
     return max(config.num_kv_heads, tensor)
+
+
+def _unpiped(config: ModelConfig, stages: int) -> str | None:
+    """Why a model's layers cannot be divided among so many stages."""
+    if config.num_layers % stages:
+        return f"which does not divide num_layers {config.num_layers}"
+    each = config.num_layers // stages
+    for index in range(each, config.num_layers):
+        if config.layers[index] != config.layers[index % each]:
+            return f"which run one program, but layer {index} is not as layer {index % each}, of another stage"
+    return None
 
 
 def _undivided(config: ModelConfig, tensor: int) -> list[str]:

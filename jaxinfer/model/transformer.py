@@ -17,7 +17,7 @@ from jaxinfer.model.moe import MoE
 from jaxinfer.model.norm import Norm
 from jaxinfer.model.parameter import Shapes
 from jaxinfer.model.rope import tables
-from jaxinfer.parallel import TENSOR, all_tokens, look_up, meeting, row_axis, shares_work
+from jaxinfer.parallel import all_tokens, look_up, meeting, row_axis, shares_work
 from jaxinfer.quantize import einsum, output_and_gated_mlp
 from pallas_kernels.all_reduce import Workspace, in_order
 
@@ -27,7 +27,7 @@ class Embedding(nnx.Module):
 
     def __init__(self, config: ModelConfig, shapes: Shapes):
         self.scale, self.in_order = config.embedding_scale, in_order(shapes.mesh)
-        self.weight_VD = shapes.param((config.vocab_size, config.hidden_size), (TENSOR,))
+        self.weight_VD = shapes.vocabulary(config.vocab_size, config.hidden_size)
 
     def __call__(self, tokens_T: jax.Array) -> jax.Array:
         return self._scaled(self.weight_VD[...].at[tokens_T].get(out_sharding=P(row_axis(tokens_T), None)))
@@ -100,26 +100,44 @@ def _run(
 
 
 class Transformer(nnx.Module):
-    """Built abstractly: its parameters are shapes with shardings until `Model` is given values for them."""
+    """Built abstractly: its parameters are shapes with shardings until `Model` is given values for them.
+
+    Where a pipe divides its layers among stages, `layers` are those of one stage, with the parameters of all."""
 
     def __init__(self, config: ModelConfig, shapes: Shapes, context: int):
         self.config, self.context = config, context
         self.embed = Embedding(config, shapes)
-        self.layers = nnx.List([Layer(config, index, shapes) for index in range(config.num_layers)])
+        self.layers = nnx.List([Layer(config, index, shapes.layer) for index in range(shapes.per_stage)])
         self.final_norm = Norm(config, shapes)
         head = (config.vocab_size, config.hidden_size)
-        self.head_VD = None if config.tied_embeddings else shapes.param(head, (TENSOR,))
+        self.head_VD = None if config.tied_embeddings else shapes.vocabulary(*head)
 
     def forward(self, batch: Attends, cache: tuple[Any, ...], layers: int, taps: tuple[int, ...]):
-        """Runs the first `layers` layers; see `Model.forward`. The loop is unrolled: a scan copies the weights."""
+        """Runs the first `layers` layers; see `Model.forward`."""
+        graphs, weights = self.split(layers)
+        x_TD, workspace = self.embed.start(batch.tokens_T)
+        return self.run(graphs, weights, x_TD, batch, cache, taps, workspace)
+
+    def split(self, layers: int) -> tuple[tuple[nnx.GraphDef[Layer], ...], tuple[nnx.State, ...]]:
+        """The first `layers` layers apart from their weights."""
+        graphs, weights = zip(*(nnx.split(layer) for layer in self.layers[:layers]), strict=True)
+        return graphs, weights
+
+    def run(
+        self, graphs: tuple[nnx.GraphDef[Layer], ...], weights: tuple[nnx.State, ...], x_TD: jax.Array, batch: Attends,
+        cache: tuple[Any, ...], taps: tuple[int, ...], workspace: Workspace | None = None,
+    ):  # fmt: skip
+        """x_TD through layers from `split`, with what leaves those of `taps`, and the new states.
+
+        The loop is unrolled: a scan copies the weights.
+        """
         ropes = {
             rope: tables(rope, batch.positions_T, self.context)
-            for rope in dict.fromkeys(layer.rope for layer in self.config.layers[:layers])
+            for rope in dict.fromkeys(layer.rope for layer in self.config.layers[: len(graphs)])
         }
-        (x_TD, workspace), states, tapped = self.embed.start(batch.tokens_T), list(cache), {}
-        for index in range(layers):
+        states, tapped = list(cache), {}
+        for index, (graph, params) in enumerate(zip(graphs, weights, strict=True)):
             rope = ropes[self.config.layers[index].rope]
-            graph, params = nnx.split(self.layers[index])
             x_TD, states[index] = _run(graph, params, workspace, x_TD, batch, states[index], rope)
             if index in taps:
                 tapped[index] = all_tokens(x_TD)

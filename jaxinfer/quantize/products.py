@@ -159,7 +159,10 @@ def _plain(spec: str, x_TD: jax.Array, w: jax.Array, bias: jax.Array | None) -> 
 
 def _local(array: jax.Array, w_axes: str | None = None) -> jax.ShapeDtypeStruct:
     """What one device holds of an array, as a kernel with such axes takes it."""
-    shape = jax.typeof(array).sharding.shard_shape(array.shape)
+    sharding = jax.typeof(array).sharding  # its own `shard_shape` fails within a stage of a pipe
+    names = [axis if isinstance(axis, tuple) else (axis,) if axis else () for axis in sharding.spec]
+    ways = [math.prod(sharding.mesh.shape[name] for name in axis) for axis in names]
+    shape = tuple(size // way for size, way in zip(array.shape, ways, strict=True))
     return jax.ShapeDtypeStruct(_shape(shape, w_axes) if w_axes else shape, array.dtype)
 
 

@@ -4,7 +4,7 @@ In every tick each stage computes one micro-batch and hands it over; a tick last
 micro-batches take m + p - 1 ticks through p stages, of which a stage idles p - 1: the bubble is (p - 1) / (m + p - 1)
 (Huang et al. 2019, "GPipe", section 2). Decode steps need not drain the pipe in between: with at least as many
 micro-batches as stages, the first one's next token is known when the last one has left the first stage. That is the
-limit; predicted is a step that drains.
+limit; predicted is a step of a program of several, after which the pipe drains.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from jaxinfer.roofline.step import decode_step, prefill
 
 if TYPE_CHECKING:
     from jaxinfer.model.config import ModelConfig
+
+
+STEPS = 8  # decode steps of a program, an engine's `steps_per_dispatch` by default
 
 
 @dataclass(frozen=True)
@@ -44,19 +47,27 @@ class Pipeline:
 
     @property
     def bubble(self) -> float:
-        """Part of its time that a stage idles where the pipe drains after each step."""
-        ticks = self.microbatches + len(self.grid[0]) - 1
-        return (len(self.grid[0]) - 1) / ticks
+        """Part of its time that a stage idles, where the pipe drains after a step, or a program of decode steps."""
+        steps = STEPS if self.circulates else 1
+        ticks = (steps - 1) * self.period + self.microbatches + len(self.grid[0]) - 1
+        return 1 - steps * self.microbatches / ticks
+
+    @property
+    def period(self) -> int:
+        """Ticks of a step that another one follows."""
+        stages = len(self.grid[0])
+        return max(self.microbatches, stages) if self.circulates else self.microbatches + stages - 1
 
     def limit(self, hardware: Hardware) -> float:
         """Seconds of the step at the least."""
-        stages = len(self.grid[0])
-        period = max(self.microbatches, stages) if self.circulates else self.microbatches + stages - 1
-        return self._ticks(period, lambda cost: cost.limit(hardware))
+        return self._ticks(self.period, lambda cost: cost.limit(hardware))
 
     def predict(self, hardware: Hardware) -> float:
-        """Seconds that the step is expected to take."""
-        return self._ticks(self.microbatches + len(self.grid[0]) - 1, lambda cost: cost.predict(hardware))
+        """Seconds that the step is expected to take: the mean of a program's where the pipe does not drain within."""
+        steps = STEPS if self.circulates else 1
+        last = self._ticks(self.microbatches + len(self.grid[0]) - 1, lambda cost: cost.predict(hardware))
+        others = self._ticks(self.period, lambda cost: cost.predict(hardware))
+        return ((steps - 1) * others + last) / steps
 
     def slowest(self, hardware: Hardware) -> Cost:
         """What the stage of the longest tick costs."""

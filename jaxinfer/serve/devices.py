@@ -9,7 +9,9 @@ from importlib.util import find_spec
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
-def shares(data_parallel_size: int, tensor_parallel_size: int, context_parallel_size: int = 1) -> list[str | None]:
+def shares(
+    data_parallel_size: int, tensor_parallel_size: int, pipeline_parallel_size: int = 1, context_parallel_size: int = 1
+) -> list[str | None]:
     """What `CUDA_VISIBLE_DEVICES` is for each replica.
 
     None leaves it as it is: for a replica that has no others beside it, and where JAX runs on a CPU, on which every
@@ -21,10 +23,11 @@ def shares(data_parallel_size: int, tensor_parallel_size: int, context_parallel_
     gpus = visible_gpus() if data_parallel_size > 1 else []
     if not gpus:
         return [None] * data_parallel_size
-    own = tensor_parallel_size * context_parallel_size
+    own = tensor_parallel_size * pipeline_parallel_size * context_parallel_size
     needed, fitting = data_parallel_size * own, len(gpus) // own
     if needed > len(gpus):
-        shared = f" and context_parallel_size = {context_parallel_size}" if context_parallel_size > 1 else ""
+        others = {"pipeline_parallel_size": pipeline_parallel_size, "context_parallel_size": context_parallel_size}
+        shared = "".join(f" and {name} = {size}" for name, size in others.items() if size > 1)
         raise ValueError(
             f"data_parallel_size = {data_parallel_size} replicas with tensor_parallel_size = {tensor_parallel_size}"
             f"{shared} need {needed} GPUs, and there are {len(gpus)}; replicas that would fit: {fitting}"

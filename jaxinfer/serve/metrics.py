@@ -36,6 +36,8 @@ _COUNTERS: _Figures = {
     "accepted_first": ("Proposals whose first token was right.", lambda now: sum(now.counters.accepted[:1])),
     "accepted_tokens": ("Proposed tokens that were right.", lambda now: sum(now.counters.accepted)),
     "draft_updates": ("Steps of training that gave the draft other weights.", lambda now: now.counters.draft_updates),
+    "pipe_ticks": ("Ticks of a pipe of stages.", lambda now: now.counters.pipe_ticks),
+    "pipe_filled_ticks": ("Of them, those in which a stage had work.", lambda now: now.counters.pipe_filled),
     "compiled_programs": ("Programs that were traced.", lambda now: now.compilations),
 }
 

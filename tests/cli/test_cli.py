@@ -201,6 +201,15 @@ def test_convert_keeps_every_bit(tmp_path):
             ["generate", "a", "--tensor-parallel-size", "9"],
             "--tensor-parallel-size = 9 must be an integer in 1..8, the devices",
         ),
+        (
+            ["generate", "a", "--pipeline-parallel-size", "9"],
+            "--pipeline-parallel-size = 9 must be an integer in 1..8",
+        ),
+        (["generate", "a", "--pipeline-parallel-size", "5"], "pipe has 5 stages, which does not divide num_layers"),
+        (
+            ["generate", "a", "--pipeline-parallel-size", "2", "--context-parallel-size", "2"],
+            "--context-parallel-size = 2 does not go with --pipeline-parallel-size = 2",
+        ),
         (["convert", "no-such-model", "own"], "no-such-model"),
         (["convert", str(DEMO), str(DEMO)], "demo"),
         (["plan", "no-such-model"], "no-such-model"),

@@ -243,7 +243,7 @@ def test_every_axis_has_its_figures():
         "16: pipe 2 x tensor 2 x context 2 x replicas 2",
         "Cache of 16 x 4,096 tokens in each of 2 replicas:",
         "Decode step: 8 x 1 token, context 4,096, the slowest stage",
-        "2 micro-batches of a decode step leave a bubble of 33%",
+        "2 micro-batches of a decode step leave a bubble of 6% where it drains after 8 steps",
         "4 chunks of a prompt one of 20%",
     ):
         assert line in result.output

@@ -251,7 +251,8 @@ def fake_engine(
     budget = mock.patch("jaxinfer.engine.engine.predicted_budget", lambda _, *sizes: Budget(*sizes, times))
     threads = mock.patch("jaxinfer.engine.constraints.futures.ThreadPoolExecutor", return_value=AtOnce())
     with mock.patch("jaxinfer.engine.runner.Programs", FakePrograms), fits_always, budget, threads:
-        return Engine(SimpleNamespace(config=config, context=context, ranks=ranks), [], options, lambda asked: Chain())
+        model = SimpleNamespace(config=config, context=context, ranks=ranks, stages=1)
+        return Engine(model, [], options, lambda asked: Chain())
 
 
 def run(engine: Engine, told: Told, most: int = 10_000) -> None:

@@ -50,10 +50,11 @@ def hopper(monkeypatch):
 
 @functools.cache
 def lowered(
-    config: ModelConfig, slots: int, cache_dtype: str = "bfloat16", prefill: int | None = None, tensor: int = 1
-) -> str:
+    config: ModelConfig, slots: int, cache_dtype: str = "bfloat16", prefill: int | None = None, tensor: int = 1,
+    pipe: int = 1,
+) -> str:  # fmt: skip
     """The loop over decode steps, or a step that prefills so many tokens beside the slots, for CUDA."""
-    model = Model(config, make_mesh(tensor), context=64)
+    model = Model(config, make_mesh(tensor, pipe), context=64)
     programs = Programs(model, Layout(slots, 16, (slots + 1,) * len(model.config.windows), 64, cache_dtype))
     given = (list(model.parameters.values()), *programs.new_state())
     with jax.set_mesh(model.mesh):
@@ -94,6 +95,15 @@ def test_a_layer_is_two_launches_around_attention(hopper, tokens):
     assert [sorted(shapes) for shapes in rows(text)] == [sorted([*weights, x, x, "4096"])] * LAYERS
     assert norms(text) == 1
     assert text.count("stablehlo.dot_general") == 1
+
+
+def test_a_stage_of_a_pipe_runs_the_same_kernels(hopper):
+    """Of its own layer, for a micro-batch: half of the slots."""
+    text = lowered(two_layers(), 16, pipe=2)
+    assert streamed(text) == {QKV[1]: [3]}
+    assert [sorted(shapes) for shapes in rows(text)] == [
+        sorted([OUT[1], GATED[1], DOWN[1], "8x4096", "8x4096", "4096"])
+    ]
 
 
 def test_the_name_of_a_kernel_is_the_same_in_every_process(hopper):

@@ -13,7 +13,7 @@ from jaxinfer.roofline.cost import Cost, Work
 from jaxinfer.roofline.hardware import DATASHEETS, MEASURED
 from jaxinfer.roofline.memory import plan_memory
 from jaxinfer.roofline.mesh import Mesh, Share, check_mesh, meshes, stages
-from jaxinfer.roofline.pipeline import Pipeline, decode_on, prefill_on
+from jaxinfer.roofline.pipeline import STEPS, Pipeline, decode_on, prefill_on
 from jaxinfer.roofline.step import decode_step, prefill
 from tests.roofline.small import small, sparse, windowed
 
@@ -55,12 +55,16 @@ def test_a_pipe_that_circulates_takes_what_another_step_adds(row, microbatches):
     found = pipeline([row] * microbatches, circulates=True)
     assert found.limit(H200) == pytest.approx(simulate(steps[1]) - simulate(steps[0]))
     assert found.limit(H200) <= found.predict(H200) * (1 + 1e-9)
+    program = ([row] * microbatches + [idle] * (period - microbatches)) * (STEPS - 1) + [row] * microbatches
+    assert found.predict(H200) == pytest.approx(simulate(program) / STEPS)
 
 
 @pytest.mark.parametrize(("stages", "microbatches"), [(1, 1), (1, 4), (2, 2), (4, 1), (4, 8)])
 def test_the_bubble_is_the_time_that_stages_idle(stages, microbatches):
     found = pipeline([[1.0] * stages] * microbatches)
     assert found.bubble == pytest.approx(1 - microbatches / found.limit(H200))
+    circulating = pipeline([[1.0] * stages] * microbatches, circulates=True)
+    assert circulating.bubble == pytest.approx(1 - microbatches / circulating.predict(H200))
 
 
 def totals(costs) -> dict[tuple[str, str], float]:

@@ -64,10 +64,17 @@ def test_more_replicas_than_the_gpus_allow_are_refused(gpus, replicas, each, nee
 
 def test_gpus_that_share_sequences_count_too(gpus):
     gpus(4, platforms="cuda")
-    assert shares(2, 1, 2) == ["0,1", "2,3"]
+    assert shares(2, 1, 1, 2) == ["0,1", "2,3"]
     sizes = "tensor_parallel_size = 2 and context_parallel_size = 2 need 8 GPUs, and there are 4; .* would fit: 1"
     with pytest.raises(ValueError, match=sizes):
-        shares(2, 2, 2)
+        shares(2, 2, 1, 2)
+
+
+def test_each_replica_has_the_devices_of_all_stages(gpus):
+    gpus(8, platforms="cuda")
+    assert shares(2, 2, 2) == ["0,1,2,3", "4,5,6,7"]
+    with pytest.raises(ValueError, match=r"tensor_parallel_size = 2 and pipeline_parallel_size = 3 need 12 GPUs"):
+        shares(2, 2, 3)
 
 
 def test_an_engine_process_sees_its_share_before_jax_starts():

@@ -8,14 +8,18 @@ from jaxinfer.serve.metrics import Metrics
 
 GROWING = {
     "prefix_queried_tokens": 4, "prefix_found_tokens": 5, "evictions": 9, "preemptions": 2, "timeouts": 3, "drafts": 8,
-    "accepted_first": 5, "accepted_tokens": 7, "draft_updates": 12, "compiled_programs": 11,
+    "accepted_first": 5, "accepted_tokens": 7, "draft_updates": 12, "compiled_programs": 11, "pipe_ticks": 14,
+    "pipe_filled_ticks": 13,
 }  # fmt: skip
 
 
 def test_what_only_grows_is_a_counter_and_all_else_of_the_engine_a_gauge():
     """All that the engine tells is there."""
     metrics = Metrics()
-    counters = Counters(2, 3, prefix_queries=4, prefix_hits=5, drafts=8, accepted=(5, 2), draft_updates=12)
+    counters = Counters(
+        2, 3, prefix_queries=4, prefix_hits=5, drafts=8, accepted=(5, 2), draft_updates=12, pipe_ticks=14,
+        pipe_filled=13,
+    )  # fmt: skip
     metrics.hold(EngineMetrics(counters, 21, 22, 23, 24, 25, evictions=9, wasted_slots=10, compilations=11))
     lines = metrics.page().decode().splitlines()
     for name, value in GROWING.items():

@@ -119,7 +119,7 @@ class DraftModel(Speculation):
         """The model's forward pass and parameters; the cache's layers of the target, and its own."""
         assert self.model is not None
         forward = replace(target, model=self.model, views=self._groups(target.model))
-        layers = target.model.config.num_layers
+        layers = target.model.per_stage
         return forward, target.others(params), cache[:layers], cache[layers:]
 
     def _groups(self, model: Model) -> tuple[int, ...]:

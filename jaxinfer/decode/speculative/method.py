@@ -61,12 +61,14 @@ class Pool(NamedTuple):
     Attributes:
         group: the cache group of the model whose pages they are.
         kv_slots, kv_slots_per_device, head_size: see `Model`.
+        stages: that have a layer each, in the same pages of their own devices.
     """
 
     group: int
     kv_slots: int
     kv_slots_per_device: int
     head_size: int
+    stages: int = 1
 
 
 class Pass(NamedTuple):
