@@ -417,10 +417,8 @@ def _check_devices(**sizes: int) -> None:
         if not is_size(size, 1, devices):
             raise ValueError(f"{name} = {size!r} must be an integer in 1..{devices}, the devices here")
         if product * size > devices:
-            raise ValueError(
-                f"{name} = {size} with {' and '.join(others)} needs {product * size} devices, and there are {devices}; "
-                f"it must be in 1..{devices // product}"
-            )
+            needed = f"{' and '.join(others)} needs {product * size} devices, and there are {devices}"
+            raise ValueError(f"{name} = {size} with {needed}; it must be in 1..{devices // product}")
         product *= size
         others.append(f"{name} = {size}")
     context = sizes["context_parallel_size"]

@@ -67,7 +67,10 @@ def test_what_is_not_built_is_refused(folder):
     ({"context_parallel_size": 3}, r"context_parallel_size = 3 must be a power of two in 1\.\.32"),
     ({"context_parallel_size": "2"}, r"context_parallel_size = '2' must be"),
     ({"context_parallel_size": 16}, r"context_parallel_size = 16 must be an integer in 1\.\.8, the devices here"),
-    ({"context_parallel_size": 8, "tensor_parallel_size": 2}, r"= 8 with tensor_parallel_size = 2 .* needs 16 devices.* in 1\.\.4"),
+    (
+        {"context_parallel_size": 8, "tensor_parallel_size": 2},
+        r"= 8 with tensor_parallel_size = 2 .* needs 16 devices.* in 1\.\.4",
+    ),
 ])  # fmt: skip
 def test_devices_that_cannot_share_sequences(sizes, told, folder):
     with pytest.raises(ValueError, match=told):
