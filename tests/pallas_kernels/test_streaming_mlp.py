@@ -158,6 +158,9 @@ GIVEN = {
     ("change", "message"),
     [
         ({"x_MD": floats(3, 1, 1024)}, r"x.shape .*the axes MD"),
+        ({"x_MD": floats(0, 1024), "attended_ME": floats(0, 1024)}, r"^x.shape is \(0, 1024\); .* MD at least 1"),
+        ({"attended_ME": floats(3, 0), "o_ED": floats(0, 1024)}, r"attended.shape is \(3, 0\); .* ME at least 1"),
+        ({"up_DcF": floats(1024, 2, 0)}, r"up.shape is \(1024, 2, 0\); .* DcF at least 1"),
         ({"up_DcF": floats(1024, 4096)}, r"up.shape .*the axes DcF"),
         ({"up_DcF": floats(1024, 3, 2048)}, r"up.shape .*\(1024, 2, 2048\)"),
         ({"down_FD": floats(1024, 1024)}, r"down.shape .*\(2048, 1024\)"),
@@ -171,6 +174,7 @@ GIVEN = {
         ({"norm_scale_D": None}, "norm_scale is a NoneType; allowed: an array"),
         ({"down_FD": [1.0]}, "down is a list; allowed: an array"),
         ({"implementation": "cuda"}, "implementation='cuda' of streaming_mlp does not exist"),
+        ({"implementation": ["xla"]}, r"implementation=\['xla'\] of streaming_mlp does not exist"),
     ],
 )
 def test_a_wrong_argument_is_named(change, message):
