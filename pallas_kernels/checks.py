@@ -32,6 +32,12 @@ def require_array(name: str, given: object) -> None:
     require(hasattr(given, "shape") and hasattr(given, "dtype"), name, f"a {type(given).__name__}", "an array")
 
 
+def require_numbers(**arrays: object) -> None:
+    """Of arrays or None, by name: that none is a shape alone, with nothing in it to compute with."""
+    for name, given in arrays.items():
+        require(not isinstance(given, jax.ShapeDtypeStruct), name, f"a {type(given).__name__}", "an array")
+
+
 def require_number(name: str, given: object, valid: Callable[[Any], bool], allowed: str) -> None:
     """Of Python or NumPy: an array would not be known when the program is traced."""
     number = isinstance(given, numbers.Real) and not isinstance(given, bool)
@@ -48,6 +54,8 @@ def check_attention(
         allowed = "None or a Stripe of at least 1 rank"
         require(isinstance(stripe, Stripe) and stripe.ranks >= 1, "stripe", stripe, allowed)
     check_layout(q, kv.k_PSKH, table_BJ, lengths_B, 1 if stripe is None else stripe.ranks)
+    require_numbers(q=q, k_pages=kv.k_PSKH, v_pages=kv.v_PSKH, sinks=sinks_N)
+    require_numbers(k_scales=kv.k_scales_PKS, v_scales=kv.v_scales_PKS, page_table=table_BJ)
     _require_values("page_table", table_BJ, 0, kv.k_PSKH.shape[0] - 1, "pages of the pool")
     _check_values(kv)
     if sinks_N is not None:
@@ -70,6 +78,7 @@ def check_layout(q: jax.Array, k_PSKH: jax.Array, table_BJ: jax.Array, lengths_B
     rows = (table_BJ.shape[0],)
     require(lengths_B.shape == rows, "lengths.shape", lengths_B.shape, f"{rows}, one per row of page_table")
     most = ranks * table_BJ.shape[1] * k_PSKH.shape[1]
+    require_numbers(lengths=lengths_B)
     _require_values("lengths", lengths_B, 0, most, "keys that a row of page_table holds")
 
 
@@ -95,6 +104,7 @@ def check_ragged(cu_q_R1: jax.Array, lengths_R: jax.Array, tokens: int) -> None:
     _require_dtype("cu_q", cu_q_R1, ("int32",))
     borders = (lengths_R.shape[0] + 1,)
     require(cu_q_R1.shape == borders, "cu_q.shape", cu_q_R1.shape, f"{borders}, one more than lengths")
+    require_numbers(cu_q=cu_q_R1)
     if isinstance(cu_q_R1, jax.core.Tracer):
         return
     cu_q = np.asarray(cu_q_R1)

@@ -48,7 +48,7 @@ def choose[Op: Callable](op: str, implementation: str, available: Mapping[str, O
     """
     if implementation == "auto":
         implementation = preferred(op, refusals)
-    if implementation not in available:
+    if not isinstance(implementation, str) or implementation not in available:
         names = ", ".join(["auto", *available])
         raise ValueError(f"implementation={implementation!r} of {op} does not exist; allowed: {names}")
     if reason := refusals.get(implementation) or _wrong_gpu(implementation):

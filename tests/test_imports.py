@@ -32,6 +32,7 @@ TABLE = {
 # Rooms that the table has no row for.
 MORE_ROOMS = {
     "dims": set(),  # the letters of array names: documentation
+    "logs": set(),  # shows what is logged on a terminal
     "machine": {"roofline"},  # measures this machine as an entry of the hardware table, which itself needs no device
 }
 # Files beside `llm.py` that are the front door too: prompts in, the text of a request as it grows, what is returned.
@@ -54,6 +55,8 @@ DEVIATIONS = {
     ("serve", "decode"): "a body becomes SamplingParams",
     ("serve", "parallel"): "an engine process joins those of other hosts",
     ("serve", "machine"): "an engine that does not fit tells the memory of its device",
+    ("serve", "logs"): "an engine process shows what its kernels say",
+    ("cli", "logs"): "every command shows what is said of it",
     ("cli", "serve"): "`serve` starts the server",
     ("cli", "checkpoint"): "`convert` reads one checkpoint and writes another",
     ("cli", "parallel"): "`convert` places the weights on a mesh to write them",

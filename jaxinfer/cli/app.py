@@ -15,8 +15,17 @@ from jaxinfer.cli.plan import plan
 from jaxinfer.cli.run import run
 from jaxinfer.cli.serve import serve
 from jaxinfer.cli.train import train_app
+from jaxinfer.logs import shown
 
 app = typer.Typer(help="A full-stack transformer inference engine in JAX.", no_args_is_help=True)
+
+
+@app.callback()
+def start(context: typer.Context) -> None:
+    """Before every command: until it ends, what is said of it is shown."""
+    context.with_resource(shown())
+
+
 app.command()(generate)
 app.command()(plan)
 app.command()(serve)

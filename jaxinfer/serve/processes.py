@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from jaxinfer.logs import shown
 from jaxinfer.serve import worker
 from jaxinfer.serve.messages import Failed, Following, Ready, Setup, Stop, Warming
 
@@ -117,10 +118,17 @@ def engine_processes(setups: Sequence[Setup]) -> Iterator[list[EngineProcess]]:
 def _start(setup: Setup, named: str) -> EngineProcess:
     context = multiprocessing.get_context("spawn")  # JAX must not be forked
     here, there = context.Pipe()
-    process = context.Process(target=worker.main, args=(there, setup, time.monotonic()), name="jaxinfer-engine")
+    arguments = worker.main, named, there, setup, time.monotonic()
+    process = context.Process(target=_run, args=arguments, name="jaxinfer-engine")
     process.start()
     there.close()
     return EngineProcess(process, here, named)
+
+
+def _run(main: Callable[..., None], named: str, *arguments: Any) -> None:
+    """In the engine process: it shows which kernels run. All else that it says comes as messages."""
+    with shown("pallas_kernels", "jaxinfer.machine", named=named):
+        main(*arguments)
 
 
 def wait_until_ready(

@@ -87,6 +87,7 @@ def flash_decoding(
     checks.check_attention(q_BQNH, kv, page_table_BJ, lengths_B, sinks_N, stripe)
     _check_slots(q_BQNH, lengths_B)
     if tree_mask_BQW is not None:
+        checks.require_numbers(tree_mask=tree_mask_BQW)
         check_tree_mask(tree_mask_BQW, *q_BQNH.shape[:2])
     if schedule is not None:
         given = f"a {type(schedule).__name__}"

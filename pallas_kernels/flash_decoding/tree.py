@@ -23,15 +23,21 @@ MAX_QUERIES = 128
 DTYPES = ("uint32", "int32")
 
 
-def pack_tree_mask(seen_BQC: jax.Array) -> jax.Array:
+def pack_tree_mask(seen_BQQ: jax.Array) -> jax.Array:
     """Whether each query sees each of the new keys, [B, Q, Q] of bool, as the words tree_mask_BQW that the op takes.
 
     Raises:
       ValueError: names what is wrong with the array, and what is allowed.
     """
-    require_array("seen", seen_BQC)
-    require(seen_BQC.ndim == 3, "seen.shape", seen_BQC.shape, "the axes BQQ")
-    require(seen_BQC.dtype == bool, "seen.dtype", seen_BQC.dtype, "bool")
+    require_array("seen", seen_BQQ)
+    square = seen_BQQ.ndim == 3 and seen_BQQ.shape[1] == seen_BQQ.shape[2]
+    require(square, "seen.shape", seen_BQQ.shape, "the axes BQQ, a row and a column for each new key")
+    require(seen_BQQ.dtype == bool, "seen.dtype", seen_BQQ.dtype, "bool")
+    return _pack(seen_BQQ)
+
+
+def _pack(seen_BQC: jax.Array) -> jax.Array:
+    """The words of any number of keys."""
     padding = -seen_BQC.shape[-1] % WORD
     seen_BQC = jnp.pad(seen_BQC, ((0, 0), (0, 0), (0, padding)))
     bits_BQWb = seen_BQC.reshape(*seen_BQC.shape[:2], -1, WORD).astype(jnp.uint32)
@@ -102,8 +108,8 @@ def tree_rows(tree_mask_BQW: jax.Array, lengths_B: jax.Array, shape: Shape, wind
     keys = TILE_KEYS * ((shape.queries + TILE_KEYS - 2) // TILE_KEYS + 1)
     key_BC = (first_new_tile(lengths_B, shape.queries) * TILE_KEYS)[:, None] + jnp.arange(keys, dtype=jnp.int32)[None]
     seen_BQC = visible_in_tree(key_BC - first_B[:, None], window, tree)
-    words_BQW = lax.bitcast_convert_type(pack_tree_mask(seen_BQC), jnp.int32)
-    any_B1W = lax.bitcast_convert_type(pack_tree_mask(seen_BQC.any(1, keepdims=True)), jnp.int32)
+    words_BQW = lax.bitcast_convert_type(_pack(seen_BQC), jnp.int32)
+    any_B1W = lax.bitcast_convert_type(_pack(seen_BQC.any(1, keepdims=True)), jnp.int32)
     words_bRW = rows_of_queries(words_BQW, shape)
     depth_bR = None if window is None else rows_of_queries(tree.depth_BQ[..., None], shape)[..., 0]
     return TreeRows(words_bRW.transpose(0, 2, 1), any_B1W[:, 0], depth_bR)

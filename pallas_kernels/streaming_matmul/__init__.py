@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.checks import require_numbers
 from pallas_kernels.streaming_matmul import mosaic_gpu, reference, xla
 from pallas_kernels.streaming_matmul.arguments import Arguments, check, result_dtype
 from pallas_kernels.streaming_matmul.config import Shape, slower
@@ -71,6 +72,7 @@ def streaming_matmul(
     dtype = result_dtype(x, out_dtype)
     arguments = Arguments(x, w, expert_A, norm_scale_D, bias, residual_MN, w_axes, norm_eps, dtype)
     check(arguments)
+    require_numbers(x=x, w=w, expert=expert_A, norm_scale=norm_scale_D, bias=bias, residual=residual_MN)
     refusal = mosaic_gpu.unsupported(arguments)
     if implementation == "auto":
         refusal = refusal or slower(Shape.of(arguments))
@@ -130,6 +132,7 @@ def streaming_mlp(
     """
     arguments = MLPArguments(x_MD, up_DcF, down_FD, norm_scale_D, attended_ME, o_ED, norm_eps)
     check_mlp(arguments)
+    require_numbers(x=x_MD, up=up_DcF, down=down_FD, norm_scale=norm_scale_D, attended=attended_ME, o=o_ED)
     refusals = {dispatch.KERNEL: mosaic_gpu.unsupported_mlp(arguments)}
     run = dispatch.choose(MLP, implementation, MLP_IMPLEMENTATIONS, refusals)
     dispatch.require_here(MLP, implementation, arguments)

@@ -73,20 +73,20 @@ def products(arguments: MLPArguments) -> list[Arguments]:
 def check_mlp(arguments: MLPArguments) -> None:
     """Raises ValueError for what no implementation takes; errors name the op's own arguments."""
     x, up, down = arguments.x_MD, arguments.up_DcF, arguments.down_FD
-    for name, array, axes in (("x", x, "MD"), ("up", up, "DcF"), ("down", down, "FD")):
+    attended, o = arguments.attended_ME, arguments.o_ED
+    found = "None" if attended is None else "an array"
+    require((attended is None) == (o is None), "attended", found, "an array with o, None without")
+    given: dict[str, tuple[Any, str]] = {"x": (x, "MD"), "up": (up, "DcF"), "down": (down, "FD")}
+    if attended is not None:
+        given |= {"attended": (attended, "ME"), "o": (o, "ED")}
+    for name, (array, axes) in given.items():
         require_array(name, array)
         require(array.ndim == len(axes), f"{name}.shape", array.shape, f"the axes {axes}")
+        require(min(array.shape) >= 1, f"{name}.shape", array.shape, f"every one of the axes {axes} at least 1")
     require_array("norm_scale", arguments.norm_scale_D)
     expected = {"up": (up, (x.shape[1], 2, up.shape[2])), "down": (down, (up.shape[2], x.shape[1]))}
-    attended, o = arguments.attended_ME, arguments.o_ED
-    given = "None" if attended is None else "an array"
-    require((attended is None) == (o is None), "attended", given, "an array with o, None without")
     if attended is not None and o is not None:
-        for name, array, axes in (("attended", attended, "ME"), ("o", o, "ED")):
-            require_array(name, array)
-            require(array.ndim == len(axes), f"{name}.shape", array.shape, f"the axes {axes}")
-        expected["attended"] = (attended, (x.shape[0], o.shape[0]))
-        expected["o"] = (o, (o.shape[0], x.shape[1]))
+        expected |= {"attended": (attended, (x.shape[0], o.shape[0])), "o": (o, (o.shape[0], x.shape[1]))}
     for name, (array, shape) in expected.items():
         require(array.shape == shape, f"{name}.shape", array.shape, f"{shape}")
         require(array.dtype == x.dtype, f"{name}.dtype", array.dtype, f"{x.dtype}, as x")

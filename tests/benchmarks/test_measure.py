@@ -150,6 +150,8 @@ def peers_on_a_cpu(monkeypatch):
     [
         ("flash_attention", "small 2x32 shuffled", ["cudnn", "cudnn_paged"]),
         ("flash_attention", "small 1x48 window", ["cudnn", "cudnn_paged", "tokamax"]),
+        ("flash_attention", "small 2x16 in 8 bits", ["xla"]),
+        ("flash_attention", "small 7 behind 41", ["xla"]),
         ("flash_decoding", "small 2x32", ["cudnn", "cudnn_paged"]),
         ("flash_decoding", "small 2x32 3 queries", ["cudnn", "tokamax"]),
         ("flash_decoding", "small 5 from 4 to 60", ["cudnn"]),
@@ -167,17 +169,19 @@ def test_peers_are_asked_for_the_same(peers_on_a_cpu, op, name, peers):
 
 
 @pytest.mark.parametrize(
-    ("name", "peer", "reason"),
+    ("op", "name", "peer", "reason"),
     [
-        ("small 2x32 int8", "cudnn", "cuDNN in JAX takes no quantized cache"),
-        ("small 2x32 fp8", "tokamax", "tokamax takes no quantized cache"),
-        ("small 2x32 3 queries", "cudnn_paged", "aligns the causal mask"),
-        ("small 5 from 4 to 60", "cudnn_paged", "as many pages as the table has entries"),
+        ("flash_attention", "small 2x16 in 8 bits", "cudnn_paged", "cuDNN in JAX takes no quantized cache"),
+        ("flash_attention", "small 7 behind 41", "cudnn", "aligns a causal mask with the first key"),
+        ("flash_decoding", "small 2x32 int8", "cudnn", "cuDNN in JAX takes no quantized cache"),
+        ("flash_decoding", "small 2x32 fp8", "tokamax", "tokamax takes no quantized cache"),
+        ("flash_decoding", "small 2x32 3 queries", "cudnn_paged", "aligns the causal mask"),
+        ("flash_decoding", "small 5 from 4 to 60", "cudnn_paged", "as many pages as the table has entries"),
     ],
 )
-def test_what_a_peer_does_not_take_is_said(name, peer, reason):
+def test_what_a_peer_does_not_take_is_said(op, name, peer, reason):
     with pytest.raises(Unsupported, match=reason):
-        DECODING.implementations[peer](DECODING.problems[name])
+        TINY[op].implementations[peer](TINY[op].problems[name])
 
 
 def test_a_missing_tokamax_says_how_to_get_it(monkeypatch):

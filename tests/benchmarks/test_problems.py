@@ -16,6 +16,9 @@ PROMISED = {
         *(f"llama-3-8b {x}{pages}" for x in ("4x2048", "2x4096", "1x8192", "1x16384", "1x32768")
           for pages in ("", " shuffled")),
         "mistral-7b 1x32768",
+        *(f"llama-3-8b 1x{length} pages of 16" for length in (8192, 32768)),
+        *(f"llama-3-8b 1x8192 {cache}" for cache in ("int8", "fp8")),
+        "llama-3-8b 2048 behind 30720",
     ],
     "flash_decoding": [
         *(f"llama-3-8b {x}{pages}" for x in SHAPES for pages in ("", " pages of 16")),
@@ -69,6 +72,16 @@ def test_every_problem_traces(op, name):
         ("flash_attention", "llama-3-8b 4x2048", 137.438953472, 4 * 80 * 2048 * 128 * 2),
         # Visible: 4096^2 / 2 for the first 4096 queries, 4096 for each of the other 28672.
         ("flash_attention", "mistral-7b 1x32768", 4 * (2**23 + 4096 * 28672) * 32 * 128 / 1e9, 80 * 32768 * 128 * 2),
+        # Keys in 8 bits and a float32 scale for each: 128 + 4 bytes; queries and result of 32 heads in 16 bits.
+        ("flash_attention", "llama-3-8b 1x8192 int8", 549.755813888, 8192 * (64 * 256 + 16 * 132)),
+        ("flash_attention", "llama-3-8b 1x8192 fp8", 549.755813888, 8192 * (64 * 256 + 16 * 132)),
+        # The last 2048 queries see 30720 to 32768 keys: 31744 on the mean.
+        (
+            "flash_attention",
+            "llama-3-8b 2048 behind 30720",
+            4 * 2048 * 31744 * 32 * 128 / 1e9,
+            2048 * 64 * 256 + 32768 * 16 * 256,
+        ),
         # K and V: 2 x 8 heads x 128 x 2 bytes = 4096 bytes a key.
         ("flash_decoding", "llama-3-8b 64x4096", 4 * 64 * 4096 * 32 * 128 / 1e9, 64 * 4096 * 4096),
         ("flash_decoding", "llama-3-8b 1x131072 pages of 16", 4 * 131072 * 32 * 128 / 1e9, 131072 * 4096),

@@ -239,10 +239,16 @@ def test_tuning_a_small_stand_in_makes_a_file_that_the_config_reads(monkeypatch,
         assert f"{CHOSEN[name](problem)}, " in last
 
 
-@pytest.mark.parametrize("name", TUNED)
-def test_a_candidate_is_lowered_as_it_is(name):
+LOWERED = [
+    *((name, SMALL[name]) for name in TUNED),
+    ("flash_attention", replace(SMALL["flash_attention"], cache="float8_e4m3fn")),  # with scales
+]
+
+
+@pytest.mark.parametrize(("name", "problem"), LOWERED, ids=lambda given: getattr(given, "cache", given))
+def test_a_candidate_is_lowered_as_it_is(name, problem):
     """The run of a config launches our kernel with it: another trace for each, which can be lowered."""
-    op, problem = OPS[name], SMALL[name]
+    op = OPS[name]
     shapes = jax.eval_shape(lambda key: op.arguments(problem, key), jax.random.key(0))
     configs = [config for config in op.tuning.candidates(problem) if config != "xla"][:2]
     runs = [op.tuning.configured(problem, config) for config in configs]

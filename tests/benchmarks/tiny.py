@@ -21,6 +21,8 @@ PREFILL = {
     "small 2x32": Prefill(HEADS, 2, 32, 16, shuffled=False),
     "small 2x32 shuffled": Prefill(HEADS, 2, 32, 8),
     "small 1x48 window": Prefill(WINDOW, 1, 48, 16, shuffled=False),
+    "small 2x16 in 8 bits": Prefill(HEADS, 2, 16, 8, cache="float8_e4m3fn"),
+    "small 7 behind 41": Prefill(HEADS, 1, 48, 8, queries=7),
 }
 DECODE = {
     "small 2x32": Decode(HEADS, 2, 32, 16),

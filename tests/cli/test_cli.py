@@ -60,6 +60,10 @@ def test_generate_streams_code_and_states_its_speed():
     assert len(text.strip()) > len("def fibonacci(n):")
     assert len(pieces) > 1  # the text came before the end
 
+    for op in ("flash_attention", "flash_decoding"):  # which implementation runs, once, beside the text
+        assert len(re.findall(f"{op} runs as ", said)) == 1
+        assert op not in text
+
     rate, number, prefix, percent, limit = SPEED.search(said).groups()
     assert float(percent) / 100 == pytest.approx(float(rate) / float(limit), rel=0.02, abs=1e-3)
     per_token = float(number) * PREFIXES[prefix] / float(rate)

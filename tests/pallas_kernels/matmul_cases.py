@@ -113,3 +113,19 @@ INTERPRETED = {
     "three parts, two owners": Case(64, "DN", replace(PARTS, split=3), "norm bias residual", 384, 64),
     "float16": Case(64, "ND", replace(SMALL, tile_n=64), "bias residual", 128, dtype=F16, out_dtype=F16),
 }
+# With these, and the weights of Llama-3-8B, every two options meet: see test_gpu_cases.py.
+CLUSTER = replace(PARTS, exchange="smem")
+HALF = {"dtype": F16, "out_dtype": F32}
+TWO_EXPERTS = {"experts_of_groups": (2, 0)}
+PAIRED = {
+    "ND, few tokens, residual": Case(5, "ND", CLUSTER, "residual"),
+    "END, few tokens, norm": Case(3, "END", SMALL, "norm", **TWO_EXPERTS),
+    "EDN, two owners, norm, bias": Case(64, "EDN", CLUSTER, "norm bias", 384, out_dtype=F32, **TWO_EXPERTS),
+    "DN, float16": Case(12, "DN", PARTS, **HALF),
+    "DcN, float16, several owners, residual": Case(20, "DcN", CLUSTER, "residual", **HALF),
+    "EDN, float16, one token": Case(1, "EDN", PARTS, **HALF, **TWO_EXPERTS),
+    "END, float16, one token, bias": Case(1, "END", CLUSTER, "bias", **HALF, **TWO_EXPERTS),
+    "END, float16, bias": Case(16, "END", PARTS, "bias", **HALF, **TWO_EXPERTS),
+    "EDcN, float16, few tokens, bias": Case(7, "EDcN", PARTS, "bias", **HALF, **TWO_EXPERTS),
+    "EDcN, float16, bias": Case(16, "EDcN", CLUSTER, "bias", **HALF, **TWO_EXPERTS),
+}

@@ -73,8 +73,22 @@ WRONG = {
     "borders in a list": ({"cu_q_R1": [0, 4, 6]}, "cu_q is a list; allowed: an array"),
     "sinks in a list": ({"sinks_N": [0.0]}, "sinks is a list; allowed: an array"),
     "sinks": ({"sinks_N": jnp.ones((2,), jnp.float32)}, "sinks.shape"),
+    "table without numbers": (
+        {"page_table_RJ": jax.ShapeDtypeStruct((2, 3), jnp.int32)},
+        "page_table is a ShapeDtypeStruct; allowed: an array",
+    ),
+    "lengths without numbers": (
+        {"lengths_R": jax.ShapeDtypeStruct((2,), jnp.int32)}, "lengths is a ShapeDtypeStruct; allowed: an array",
+    ),
+    "borders without numbers": (
+        {"cu_q_R1": jax.ShapeDtypeStruct((3,), jnp.int32)}, "cu_q is a ShapeDtypeStruct; allowed: an array",
+    ),
+    "q without numbers": (
+        {"q_TNH": jax.ShapeDtypeStruct((6, 4, 8), jnp.float32)}, "q is a ShapeDtypeStruct; allowed: an array",
+    ),
+    "implementations": ({"implementation": ["xla"]}, r"implementation=\['xla'\] of flash_attention does not exist"),
     "implementation": ({"implementation": "mosaic"}, "mosaic.*allowed: auto, mosaic_gpu, cudnn, xla, reference"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -96,11 +110,14 @@ def test_the_unchanged_arguments_are_right():
         ({"q_BQNH": jnp.ones((2, 1, 3, 8), jnp.float32)}, "k_pages.shape"),
         ({"page_table_BJ": ints([0, 1, 2], [0, 5, 0])}, r"page_table .*\[5\].* 0 to 4"),
         ({"lengths_B": ints(4, 13)}, "lengths"),
+        ({"lengths_B": jax.ShapeDtypeStruct((2,), jnp.int32)}, "lengths is a ShapeDtypeStruct; allowed: an array"),
+        ({"page_table_BJ": jax.ShapeDtypeStruct((2, 3), jnp.int32)}, "page_table is a ShapeDtypeStruct; allowed"),
         ({"lengths_B": [4, 12]}, "lengths is a list; allowed: an array"),
         ({"window": 0}, "window is 0"),
         ({"schedule": "x"}, "schedule is a str; allowed: None or what `plan` gives"),
         ({"tree_mask_BQW": [0]}, "tree_mask is a list; allowed: an array"),
         ({"implementation": "cuda"}, "implementation='cuda' of flash_decoding"),
+        ({"implementation": ["xla"]}, r"implementation=\['xla'\] of flash_decoding"),
     ],
 )
 def test_decoding_names_what_is_wrong(change, message):

@@ -127,6 +127,7 @@ def test_a_mask_that_cannot_be_is_named(mask, message, implementation):
     ("seen", "message"),
     [
         (jnp.ones((Q, Q), jnp.bool_), r"seen.shape is \(6, 6\); allowed: the axes BQQ"),
+        (jnp.ones((B, Q, Q + 1), jnp.bool_), r"seen.shape is \(3, 6, 7\); allowed: the axes BQQ"),
         (jnp.ones((B, Q, Q), jnp.int32), "seen.dtype is int32; allowed: bool"),
         ([True], "seen is a list; allowed: an array"),
     ],

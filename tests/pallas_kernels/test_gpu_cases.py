@@ -1,4 +1,4 @@
-"""What the GPU tests of the attention kernels cover, and how many kernels they need for it."""
+"""What the GPU tests of the kernels cover, and how many kernels they need for it."""
 
 import itertools
 from dataclasses import replace
@@ -12,13 +12,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.flash_attention import IMPLEMENTATIONS
 from pallas_kernels.flash_attention import mosaic_gpu as attention
 from pallas_kernels.flash_decoding import mosaic_gpu as decoding
+from pallas_kernels.streaming_matmul import IMPLEMENTATIONS as OF_PRODUCTS
+from pallas_kernels.streaming_matmul import MLP_IMPLEMENTATIONS as OF_ROWS
+from pallas_kernels.streaming_matmul import mosaic_gpu as matmul
+from pallas_kernels.streaming_matmul.arguments import W_AXES
+from pallas_kernels.streaming_matmul.config import Shape, config_for
 from tests.pallas_kernels import flash_decoding_program as decoding_program
+from tests.pallas_kernels import matmul_cases as products
 from tests.pallas_kernels import sanitized
 from tests.pallas_kernels import test_compiled as memory
 from tests.pallas_kernels import test_flash_attention_gpu_program as prefill
 from tests.pallas_kernels import test_flash_decoding_gpu_program_causal as causal
 from tests.pallas_kernels import test_flash_decoding_gpu_program_quantized as quantized
 from tests.pallas_kernels import test_flash_decoding_gpu_program_tree as tree
+from tests.pallas_kernels import test_streaming_matmul as of_products
+from tests.pallas_kernels import test_streaming_mlp as of_rows
 from tests.pallas_kernels.on_a_gpu import DTYPES, Launch, Shapes
 
 LAUNCHES = {
@@ -70,6 +78,47 @@ def test_lengths_and_groups(op):
     assert {1, 2, 3, 4, 5, 7, 8, 12, 32, 71} <= {case.g for case in cases}
 
 
+OF_A_PRODUCT = {
+    "axes": set(W_AXES),
+    "tokens": {"one", "up to 8", "more"},
+    "dtype": {products.BF16, products.F16},
+    "float32 result": {False, True},
+    "parts of D": {"one", "smem", "gmem"},  # or where the sums of several meet
+    **{extra: {False, True} for extra in ("norm", "bias", "residual")},
+}
+
+
+def options_of_a_product(case: products.Case, config) -> dict:
+    return {
+        "axes": case.w_axes,
+        "tokens": "one" if case.tokens == 1 else "up to 8" if case.tokens <= 8 else "more",
+        "dtype": case.dtype,
+        "float32 result": case.out_dtype == jnp.float32,
+        "parts of D": "one" if config.split == 1 else config.exchange,
+        **{extra: extra in case.extras for extra in ("norm", "bias", "residual")},
+    }
+
+
+def exists(options: dict) -> bool:
+    """Weights of experts have no residual, and the kernel no norm in float16."""
+    if options.get("residual"):
+        return "E" not in options.get("axes", "")
+    return not options.get("norm") or options.get("dtype") != products.F16
+
+
+def test_every_two_options_of_a_product_meet():
+    cases = (products.INTERPRETED | products.PAIRED).values()
+    found = [options_of_a_product(case, case.config) for case in cases]
+    for case in of_products.ON_A_GPU.values():
+        shape = Shape.of(jax.eval_shape(partial(products.arguments, case)))
+        found.append(options_of_a_product(case, config_for(shape)))
+    assert all(map(exists, found))
+    for one, other in itertools.combinations(OF_A_PRODUCT, 2):
+        wanted = itertools.product(OF_A_PRODUCT[one], OF_A_PRODUCT[other])
+        met = {(options[one], options[other]) for options in found}
+        assert {pair for pair in wanted if exists({one: pair[0], other: pair[1]})} <= met, (one, other)
+
+
 @pytest.fixture
 def needed(monkeypatch) -> set:
     """Fills with what makes a kernel another one, as `once` has it: its key, and the shapes of what it is given.
@@ -87,10 +136,15 @@ def needed(monkeypatch) -> set:
         return lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_type)
 
     monkeypatch.setattr(plgpu, "kernel", zeros)
-    for module in (attention, decoding):
+    for module in (attention, decoding, matmul):
         monkeypatch.setattr(module, "once", once)
     monkeypatch.setattr(decoding, "_launch", decoding._launch.__wrapped__)
-    monkeypatch.setitem(IMPLEMENTATIONS, "mosaic_gpu", attention.flash_attention.__wrapped__)
+    for implementations, jitted in (
+        (IMPLEMENTATIONS, attention.flash_attention),
+        (OF_PRODUCTS, matmul.streaming_matmul),
+        (OF_ROWS, matmul.streaming_mlp),
+    ):
+        monkeypatch.setitem(implementations, "mosaic_gpu", jitted.__wrapped__)
     return found
 
 
@@ -116,6 +170,12 @@ def test_at_most_150_kernels(needed):
     assert len(needed) == tables  # all are different
     for name, length in itertools.product(memory.OPS, memory.KERNEL_LENGTHS):
         jax.eval_shape(memory.kernel(name), *memory.kernel_arguments(name, length))
-    for name in sanitized.ATTENTION:
-        jax.eval_shape(partial(sanitized.ATTENTION[name], "mosaic_gpu"))
+    for name in sanitized.KERNELS:
+        jax.eval_shape(partial(sanitized.KERNELS[name], "mosaic_gpu"))
+    for case in (products.INTERPRETED | products.PAIRED).values():
+        jax.eval_shape(lambda case=case: OF_PRODUCTS["mosaic_gpu"](products.arguments(case), config=case.config))
+    for case in of_products.ON_A_GPU.values():
+        jax.eval_shape(lambda case=case: OF_PRODUCTS["mosaic_gpu"](products.arguments(case)))
+    for tokens, sizes in of_rows.ON_A_GPU:
+        jax.eval_shape(lambda given=(tokens, *sizes): OF_ROWS["mosaic_gpu"](of_rows.arguments(*given)))
     assert len(needed) <= 150

@@ -66,5 +66,8 @@ def test_the_derivative_lowers(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", DIFFERENTIATED)
 def test_on_a_gpu_it_has_a_derivative(name):
-    given = arguments(INTERPRETED[name])
-    assert_gradients_agree(given, gradients(given, lambda given: call(given, "mosaic_gpu")))
+    case = INTERPRETED[name]
+    given = arguments(case)
+    assert_gradients_agree(
+        given, gradients(given, lambda given: mosaic_gpu.streaming_matmul(given, config=case.config))
+    )
