@@ -21,7 +21,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.record import Failure, Record, environment, update
+from benchmarks.record import Failure, Record, arguments_of, environment, update
 from jaxinfer.parallel import TENSOR, make_mesh
 from pallas_kernels.all_reduce import Reduced, all_reduce, fresh_workspace, new_workspace
 
@@ -158,17 +157,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.all_reduce",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments_of("benchmarks.all_reduce", __doc__)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="rows of a message")
     parser.add_argument("--hidden", type=int, default=4096, help="numbers of a row")
     parser.add_argument("--calls", type=int, default=64, help="in a program: 64 are those of a step of Llama-3-8B")
     parser.add_argument("--implementations", nargs="+", default=[*NAMES], choices=NAMES)
     parser.add_argument("--limit", type=float, default=300.0, metavar="SECONDS", help="begin no case after them")
-    parser.add_argument("--output", type=Path, help="folder of what is written")
     return parser.parse_args(arguments)
 
 

@@ -102,6 +102,8 @@ def check_ragged(cu_q_R1: jax.Array, lengths_R: jax.Array, tokens: int) -> None:
     """Checks the borders of ragged queries: they start at 0, do not fall, and end within the tokens."""
     require_array("cu_q", cu_q_R1)
     _require_dtype("cu_q", cu_q_R1, ("int32",))
+    require_array("lengths", lengths_R)
+    _require_dtype("lengths", lengths_R, ("int32",))
     borders = (lengths_R.shape[0] + 1,)
     require(cu_q_R1.shape == borders, "cu_q.shape", cu_q_R1.shape, f"{borders}, one more than lengths")
     require_numbers(cu_q=cu_q_R1)

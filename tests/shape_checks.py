@@ -4,7 +4,8 @@ from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
 CHECKED = (
-    "jaxinfer.cache.attention", "jaxinfer.cache.quantized", "jaxinfer.decode.prompt_logprobs",
+    "jaxinfer.cache.attention", "jaxinfer.cache.quantized", "jaxinfer.cache.store",
+    "jaxinfer.decode.prompt_logprobs",
     "jaxinfer.decode.sampling", "jaxinfer.model.model",
 )  # fmt: skip
 _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as type checkers have it

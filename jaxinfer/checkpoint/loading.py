@@ -15,6 +15,8 @@ from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from jaxinfer.checkpoint.assembly import Assembly
 from jaxinfer.checkpoint.files import DTYPES, Tensor
@@ -127,7 +129,7 @@ def load(planned: Iterable[Planned], read: Callable[[list[Planned]], dict[str, j
         arrays |= made
         del made
     # The devices know as they go what is finite; the host asks once.
-    good = jax.device_get(finite)
+    good = _told(finite)
     if wrong := [parameter for parameter, is_finite in zip(ordered, good, strict=True) if not is_finite]:
         arrays.clear()  # reading the wrong ones again needs room
         finite.clear()
@@ -141,6 +143,14 @@ def _make(group: list[Planned], read: Callable[[list[Planned]], dict[str, jax.Ar
         parameter.path: parameter.assembly([tensors.pop(tensor.name) for tensor in parameter.tensors])
         for parameter in group
     }
+
+
+def _told(finite: list[jax.Array]) -> list[bool]:
+    """Flags that are the same on all devices that hold one. With several processes, some may hold none of a flag."""
+    if jax.process_count() == 1:
+        return jax.device_get(finite)
+    own = [not flag.addressable_shards or bool(flag.addressable_shards[0].data) for flag in finite]
+    return process_allgather(np.array(own)).all(axis=0).tolist()
 
 
 @jax.jit

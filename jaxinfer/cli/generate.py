@@ -15,7 +15,7 @@ from jaxinfer.cli.hosts import Hosting, hosting
 from jaxinfer.cli.options import bad_argument, integer, number
 from jaxinfer.cli.speculation import Speculating, speculating
 from jaxinfer.cli.units import si
-from jaxinfer.roofline import Precision, decode_step
+from jaxinfer.roofline import Precision, Share, decode_step
 
 if TYPE_CHECKING:
     from jaxinfer.decode.sampling_params import SamplingParams
@@ -157,9 +157,10 @@ def summary(llm: LLM, prompt_tokens: int, clock: Clock) -> str:
     config, devices = llm.model.config, llm.model.tensor
     context = prompt_tokens + clock.before + clock.tokens // 2
     precision = Precision.all_in(config.dtype, llm.engine.options.cache_dtype)
-    step = decode_step(config, 1, context, precision, tensor_parallel=devices)
+    ranks = llm.model.ranks
+    step = decode_step(config, 1, context, precision, tensor_parallel=devices, share=Share(ranks=ranks))
     seconds = clock.per_token * llm.engine.counters.tokens_per_step  # of a step
-    bandwidth = step.bytes * devices / seconds
+    bandwidth = step.bytes * devices * ranks / seconds
     machine = measure_machine()
     return (
         f"{clock.before + clock.tokens} tokens, {1 / clock.per_token:.1f} tokens/s, {si(bandwidth, 'B/s')}, "

@@ -28,26 +28,28 @@ def memory_lines(setup: Setup, device: tuple[str, str, int]) -> Iterator[str]:
     config = read_config(checkpoint.resolve(DEMO if setup.model is None else setup.model))
     context, sequences = setup.llm["max_model_len"] or config.context, setup.options["max_num_seqs"]
     dtype = setup.llm["dtype"] or config.dtype
-    page_size, devices = setup.options["page_size"], setup.llm["tensor_parallel_size"]
+    page_size, tensor = setup.options["page_size"], setup.llm["tensor_parallel_size"]
+    ranks = setup.llm["context_parallel_size"]
     hardware = replace(find_by_device(kind) or find_hardware("h200"), memory=memory)  # of which memory alone counts
     plan = plan_memory(
         config, hardware, sequences, context, Precision.all_in(dtype, setup.options["cache_dtype"]),
-        devices, page_size, setup.options["max_num_batched_tokens"], DEVICE_FRACTION,
-        pipeline_parallel=setup.llm.get("pipeline_parallel_size", 1),
-        context_parallel=setup.llm.get("context_parallel_size", 1),
+        tensor, page_size, setup.options["max_num_batched_tokens"], DEVICE_FRACTION,
+        pipeline_parallel=setup.llm["pipeline_parallel_size"], context_parallel=ranks,
     )  # fmt: skip
     room = max(0, cache_room(memory, plan.weights + plan.activations, platform))
     at_most = f"{HOST_FRACTION:.1%} for the cache" if platform == "cpu" else f"{DEVICE_FRACTION:.0%} for all of these"
     yield f"  memory of {kind}: {si(memory, 'B')}, at most {at_most}"
     yield f"  weights: {si(plan.weights, 'B')}; activations: {si(plan.activations, 'B')}"
     if (pages := setup.options["num_pages"]) is not None:
-        yield f"  cache: {pages:,} pages of {page_size} tokens take {si(pages * page_size * plan.per_token, 'B')}"
+        tokens = pages * page_size * ranks
+        yield f"  cache: {pages:,} pages of {page_size} tokens take {si(tokens * plan.per_token, 'B')}"
     else:
         yield f"  cache: {sequences} x {context:,} tokens take {si(sequences * plan.per_sequence, 'B')}"
     yield f"  left for the cache: {si(room, 'B')}"
     tokens = int(room // plan.per_token)
     if tokens < page_size:
-        yield "  would fit: no cache at all; use more devices (--tensor-parallel-size) or a smaller --dtype"
+        more = "use more devices (--tensor-parallel-size, --pipeline-parallel-size) or a smaller --dtype"
+        yield f"  would fit: no cache at all; {more}"
         return
-    yield f"  would fit: {tokens:,} tokens, which are {tokens // page_size:,} pages (--num-pages), or"
+    yield f"  would fit: {tokens:,} tokens, which are {tokens // page_size // ranks:,} pages (--num-pages), or"
     yield f"  {tokens // context:,} sequences (--max-num-seqs) of {context:,} tokens (--max-model-len)"

@@ -18,6 +18,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from jaxinfer.cli.models import find_model, shipped
+from jaxinfer.cli.options import bad_argument
 from jaxinfer.roofline import Hardware, Mesh, Plan, Precision, find_hardware, make_plan
 
 RUNS = shipped("runs")
@@ -39,7 +40,7 @@ def run(file: Annotated[str, typer.Argument(help="A file, or a name in configs/r
         setup.plan()  # tells what is wrong
         setup.check_devices(devices_here())
     except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+        raise bad_argument(error) from error
     Console(stderr=True, highlight=False, soft_wrap=True).print(*setup.lines(), sep="\n", markup=False)
     app(setup.arguments, prog_name=_PROGRAM)
 
@@ -136,9 +137,9 @@ class Run:
         precision = Precision.all_in(options["dtype"] or config.dtype, options["cache_dtype"])
         mesh = Mesh(
             tensor=options["tensor_parallel_size"],
-            context=options.get("context_parallel_size", 1),
+            context=options["context_parallel_size"],
             replicas=options.get("data_parallel_size", 1),
-            pipe=options.get("pipeline_parallel_size", 1),
+            pipe=options["pipeline_parallel_size"],
         )
         batch = mesh.replicas * options.get("max_num_seqs", 1)
         return make_plan(config, self.machine(), batch, self.context, precision, mesh)

@@ -69,7 +69,7 @@ NETWORK = {
 
 # Arguments of `LLM` whose product is the number of an engine's devices.
 MESH = ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size")
-# All of them, by name.
+# Arguments of `LLM`, by name.
 LOADING = {
     "dtype": option(
         str | None, None,
@@ -107,7 +107,8 @@ ENGINE = {
     ),
     "page_size": option(int, 16, integer(help="Tokens of a page of the cache.", rich_help_panel=PANEL)),
     "num_pages": option(
-        int | None, None, integer(help="Pages of the cache; as many as fit by default.", rich_help_panel=PANEL)
+        int | None, None,
+        integer(help="Pages of the cache on each device; as many as fit by default.", rich_help_panel=PANEL),
     ),
     "steps_per_dispatch": option(
         int, 8, integer(help="Decode steps in one program, and tokens in one event.", rich_help_panel=PANEL)

@@ -7,8 +7,8 @@ steps that drain the pipe take n (m + p - 1).
 Between ticks all devices know what was drawn: head and sampling are outside the pipe, each device with its part of the
 vocabulary. A tick's draw is thus shared by all stages, and none of them waits for the last one to make it.
 
-Two kinds of steps still drain the pipe: those that verify proposals, of which all slots propose at once, and those
-with prompts, which are programs of their own.
+Three kinds of steps still drain the pipe: those that verify proposals, of which all slots propose at once, those of a
+method that is shown what leaves layers of several stages, and those with prompts, which are programs of their own.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ class Layout:
         attention: the implementation of attention, by its name in `pallas_kernels`; by default chosen by hardware
             and input.
         speculation: what loops of decode steps may propose; None for plain decoding.
-        ranks: devices that share every sequence, whose pages are dealt out to them, one after the other.
         adaptive: whether they may propose fewer tokens than that says, see `choices`. Only of a method that adapts.
+        ranks: devices that share every sequence, whose pages are dealt out to them, one after the other.
     """
 
     slots: int

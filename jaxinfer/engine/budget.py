@@ -85,10 +85,11 @@ def step_times(
     """What the cost model says of this model on this machine, as it is known; or of another `config` in its place, and
     of another machine.
 
-    A pipe counts as one stage that has all layers: a micro-batch that goes through it alone takes as long.
+    A pipe counts as one stage that has all layers: a micro-batch that goes through it alone takes as long. Devices
+    that share every sequence count as one of them with the whole: they take less than predicted.
     """
     precision = Precision.all_in(model.config.dtype, layout.cache_dtype)
-    decode, prefill = gathers(layout.attention)
+    decode, prefill = gathers(layout.attention, layout.ranks)
     return StepTimes(
         config or model.config, machine or known_machine(precision.residual), precision, model.tensor,
         "materialized" if decode else "flash", "materialized" if prefill else "flash",

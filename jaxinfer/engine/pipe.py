@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from jaxinfer.decode.step import Programs
+from jaxinfer.parallel.pipeline import ticks
 
 
 class Ticks(NamedTuple):
@@ -43,4 +44,4 @@ def ticks_of_loop(programs: Programs, slots: int, steps: int, drafts: int) -> Ti
 
 
 def _drained(microbatches: int, stages: int) -> Ticks:
-    return Ticks(microbatches + stages - 1, microbatches)
+    return Ticks(ticks(microbatches, stages), microbatches)

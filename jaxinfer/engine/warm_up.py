@@ -124,9 +124,8 @@ def prompt_program(runner: Runner, tokens: int, beside: bool) -> Program:
 
 def _step(runner: Runner, name: str, given: StepInput) -> Program:
     rows, targets_T = len(given.tokens_T), None
-    if (
-        runner.layout.ranks > 1 and rows >= SCORED
-    ):  # what brings its rows together, to be scored, depends on their number
+    # What brings its rows together, to be scored, depends on their number.
+    if runner.layout.ranks > 1 and rows >= SCORED:
         targets_T = next_tokens([], rows)
     return Program(name, partial(runner.step, given, WARM[0], targets_T), partial(runner.lower_step, given))
 
@@ -188,7 +187,8 @@ def time_loops(runner: Runner, needs: Needs, gate: Gate, most: int | None = None
 def _compile_all(lower: dict[str, Callable[[], Lowered]], tell: Callable[[Warmed], None]) -> int:
     """Compiles the large programs, by their names, and tells each; returns how many kernels they have."""
     kernels, pending = 0, deque[Future[Warmed]]()
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    threads = ThreadPoolExecutor(os.cpu_count())
+    try:
         for name, lowers in lower.items():
             begun = time.perf_counter()
             lowered = lowers()
@@ -198,6 +198,8 @@ def _compile_all(lower: dict[str, Callable[[], Lowered]], tell: Callable[[Warmed
                 tell(pending.popleft().result())
         for future in pending:
             tell(future.result())
+    finally:  # whoever is told may end it all: what is queued then is not compiled any more
+        threads.shutdown(cancel_futures=True)
     return kernels
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.model.config import ModelConfig
-from jaxinfer.parallel import PIPE, TENSOR
+from jaxinfer.parallel import CONTEXT, PIPE, TENSOR
 from jaxinfer.parallel.pipeline import staged
 
 
@@ -79,6 +79,10 @@ class Shapes:
             fits = [fewer for fewer in range(1, tensor) if not _undivided(self.config, fewer)]
             sizes = ", ".join(bad)
             raise ValueError(f"mesh axis {TENSOR} has {tensor} devices, which does not divide {sizes}; {fits} would")
+        if self.stages > 1 and (ranks := self.mesh.shape[CONTEXT]) > 1:
+            raise ValueError(
+                f"mesh axis {PIPE} has {self.stages} stages and axis {CONTEXT} {ranks} devices; one of them must be 1"
+            )
         if self.stages > 1 and (problem := _unpiped(self.config, self.stages)):
             counts = range(1, self.config.num_layers + 1)
             fits = [count for count in counts if not _unpiped(self.config, count)]

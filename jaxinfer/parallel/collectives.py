@@ -1,7 +1,8 @@
 """The helpers in which the model meets several devices. Everything else of it is plain jax.numpy.
 
 Each is a `shard_map` over the axis `tensor`: what a device computes is an ordinary function of local arrays, and the
-sum over devices stands here and nowhere else.
+sum over these devices stands here and nowhere else. What goes along `context` and `pipe`, and to experts, is in the
+files beside this one.
 
 Between the products of a layer every device holds all tokens, [T, D], or, where they are many, its part of them: what
 stands there, norms and residuals, is then done once and not by every device, and an all-reduce becomes a
@@ -25,7 +26,7 @@ from jaxinfer.parallel.context import row_axis
 from jaxinfer.parallel.mesh import TENSOR
 from pallas_kernels.all_reduce import Workspace, all_reduce, fresh_workspace, most_rows, runs
 
-MANY_TOKENS = 256  # from which on each device holds its part of them
+MANY_TOKENS = 256  # from which on each device holds its part of them; not measured yet
 SPREAD = P(TENSOR, None)  # x_TD of which each device holds a part of the tokens
 # Where the all-reduces of the program that is being traced meet, see `meeting`.
 _workspace: ContextVar[Workspace | None] = ContextVar("workspace", default=None)

@@ -111,8 +111,3 @@ def _passed_on(block: Any, count: int) -> Any:
 def _owner(rank: jax.Array, nth: jax.Array, count: int) -> jax.Array:
     """Whose block a rank has in the nth turn."""
     return (rank - nth) % count
-
-
-def of_all_ranks(x: Any) -> Any:
-    """What every rank has, on a new first axis."""
-    return jax.tree.map(lambda own: jax.lax.all_gather(own, CONTEXT), x)

@@ -132,14 +132,16 @@ def join(leaf: jax.ShapeDtypeStruct, parts: Sequence[jax.Array]) -> jax.Array:
     """The array that is `staged`, of the parts of all stages, each on its devices. Nothing is copied."""
     shards = [shard.data for part in parts for shard in part.addressable_shards]
     first, *rest = parts[0].shape
-    return jax.make_array_from_single_device_arrays((len(parts) * first, *rest), _sharding(leaf), shards)
+    return jax.make_array_from_single_device_arrays(
+        (len(parts) * first, *rest), _sharding(leaf), shards, dtype=leaf.dtype
+    )
 
 
 def part(array: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     """One stage's part of an array that is `staged`, as `of_stage` says. Nothing is copied."""
     held = _sharding(leaf).device_set
     shards = [shard.data for shard in array.addressable_shards if shard.device in held]
-    return jax.make_array_from_single_device_arrays(leaf.shape, _sharding(leaf), shards)
+    return jax.make_array_from_single_device_arrays(leaf.shape, _sharding(leaf), shards, dtype=leaf.dtype)
 
 
 def run(

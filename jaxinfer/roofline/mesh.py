@@ -67,7 +67,8 @@ ALL = Share()
 
 # As callers name the axes.
 _OPTIONS = {
-    "pipe": "pipeline_parallel", "tensor": "tensor_parallel", "context": "context_parallel", "replicas": "replicas",
+    "pipe": "pipeline_parallel", "tensor": "tensor_parallel", "context": "context_parallel",
+    "replicas": "data_parallel",
 }  # fmt: skip
 
 

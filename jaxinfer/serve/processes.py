@@ -163,9 +163,12 @@ def wait_until_ready(
     return [ready[engine] for engine in engines]
 
 
-def wait_for_leader(engine: EngineProcess, say: Callable[[str], None]) -> int:
+def wait_for_leader(engine: EngineProcess, say: Callable[[str], None], told: Connection) -> int:
     """Waits while an engine process follows that of another host. A signal to end is for that to obey, which may let
     requests end; a second one is obeyed here.
+
+    Args:
+        told: of `stop_signals`, where the first signal may be already.
 
     Returns:
         the exit code: 0 after the leader has stopped, or 1.
@@ -178,8 +181,10 @@ def wait_for_leader(engine: EngineProcess, say: Callable[[str], None]) -> int:
         asked.append(True)
         say("stopping when process 0 does; another signal ends it now, and the group with it")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, stop)
+    if told.poll():
+        stop()
     try:
         failed = engine.connection.recv()
     except (EOFError, OSError):

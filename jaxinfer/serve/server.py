@@ -121,7 +121,7 @@ def run(
         for engine, one in zip(engines, told, strict=True):
             if isinstance(one, Following):  # which only a single engine does
                 say(f"{one.loading}; {one.which} follows process 0, where the server is")
-                return wait_for_leader(engine, say)
+                return wait_for_leader(engine, say, stop)
             ready.append(one)
             say(f"{engine.named}{one.loading}")
             if one.warm_up is not None:

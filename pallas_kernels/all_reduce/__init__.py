@@ -81,5 +81,6 @@ def runs(axis: str, hidden: int, dtype: jnp.dtype) -> bool:
     Called inside a `shard_map`, as the op.
     """
     row = jax.ShapeDtypeStruct((1, hidden), dtype)
-    refusal = mosaic_gpu.unsupported(Arguments(row, None, None, None, axis, 0.0, True))  # pyright: ignore[reportArgumentType]
+    asked = Arguments(row, None, None, None, axis, 0.0, True)  # pyright: ignore[reportArgumentType]
+    refusal = mosaic_gpu.unsupported(asked) or slower(asked)
     return dispatch.preferred(NAME, {dispatch.KERNEL: refusal}) == dispatch.KERNEL

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from jaxinfer.decode.speculative import PromptLookup
-from tests.decode.test_compiled import EVEN, FULL, LAYERS, collectives, compiled, moved
+from tests.decode.test_compiled import EVEN, FULL, LAYERS, compiled, meetings_of, moved
 
 # What decodes meets once more in a layer than without ranks, where the results of all are merged. With prompts keys
 # and values go round in a ring, and queries with what they have found in another; the rows that decode are brought
@@ -25,7 +25,7 @@ TENSOR = {"all-reduce": 2 * LAYERS + 1}
 )
 def test_devices_meet_where_it_is_meant(which, meetings):
     method = PromptLookup(3) if which == "drafted" else None
-    found = collectives(compiled(which, EVEN, tensor=2, ranks=2, speculation=method).text)
+    found = meetings_of(compiled(which, EVEN, tensor=2, ranks=2, speculation=method))
     assert found == Counter(TENSOR) + Counter(meetings)
 
 

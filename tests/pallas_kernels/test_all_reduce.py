@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxinfer.parallel import PIPE, TENSOR, make_mesh
+from jaxinfer.parallel import CONTEXT, PIPE, TENSOR, make_mesh
 from pallas_kernels import dispatch
 from pallas_kernels.all_reduce import Workspace, all_reduce, config, fresh_workspace, new_workspace
 from pallas_kernels.all_reduce.config import vector_size
@@ -123,7 +123,7 @@ def test_it_is_one_kernel_that_reaches_all_devices_without_multicast(devices, to
 
 def test_multicast_would_be_seen():
     def kernel(x_ref, out_ref, everyone):
-        plgpu.semaphore_signal_multicast(everyone, collective_axes=(PIPE, TENSOR))
+        plgpu.semaphore_signal_multicast(everyone, collective_axes=(PIPE, TENSOR, CONTEXT))
         pl.semaphore_wait(everyone, 2)
         out_ref[...] = x_ref[...]
 
@@ -183,7 +183,7 @@ def test_one_device_has_no_other_to_send_to():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"axis": "rows"}, "axis is 'rows'; allowed: an axis of the mesh: pipe, tensor"),
+    ({"axis": "rows"}, "axis is 'rows'; allowed: an axis of the mesh: pipe, tensor, context"),
     ({"rows": 0}, "rows is 0; allowed: at least 1"),
     ({"hidden": 0}, "hidden is 0; allowed: at least 1"),
 ])  # fmt: skip

@@ -201,7 +201,7 @@ def test_meshes_are_all_ways_to_factor_the_devices():
         (Mesh(pipe=4), "pipeline_parallel is 4; it must divide num_layers 6"),
         (Mesh(tensor=3), "tensor_parallel is 3; it must divide vocab_size 512"),
         (Mesh(context=0), "context_parallel is 0; it must be at least 1"),
-        (Mesh(replicas=-1), "replicas is -1; it must be at least 1"),
+        (Mesh(replicas=-1), "data_parallel is -1; it must be at least 1"),
     ],
 )
 def test_a_mesh_that_does_not_divide_the_model_is_refused(mesh, message):

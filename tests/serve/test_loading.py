@@ -64,7 +64,7 @@ def test_an_engine_stops_after_the_program_that_it_compiles(monkeypatch):
     here, there = multiprocessing.Pipe()
     seen, warmed = [], Warmed("a program", 0.5, 1.0, 2, 1)
 
-    def load(setup, ordered, progress):
+    def load(setup, ordered, progress, ended):
         progress(warmed, 1000)
         here.send(Stop())
         deadline = time.monotonic() + DEADLINE
