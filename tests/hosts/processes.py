@@ -107,6 +107,20 @@ def generating(rank: int, coordinator: str, connection: Connection, folder: Path
         llm.follow()
 
 
+def dividing(rank: int, coordinator: str, connection: Connection, folder: Path, sizes: dict[str, int]) -> None:
+    """Process 0 sends the texts of `PROMPTS` by a model that is divided among both in another way."""
+    with join(coordinator, 2, rank, WITHIN) as group:
+        llm = LLM(folder, options=OPTIONS, group=group, **sizes)
+        if group.leads:
+            connection.send(texts(llm))
+        else:
+            llm.follow()
+
+
+def texts(llm: LLM) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in llm.generate(PROMPTS[:2], GREEDY)]
+
+
 def scenario(llm: LLM) -> list[Any]:
     """Requests of all kinds, and what came of them."""
     with one_rectangle():

@@ -15,10 +15,22 @@ from jaxinfer.engine import Request
 from jaxinfer.llm import LLM
 from jaxinfer.parallel import make_mesh
 from jaxinfer.serve.messages import Add, Failed, Ready, Step, Stop
-from tests.engine.tiny import ONE_LAYER, OPTIONS, write_checkpoint
+from tests.engine.tiny import CONFIG, ONE_LAYER, OPTIONS, write_checkpoint
 from tests.golden.load import load
 from tests.golden.weights import write_checkpoint as write_golden
-from tests.hosts.processes import SPECULATING, generating, loading, said, scenario, serving, shards, stuck, two
+from tests.hosts.processes import (
+    SPECULATING,
+    dividing,
+    generating,
+    loading,
+    said,
+    scenario,
+    serving,
+    shards,
+    stuck,
+    texts,
+    two,
+)  # fmt: skip
 
 SOON = 10.0  # seconds in which a process ends after another
 REQUEST = Request(1, (5, 6, 7), SamplingParams(temperature=0, max_tokens=12, ignore_eos=True), (), 0)
@@ -35,6 +47,15 @@ def test_two_processes_give_the_text_of_one(folder, tmp_path):
         assert leader.told() == alone
         assert other.told() == "process 1 of 2 follows: call `follow` here, and generate in process 0"
         assert [one.ends() for one in (leader, other)] == [0, 0], other.log.read_text()
+
+
+def test_processes_are_stages_of_a_pipe(tmp_path):
+    """Each then holds no part of half of the layers."""
+    folder = write_checkpoint(tmp_path / "alike", CONFIG | {"layer_types": ["full_attention"] * 2})
+    with two(dividing, tmp_path, folder, {"pipeline_parallel_size": 2}) as processes:
+        alone = texts(LLM(folder, options=OPTIONS))
+        assert processes[0].told() == alone
+        assert [one.ends() for one in processes] == [0, 0], processes[1].log.read_text()
 
 
 def test_each_process_has_its_own_shards_of_a_checkpoint(tmp_path):
