@@ -93,9 +93,9 @@ def find_place(coordinator: str, num_processes: int | None, process_id: int | No
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
         raise ValueError(f"coordinator = {coordinator!r} must be HOST:PORT of process 0, or {AUTO}")
-    if num_processes is None or num_processes < 2:
+    if type(num_processes) is not int or num_processes < 2:
         raise ValueError(f"num_processes = {num_processes!r} must be an integer, at least 2")
-    if process_id is None or not 0 <= process_id < num_processes:
+    if type(process_id) is not int or not 0 <= process_id < num_processes:
         raise ValueError(f"process_id = {process_id!r} must be an integer in 0..{num_processes - 1}")
     return Place(host.strip("[]"), int(port), process_id, num_processes)
 

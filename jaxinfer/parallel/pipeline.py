@@ -27,7 +27,7 @@ from jaxinfer.parallel.mesh import PIPE
 # Rows whose arithmetic takes about as long as reading the weights, of 16 bits, once: 295 on an H100, 206 on an H200. A
 # tick of fewer takes no less time, so that more of them would only make a step longer.
 FEW_ROWS = 256
-MOST = 4  # micro-batches for each stage: then the bubble is below 1/5
+MOST_PER_STAGE = 4  # micro-batches: then the bubble is below 1/5
 
 # What the layers of a stage need to know of its micro-batch, from what all stages are told and the stage's number.
 BatchOf = Callable[[Any, jax.Array], Any]
@@ -98,7 +98,7 @@ def microbatches(rows: int, parts: int, stages: int) -> int:
     Args:
         parts: into which the rows can be divided.
     """
-    wanted, count = min(rows // FEW_ROWS, MOST * stages), 1
+    wanted, count = min(rows // FEW_ROWS, MOST_PER_STAGE * stages), 1
     while 2 * count <= wanted and parts % (2 * count) == 0:
         count *= 2
     return count
