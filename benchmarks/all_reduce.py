@@ -4,8 +4,8 @@
 
 A call adds up what the GPUs hold, adds the residual, as a layer does twice, and norms the result, which the model
 leaves to the product that follows; `sum` of the names leaves out residual and norm. The calls of a program depend on
-each other, as those of a step do: a time is that of the program divided by its calls, with all launches and gaps between
-them. The implementations:
+each other, as those of a step do: a time is that of the program divided by its calls, with all launches and gaps
+between them. The implementations:
 
 - `mosaic_gpu`: one launch, with a workspace that the program makes first, as a step does;
 - `mosaic_gpu lasting`: with one that outlives the program;
