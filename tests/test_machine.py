@@ -31,7 +31,7 @@ def test_a_measured_machine_has_plausible_ceilings():
     ],
 )
 def test_times_are_predicted_by_the_table_or_by_what_is_measured(monkeypatch, kind, dtype, expected):
-    monkeypatch.setattr(machine.jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    monkeypatch.setattr(machine.jax, "local_devices", lambda: [SimpleNamespace(device_kind=kind)])
     monkeypatch.setattr(machine, "measure_machine", lambda: DATASHEETS["l4"])
     machine._measured_once.cache_clear()
     assert known_machine(dtype) == expected

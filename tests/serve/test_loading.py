@@ -12,6 +12,7 @@ import pytest
 
 from jaxinfer.engine import Warmed
 from jaxinfer.serve import worker
+from jaxinfer.serve.channel import Channel
 from jaxinfer.serve.messages import Setup, Stop, Warming
 from jaxinfer.serve.processes import STOPPING
 from tests.serve.stub_replica import served_by
@@ -74,6 +75,8 @@ def test_an_engine_stops_after_the_program_that_it_compiles(monkeypatch):
             time.sleep(0.01)
 
     monkeypatch.setattr(worker, "load", load)
+    # When `here` is closed it would end this process, which is no engine's.
+    monkeypatch.setattr(worker, "Channel", lambda *given, ended: Channel(*given, ended=lambda: None))
     monkeypatch.setattr(signal, "signal", lambda *given: None)
     with pytest.raises(SystemExit) as caught:
         worker.main(there, Setup(None), 0.0)
