@@ -22,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +165,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--calls", type=int, default=64, help="in a program: 64 are those of a step of Llama-3-8B")
     parser.add_argument("--implementations", nargs="+", default=[*NAMES], choices=NAMES)
     parser.add_argument("--limit", type=float, default=300.0, metavar="SECONDS", help="begin no case after them")
+    parser.add_argument("--output", type=Path, help="folder of what is written")
     return parser.parse_args(arguments)
 
 
