@@ -28,7 +28,13 @@ from jaxinfer.serve.messages import Abort, Add, Failed, Ready, Refused, Setup, S
 from jaxinfer.serve.processes import EngineProcess, wait_until_ready
 
 OPTIONS = {"max_num_seqs": 2, "max_num_batched_tokens": 64, "page_size": 16, "num_pages": None, "cache_dtype": None}
-LLM_ARGUMENTS = {"dtype": None, "max_model_len": 64, "tensor_parallel_size": 1}
+LLM_ARGUMENTS = {
+    "dtype": None,
+    "max_model_len": 64,
+    "tensor_parallel_size": 1,
+    "pipeline_parallel_size": 1,
+    "context_parallel_size": 1,
+}
 
 
 def request(name: int, tokens: int = 3) -> Request:
