@@ -35,8 +35,9 @@ MORE_ROOMS = {
     "logs": set(),  # shows what is logged on a terminal
     "machine": {"roofline"},  # measures this machine as an entry of the hardware table, which itself needs no device
 }
-# Files beside `llm.py` that are the front door too: prompts in, the text of a request as it grows, what is returned.
-PART_OF = {"intake": "llm", "outputs": "llm", "continuation": "llm", "structured": "llm"}
+# Files beside `llm.py` that are the front door too: what is refused, prompts in, the text of a request as it
+# grows, what is returned.
+PART_OF = {"checks": "llm", "intake": "llm", "outputs": "llm", "continuation": "llm", "structured": "llm"}
 DEVIATIONS = {
     ("roofline", "model"): "for types alone: costs are counted of a ModelConfig; nothing is imported when it runs",
     ("decode", "parallel"): "the rows of a step are spread over the devices that share a sequence",

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from jaxinfer.cli.generate import pipe_lines
 from jaxinfer.cli.hosts import Hosting, hosting
+from jaxinfer.cli.loading import loading
 from jaxinfer.cli.options import bad_argument, integer
+from jaxinfer.cli.pipe import pipe_lines
 from jaxinfer.cli.speculation import Speculating, speculating
 
 
+@loading
 @hosting
 @speculating
 def batch(
@@ -25,20 +27,12 @@ def batch(
         str | None, typer.Option(help="Folder of a checkpoint or Hugging Face id; the demo model by default.")
     ] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name of the model in requests; MODEL's.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's by default.")
-    ] = None,
-    max_model_len: Annotated[
-        int | None, integer(help="Tokens of prompt and output; the checkpoint's by default.")
-    ] = None,
-    tensor_parallel_size: Annotated[int, integer(least=1, help="Devices that share the model.")] = 1,
-    pipeline_parallel_size: Annotated[int, integer(least=1, help="Stages of so many devices, for the layers.")] = 1,
-    context_parallel_size: Annotated[int, integer(least=1, help="Devices that share every sequence.")] = 1,
     max_num_seqs: Annotated[int, integer(help="Sequences that run at once; a power of two.")] = 64,
     cache_dtype: Annotated[
         str | None, typer.Option(help="Of keys and values, also int8 or float8_e4m3fn; the model's by default.")
     ] = None,
     *,
+    loading: dict[str, Any],
     speculation: Speculating,
     hosts: Hosting,
 ) -> None:
@@ -63,11 +57,7 @@ def batch(
                 answers.open("a").close()  # what cannot be written is told before the model is loaded
             llm = LLM(
                 DEMO if model is None else model,
-                dtype=dtype,
-                max_model_len=max_model_len,
-                tensor_parallel_size=tensor_parallel_size,
-                pipeline_parallel_size=pipeline_parallel_size,
-                context_parallel_size=context_parallel_size,
+                **loading,
                 options=Options(max_num_seqs=max_num_seqs, cache_dtype=cache_dtype, **speculation.options()),
                 group=group,
             )

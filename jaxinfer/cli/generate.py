@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +12,9 @@ import typer
 from rich.console import Console
 
 from jaxinfer.cli.hosts import Hosting, hosting
+from jaxinfer.cli.loading import loading
 from jaxinfer.cli.options import bad_argument, integer, number
+from jaxinfer.cli.pipe import pipe_lines
 from jaxinfer.cli.speculation import Speculating, speculating
 from jaxinfer.cli.units import si
 from jaxinfer.roofline import Precision, Share, decode_step
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from jaxinfer.llm import LLM
 
 
+@loading
 @hosting
 @speculating
 def generate(
@@ -34,19 +37,11 @@ def generate(
     temperature: Annotated[float, number(help="0 always takes the likeliest token.")] = 0.7,
     top_p: Annotated[float, number(help="Keep the likeliest tokens that hold this probability.")] = 0.9,
     seed: Annotated[int, integer(help="Of the random draws.")] = 0,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's by default.")
-    ] = None,
-    max_model_len: Annotated[
-        int | None, integer(help="Tokens of prompt and continuation; the checkpoint's context by default.")
-    ] = None,
-    tensor_parallel_size: Annotated[int, integer(least=1, help="Devices that share the model.")] = 1,
-    pipeline_parallel_size: Annotated[int, integer(least=1, help="Stages of so many devices, for the layers.")] = 1,
-    context_parallel_size: Annotated[int, integer(least=1, help="Devices that share every sequence.")] = 1,
     cache_dtype: Annotated[
         str | None, typer.Option(help="Of keys and values, also int8 or float8_e4m3fn; the model's by default.")
     ] = None,
     *,
+    loading: dict[str, Any],
     speculation: Speculating,
     hosts: Hosting,
 ) -> None:
@@ -61,11 +56,7 @@ def generate(
     def load(**speculating: Any) -> LLM:
         return LLM(
             DEMO if model is None else model,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            tensor_parallel_size=tensor_parallel_size,
-            pipeline_parallel_size=pipeline_parallel_size,
-            context_parallel_size=context_parallel_size,
+            **loading,
             options=Options(max_num_seqs=1, cache_dtype=cache_dtype, **speculating),
             group=group,
         )
@@ -116,13 +107,6 @@ def gain(counters: Counters, times: float) -> str:
     """One line: what proposals brought."""
     right = " ".join(f"{fraction:.0%}" for fraction in counters.accepted_by_position)
     return f"{counters.tokens_per_draft:.2f} tokens a step, {times:.2f} times plain decoding; right by place: {right}"
-
-
-def pipe_lines(llm: LLM) -> Iterator[str]:
-    """One line where there is a pipe: how much of its time its stages idled, if all ticks are equally long."""
-    if (stages := llm.model.stages) > 1:
-        counters = llm.engine.counters
-        yield f"pipe of {stages} stages: each idled in {counters.bubble:.1%} of {counters.pipe_ticks:,} ticks"
 
 
 @dataclass

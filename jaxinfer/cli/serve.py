@@ -12,9 +12,10 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from jaxinfer.cli.hosts import Hosting, hosting
+from jaxinfer.cli.loading import MESH, PANEL, loading
 from jaxinfer.cli.online import learning, learning_draft
 from jaxinfer.cli.options import bad_argument, integer, number
-from jaxinfer.cli.serving import MESH, PANEL, Network, engine_options, loading, networking
+from jaxinfer.cli.serving import Network, engine_options, networking
 from jaxinfer.cli.speculation import Speculating, speculating
 
 if TYPE_CHECKING:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import typer
 
+from jaxinfer.cli.loading import PANEL
 from jaxinfer.cli.options import gathering, integer, number, option
 
-_NETWORK, PANEL = "Network", "Engine"
+_NETWORK = "Network"
 
 
 @dataclass(frozen=True)
@@ -67,29 +68,6 @@ NETWORK = {
     "ssl_keyfile": option(str | None, None, typer.Option(help="PEM file of its key.", rich_help_panel=_NETWORK)),
 }  # fmt: skip
 
-# Arguments of `LLM` whose product is the number of an engine's devices.
-MESH = ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size")
-# Arguments of `LLM`, by name.
-LOADING = {
-    "dtype": option(
-        str | None, None,
-        typer.Option(help="float32, bfloat16 or float16; the checkpoint's by default.", rich_help_panel=PANEL),
-    ),
-    "max_model_len": option(
-        int | None, None,
-        integer(help="Tokens of prompt and output; the checkpoint's by default.", rich_help_panel=PANEL),
-    ),
-    "tensor_parallel_size": option(
-        int, 1, integer(least=1, help="Devices that share the model.", rich_help_panel=PANEL)
-    ),
-    "pipeline_parallel_size": option(
-        int, 1, integer(least=1, help="Stages of so many devices, for the layers.", rich_help_panel=PANEL)
-    ),
-    "context_parallel_size": option(
-        int, 1, integer(least=1, help="Devices that share every sequence.", rich_help_panel=PANEL)
-    ),
-}  # fmt: skip
-
 # `Options` of the engine, by name.
 ENGINE = {
     "max_num_seqs": option(
@@ -133,9 +111,6 @@ ENGINE = {
 
 networking = gathering("network", NETWORK, lambda given: Network(**given))
 """Gives a command the options NETWORK, in the place of its argument `network`, a `Network`."""
-
-loading = gathering("loading", LOADING, dict)
-"""Gives a command the options LOADING, in the place of its argument `loading`, their values by name."""
 
 engine_options = gathering("engine", ENGINE, dict)
 """Gives a command the options ENGINE, in the place of its argument `engine`, their values by name."""

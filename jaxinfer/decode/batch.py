@@ -12,7 +12,7 @@ from jaxinfer.cache import NULL_PAGE, Pages, View, attend_pages, scheduled, tree
 from jaxinfer.decode.slots import SlotState
 from jaxinfer.decode.tree import Ancestry
 from jaxinfer.model.attention import Scores
-from jaxinfer.parallel import spread
+from jaxinfer.parallel import deal_rows
 
 Array = jax.Array | np.ndarray
 
@@ -136,8 +136,8 @@ def make_batch(state: SlotState, step: StepInput, page_size: int) -> tuple[Batch
         )
 
     batch = Batch(
-        tokens_T=spread(over(jnp.asarray(step.tokens_T), state.token_B[own_B])),
-        positions_T=spread(over(jnp.where(valid_T, position_T, 0), position_B)),
+        tokens_T=deal_rows(over(jnp.asarray(step.tokens_T), state.token_B[own_B])),
+        positions_T=deal_rows(over(jnp.where(valid_T, position_T, 0), position_B)),
         views=tuple(view(table_BJ) for table_BJ in state.tables),
     )
     return batch, _rows(step, slots, active_B, lengths_B)

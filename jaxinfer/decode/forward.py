@@ -45,7 +45,7 @@ class Forward:
             batch = replace(batch, views=tuple(batch.views[view] for view in self.views))
         own, scheduled = self.own(params), partial(self.scheduled, network=self.model)
         if self.model.stages > 1:
-            forward, batch = self.model.pipelined, divide(batch, scheduled, self.model)
+            forward, batch = self.model.forward_in_stages, divide(batch, scheduled, self.model)
         else:
             forward, batch = self.model.forward, scheduled(batch)
         hidden_TD, tapped, cache = forward(own, batch, cache, self.layers, self.taps)

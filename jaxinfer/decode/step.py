@@ -28,7 +28,8 @@ from jaxinfer.decode.batch import Rows, StepInput, first_rows, make_batch, make_
 from jaxinfer.decode.circulation import circulate
 from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.layout import Layout, pools_of
-from jaxinfer.decode.masks import WORD, no_masks
+from jaxinfer.decode.masking import masked
+from jaxinfer.decode.masks import no_masks
 from jaxinfer.decode.packing import packed, unpacked
 from jaxinfer.decode.prompt_logprobs import PromptLogprobs, prompt_logprobs
 from jaxinfer.decode.sampling import Needs, Sampled
@@ -388,15 +389,3 @@ def _tiles(hidden_TD: jax.Array) -> tuple[jax.Array, ...]:
     if row_axis(hidden_TD) is not None:
         whole_TD = take_rows(hidden_TD, jnp.arange(hidden_TD.shape[0], dtype=jnp.int32))
     return tuple(whole_TD[at : at + SCORED] for at in range(0, whole_TD.shape[0], SCORED))
-
-
-def allowed(words_WU: jax.Array, vocab: int) -> jax.Array:
-    """The bits of masks as bool [W, V]."""
-    bits_WUn = words_WU[:, :, None] >> jnp.arange(WORD, dtype=jnp.uint32)[None, None, :] & jnp.uint32(1)
-    return bits_WUn.reshape(words_WU.shape[0], -1)[:, :vocab] == 1
-
-
-def masked(logits_WV: jax.Array, words_WU: jax.Array) -> jax.Array:
-    """The logits of the tokens that masks allow, -inf for the others."""
-    allowed_WV = jax.sharding.reshard(allowed(words_WU, logits_WV.shape[1]), jax.typeof(logits_WV).sharding)
-    return jnp.where(allowed_WV, logits_WV, -jnp.inf)

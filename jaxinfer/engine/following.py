@@ -116,7 +116,8 @@ class _AbandonedError(Exception):
 def follow(runner: Runner, group: Group) -> None:
     """Makes the calls of the leader's runner, until it ends in order."""
     compiling: list[Future[Compiled]] = []
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    threads = ThreadPoolExecutor(os.cpu_count())
+    try:
         call = group.next_call()
         while call is not None:
             name, *arguments = call
@@ -133,6 +134,8 @@ def follow(runner: Runner, group: Group) -> None:
                     call = abandoned.call
                     continue
             call = group.next_call()
+    finally:  # what is queued when the leader ends is not compiled any more
+        threads.shutdown(cancel_futures=True)
 
 
 def _make(runner: Runner, group: Group, name: str, arguments: list[Any]) -> None:

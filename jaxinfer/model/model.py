@@ -137,10 +137,10 @@ class Model(Network):
         Returns:
             hidden_TD; the tapped hidden states, in the order of `taps`; the cache with the new states.
         """
-        assert self.stages == 1, "a pipe takes micro-batches: see `pipelined`"
+        assert self.stages == 1, "a pipe takes micro-batches: see `forward_in_stages`"
         return self._module(params).forward(batch, cache, self.config.num_layers if layers is None else layers, taps)
 
-    def pipelined(
+    def forward_in_stages(
         self, params: Sequence[jax.Array], batches: Attends, cache: tuple[Any, ...], layers: int | None = None,
         taps: tuple[int, ...] = (),
     ) -> tuple[Float[Array, "T D"], tuple[Float[Array, "T D"], ...], tuple[Any, ...]]:  # fmt: skip

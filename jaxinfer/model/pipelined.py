@@ -16,7 +16,7 @@ def forward(
     module: Transformer, stages: int, batches: Attends, cache: tuple[Any, ...], layers: int | None,
     taps: tuple[int, ...],
 ):  # fmt: skip
-    """See `Model.pipelined`.
+    """See `Model.forward_in_stages`.
 
     Of fewer layers than there are, the stages run whole up to that of the last one, unless that is the first: keys and
     values that it writes beyond are written again when all layers run.
@@ -26,7 +26,7 @@ def forward(
     places = [divmod(count - 1, each) for count in wanted]
     inner = tuple(dict.fromkeys(layer for _, layer in places))
     exits = tuple(Exit(stage, inner.index(layer)) for stage, layer in places)
-    last = max(exits)[0]
+    last = max(exit.stage for exit in exits)
     run, weights = _stage(module, each if last else max(inner) + 1, inner)
     tokens_mt = batches.tokens_T[:-1]
     x_TD = module.embed(tokens_mt.reshape(-1))

@@ -11,7 +11,7 @@ from jaxinfer.parallel.collectives import (
     shares_work,
     whole,
 )
-from jaxinfer.parallel.context import row_axis, spread, take_rows
+from jaxinfer.parallel.context import deal_rows, row_axis, take_rows
 from jaxinfer.parallel.exchange import exchange_experts, exchanges_tokens
 from jaxinfer.parallel.group import Group
 from jaxinfer.parallel.hosts import join, least
@@ -25,6 +25,7 @@ __all__ = [
     "all_tokens",
     "attend",
     "column_parallel",
+    "deal_rows",
     "exchange_experts",
     "exchanges_tokens",
     "expert_parallel",
@@ -36,7 +37,6 @@ __all__ = [
     "row_axis",
     "row_parallel",
     "shares_work",
-    "spread",
     "take_rows",
     "whole",
 ]

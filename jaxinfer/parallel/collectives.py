@@ -84,7 +84,7 @@ def all_tokens(x_TD: jax.Array) -> jax.Array:
 
 def is_spread(x_TD: jax.Array) -> bool:
     """Whether each device holds its part of the tokens."""
-    return jax.typeof(x_TD).sharding.spec[0] == TENSOR
+    return row_axis(x_TD) == TENSOR
 
 
 def _sum(

@@ -47,7 +47,7 @@ def places(rows: int, ranks: int) -> np.ndarray:
     return np.argsort(zigzag(rows, ranks)).astype(np.int32)
 
 
-def spread(x_T: jax.Array) -> jax.Array:
+def deal_rows(x_T: jax.Array) -> jax.Array:
     """What every rank has of all rows, so that each has its own; the same array where there is one rank.
 
     Raises:

@@ -30,6 +30,8 @@ ODD = CONFIG | {"num_attention_heads": 15, "num_key_value_heads": 3, "head_dim":
                 "intermediate_size": 56, "max_position_embeddings": CONTEXT}  # fmt: skip
 EVEN = CONFIG | {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": CONTEXT}
 FULL, SLIDING = (ODD | {"num_hidden_layers": 1, "layer_types": [f"{kind}_attention"]} for kind in ("full", "sliding"))
+# How the compiler spells a collective.
+MEETING = r" (all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter)(?:-start)?\("
 PROGRAMS = [(which, dtype) for which in ("step", "loop") for dtype in ("float32", "int8", "float8_e4m3fn")]
 
 
@@ -250,5 +252,4 @@ def test_devices_share_many_tokens_between_the_products_of_a_layer(monkeypatch):
 
 def meetings_of(program: Compiled) -> Counter[str]:
     """The collectives, as the compiler spells them."""
-    kinds = r"(all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter)"
-    return Counter(re.findall(rf" {kinds}(?:-start)?\(", program.text))
+    return Counter(re.findall(MEETING, program.text))

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfer.decode.masking import allowed
 from jaxinfer.decode.masks import no_masks
-from jaxinfer.decode.step import allowed
 
 
 @pytest.mark.parametrize("vocab", [1, 31, 32, 33, 104])

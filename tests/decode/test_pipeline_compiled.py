@@ -17,7 +17,7 @@ from jaxinfer.decode.step import Programs
 from jaxinfer.engine.step_input import lay_out
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh, pipeline
-from tests.decode.test_compiled import CONTEXT, ODD, PAGE, SLOTS, TOKENS, moved
+from tests.decode.test_compiled import CONTEXT, MEETING, ODD, PAGE, SLOTS, TOKENS, moved
 
 LAYERS, STAGES = 4, 2
 # Sizes that no other axis has, so that a shape tells what an array is.
@@ -26,7 +26,6 @@ FIELDS = ODD | {
     "layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": 68,
     "hidden_size": 46,
 }  # fmt: skip
-MEETINGS = r"(all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter)"
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def test_stages_meet_point_to_point(program):
     (which, *_), found = program
     inside, outside = Counter(), Counter()
     for line in found.text.splitlines():
-        if meeting := re.search(rf" {MEETINGS}(?:-start)?\(", line):
+        if meeting := re.search(MEETING, line):
             region = inside if re.search(r'op_name="[^"]*(psum|ppermute)', line) else outside
             region[meeting[1]] += 1
             if meeting[1] == "all-reduce" and region is inside:

@@ -9,7 +9,7 @@ import pytest
 
 from jaxinfer.continuation import Continuation
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.engine import Request
+from jaxinfer.engine import Engine, Request
 from jaxinfer.engine.commit import read_row
 from tests.engine.fake import Chain, Told, expected_tokens, fake_engine, gather, run
 from tests.engine.test_paging import CONTEXT, OPTIONS, TIMES, assert_exact, assert_idle, assert_told, request
@@ -17,6 +17,14 @@ from tests.engine.tiny import CONTEXT as CONTEXT_OF_TINY
 from tests.engine.tiny import assert_warm, warm_llm
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+
+
+def arrive(engine: Engine, told: Told, request: Request, random: Random) -> None:
+    """Asks for one more, then runs some steps or none."""
+    engine.add(request)
+    for _ in range(random.choice([0, 1, 3])):
+        gather(told, engine.step())
+        assert_exact(engine)
 
 
 @pytest.mark.parametrize("program", ["step", "loop", "admit", "extend"])
@@ -66,10 +74,7 @@ def test_a_row_that_cannot_be_read_ends_its_own_request_alone(monkeypatch, caplo
         prompt = tuple(range(random.choice([3, 21, 40])))
         stops, priority = random.random() < 0.5, random.choice([0, 0, 1])
         requests.append(request(number, prompt, random.randint(1, 40), stops, number, priority))
-        engine.add(requests[-1])
-        for _ in range(random.choice([0, 1, 3])):
-            gather(told, engine.step())
-            assert_exact(engine)
+        arrive(engine, told, requests[-1], random)
     run(engine, told)
     assert_idle(engine)
     assert failed
@@ -98,10 +103,7 @@ def test_a_mask_that_cannot_be_made_ends_its_own_request_alone(monkeypatch, capl
             for number in range(24):
                 prompt, bound = tuple(range(random.choice([3, 21, 40]))), number % 2 == 0
                 requests.append(request(number, prompt, random.randint(1, 40), bound, number, 0, bound))
-                engine.add(requests[-1])
-                for _ in range(random.choice([0, 1, 3])):
-                    gather(told, engine.step())
-                    assert_exact(engine)
+                arrive(engine, told, requests[-1], random)
             run(engine, told)
         assert_idle(engine)
         broken = [each for each in requests if told[each.id][1] == "error"]
