@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,8 +11,8 @@ from flax import nnx
 from jaxinfer.model.config import ModelConfig
 from jaxinfer.model.norm import Norm
 from jaxinfer.model.parameter import Shapes
-from jaxinfer.parallel import TENSOR
-from jaxinfer.quantize import contract, gated_silu, project
+from jaxinfer.parallel import TENSOR, goes_round
+from jaxinfer.quantize import contract, gated_silu, mlp_ring, project
 
 
 class MLP(nnx.Module):
@@ -27,6 +29,9 @@ class MLP(nnx.Module):
     def __call__(self, x_TD: jax.Array, norm: Norm | None = None, residual_TD: jax.Array | None = None) -> jax.Array:
         up_bias_cF = None if self.up_bias_cF is None else self.up_bias_cF[...]
         down_bias_D = None if self.down_bias_D is None else self.down_bias_D[...]
+        if goes_round(x_TD):
+            up, down = (self.up_DcF[...], up_bias_cF), (self.down_FD[...], down_bias_D)
+            return mlp_ring(partial(activate, self.config), x_TD, up, down, norm, residual_TD)
         if self.config.activation == "silu" and self.config.gated_mlp:
             inner_TF = gated_silu(x_TD, self.up_DcF[...], up_bias_cF, norm)
         else:

@@ -7,14 +7,17 @@ files beside this one.
 Between the products of a layer every device holds all tokens, [T, D], or, where they are many, its part of them: what
 stands there, norms and residuals, is then done once and not by every device, and an all-reduce becomes a
 reduce-scatter before it and an all-gather after it, of the same bytes together (sequence parallelism, Korthikanti et
-al. 2022, section 4.2.2). `look_up` chooses; from there on the type of x_TD says which of both it is.
+al. 2022, section 4.2.2). `look_up` chooses; from there on the type of x_TD says which of both it is. Where there are
+even more, the parts go round a ring, under the products that need them or make them (`jaxinfer.parallel.ring`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,11 +25,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from jaxinfer.parallel import ring
 from jaxinfer.parallel.context import row_axis
 from jaxinfer.parallel.mesh import TENSOR
 from pallas_kernels.all_reduce import Workspace, all_reduce, fresh_workspace, most_rows, runs
 
 MANY_TOKENS = 256  # from which on each device holds its part of them; not measured yet
+# From which on their parts go round a ring, under the products. None do until it is measured from where on that takes
+# less time than a product and the whole collective before or after it.
+RING_TOKENS = math.inf
 SPREAD = P(TENSOR, None)  # x_TD of which each device holds a part of the tokens
 # Where the all-reduces of the program that is being traced meet, see `meeting`.
 _workspace: ContextVar[Workspace | None] = ContextVar("workspace", default=None)
@@ -87,6 +94,11 @@ def is_spread(x_TD: jax.Array) -> bool:
     return row_axis(x_TD) == TENSOR
 
 
+def goes_round(x_TD: jax.Array) -> bool:
+    """Whether products take each device's part of the tokens, and give such parts, in a ring."""
+    return is_spread(x_TD) and x_TD.shape[0] >= RING_TOKENS
+
+
 def _sum(
     partial_TD: jax.Array, residual_TD: jax.Array | None, spread: bool, workspace: Workspace | None,
     *, first: bool = False,
@@ -96,11 +108,14 @@ def _sum(
     The norm that follows is not here: the product after it takes it in, at no launch (`jaxinfer.quantize`).
     """
     if spread:
-        y_TD = lax.psum_scatter(partial_TD, TENSOR, scatter_dimension=0, tiled=True)
-        return y_TD if residual_TD is None else residual_TD + y_TD
+        return _added(residual_TD, lax.psum_scatter(partial_TD, TENSOR, scatter_dimension=0, tiled=True))
     implementation = "xla" if workspace is None else "auto"
     given = {"residual_TD": residual_TD, "workspace": workspace, "first": first}
     return all_reduce(partial_TD, TENSOR, **given, implementation=implementation).out_TD
+
+
+def _added(residual_TD: jax.Array | None, y_TD: jax.Array) -> jax.Array:
+    return y_TD if residual_TD is None else residual_TD + y_TD
 
 
 def attend(local: Callable[..., Any], specs: tuple[Any, ...], out_specs: Any, *arguments: Any) -> Any:
@@ -128,6 +143,24 @@ def column_parallel(local: Callable[..., jax.Array], out_spec: P, columns: Any, 
     return mapped(columns, *replicated)
 
 
+def column_parallel_ring(local: Callable[[Any, jax.Array], jax.Array], out_spec: P, columns: Any, x_TD: jax.Array):
+    """`local(columns, x)` on every device, of all tokens, where each has its part of x.
+
+    Args:
+        local: a function of local arrays and some of the tokens, in whatever order these come.
+        out_spec: of the result, which has its tokens in order.
+        columns: a pytree of arrays, sharded as their types say.
+    """
+
+    def on_device(columns, x_tD):
+        return ring.in_order(ring.gather(partial(local, columns), x_tD))
+
+    specs = jax.tree.map(lambda array: jax.typeof(array).sharding.spec, columns)
+    # The checks of what varies over devices do not know `lax.empty`.
+    mapped = jax.shard_map(on_device, in_specs=(specs, SPREAD), out_specs=out_spec, check_vma=False)
+    return mapped(columns, x_TD)
+
+
 def whole(local: Callable[..., jax.Array], *arguments: jax.Array | None) -> jax.Array:
     """`local(*arguments)` where one device holds all of each argument, and of the result."""
     specs = jax.tree.map(lambda array: jax.typeof(array).sharding.spec, arguments)
@@ -146,9 +179,11 @@ def row_parallel(
         like_TD: has its tokens where those of the residual and the result are; without it all are on every device.
     """
     workspace, spread = _workspace.get(), like_TD is not None and is_spread(like_TD)
-    rows = row_axis(x_TF)
+    rows, around = row_axis(x_TF), like_TD is not None and goes_round(like_TD)
 
     def local(x_TF, w_FD, residual_TD, workspace):
+        if around:
+            return _added(residual_TD, ring.scatter(lambda x_tF: multiply(x_tF, w_FD), ring.parts_of(x_TF)))
         return _sum(multiply(x_TF, w_FD), residual_TD, spread, workspace)
 
     tokens = SPREAD if spread else P(rows, None)
@@ -156,6 +191,29 @@ def row_parallel(
     # The checks of what varies over devices do not know the kernel's call.
     mapped = jax.shard_map(local, in_specs=specs, out_specs=tokens, check_vma=workspace is None)
     return mapped(x_TF, w_FD, residual_TD, workspace)
+
+
+def round_trip(
+    up: Callable[[Any, jax.Array], jax.Array], columns: Any, down: Callable[..., jax.Array], w_FD: Any,
+    x_TD: jax.Array, residual_TD: jax.Array | None,
+) -> jax.Array:  # fmt: skip
+    """residual + up(columns, x) @ w: `column_parallel_ring`, then `row_parallel`, of each token for itself.
+
+    The tokens stay in the order in which they came round the ring until they leave by it, and none is copied.
+
+    Args:
+        up: as `local` of the first.
+        down: as `multiply` of the second.
+        x_TD, residual_TD: each device's part of the tokens, and so is the result.
+    """
+
+    def on_device(columns, w_FD, x_tD, residual_tD):
+        inner = ring.gather(partial(up, columns), x_tD)
+        return _added(residual_tD, ring.scatter(lambda x_tF: down(x_tF, w_FD), inner))
+
+    specs = jax.tree.map(lambda array: jax.typeof(array).sharding.spec, columns)
+    mapped = jax.shard_map(on_device, in_specs=(specs, P(TENSOR), SPREAD, SPREAD), out_specs=SPREAD)
+    return mapped(columns, w_FD, x_TD, residual_TD)
 
 
 def expert_parallel(

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import get_abstract_mesh
 
 from jaxinfer.parallel.mesh import CONTEXT
+from jaxinfer.parallel.ring import passed_on
 
 
 def ranks() -> int:
@@ -82,7 +83,7 @@ def visit(step: Callable[[Any, Any, jax.Array], Any], found: Any, block: Any) ->
 
     def turn(nth: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
         found, block = carry
-        coming = _passed_on(block, count)
+        coming = passed_on(block, CONTEXT)
         return step(found, block, _owner(rank, nth, count)), coming
 
     found, block = jax.lax.fori_loop(0, count - 1, turn, (found, block))
@@ -98,14 +99,9 @@ def travel(step: Callable[[Any, jax.Array], Any], block: Any, needed: jax.Array)
     count, rank = jax.lax.axis_size(CONTEXT), jax.lax.axis_index(CONTEXT)
 
     def turn(nth: jax.Array, block: Any) -> Any:
-        return _passed_on(step(block, _owner(rank, nth, count)), count)
+        return passed_on(step(block, _owner(rank, nth, count)), CONTEXT)
 
     return jax.lax.fori_loop(0, jnp.where(needed, count, 0), turn, block)
-
-
-def _passed_on(block: Any, count: int) -> Any:
-    ring = [(rank, (rank + 1) % count) for rank in range(count)]
-    return jax.tree.map(lambda x: jax.lax.ppermute(x, CONTEXT, ring), block)
 
 
 def _owner(rank: jax.Array, nth: jax.Array, count: int) -> jax.Array:

@@ -8,6 +8,7 @@ operation, in plain jax.numpy.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -15,10 +16,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxinfer.parallel import TENSOR, all_tokens, column_parallel, row_axis, row_parallel, whole
+from jaxinfer.parallel import (
+    TENSOR,
+    all_tokens,
+    column_parallel,
+    column_parallel_ring,
+    goes_round,
+    round_trip,
+    row_axis,
+    row_parallel,
+    whole,
+)
 from pallas_kernels.streaming_matmul import streaming_matmul, streaming_mlp, takes, takes_mlp
 
 RMS = tuple[jax.Array, float]  # scale_D and epsilon
+Weight = tuple[jax.Array, jax.Array | None]  # with its bias
 
 
 class Norm(Protocol):
@@ -60,7 +72,7 @@ def project(
     x_TD, rms = _before(norm, x_TD, w, "DN")
     if _takes(x_TD, w, "DN", rms):
         return _on_own_columns(x_TD, w, bias, rms, "DN", P(None, *jax.typeof(w).sharding.spec[1:]))
-    return _plain(spec, x_TD, w, bias)
+    return _of_all_tokens(partial(_plain, spec), (w, bias), x_TD, P(None, *jax.typeof(w).sharding.spec[1:]))
 
 
 def gated_silu(
@@ -70,8 +82,7 @@ def gated_silu(
     x_TD, rms = _before(norm, x_TD, w_DcF, "DcN")
     if _takes(x_TD, w_DcF, "DcN", rms):
         return _on_own_columns(x_TD, w_DcF, bias_cF, rms, "DcN", P(None, TENSOR))
-    up_TcF = _plain("TD,DcF->TcF", x_TD, w_DcF, bias_cF)
-    return jax.nn.silu(up_TcF[:, 0]) * up_TcF[:, 1]
+    return _of_all_tokens(_gated, (w_DcF, bias_cF), x_TD, P(None, TENSOR))
 
 
 def contract(
@@ -118,8 +129,32 @@ def output_and_gated_mlp(
     return whole(local, heads_TM, o_MD, x_TD, scale_D, up_DcF, down_FD)
 
 
+def mlp_ring(
+    activate: Callable[[jax.Array], jax.Array], x_TD: jax.Array, up: Weight, down: Weight, norm: Norm | None,
+    residual_TD: jax.Array | None,
+) -> jax.Array:  # fmt: skip
+    """residual + down(activate(up(norm(x)))), where the tokens of x go round a ring.
+
+    Args:
+        activate: [T, c, F] to [T, F].
+        up, down: weight and bias, [D, c, F] and [F, D], sharded over F.
+    """
+    (down_FD, down_bias_D), x_TD = down, x_TD if norm is None else norm(x_TD)
+
+    def to_inner(up: Weight, x_tD: jax.Array) -> jax.Array:
+        return activate(_plain("TD,DcF->TcF", up, x_tD))
+
+    if down_bias_D is None:
+        return round_trip(to_inner, up, partial(einsum, "TF,FD->TD"), down_FD, x_TD, residual_TD)
+    y_TD = round_trip(to_inner, up, partial(einsum, "TF,FD->TD"), down_FD, x_TD, None) + down_bias_D[None, :]
+    return y_TD if residual_TD is None else residual_TD + y_TD
+
+
 def _before(norm: Norm | None, x_TD: jax.Array, w: jax.Array, w_axes: str) -> tuple[jax.Array, RMS | None]:
-    """What the product takes: x and a norm to take in, or the normed x; all tokens of it, whose norm is then done."""
+    """What the product takes: x and a norm to take in, or the normed x; all tokens of it, whose norm is then done, or,
+    where they go round a ring, each device's part."""
+    if goes_round(x_TD):
+        return x_TD if norm is None else norm(x_TD), None
     if norm is None:
         return all_tokens(x_TD), None
     if (rms := norm.rms) is not None and _takes(x_TD, w, w_axes, rms):
@@ -152,7 +187,20 @@ def _finished(x_TF: jax.Array, w_FD: jax.Array, bias_D: jax.Array | None, residu
     return streaming_matmul(x_TF, w_FD, bias=bias_D, residual_MN=residual_TD)
 
 
-def _plain(spec: str, x_TD: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
+def _of_all_tokens(
+    product: Callable[[Weight, jax.Array], jax.Array], columns: Weight, x_TD: jax.Array, out_spec: P
+) -> jax.Array:
+    around = goes_round(x_TD)
+    return column_parallel_ring(product, out_spec, columns, x_TD) if around else product(columns, x_TD)
+
+
+def _gated(columns: Weight, x_TD: jax.Array) -> jax.Array:
+    up_TcF = _plain("TD,DcF->TcF", columns, x_TD)
+    return jax.nn.silu(up_TcF[:, 0]) * up_TcF[:, 1]
+
+
+def _plain(spec: str, columns: Weight, x_TD: jax.Array) -> jax.Array:
+    w, bias = columns
     y = einsum(spec, x_TD, w)
     return y if bias is None else y + bias[None]
 

@@ -23,6 +23,7 @@ from jaxinfer.parallel import collectives, make_mesh
 from tests.decode.branching import Branching
 from tests.engine import eagle_heads
 from tests.engine.tiny import CONFIG
+from tests.model.rings import ring_from
 
 SLOTS, PAGE, CONTEXT, TOKENS, LAYERS = 8, 7, 77, 64, 2
 # Sizes that no other axis has, so that a shape tells what an array is.
@@ -248,6 +249,16 @@ def test_devices_share_many_tokens_between_the_products_of_a_layer(monkeypatch):
     monkeypatch.setattr(collectives, "MANY_TOKENS", TOKENS)
     expected = {"reduce-scatter": 2 * LAYERS + 1, "all-gather": 2 * LAYERS + 1}
     assert meetings_of(compiled("step", EVEN, tensor=4)) == expected
+
+
+def test_many_tokens_go_round_a_ring():
+    """Into and out of attention and MLP; the embedding's sum leaves each device its part, and all are gathered at the
+    end, as without a ring."""
+    devices = 4
+    with ring_from(TOKENS):
+        program = compiled("step", EVEN, tensor=devices)
+    expected = {"reduce-scatter": 1, "all-gather": 1, "collective-permute": 4 * (devices - 1) * LAYERS}
+    assert meetings_of(program) == expected
 
 
 def meetings_of(program: Compiled) -> Counter[str]:

@@ -20,6 +20,7 @@ from jaxinfer.model import Model, ModelConfig, Params, read_config
 from jaxinfer.parallel import collectives, make_mesh
 from pallas_kernels.all_reduce import config as all_reduce_config
 from tests.model.random_params import random_params
+from tests.model.rings import ring_from
 
 PAGE, PAGES, CONTEXT = 4, 17, 32
 SHAPE = {
@@ -128,6 +129,12 @@ def test_logits_do_not_depend_on_the_mesh(published, alone, tensor):
 def test_devices_that_share_the_tokens_give_the_same_logits(monkeypatch, published, alone, tensor):
     monkeypatch.setattr(collectives, "MANY_TOKENS", ROWS)
     np.testing.assert_allclose(logits_of_two_steps(published, tensor), alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tensor", [2, 4, 8])
+def test_tokens_that_go_round_a_ring_give_the_same_logits(published, alone, tensor):
+    with ring_from(ROWS):
+        np.testing.assert_allclose(logits_of_two_steps(published, tensor), alone, rtol=0, atol=1e-5)
 
 
 @pytest.mark.gpu
