@@ -110,23 +110,29 @@ def check(case: Case, result: jax.Array | np.ndarray, arguments: Sequence[jax.Ar
 def measure(mesh: Mesh, case: Case, implementation: str, calls: int) -> Record:
     arguments = case.arguments(mesh)
     check(case, chain(mesh, case, implementation, 1)(*arguments), arguments)
-    program = chain(mesh, case, implementation, calls)
+    return timed(case.name, implementation, chain(mesh, case, implementation, calls), arguments, calls)
+
+
+def timed(
+    case: str, implementation: str, program: Callable[..., jax.Array], arguments: Sequence[jax.Array], calls: int
+) -> Record:
+    """The time of a call, of so many in a program, which gives the next one its first argument."""
 
     def sample(programs: int) -> float:
-        partials, *others = arguments
+        first, *others = arguments
         start = time.perf_counter()
         for _ in range(programs):
-            partials = program(partials, *others)
+            first = program(first, *others)
             if jax.default_backend() == "cpu":  # whose virtual devices have too few threads for programs that wait
-                jax.block_until_ready(partials)
-        jax.block_until_ready(partials)
+                jax.block_until_ready(first)
+        jax.block_until_ready(first)
         return (time.perf_counter() - start) / (programs * calls)
 
     sample(1)  # compiles
     programs = max(1, round(SECONDS / (calls * sample(3))))
     seconds = [1e6 * sample(programs) for _ in range(SAMPLES)]
     spread = min(seconds), max(seconds), SAMPLES
-    return Record(case.name, implementation, "time", statistics.median(seconds), "us", None, *spread)
+    return Record(case, implementation, "time", statistics.median(seconds), "us", None, *spread)
 
 
 def cases(tokens: Sequence[int], hidden: int) -> Iterator[Case]:
