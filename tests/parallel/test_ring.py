@@ -13,6 +13,7 @@ from jax.extend.core import Literal
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.collective_matmul import overlaps
 from jaxinfer.parallel import TENSOR, goes_round, make_mesh, ring
 from jaxinfer.quantize import contract, gated_silu, mlp_ring, project
 from tests.decode.test_compiled import MEETING
@@ -189,3 +190,17 @@ def test_products_of_a_layer_in_a_ring(which, count):
     rounds = 2 if which.startswith("mlp") else 1
     assert Counter(re.findall(MEETING, program.as_text() or "")) == {"collective-permute": rounds * (count - 1)}
     np.testing.assert_allclose(program(*arrays), expected(*(array for array, _ in given)), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_messages_are_under_way_while_products_run():
+    """As XLA schedules them, without options."""
+    count = len(jax.devices())
+    if count < 2:
+        pytest.skip("needs two GPUs")
+    mesh, hidden, inner = make_mesh(count), 1024, 4096
+    shapes = ((count * 1024, hidden), P(TENSOR, None)), ((hidden, 2, inner), UP[1]), ((inner, hidden), DOWN[1])
+    given = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec)) for shape, spec in shapes]
+    with ring_from(T), jax.set_mesh(mesh):
+        text = jax.jit(PRODUCTS["mlp without biases"][0]).lower(*given).compile().as_text()
+    assert overlaps(text or "") == (2 * (count - 1), 2 * (count - 1))
