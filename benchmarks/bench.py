@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,14 @@ from jaxinfer.engine.step_input import lay_out
 from jaxinfer.machine import measure_machine
 from jaxinfer.model import Model, Params, read_config
 from jaxinfer.parallel import make_mesh
-from jaxinfer.roofline import MEASURED, Hardware, find_by_device
+from jaxinfer.roofline import MEASURED, Hardware, Mesh, find_by_device
 from jaxinfer.roofline.precision import BF16, Precision
 from pallas_kernels import dispatch
 
 MODELS = Path(__file__).parents[1] / "configs" / "models"
+ONE = Mesh()
+# Options of commands, and what the cost model calls them.
+AXES = {"tensor_parallel_size": "tensor", "pipeline_parallel_size": "pipe", "context_parallel_size": "context"}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=2**20, ignore_eos=True)
 
 
@@ -59,9 +63,14 @@ class Subject:
     def precision(self) -> Precision:
         return BF16 if self.cache_dtype is None else Precision.all_in("bfloat16", self.cache_dtype)
 
+    @property
+    def mesh(self) -> Mesh:
+        return mesh_of(self.model)
+
     def case(self, what: str) -> str:
         """The name of a case in the records."""
-        return f"{self.name} {what}" if self.cache_dtype is None else f"{self.name} {what} {self.precision.cache}"
+        named = f"{self.name} {what}" if self.cache_dtype is None else f"{self.name} {what} {self.precision.cache}"
+        return named + on(self.mesh)
 
     @property
     def attention(self) -> str:
@@ -84,26 +93,49 @@ class Subject:
 
 def load(
     name: str, prompts: list[int], steps: int, page_size: int = 64, implementation: str = "auto",
-    cache_dtype: str | None = None, chunk: int = 8192,
+    cache_dtype: str | None = None, chunk: int = 8192, mesh: Mesh = ONE,
 ) -> Subject:  # fmt: skip
     """The model of a folder of configs/models, with random weights, on this machine as it is timed now. It takes
     prompts of so many tokens, also longer ones than it was made for."""
     machine = measure_machine()
     longest = max(read_config(MODELS / name).context, *(tokens + 1 for tokens in prompts), 0)
-    model, params = random_model(MODELS / name, longest)
+    model, params = random_model(MODELS / name, longest, mesh)
     ceilings = find_by_device(machine.device_kind, MEASURED) or machine
     return Subject(name, model, params, page_size, steps, implementation, cache_dtype, chunk, machine, ceilings)
 
 
-def random_model(folder: Path, context: int | None = None) -> tuple[Model, Params]:
-    """The model of a folder's `config.json` on one device, with random normal weights. They are there when this
-    returns: drawing them counts as no case's time or memory.
+def random_model(folder: Path, context: int | None = None, mesh: Mesh = ONE) -> tuple[Model, Params]:
+    """The model of a folder's `config.json` with random normal weights. They are there when this returns: drawing them
+    counts as no case's time or memory.
 
     Args:
         context: tokens of its longest sequence; None is the config's.
+        mesh: of the devices that it is on, the first ones; of one replica.
     """
-    model = Model(read_config(folder), make_mesh(devices=jax.devices()[:1]), context)
+    devices = make_mesh(mesh.tensor, mesh.pipe, jax.devices()[: mesh.devices], mesh.context)
+    model = Model(read_config(folder), devices, context)
     return model, jax.block_until_ready(model.random_params())
+
+
+def mesh_of(model: Model) -> Mesh:
+    """What the cost model calls the devices that a model is on."""
+    return Mesh(model.stages, model.tensor, model.ranks)
+
+
+def on(mesh: Mesh) -> str:
+    """The end of a case's name: nothing for one device."""
+    return "" if mesh == ONE else f" on {mesh}"
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """Its sizes, as `jaxinfer serve` names them."""
+    for name in AXES:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=1, help="devices; see `jaxinfer serve`")
+
+
+def mesh_in(options: argparse.Namespace) -> Mesh:
+    """The one that these options ask for."""
+    return Mesh(**{axis: getattr(options, name) for name, axis in AXES.items()})
 
 
 class Bench:

@@ -3,6 +3,7 @@
     python -m benchmarks.decode [--model llama-3-8b] [--batches 1 16 64 256] [--prompts 512 2048 8192]
         [--attention xla] [--cache-dtype int8] [--chunk 8192]
     python -m benchmarks.decode --batches --prompts 131072
+    python -m benchmarks.decode --tensor-parallel-size 2
 
 Writes `decode.json` to the results of the device, or `decode_xla.json` where attention is asked for by that name; what
 the file holds of other cases stays in it, with the environment that it was measured in.
@@ -10,7 +11,7 @@ Decoding: prompts of 128 tokens, 256 new tokens, greedy, no stop; new tokens ove
 steps. First token: one prompt, from the upload to the token on the host; one of more tokens than --chunk goes in
 chunks, each a step. Medians after a warm-up, of three, or of as many prompts as take a second. A prompt may be longer
 than the model was made for, since the time depends on the shapes alone. With --cache-dtype the cases are named by it:
-`llama-3-8b B16 int8`.
+`llama-3-8b B16 int8`; with several devices by their mesh: `llama-3-8b B16 on tensor 2`. Memory is the first device's.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from benchmarks.bench import Bench, Subject, load, memory_statistics
+from benchmarks.bench import ONE, Bench, Subject, add_mesh, load, memory_statistics, mesh_in
 from benchmarks.record import Record, arguments_of, environment, update
 from jaxinfer.cache import CACHE_DTYPES
 from jaxinfer.cache.gathers import gathers
 from jaxinfer.model import ModelConfig
-from jaxinfer.roofline import Cost, activation_memory, decode_step, page_bytes, prefill, weight_memory
+from jaxinfer.roofline import Mesh, Pipeline, activation_memory, page_bytes, weight_memory
+from jaxinfer.roofline.pipeline import decode_on, prefill_on
 from jaxinfer.roofline.precision import BF16, Precision
 from pallas_kernels.flash_decoding import IMPLEMENTATIONS
 
@@ -51,9 +53,9 @@ def run_decode(subject: Subject, batch: int) -> list[Record]:
         bench.prefill(PROMPT, PROMPT)
         seconds.append(bench.decode(NEW))
     step = statistics.median(seconds[1:]) / NEW
-    config, precision = subject.model.config, subject.precision
-    fraction = decode_step(config, batch, PROMPT + NEW // 2, precision).fraction(subject.ceilings, step)
-    predicted = predicted_decode(config, batch, subject.attention, precision)
+    config, precision, mesh = subject.model.config, subject.precision, subject.mesh
+    fraction = decode_on(config, mesh, batch, PROMPT + NEW // 2, precision).limit(subject.ceilings) / step
+    predicted = predicted_decode(config, batch, subject.attention, precision, mesh)
     case = subject.case(f"B{batch}")
     return [
         Record(case, subject.attention, "decode", batch / step, "tok/s", fraction),
@@ -63,34 +65,36 @@ def run_decode(subject: Subject, batch: int) -> list[Record]:
     ]
 
 
-def predicted_decode(config: ModelConfig, batch: int, attention: str, precision: Precision = BF16) -> Cost:
+def predicted_decode(
+    config: ModelConfig, batch: int, attention: str, precision: Precision = BF16, mesh: Mesh = ONE
+) -> Pipeline:
     """The step halfway through the new tokens, with the attention of that implementation."""
     if gathers(attention)[0]:  # each slot's whole row of pages: that row is the context
-        return decode_step(config, batch, PROMPT + NEW, precision, attention="materialized")
-    return decode_step(config, batch, PROMPT + NEW // 2, precision)
+        return decode_on(config, mesh, batch, PROMPT + NEW, precision, "materialized")
+    return decode_on(config, mesh, batch, PROMPT + NEW // 2, precision)
 
 
 def predicted_prefill(
-    config: ModelConfig, tokens: int, attention: str, precision: Precision = BF16, chunk: int | None = None
-) -> list[Cost]:
+    config: ModelConfig, tokens: int, attention: str, precision: Precision = BF16, chunk: int | None = None,
+    mesh: Mesh = ONE,
+) -> Pipeline:  # fmt: skip
     """The steps that prefill one prompt, with the attention of that implementation; one step without `chunk`."""
-    kind, chunk = "materialized" if gathers(attention)[1] else "flash", chunk or tokens
-    return [
-        prefill(config, min(chunk, tokens - first), cached=first, precision=precision, attention=kind)
-        for first in range(0, tokens, chunk)
-    ]
+    kind = "materialized" if gathers(attention)[1] else "flash"
+    return prefill_on(config, mesh, tokens, precision, kind, chunk=chunk)
 
 
 def memory_records(case: str, bench: Bench, tokens: int) -> list[Record]:
     """Weights and cache, and the most that was in use during a step that prefills `tokens` tokens over all slots: as
     the device counts them, and as they are planned. A peak that an earlier case has exceeded cannot be seen."""
     statistics, config, layout = memory_statistics(), bench.programs.model.config, bench.layout
-    precision = bench.subject.precision
-    page = sum(page_bytes(config, window, layout.page_size, precision) for window in config.windows)
-    held = weight_memory(config, precision) + layout.num_pages[0] * page
+    precision, mesh = bench.subject.precision, bench.subject.mesh
+    if mesh.pipe * mesh.context > 1:  # its first device is not like the others
+        return []
+    page = sum(page_bytes(config, window, layout.page_size, precision, mesh.tensor) for window in config.windows)
+    held = weight_memory(config, precision, mesh.tensor) + layout.num_pages[0] * page
     planned = {
         "memory in use": held,
-        "memory at peak": held + activation_memory(config, layout.slots, tokens, precision),
+        "memory at peak": held + activation_memory(config, layout.slots, tokens, precision, mesh.tensor),
     }
     measured = {}
     if statistics:
@@ -112,10 +116,9 @@ def run_first_token(subject: Subject, tokens: int) -> list[Record]:
     while len(samples) < REPEATS or sum(samples) < SECONDS:
         samples.append(bench.prefill(tokens, chunk))
     seconds, spread = statistics.median(samples), (min(samples) * 1e3, max(samples) * 1e3, len(samples))
-    config, precision = subject.model.config, subject.precision
-    fraction = prefill(config, tokens, precision=precision).fraction(subject.ceilings, seconds)
-    costs = predicted_prefill(config, tokens, subject.attention, precision, chunk)
-    predicted = sum(cost.predict(subject.machine) for cost in costs)
+    config, precision, mesh = subject.model.config, subject.precision, subject.mesh
+    fraction = prefill_on(config, mesh, tokens, precision).limit(subject.ceilings) / seconds
+    predicted = predicted_prefill(config, tokens, subject.attention, precision, chunk, mesh).predict(subject.machine)
     case = subject.case(f"prompt {tokens}" if chunk == tokens else f"prompt {tokens} in chunks of {chunk}")
     return [
         Record(case, subject.attention, "first token", seconds * 1e3, "ms", fraction, *spread),
@@ -136,11 +139,12 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=8192, help="tokens of a prompt that one step takes at most")
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--steps-per-dispatch", type=int, default=16)
+    add_mesh(parser)
     parser.add_argument("--output", type=Path, help="folder of the JSON file")
     arguments = parser.parse_args()
     subject = load(
         arguments.model, arguments.prompts, arguments.steps_per_dispatch, arguments.page_size, arguments.attention,
-        arguments.cache_dtype, arguments.chunk,
+        arguments.cache_dtype, arguments.chunk, mesh_in(arguments),
     )  # fmt: skip
     name = "decode" if arguments.attention == "auto" else f"decode_{arguments.attention}"
     records, made_in = [], environment()

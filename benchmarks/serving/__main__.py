@@ -37,7 +37,7 @@ from pathlib import Path
 
 import jax
 
-from benchmarks.bench import MODELS, random_model
+from benchmarks.bench import AXES, MODELS, add_mesh, mesh_in, on, random_model
 from benchmarks.record import OURS, Failure, Record, arguments_of, environment, records_of, results_folder, update
 from benchmarks.serving import latency, offline, online, ready, soak
 from benchmarks.serving.plot import plot_curve
@@ -129,6 +129,7 @@ def _add_engine(parser: argparse.ArgumentParser, max_slowdown: float, steps: int
     parser.add_argument(
         "--max-slowdown", type=float, default=max_slowdown, help="of a decode step by prompts beside it"
     )
+    add_mesh(parser)
 
 
 def measure_offline(options: argparse.Namespace) -> Iterator[list[Record]]:
@@ -137,7 +138,7 @@ def measure_offline(options: argparse.Namespace) -> Iterator[list[Record]]:
     names = list(dict.fromkeys([*options.workload, *static]))
     all_of_them, statically = ([WORKLOADS[name] for name in which] for which in (names, static))
     engine = make_engine(options, max(longest(all_of_them, statically), latency.ROOM))
-    yield warm_up_records(options.model, engine.warm_up())
+    yield warm_up_records(options.model + on(mesh_in(options)), engine.warm_up())
     settle()
     machine = ceilings()
     desk = latency.Desk(options.model, engine, machine)
@@ -150,7 +151,7 @@ def measure_offline(options: argparse.Namespace) -> Iterator[list[Record]]:
 def measure_blocks(options: argparse.Namespace) -> Iterator[list[Record]]:
     """The records of each size, one engine after the other: two would not fit."""
     workloads = [WORKLOADS[name] for name in options.workload]
-    model, params = random_model(MODELS / options.model, max(longest(workloads), latency.ROOM))
+    model, params = random_model(MODELS / options.model, max(longest(workloads), latency.ROOM), mesh_in(options))
     machine = ceilings()
     for steps in options.steps_per_dispatch:
         sized = argparse.Namespace(**vars(options) | {"steps_per_dispatch": steps})
@@ -172,7 +173,7 @@ def measure_latency(options: argparse.Namespace) -> Iterator[list[Record]]:
     """The records of getting ready, then of each case."""
     stalls = [latency.Stall(prompt=tokens) for tokens in options.long]
     engine = make_engine(options, max([*options.prompts, *options.long, 0]) + latency.ROOM)
-    yield warm_up_records(options.model, engine.warm_up())
+    yield warm_up_records(options.model + on(mesh_in(options)), engine.warm_up())
     settle()
     desk = latency.Desk(options.model, engine, ceilings())
     yield from latency.measure(desk, options.prompts, stalls)
@@ -180,7 +181,7 @@ def measure_latency(options: argparse.Namespace) -> Iterator[list[Record]]:
 
 def make_engine(options: argparse.Namespace, context: int) -> Engine:
     """With random normal weights."""
-    return Engine(*random_model(MODELS / options.model, context), engine_options(options))
+    return Engine(*random_model(MODELS / options.model, context, mesh_in(options)), engine_options(options))
 
 
 def ceilings() -> Hardware:
@@ -208,7 +209,7 @@ def engine_options(options: argparse.Namespace) -> Options:
 
 def server_arguments(options: argparse.Namespace) -> list[str]:
     """The same for `jaxinfer serve`."""
-    given = {name: value for name in ENGINE if (value := getattr(options, name)) is not None}
+    given = {name: value for name in (*ENGINE, *AXES) if (value := getattr(options, name)) is not None}
     return [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
 
 

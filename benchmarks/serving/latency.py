@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from benchmarks.bench import mesh_of, on
 from benchmarks.decode import NEW, PROMPT, REPEATS
 from benchmarks.record import MACHINE, OURS, Record
 from benchmarks.serving import replay
@@ -17,7 +18,8 @@ from benchmarks.serving.offline import request
 from benchmarks.serving.workload import Workload
 from jaxinfer.decode.batch import StepInput
 from jaxinfer.engine import Engine, Request
-from jaxinfer.roofline import Hardware, Precision, decode_step, prefill
+from jaxinfer.roofline import Hardware, Mesh, Precision
+from jaxinfer.roofline.pipeline import decode_on, prefill_on
 
 FIRST_TOKENS = 5  # prompts of each length, after a warm-up
 SPARE = 4  # times the new tokens that are timed, which each sequence may have: none ends meanwhile
@@ -66,6 +68,14 @@ class Desk:
     @property
     def precision(self) -> Precision:
         return Precision.all_in(self.engine.model.config.dtype, self.engine.layout.cache_dtype)
+
+    @property
+    def mesh(self) -> Mesh:
+        return mesh_of(self.engine.model)
+
+    def case(self, what: str) -> str:
+        """The name of a case in the records."""
+        return f"{self.name} {what}{on(self.mesh)}"
 
     def draw(self, count: int, prompt: int, output: int) -> list[Request]:
         """So many requests, to be asked."""
@@ -145,10 +155,10 @@ def decoding(desk: Desk, batch: int, how: str = "") -> list[Record]:
     """
     steps = sorted([_decode_step(desk, batch) for _ in range(REPEATS + 1)][1:])  # in the order of time, but the first
     step, context = statistics.median(steps), PROMPT + NEW // 2
-    cost = decode_step(desk.engine.model.config, batch, context, desk.precision)
-    fraction = cost.fraction(desk.ceilings, step)
+    cost = decode_on(desk.engine.model.config, desk.mesh, batch, context, desk.precision)
+    fraction = cost.limit(desk.ceilings) / step
     rates = [batch / seconds for seconds in steps]
-    case, spread = f"{desk.name} B{batch}{how}", (steps[0] * 1e3, steps[-1] * 1e3, len(steps))
+    case, spread = desk.case(f"B{batch}{how}"), (steps[0] * 1e3, steps[-1] * 1e3, len(steps))
     return [
         Record(case, OURS, "decode", batch / step, "tok/s", fraction, rates[-1], rates[0], len(rates)),
         Record(case, OURS, "decode step", step * 1e3, "ms", fraction, *spread),
@@ -172,9 +182,10 @@ def first_token(desk: Desk, tokens: int) -> list[Record]:
     """From the request to its first token, on an idle engine."""
     seconds = sorted([_first_token(desk, tokens) for _ in range(FIRST_TOKENS + 1)][1:])
     middle = statistics.median(seconds)
-    fraction = prefill(desk.engine.model.config, tokens, precision=desk.precision).fraction(desk.ceilings, middle)
+    cost = prefill_on(desk.engine.model.config, desk.mesh, tokens, desk.precision)
+    fraction = cost.limit(desk.ceilings) / middle
     spread = seconds[0] * 1e3, seconds[-1] * 1e3, len(seconds)
-    return [Record(f"{desk.name} prompt {tokens}", OURS, "first token", middle * 1e3, "ms", fraction, *spread)]
+    return [Record(desk.case(f"prompt {tokens}"), OURS, "first token", middle * 1e3, "ms", fraction, *spread)]
 
 
 def _first_token(desk: Desk, tokens: int) -> float:
@@ -218,7 +229,7 @@ def beside(desk: Desk, stall: Stall) -> list[Record]:
     if (steps := desk.engine.options.steps_per_dispatch) < 2:
         raise ValueError(f"steps_per_dispatch = {steps} must be at least 2 to tell decode steps from steps of prompts")
     rounds = [_gaps(desk, stall) for _ in range(REPEATS + 1)][1:]
-    case = f"{desk.name} {stall.name}"
+    case = desk.case(stall.name)
     first = sorted(gaps.first_token * 1e3 for gaps in rounds)
     seen, device = (
         [np.concatenate([getattr(gaps, name) for gaps in rounds]) for name in names]

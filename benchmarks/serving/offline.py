@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import batched
 
+from benchmarks.bench import mesh_of, on
 from benchmarks.record import OURS, Record
 from benchmarks.serving.workload import Job, Workload
 from jaxinfer.decode.sampling_params import SamplingParams
@@ -43,13 +44,16 @@ def measure(engine: Engine, case: str, workload: Workload, ceilings: Hardware, s
     """
     config, layout = engine.model.config, engine.layout
     precision = Precision.all_in(config.dtype, layout.cache_dtype)
-    limit = workload_limit(config, ceilings, workload.sizes, workload.shared, precision)
+    mesh, sizes = mesh_of(engine.model), workload.sizes
+    shares = mesh.pipe * mesh.context  # that the limit knows nothing of
+    limit = workload_limit(config, ceilings, sizes, workload.shared, precision, mesh.tensor) if shares == 1 else None
+    case += on(mesh)
     runs = {OURS: run(engine, workload.jobs(config.vocab_size, seed=0))}
     if static:  # with other prompts: those of the first run can be found in the cache
         runs[STATIC] = run(engine, workload.jobs(config.vocab_size, seed=1), layout.slots)
     records = []
     for name, took in runs.items():
-        fraction = limit / took.seconds
+        fraction = limit and limit / took.seconds
         records += [
             Record(case, name, "output throughput", took.output_rate, "tok/s", fraction),
             Record(case, name, "throughput in and out", took.total_rate, "tok/s", fraction),

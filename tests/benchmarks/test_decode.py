@@ -4,16 +4,27 @@ import numpy as np
 import pytest
 
 from benchmarks import decode
-from benchmarks.bench import Bench, Subject
+from benchmarks.bench import ONE, Bench, Subject
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
-from jaxinfer.roofline import find_hardware
-from tests.engine.tiny import ONE_LAYER
+from jaxinfer.roofline import Mesh, find_hardware
+from jaxinfer.roofline.pipeline import decode_on
+from tests.engine.tiny import CONFIG, ONE_LAYER
 from tests.model.random_params import random_params
 
 
-def subject(implementation: str, cache_dtype: str | None = None, chunk: int = 64, config: dict = ONE_LAYER) -> Subject:
-    model, machine = Model(read_config(config), make_mesh(1)), find_hardware("h200")
+UNIFORM = CONFIG | {"layer_types": ["full_attention"] * 2}
+
+
+def subject(
+    implementation: str,
+    cache_dtype: str | None = None,
+    chunk: int = 64,
+    config: dict = ONE_LAYER,
+    mesh: Mesh = ONE,
+) -> Subject:
+    devices = make_mesh(mesh.tensor, mesh.pipe)
+    model, machine = Model(read_config(config), devices), find_hardware("h200")
     params = random_params(model, 0)
     return Subject("tiny", model, params, 4, 2, implementation, cache_dtype, chunk, machine, machine)
 
@@ -38,6 +49,19 @@ def test_the_records_of_a_model(monkeypatch):
     assert all(record.value > 0 for record in records if record.case != "machine")
 
 
+@pytest.mark.parametrize("mesh", [Mesh(tensor=2), Mesh(pipe=2)])
+def test_the_records_of_two_devices(mesh, monkeypatch):
+    """They are named by the mesh, and set against its limit: the links' share of it too."""
+    monkeypatch.setattr(decode, "PROMPT", 5)
+    monkeypatch.setattr(decode, "NEW", 4)
+    shared = subject("auto", config=UNIFORM, mesh=mesh)
+    records = [record for group in decode.measure(shared, batches=[2], prompts=[7]) for record in group]
+    assert {record.case for record in records} == {"machine", f"tiny B2 on {mesh}", f"tiny prompt 7 on {mesh}"}
+    (step,) = (one for one in records if (one.implementation, one.metric) == ("xla", "decode step"))
+    limit = decode_on(shared.model.config, mesh, 2, decode.PROMPT + decode.NEW // 2, shared.precision)
+    assert step.roofline_fraction * step.value == pytest.approx(limit.limit(shared.ceilings) * 1e3)
+
+
 def test_chunks_bring_the_same_token_and_are_planned_one_by_one():
     tokens = 50
     chosen = []
@@ -48,9 +72,10 @@ def test_chunks_bring_the_same_token_and_are_planned_one_by_one():
         assert bench.state.length_B.tolist() == [tokens] * 2
         chosen.append(bench.state.token_B.tolist())
     assert chosen[0] == chosen[1]
-    whole, *none = decode.predicted_prefill(bench.subject.model.config, tokens, "mosaic_gpu")
-    costs = decode.predicted_prefill(bench.subject.model.config, tokens, "mosaic_gpu", chunk=16)
-    assert not none
+    ((whole,),) = decode.predicted_prefill(bench.subject.model.config, tokens, "mosaic_gpu").grid
+    costs = [
+        cost for (cost,) in decode.predicted_prefill(bench.subject.model.config, tokens, "mosaic_gpu", chunk=16).grid
+    ]
     assert [cost.tokens for cost in costs] == [16, 16, 16, 2]
     assert sum(cost.bytes for cost in costs) > whole.bytes  # weights and earlier keys are read again
 

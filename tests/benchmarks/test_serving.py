@@ -171,7 +171,7 @@ def test_blocks_of_several_sizes_by_engines_of_the_same_weights(monkeypatch):
     monkeypatch.setattr("jaxinfer.engine.runner.Programs", FakePrograms)
     monkeypatch.setitem(WORKLOADS, "256 requests", Workload(((6, 5), (4, 3))))
     monkeypatch.setattr(command, "Engine", Counted)
-    monkeypatch.setattr(command, "random_model", lambda name, context: (model, params))
+    monkeypatch.setattr(command, "random_model", lambda name, context, mesh: (model, params))
     monkeypatch.setattr(command, "ceilings", lambda: find_hardware("h200"))
     groups = list(command.measure_blocks(command.parse(["blocks", "--batches", "1", "16", "--num-pages", "400"])))
     found = {(record.case, record.metric) for group in groups for record in group}

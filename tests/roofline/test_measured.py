@@ -9,7 +9,7 @@ import pytest
 from benchmarks.decode import predicted_decode, predicted_prefill
 from benchmarks.record import RESULTS, parts
 from jaxinfer.model import ModelConfig
-from jaxinfer.roofline import MEASURED, Hardware, Precision, find_by_device
+from jaxinfer.roofline import MEASURED, Hardware, Mesh, Precision, find_by_device
 
 # The runs that the files hold: each with the ceilings of its own machine.
 RUNS = {
@@ -17,7 +17,7 @@ RUNS = {
     for path in sorted(RESULTS.glob("*/decode*.json"))
     for number, part in enumerate(parts(json.loads(path.read_text())))
 }
-NAME = re.compile(r"(\S+) (?:B|prompt )(\d+)(?: in chunks of (\d+))?(?: (\w+))?")  # of a case
+NAME = re.compile(r"(\S+) (?:B|prompt )(\d+)(?: in chunks of (\d+))?(?: (?!on )(\w+))?(?: on (.+))?")  # of a case
 H200_OVERHEAD = 1.9  # us, for the one run that was made before the overhead was timed
 
 
@@ -42,13 +42,14 @@ class Case:
     attention: str
     measured: float
     planned: float | None
+    mesh: Mesh
 
     def predict(self, config: ModelConfig) -> float:
         if self.metric == "first token":
-            costs = predicted_prefill(config, self.size, self.attention, self.precision, self.chunk)
+            step = predicted_prefill(config, self.size, self.attention, self.precision, self.chunk, self.mesh)
         else:
-            costs = [predicted_decode(config, self.size, self.attention, self.precision)]
-        return sum(cost.predict(self.machine) for cost in costs) * 1e3
+            step = predicted_decode(config, self.size, self.attention, self.precision, self.mesh)
+        return step.predict(self.machine) * 1e3
 
 
 def values(run: str, case: str, metric: str) -> dict[str, float]:
@@ -69,6 +70,12 @@ def machine(run: str) -> tuple[Hardware, bool]:
     return device.with_ceilings(ceilings["bandwidth"] * 1e12, flops, overhead), recorded
 
 
+def mesh_named(name: str | None) -> Mesh:
+    """As a case's name has it: `pipe 2 x tensor 2`."""
+    sizes = (axis.split() for axis in name.split(" x ")) if name else ()
+    return Mesh(**{axis: int(size) for axis, size in sizes})
+
+
 def cases(metric: str) -> list:
     """Every measured time of `metric` as a `Case`."""
     found = []
@@ -78,10 +85,10 @@ def cases(metric: str) -> list:
             figures = values(run, name, metric)
             planned = next(figures.pop(plan) for plan in list(figures) if plan.startswith("plan"))
             ((attention, measured),) = figures.items()
-            model, size, chunk, cache = NAME.fullmatch(name).groups()
+            model, size, chunk, cache, mesh = NAME.fullmatch(name).groups()
             case = Case(
                 hardware, model, metric, int(size), chunk and int(chunk), Precision(cache=cache or "bf16"), attention,
-                measured, planned if recorded else None,
+                measured, planned if recorded else None, mesh_named(mesh),
             )  # fmt: skip
             found.append(pytest.param(case, id=f"{run} {name}"))
     return found
