@@ -37,6 +37,12 @@ def test_it_is_what_its_log_says(folder):
     assert [words for words in said if words not in card] == []
 
 
+def test_the_demo_model_is_small():
+    shards = [path.stat().st_size for path in DEMO.glob("*.safetensors")]
+    assert max(shards) < 15e6
+    assert sum(shards) < 24e6
+
+
 def test_all_that_drafts_is_small():
     assert sum(path.stat().st_size for folder in (DRAFT, MEDUSA, EAGLE) for path in folder.iterdir()) < 15e6
 

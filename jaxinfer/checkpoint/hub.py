@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 _UNWANTED = ["*/*", "consolidated*"]  # the same weights once more, in their authors' own layout
 
@@ -19,6 +21,8 @@ def resolve(model: str | Path) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
+    if not _ID.fullmatch(str(model)):  # a path with a slip in it, for which no hub needs to be asked
+        raise ValueError(f"model {str(model)!r} is no folder; expected one, or a Hugging Face id such as org/name")
     return _download(str(model))
 
 

@@ -10,9 +10,16 @@ def test_a_folder_is_itself(tmp_path):
     assert hub.resolve(str(tmp_path)) == tmp_path
 
 
-@pytest.mark.parametrize("model", ["nobody/no-such-model", "./no/such/folder", "not an id!"])
-def test_what_cannot_be_had_is_named(model):
-    with pytest.raises(ValueError, match=f"model '{model}' is no folder, and not available from Hugging Face: .+"):
+def test_what_cannot_be_had_is_named():
+    message = "model 'nobody/no-such-model' is no folder, and not available from Hugging Face: .+"
+    with pytest.raises(ValueError, match=message):
+        hub.resolve("nobody/no-such-model")
+
+
+@pytest.mark.parametrize("model", ["./no/such/folder", "./folder", "/no/folder", "~/folder", "no/such/one", "no id!"])
+def test_no_hub_is_asked_for_what_cannot_be_an_id(model, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(ValueError, match=f"model '{model}' is no folder; expected one, or a Hugging Face id"):
         hub.resolve(model)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ import jax
 from jax._src.pallas.fuser import jaxpr_fusion  # noqa: F401
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+LEAST_POOL = 8  # the threads of an interpreted cluster, and one that waits for them
 
 
 class RaceError(AssertionError):
@@ -24,7 +27,15 @@ def interpreted() -> Iterator[None]:
 
     JAX 0.11 only prints a race and sets a flag, 0.12 raises; here both end in an exception. Trace and run inside
     the context, under `jax.jit` where host code must not wait for every operation.
+
+    Raises:
+      RuntimeError: XLA has too few threads. The interpreter makes a program of each thread of a cluster, and a wait
+        at a barrier holds the thread of XLA's pool that runs it: where all of them wait for a block whose program got
+        none, nothing goes on. The pool has as many threads as the machine has processors or the CPU has devices.
     """
+    pool = max(os.cpu_count() or 1, len(jax.devices("cpu")))
+    if pool < LEAST_POOL:
+        raise RuntimeError(f"XLA has {pool} threads for programs of the CPU; interpreted kernels want {LEAST_POOL}")
     gpu_callbacks.reset_gpu_interpret_mode_state()
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)), _watched() as states:
         yield

@@ -111,6 +111,7 @@ INTERPRETED = {
     "parts of a normed head, past the end of D": Case(8, "ND", PARTS, "norm bias", 320),
     "parts, tokens of several owners": Case(20, "DcN", PARTS, "norm residual", outputs=64),
     "three parts, two owners": Case(64, "DN", replace(PARTS, split=3), "norm bias residual", 384, 64),
+    "three parts, two clusters": Case(64, "DN", replace(PARTS, split=3), "norm bias", 384, 256, out_dtype=F32),
     "float16": Case(64, "ND", replace(SMALL, tile_n=64), "bias residual", 128, dtype=F16, out_dtype=F16),
 }
 # With these, and the weights of Llama-3-8B, every two options meet: see test_gpu_cases.py.
