@@ -2,11 +2,13 @@
 
     python -m benchmarks.checkpoint llama-3-8b FOLDER
 
-The tokenizer is the demo model's, whose tokens every larger vocabulary has.
+The tokenizer is the demo model's; a larger vocabulary has a word for every other token, so that each one drawn is
+text: an answer whose tokens have none would come in few pieces, and late.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from benchmarks.bench import MODELS, random_model
@@ -15,6 +17,7 @@ from jaxinfer.checkpoint import export
 from jaxinfer.llm import DEMO
 from jaxinfer.training.demo import TOKENIZER_FILES
 
+TOKENIZER = "tokenizer.json"
 SHARD_BYTES = 5 * 10**9  # of one file, as large checkpoints are published
 
 
@@ -26,8 +29,17 @@ def write(source: Path, folder: Path) -> None:
     """
     model, params = random_model(source)
     files = {name: (DEMO / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES}
+    files[TOKENIZER] = with_words(files[TOKENIZER], model.config.vocab_size)
     files["config.json"] = (source / "config.json").read_text(encoding="utf-8")
     export(folder, model, dict(zip(model.parameters, params, strict=True)), files, SHARD_BYTES)
+
+
+def with_words(tokenizer: str, size: int) -> str:
+    """A `tokenizer.json` of byte pairs whose vocabulary goes on up to that size, with words that no text is cut into."""
+    content = json.loads(tokenizer)
+    vocabulary = content["model"]["vocab"]
+    vocabulary |= {f"Ġ<{token:x}>": token for token in range(len(vocabulary), size)}
+    return json.dumps(content, ensure_ascii=False)
 
 
 def main() -> None:

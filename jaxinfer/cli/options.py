@@ -16,14 +16,14 @@ import typer
 _PARALLEL = re.compile(r"\b(tensor|pipeline|context|data)_parallel(_size)?\b")  # as other layers name the options
 
 
-def integer(least: int | None = None, most: int | None = None, **option: Any) -> Any:
-    """A `typer.Option` of an integer in `least`..`most`; `option` goes to it."""
-    return _number(int, "an integer", least, most, option)
+def integer(*names: str, least: int | None = None, most: int | None = None, **option: Any) -> Any:
+    """A `typer.Option` of an integer in `least`..`most`; `names` and `option` go to it."""
+    return _number(int, "an integer", least, most, names, option)
 
 
-def number(least: float | None = None, most: float | None = None, **option: Any) -> Any:
-    """A `typer.Option` of a number in `least`..`most`; `option` goes to it."""
-    return _number(float, "a number", least, most, option)
+def number(*names: str, least: float | None = None, most: float | None = None, **option: Any) -> Any:
+    """A `typer.Option` of a number in `least`..`most`; `names` and `option` go to it."""
+    return _number(float, "a number", least, most, names, option)
 
 
 def bad_argument(error: Exception | str) -> typer.BadParameter:
@@ -70,8 +70,9 @@ def gathering(
 
 
 def _number(
-    kind: type[int] | type[float], what: str, least: float | None, most: float | None, option: dict[str, Any]
-) -> Any:
+    kind: type[int] | type[float], what: str, least: float | None, most: float | None, names: tuple[str, ...],
+    option: dict[str, Any],
+) -> Any:  # fmt: skip
     """Without `least` any number passes, and what the command hands it to checks it."""
     highest = float("inf") if most is None else most
     limits = "" if least is None else f", at least {least}" if most is None else f" in {least}..{most}"
@@ -85,4 +86,4 @@ def _number(
             raise typer.BadParameter(f"{value} must be {what}{limits}")
         return parsed
 
-    return typer.Option(parser=parse, min=least, max=most, **option)  # the range is shown by --help
+    return typer.Option(*names, parser=parse, min=least, max=most, **option)  # the range is shown by --help

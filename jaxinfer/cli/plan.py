@@ -36,7 +36,14 @@ def plan(
         Attention, typer.Option(help="flash, or materialized as XLA's is, of a row of pages of --context tokens.")
     ] = "flash",
     tensor_parallel_size: Annotated[
-        int | None, integer(least=1, help="Devices that share every layer.", rich_help_panel=_MESH)
+        int | None,
+        integer(
+            "--tensor-parallel-size",
+            "--tensor-parallel",
+            least=1,
+            help="Devices that share every layer.",
+            rich_help_panel=_MESH,
+        ),
     ] = None,
     pipeline_parallel_size: Annotated[
         int | None, integer(least=1, help="Stages of layers.", rich_help_panel=_MESH)

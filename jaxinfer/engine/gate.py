@@ -8,7 +8,8 @@ many proposed tokens as the method has and, where the engine adapts, for the pow
 depends on tokens that were read, never on those to come, so that sampled outputs keep their distribution.
 
 Where fewer tokens are faster little would be learnt of the text, and the gate lets a program propose all now and then:
-so seldom that it costs little. What was not proposed is taken to be right as often as the last that was. And where
+so seldom that it costs little. An engine that knows nothing of its texts yet expects much, and learns from one program
+whether it is right: until that was read the next ones decode plainly. What was not proposed is taken to be right as often as the last that was. And where
 proposals are faster nothing would be learnt of the time that plain steps take: now and then a program decodes plainly,
 unless that is so much slower that no correction would make it faster. An engine that warms up times both at once. What
 the host checks has times of its own, with the host's part in them; there a few plain steps come soon.
@@ -26,7 +27,7 @@ import numpy as np
 
 from jaxinfer.decode.layout import Layout
 from jaxinfer.engine.costs import Costs, predicted_costs
-from jaxinfer.engine.options import Options
+from jaxinfer.engine.options import IN_FLIGHT, Options
 from jaxinfer.engine.sequence import Sequence, constrained
 from jaxinfer.model import Model
 
@@ -49,6 +50,7 @@ class Gate:
         self._choices = layout.choices if always else (0, *layout.choices)
         self._brought_Q = np.full(self._depth + 1, float(OPTIMISM))
         self._without, self._proposing = 0, 0  # programs since the last that proposed all, and none
+        self._told, self._unread = False, 0  # whether any were read, and programs until those on their way are
 
     @property
     def weighed(self) -> tuple[int, ...]:
@@ -78,6 +80,8 @@ class Gate:
             best = self._depth
         elif 0 in rates and (self._probes_plainly(rates[best] / rates[0]) or (checked and self._is_news(contexts))):
             best = 0
+        elif 0 in rates and best and not self._told:
+            best = self._first(best)
         self._without = 0 if best == self._depth else self._without + 1
         self._proposing = self._proposing + 1 if best else 0
         return best
@@ -95,11 +99,20 @@ class Gate:
             brought_Q: how many there were, and of them those in which the first proposed token was right, the first
                 two, and so on, as far as so many were proposed.
         """
+        self._told = True
         faded_Q = self._brought_Q * (MEMORY / (MEMORY + brought_Q[0]))
         before, last = (faded_Q[: len(brought_Q)] + brought_Q)[-2:]
         again = last / before if before else 0.0  # how often the last is right where those before it are
         beyond = brought_Q[-1] * again ** np.arange(1, len(faded_Q) - len(brought_Q) + 1)
         self._brought_Q = faded_Q + np.concatenate([brought_Q, beyond])
+
+    def _first(self, drafts: int) -> int:
+        """What a program proposes where none was read: so many, or none while those of another are on their way."""
+        if self._unread:
+            self._unread -= 1
+            return 0
+        self._unread = IN_FLIGHT - 1
+        return drafts
 
     def _probes(self, drafts: int, cost: float) -> bool:
         """Whether it is time to see what more proposals bring than so many; never where they would lose even if all

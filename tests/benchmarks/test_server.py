@@ -99,7 +99,8 @@ def test_a_server_is_started_with_the_options_of_the_engine(monkeypatch):
     assert (name, folder) == ("m", Path("FOLDER"))
     assert arguments == [
         "--max-num-seqs=256", "--max-num-batched-tokens=8192", "--page-size=64", "--num-pages=9",
-        "--steps-per-dispatch=8", "--max-slowdown=1.75",
+        "--steps-per-dispatch=8", "--max-slowdown=1.75", "--tensor-parallel-size=1", "--pipeline-parallel-size=1",
+        "--context-parallel-size=1",
     ]  # fmt: skip
     assert command.engine_options(options).num_pages == 9
 
@@ -116,6 +117,7 @@ def test_a_checkpoint_of_random_weights_can_be_served(tmp_path):
     checkpoint.write(source, tmp_path / "made")
     llm = LLM(tmp_path / "made")
     assert llm.intake.limits.vocab_size == 9000
-    assert llm.tokenizer.encode("def f():")
+    assert llm.tokenizer.encode("def f():") == LLM().tokenizer.encode("def f():")
+    assert all(llm.tokenizer.decode([token]).strip() for token in range(4096, 9000))  # who draws one, streams it
     with pytest.raises(ValueError, match="made"):
         checkpoint.write(source, tmp_path / "made")

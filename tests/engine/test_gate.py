@@ -14,6 +14,7 @@ from jaxinfer.engine import Options, Request, budget
 from jaxinfer.engine.budget import step_times, whole_row
 from jaxinfer.engine.costs import DRAW, ENOUGH, MOVE, SEARCH, Costs, predicted_costs
 from jaxinfer.engine.gate import PROBES_APART, PROBES_COST, WRONG, Gate
+from jaxinfer.engine.options import IN_FLIGHT
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.sequence import Sequence
 from jaxinfer.model import Model, read_config
@@ -43,6 +44,18 @@ def learn(gate: Gate, acceptance: float, rows: int) -> None:
     """What programs of 8 steps bring to so many sequences."""
     for _ in range(rows):
         gate.learn(8 * np.array([1, *independent(acceptance, DRAFTS)]))
+
+
+def test_one_program_shows_what_new_texts_are_like():
+    """Until it is read the next ones decode plainly; where it never is, as when its requests are dropped, another one
+    is asked."""
+    gate = Gate(LAYOUT, COSTS)
+    asked = [gate.drafts(decoding(64)) for _ in range(3 * IN_FLIGHT)]
+    assert asked == [DRAFTS, *[0] * (IN_FLIGHT - 1)] * 3
+    learn(gate, 1.0, 64)
+    assert [gate.drafts(decoding(64)) for _ in range(4)] == [DRAFTS] * 4
+    always = Gate(Layout(SLOTS, 16, (4096,), 512, "bfloat16", speculation=PromptLookup(DRAFTS)), COSTS, always=True)
+    assert [always.drafts(decoding(64)) for _ in range(4)] == [DRAFTS] * 4
 
 
 LONG = 500  # rows after which nothing earlier counts
