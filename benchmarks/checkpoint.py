@@ -35,7 +35,7 @@ def write(source: Path, folder: Path) -> None:
 
 
 def with_words(tokenizer: str, size: int) -> str:
-    """A `tokenizer.json` of byte pairs whose vocabulary goes on up to that size, with words that no text is cut into."""
+    """A `tokenizer.json` of byte pairs whose vocabulary goes on to that size, with words that no text is cut into."""
     content = json.loads(tokenizer)
     vocabulary = content["model"]["vocab"]
     vocabulary |= {f"Ġ<{token:x}>": token for token in range(len(vocabulary), size)}

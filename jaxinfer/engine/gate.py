@@ -9,10 +9,11 @@ depends on tokens that were read, never on those to come, so that sampled output
 
 Where fewer tokens are faster little would be learnt of the text, and the gate lets a program propose all now and then:
 so seldom that it costs little. An engine that knows nothing of its texts yet expects much, and learns from one program
-whether it is right: until that was read the next ones decode plainly. What was not proposed is taken to be right as often as the last that was. And where
-proposals are faster nothing would be learnt of the time that plain steps take: now and then a program decodes plainly,
-unless that is so much slower that no correction would make it faster. An engine that warms up times both at once. What
-the host checks has times of its own, with the host's part in them; there a few plain steps come soon.
+whether it is right: until that was read the next ones decode plainly. What was not proposed is taken to be right as
+often as the last that was. And where proposals are faster nothing would be learnt of the time that plain steps take:
+now and then a program decodes plainly, unless that is so much slower that no correction would make it faster. An
+engine that warms up times both at once. What the host checks has times of its own, with the host's part in them; there
+a few plain steps come soon.
 
 Since times are measured, the same requests may make other programs in another run. It changes outputs as little as the
 method does: what is proposed for certain not at all, but for rounding. A draft model does not see what is decoded

@@ -12,7 +12,6 @@ from jaxinfer.roofline.pipeline import decode_on
 from tests.engine.tiny import CONFIG, ONE_LAYER
 from tests.model.random_params import random_params
 
-
 UNIFORM = CONFIG | {"layer_types": ["full_attention"] * 2}
 
 
