@@ -53,10 +53,20 @@ def flash_attention(
         tiles = attend(q_BQNH, position_BQ, kv, table_RJ[sequence_B], sinks_N, options, block_keys=block_keys, **some)
         return jax.tree.map(lambda x, tile: x.at[row_BQ].set(tile, mode="drop", unique_indices=True), results, tiles)
 
-    nothing_seen = jnp.zeros_like(q_TNH), jnp.full_like(q_TNH, -jnp.inf, jnp.float32, shape=(T, N))
-    if tiles_at_once == most_tiles:
-        return attend_group(jnp.int32(0), nothing_seen)  # a loop of one would still cost its own start
-    return jax.lax.fori_loop(0, ceil_div(end_tile_R[-1], tiles_at_once), attend_group, nothing_seen)
+    # Results are written over what q is made into, and not over constants: those wait for nothing, and XLA makes the
+    # ones of all layers at the start of a step, 2 GB of them for 8,192 tokens of an 8B model.
+    results = q_TNH, q_TNH[..., 0].astype(jnp.float32)
+    if tiles_at_once == most_tiles:  # a loop of one would still cost its own start
+        results = attend_group(jnp.int32(0), results)
+    else:
+        results = jax.lax.fori_loop(0, ceil_div(end_tile_R[-1], tiles_at_once), attend_group, results)
+    return _without_padding(*results, cu_q_R1[-1])
+
+
+def _without_padding(out_TNH: jax.Array, lse_TN: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows from `end` on have seen nothing."""
+    padding_T11 = (jnp.arange(len(out_TNH), dtype=jnp.int32) >= end)[:, None, None]
+    return jnp.where(padding_T11, 0, out_TNH), jnp.where(padding_T11[..., 0], -jnp.inf, lse_TN)
 
 
 def _cut(

@@ -41,6 +41,22 @@ def test_prefill_memory_beyond_the_result_is_independent_of_the_prompt():
     assert long <= 1.1 * short
 
 
+def test_prefill_memory_is_independent_of_the_layers():
+    """Nothing waits in memory for a layer to come, though it needs only what is known at the start."""
+    q_TNH, k_PSKH, v_PSKH, *rest = shapes(attention.Problem(HEADS, 8, 256))
+
+    def attend(layers, q_TNH, k_LPSKH, v_LPSKH, *rest, scale):
+        for layer in range(layers):
+            q_TNH = flash_attention(q_TNH, k_LPSKH[layer], v_LPSKH[layer], *rest, scale=scale)
+        return q_TNH
+
+    def bytes_of(layers: int) -> int:
+        pools = ([pool] * layers for pool in (k_PSKH, v_PSKH))
+        return temporary_bytes(partial(attend, layers), q_TNH, *pools, *rest)
+
+    assert bytes_of(6) - bytes_of(2) < q_TNH.size * q_TNH.dtype.itemsize
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_memory_is_independent_of_the_pool(name):
     op, problem = OPS[name]
