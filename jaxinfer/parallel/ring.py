@@ -4,11 +4,11 @@
 Each function is for use inside a `shard_map` over the axis `tensor` of n devices. It has n steps, of a product with a
 part of the tokens each, and n - 1 messages to the next device, each of which is on its way while a product runs: XLA
 for GPUs makes of a `ppermute` a start, as early as what it sends is there, and a done, as late as what it brings is
-needed, also without its latency-hiding scheduler, which is off by default. So its source says; it is not measured yet.
-Barriers keep the steps as they are written, since XLA
+needed, also where its latency-hiding scheduler is off. So its source says; it is not measured yet. Barriers keep the
+steps as they are written, since XLA
 
-- makes one product of two that have an operand in common, the weight, where that of a step has less than 32 MB of
-  operands and result: it would begin after the last message;
+- makes one product of two that have an operand in common, the weight, where a step's operands and result are less than
+  64 MB together (`xla_gpu_dot_merger_threshold_mb`): it would begin after the last message;
 - puts a product that needs no other at any place, also before the message is sent that it is to hide;
 - makes a sum the last part of the product that it adds, which would then wait for the message that it is added to.
 """
