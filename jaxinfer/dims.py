@@ -15,7 +15,7 @@ is an axis of length one, save in `R1`.
 | W | rows of a step that need logits; in `tree_mask_BQW`, 32-bit words of a mask |
 | n | steps of one program |
 | m | micro-batches of a step in a pipe |
-| t | rows of one of them |
+| t | rows of one of them; tokens of one device's part, where devices share them |
 | p | rows of all stages of a pipe at once, of t each |
 | C | a block of what is too much at once: keys of a sequence's pages, or tokens of the vocabulary |
 | D | hidden size |

@@ -143,7 +143,9 @@ def column_parallel(local: Callable[..., jax.Array], out_spec: P, columns: Any, 
     return mapped(columns, *replicated)
 
 
-def column_parallel_ring(local: Callable[[Any, jax.Array], jax.Array], out_spec: P, columns: Any, x_TD: jax.Array):
+def column_parallel_ring(
+    local: Callable[[Any, jax.Array], jax.Array], out_spec: P, columns: Any, x_TD: jax.Array
+) -> jax.Array:
     """`local(columns, x)` on every device, of all tokens, where each has its part of x.
 
     Args:

@@ -1,14 +1,16 @@
 """Products whose tokens come or go round a ring of devices while they run: the collective matmul (Wang et al. 2023,
 "Overlap Communication with Dependent Computation via Decomposition in Large Deep Learning Models").
 
-Each function is for use inside a `shard_map` over the axis `tensor` of n devices, and has n steps, one of a product
-with a part of the tokens, and n - 1 messages to the next device. A message is on its way while the product of a step
-runs: XLA for GPUs makes each `ppermute` a start, as early as what it sends is there, and a done, as late as what it
-brings is needed. This holds only where XLA keeps the steps as they are written, hence the barriers:
+Each function is for use inside a `shard_map` over the axis `tensor` of n devices. It has n steps, of a product with a
+part of the tokens each, and n - 1 messages to the next device, each of which is on its way while a product runs: XLA
+for GPUs makes of a `ppermute` a start, as early as what it sends is there, and a done, as late as what it brings is
+needed, also where its latency-hiding scheduler is off. So its source says; it is not measured yet. Barriers keep the
+steps as they are written, since XLA
 
-- it makes one product of two that have an operand in common, the weight, and only then would anything be sent;
-- it puts a product that waits for nothing in any place, also before the message that it is to hide is sent;
-- it makes a sum the last part of a product, which would then have to wait for the message it is added to.
+- makes one product of two that have an operand in common, the weight, where a step's operands and result are less than
+  64 MB together (`xla_gpu_dot_merger_threshold_mb`): it would begin after the last message;
+- puts a product that needs no other at any place, also before the message is sent that it is to hide;
+- makes a sum the last part of the product that it adds, which would then wait for the message that it is added to.
 """
 
 from __future__ import annotations

@@ -101,10 +101,7 @@ def contract(
     if few and _local(w_FD).shape == w_FD.shape and takes(x_TF, w_FD, bias=bias_D, residual_MN=residual_TD):
         return whole(_finished, x_TF, w_FD, bias_D, residual_TD)
     multiply = streaming_matmul if few and takes(_local(x_TF), _local(w_FD)) else partial(einsum, spec)
-    if bias_D is None:
-        return row_parallel(multiply, x_TF, w_FD, residual_TD, like_TD)
-    y_TD = row_parallel(multiply, x_TF, w_FD, None, like_TD) + bias_D[None, :]
-    return y_TD if residual_TD is None else residual_TD + y_TD
+    return _added(lambda residual_TD: row_parallel(multiply, x_TF, w_FD, residual_TD, like_TD), bias_D, residual_TD)
 
 
 def output_and_gated_mlp(
@@ -144,10 +141,8 @@ def mlp_ring(
     def to_inner(up: Weight, x_tD: jax.Array) -> jax.Array:
         return activate(_plain("TD,DcF->TcF", up, x_tD))
 
-    if down_bias_D is None:
-        return round_trip(to_inner, up, partial(einsum, "TF,FD->TD"), down_FD, x_TD, residual_TD)
-    y_TD = round_trip(to_inner, up, partial(einsum, "TF,FD->TD"), down_FD, x_TD, None) + down_bias_D[None, :]
-    return y_TD if residual_TD is None else residual_TD + y_TD
+    trip = partial(round_trip, to_inner, up, partial(einsum, "TF,FD->TD"), down_FD, x_TD)
+    return _added(trip, down_bias_D, residual_TD)
 
 
 def _before(norm: Norm | None, x_TD: jax.Array, w: jax.Array, w_axes: str) -> tuple[jax.Array, RMS | None]:
@@ -183,6 +178,16 @@ def _on_own_columns(
     return column_parallel(local, out_spec, (w, bias), x_TD, scale_D)
 
 
+def _added(
+    product: Callable[[jax.Array | None], jax.Array], bias_D: jax.Array | None, residual_TD: jax.Array | None
+) -> jax.Array:
+    """residual + (product + bias), of a product that adds a residual itself where no bias is to come first."""
+    if bias_D is None:
+        return product(residual_TD)
+    y_TD = product(None) + bias_D[None, :]
+    return y_TD if residual_TD is None else residual_TD + y_TD
+
+
 def _finished(x_TF: jax.Array, w_FD: jax.Array, bias_D: jax.Array | None, residual_TD: jax.Array | None) -> jax.Array:
     return streaming_matmul(x_TF, w_FD, bias=bias_D, residual_MN=residual_TD)
 
@@ -190,6 +195,7 @@ def _finished(x_TF: jax.Array, w_FD: jax.Array, bias_D: jax.Array | None, residu
 def _of_all_tokens(
     product: Callable[[Weight, jax.Array], jax.Array], columns: Weight, x_TD: jax.Array, out_spec: P
 ) -> jax.Array:
+    """The product of x as `_before` gives it."""
     around = goes_round(x_TD)
     return column_parallel_ring(product, out_spec, columns, x_TD) if around else product(columns, x_TD)
 
