@@ -2,7 +2,9 @@
 
 import gc
 import os
+import sys
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -48,6 +50,8 @@ FIRST = (
 
 
 def pytest_configure(config):
+    if sys.dont_write_bytecode:
+        _share_bytecode(config)
     if config.getoption("dist") != "no" and not hasattr(config, "workerinput"):
         return  # this process hands the tests out and runs none
     import jax
@@ -58,6 +62,15 @@ def pytest_configure(config):
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def _share_bytecode(config):
+    """Tests start many processes that import the same packages: where Python is to leave no bytecode beside these, all
+    processes have a folder of it until the tests end."""
+    folder = TemporaryDirectory(prefix="bytecode-", ignore_cleanup_errors=True)
+    config.add_cleanup(folder.cleanup)
+    os.environ |= {"PYTHONPYCACHEPREFIX": folder.name, "PYTHONDONTWRITEBYTECODE": ""}
+    sys.pycache_prefix, sys.dont_write_bytecode = folder.name, False
 
 
 def pytest_collection_modifyitems(items):
