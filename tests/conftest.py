@@ -32,6 +32,7 @@ WARM_ENGINE = (
     "tests/engine/test_warm_up.py", "tests/engine/test_batch_invariance.py", "tests/engine/test_failure.py",
     "tests/engine/test_sharing.py", "tests/test_llm.py", "tests/test_bad_input.py", "tests/test_structured.py",
     "tests/benchmarks/test_serving.py", "tests/serve/test_batch.py", "tests/engine/test_speculation.py",
+    "tests/engine/test_adaptive.py", "tests/benchmarks/test_replay.py",
 )  # fmt: skip
 # These ask one server, which the last of them ends; the one before compares it with two replicas.
 SERVER = (
@@ -46,6 +47,10 @@ FIRST = (
     "tests/model/test_parity.py",
     "tests/pallas_kernels/test_sanitizer.py",
     *SERVER,
+    "tests/serve/test_ends.py",
+    "tests/test_draft.py",
+    "tests/test_notebooks.py",
+    "tests/training/test_heads.py",
 )
 
 
