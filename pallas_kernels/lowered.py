@@ -14,6 +14,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ def once(kernel: Callable[..., Any], key: Hashable, *arguments: Any) -> list[jax
     if full not in _lowered:
         flat = lambda *leaves: jax.tree.leaves(kernel(*jax.tree.unflatten(tree, leaves)))  # noqa: E731
         exporting = export.export(jax.jit(flat), platforms=("cuda",), disabled_checks=_CHECKS)
-        _lowered[full] = _kept(repr(full), lambda: exporting(*shapes))
+        # In a thread, which is outside of any mesh: what is lowered for one device alone runs on any number.
+        with ThreadPoolExecutor(1) as alone:
+            _lowered[full] = alone.submit(_kept, repr(full), lambda: exporting(*shapes)).result()
     return [*_lowered[full].call(*leaves)]
 
 

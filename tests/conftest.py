@@ -2,7 +2,9 @@
 
 import gc
 import os
+import sys
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -30,6 +32,7 @@ WARM_ENGINE = (
     "tests/engine/test_warm_up.py", "tests/engine/test_batch_invariance.py", "tests/engine/test_failure.py",
     "tests/engine/test_sharing.py", "tests/test_llm.py", "tests/test_bad_input.py", "tests/test_structured.py",
     "tests/benchmarks/test_serving.py", "tests/serve/test_batch.py", "tests/engine/test_speculation.py",
+    "tests/engine/test_adaptive.py", "tests/benchmarks/test_replay.py",
 )  # fmt: skip
 # These ask one server, which the last of them ends; the one before compares it with two replicas.
 SERVER = (
@@ -44,10 +47,16 @@ FIRST = (
     "tests/model/test_parity.py",
     "tests/pallas_kernels/test_sanitizer.py",
     *SERVER,
+    "tests/serve/test_ends.py",
+    "tests/test_draft.py",
+    "tests/test_notebooks.py",
+    "tests/training/test_heads.py",
 )
 
 
 def pytest_configure(config):
+    if sys.dont_write_bytecode:
+        _share_bytecode(config)
     if config.getoption("dist") != "no" and not hasattr(config, "workerinput"):
         return  # this process hands the tests out and runs none
     import jax
@@ -58,6 +67,15 @@ def pytest_configure(config):
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def _share_bytecode(config):
+    """Tests start many processes that import the same packages: where Python is to leave no bytecode beside these, all
+    processes have a folder of it until the tests end."""
+    folder = TemporaryDirectory(prefix="bytecode-", ignore_cleanup_errors=True)
+    config.add_cleanup(folder.cleanup)
+    os.environ |= {"PYTHONPYCACHEPREFIX": folder.name, "PYTHONDONTWRITEBYTECODE": ""}
+    sys.pycache_prefix, sys.dont_write_bytecode = folder.name, False
 
 
 def pytest_collection_modifyitems(items):

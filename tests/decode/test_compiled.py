@@ -132,21 +132,22 @@ def a_head() -> Eagle:
     return Eagle("head", 8, 2, 3, head=head, params=list(head.parameters.values()))
 
 
-@pytest.mark.parametrize("needs", [sampling.GREEDY, sampling.UNFILTERED], ids=lambda needs: needs.level)
 @pytest.mark.parametrize(
-    ("method", "config", "dtype"),
+    ("method", "config", "dtype", "needs"),
     [
-        (PromptLookup(3), SLIDING, "float32"),
-        (EarlyExit(3, 1), ODD, "float32"),
-        (a_draft(), FULL, "float32"),
-        (Branching((-1, -1, 0)), ODD, "int8"),
-        (Lookahead(3, 3, 1, 5), FULL, "float32"),
-        (a_head(), FULL, "float32"),
+        (PromptLookup(3), SLIDING, "float32", sampling.UNFILTERED),
+        (EarlyExit(3, 1), ODD, "float32", sampling.GREEDY),
+        (a_draft(), FULL, "float32", sampling.UNFILTERED),
+        (Branching((-1, -1, 0)), ODD, "int8", sampling.UNFILTERED),
+        (Lookahead(3, 3, 1, 5), FULL, "float32", sampling.GREEDY),
+        (a_head(), FULL, "float32", sampling.GREEDY),
+        (a_head(), FULL, "float32", sampling.UNFILTERED),
     ],
-    ids=["PromptLookup", "EarlyExit", "DraftModel", "Branching", "Lookahead", "Eagle"],
+    ids=lambda value: getattr(value, "level", value if isinstance(value, str) else type(value).__name__),
 )
 def test_a_loop_that_speculates_moves_no_cache_and_asks_no_host(method, config, dtype, needs):
-    """Nor where the accepted tokens of a tree are brought to their places."""
+    """Nor where the accepted tokens of a tree are brought to their places. Chains that a model draws, and trees, meet
+    both kinds of sampling, and every method one."""
     loop = compiled("loop", config, speculation=method, needs=needs, cache_dtype=dtype)
     pools = {array.size for array in jax.tree.leaves(loop.cache)}
     weights = [*loop.model.parameters.values(), *method.weights]

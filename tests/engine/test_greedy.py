@@ -15,7 +15,8 @@ from jaxinfer.parallel import make_mesh
 from tests.engine.tiny import CONFIG, ONE_LAYER, OPTIONS, one_rectangle
 from tests.model.random_params import random_params
 
-PROMPTS, NEW, VOCABULARY = 50, 20, 104
+PROMPTS, NEW, VOCABULARY = 50, 12, 104
+PAGES = 21  # too few for four texts, so short as they are
 SIZES = {"lookahead": 7, "medusa": 6, "eagle": 6}  # of trees; chains have 3
 
 
@@ -65,7 +66,7 @@ def test_fifty_prompts_alone_and_together(name, model, params, plain, tmp_path, 
     (tmp_path / "config.json").write_text(json.dumps(ONE_LAYER))
     monkeypatch.setattr(Model, "random_params", lambda model, seed=0: random_params(model, seed))
     (method,) = shaped(name, [SIZES.get(name, 3)], str(tmp_path), model)
-    options = replace(OPTIONS, speculation=method, always_speculate=True)
+    options = replace(OPTIONS, num_pages=PAGES, speculation=method, always_speculate=True)
     with one_rectangle():
         engine = Engine(model, params, options)
         assert written(engine, 1) == plain

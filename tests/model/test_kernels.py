@@ -86,7 +86,7 @@ def norms(text: str) -> int:
     return text.count("stablehlo.rsqrt")
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 32])
+@pytest.mark.parametrize("tokens", [1, 32])
 def test_a_layer_is_two_launches_around_attention(hopper, tokens):
     """The only norm and product besides are those of the head."""
     text = lowered(two_layers(), tokens)
@@ -99,16 +99,16 @@ def test_a_layer_is_two_launches_around_attention(hopper, tokens):
 
 def test_a_stage_of_a_pipe_runs_the_same_kernels(hopper):
     """Of its own layer, for a micro-batch: half of the slots."""
-    text = lowered(two_layers(), 16, pipe=2)
+    text = lowered(two_layers(), 2, pipe=2)
     assert streamed(text) == {QKV[1]: [3]}
     assert [sorted(shapes) for shapes in rows(text)] == [
-        sorted([OUT[1], GATED[1], DOWN[1], "8x4096", "8x4096", "4096"])
+        sorted([OUT[1], GATED[1], DOWN[1], "1x4096", "1x4096", "4096"])
     ]
 
 
 def test_the_name_of_a_kernel_is_the_same_in_every_process(hopper):
     """It names the file in which the kernel is kept: nothing of it is an address."""
-    lowered(two_layers(), 16)
+    lowered(two_layers(), 1)
     lowered(two_layers(), 4, *SOME)
     names = {repr(full) for full in once._lowered}
     assert {full[0][0] for full in once._lowered} == {"flash_attention", "flash_decoding", "streaming_matmul"}

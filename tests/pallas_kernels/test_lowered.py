@@ -56,14 +56,16 @@ def test_another_key_shape_or_dtype_is_another_kernel(x, number):
     assert add.traced == 2
 
 
-def test_devices_of_a_mesh_share_it_too():
-    """Lowered for one device alone, it runs on every one with its own part."""
-    add, mesh = Adder(), make_mesh(2)
-    text_of(lambda x: add(x, 1), X)
-    with jax.set_mesh(mesh):
-        x = jax.ShapeDtypeStruct((256,), jnp.float32, sharding=jax.NamedSharding(mesh, P("tensor")))
-        local = jax.shard_map(lambda x: add(x, 1), in_specs=P("tensor"), out_specs=P("tensor"), check_vma=False)
-        assert "@mosaic_gpu_v2" in text_of(local, x)
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 1), (2, 4)])
+def test_devices_of_a_mesh_share_it_too(sizes):
+    """Lowered for one device alone, it runs on every one with its own part, whichever program met it first."""
+    add = Adder()
+    for size in sizes:
+        mesh = make_mesh(size)
+        with jax.set_mesh(mesh):
+            x = jax.ShapeDtypeStruct((128 * size,), jnp.float32, sharding=jax.NamedSharding(mesh, P("tensor")))
+            local = jax.shard_map(lambda x: add(x, 1), in_specs=P("tensor"), out_specs=P("tensor"), check_vma=False)
+            assert "@mosaic_gpu_v2" in text_of(local, x)
     assert add.traced == 1
 
 

@@ -12,7 +12,7 @@ from tests.serve.running import LONG
 
 def test_sigterm_ends_what_runs_and_refuses_the_new(server, client):
     pieces = []
-    options = {"model": "demo", "prompt": "a", "stream": True, **LONG, "max_tokens": 200}
+    options = {"model": "demo", "prompt": "a", "stream": True, **LONG, "max_tokens": 100}
 
     def read():
         pieces.extend(client.completions.create(**options))
