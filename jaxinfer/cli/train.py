@@ -55,9 +55,9 @@ def distill(
         str | None, typer.Option(help="Folder of a checkpoint or Hugging Face id; the demo model by default.")
     ] = None,
     generated: _Generated = 0,
-    layers: Annotated[int, integer(least=1, help="Layers of the draft.")] = 2,
-    width: Annotated[int, integer(least=64, help="Hidden size of the draft, a multiple of 64.")] = 192,
-    steps: _Steps = 2400,
+    layers: Annotated[int, integer(least=1, help="Layers of the draft.")] = 3,
+    width: Annotated[int, integer(least=64, help="Hidden size of the draft, a multiple of 64.")] = 320,
+    steps: _Steps = 3600,
     batch: _Batch = 32,
     seed: _Seed = 0,
 ) -> None:

@@ -36,12 +36,12 @@ CHUNK = 1024  # tokens of vocabulary whose logits exist at a time
 
 
 def train_student(
-    output: Path, teacher: Path, kind: Objective, recipe: Recipe, *, layers: int = 2, width: int = 192,
+    output: Path, teacher: Path, kind: Objective, recipe: Recipe, *, layers: int = 3, width: int = 320,
     generated: int = 0, root: Path | None = None,
 ) -> list[Report]:  # fmt: skip
     """Trains a student on one device and writes it to `output`, in bfloat16 and Hugging Face layout.
 
-    By default it has 1.6 million parameters, 3 MB.
+    By default it has 4.4 million parameters, 9 MB, for a vocabulary of 4,096.
 
     Args:
       output: absent or an empty folder.

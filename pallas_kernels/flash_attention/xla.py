@@ -36,7 +36,7 @@ def flash_attention(
     The scores of one step take tiles_at_once * tile_queries * N * block_keys floats, 268 MB at 32 heads.
     Smaller steps would leave a GPU waiting for the loop, which costs tens of microseconds an iteration.
     """
-    T, N, _ = q_TNH.shape
+    T = len(q_TNH)
     tile_queries = min(tile_queries, T)
     # Every sequence has at least one query in its last tile, so there are never more tiles than this.
     sequences = min(len(lengths_R), T)
