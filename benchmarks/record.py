@@ -70,7 +70,7 @@ def environment() -> dict[str, str]:
     """GPU, driver, versions, date and commit."""
     return {
         "device": jax.devices()[0].device_kind,
-        "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": _run("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"),
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
         "date": datetime.now(UTC).date().isoformat(),

@@ -29,6 +29,8 @@ FILES = (  # our own, then those of other systems; rows come in this order
     (("step.json",), ()),
     (("kernels.json",), ("kernel_anchors.json",)),
     (("speculative.json",), ()),
+    (("all_reduce.json",), ()),
+    (("collective_matmul.json",), ()),
 )
 NAMES = {
     "mosaic_gpu": "**jaxinfer**",
@@ -89,6 +91,23 @@ def rates(columns: dict[str, str]) -> dict[tuple[str, str], str]:
 
 BATCHES = {f"llama-3-8b B{batch}": f"batch {batch}" for batch in (1, 16, 64, 256)}
 PROMPTS = {f"llama-3-8b prompt {tokens}": f"{tokens:,} tokens" for tokens in (512, 2048, 8192)}
+ON_TWO = {f"{case} on tensor 2": title for case, title in BATCHES.items()}
+FIRST_ON_TWO = {("llama-3-8b prompt 8192 on tensor 2", "first token"): "ms to the first token of 8,192"}
+MESSAGES = {
+    f"{how}{size} KB": f"{size} KB{said}"
+    for how, said in (("", ", with residual and norm"), ("sum ", ""))
+    for size in (8, 32, 128, 512)
+}
+ALL_REDUCES = KERNEL_NAMES | {"mosaic_gpu lasting": "**jaxinfer**, in lasting memory"}
+RINGS = {
+    "matmul": "products alone",
+    "collectives": "**jaxinfer**",
+    "ring": "**jaxinfer**, ring",
+    "ring, scheduled": "**jaxinfer**, ring, latency hidden",
+}
+PRODUCTS = {
+    f"{name} {tokens}": f"{name}, {tokens:,} tokens" for tokens in (2048, 8192) for name in ("qkv", "output", "mlp")
+}
 LONG = {"llama-3-8b prompt 131072 in chunks of 8192": "131,072 tokens"}
 THROUGHPUT = {
     "llama-3-8b 256 requests": "256 requests, out",
@@ -237,6 +256,9 @@ TABLES = {
         "over plain decoding", "times plain decoding", REPLAYING_DRAFTS, variants=BY_METHOD, names=GAINS
     ),
     "random-text": Table("over plain decoding", "times plain decoding", RANDOM, variants=BY_METHOD, names=GAINS),
+    "two-devices": Table("decode", "tensor parallel on two, tokens/s", ON_TWO, FIRST_ON_TWO),
+    "all-reduce": Table("time", "all-reduce on two, us", MESSAGES, names=ALL_REDUCES),
+    "ring": Table("time", "products on two, us", PRODUCTS, names=RINGS),
     "matmul-kernel": Table("traffic", "matmul, TB/s", MATMUL, variants=TOKENS, names=KERNEL_NAMES),
 }
 

@@ -33,13 +33,16 @@ def measure_machine() -> Hardware:
     """Times memory, matmul and the constant cost of a kernel on the first device, in about a second.
 
     Returns:
-        The device's datasheet entry with the measured ceilings in it. For a device without an entry, such as a CPU,
-        sizes of caches stand as 0, and the links as the memory's bandwidth.
+        The device's datasheet entry with the measured ceilings in it; what a message takes, which one device cannot
+        time, is that of its measured entry. For a device without an entry, such as a CPU, sizes of caches stand as 0,
+        and the links as the memory's bandwidth.
     """
     platform = jax.default_backend()
     bandwidth = _bandwidth(platform)
     flops = {name: _matmul_rate(platform, name) for name in _DTYPES}
-    return _datasheet(bandwidth, flops).with_ceilings(bandwidth, flops, _kernel_overhead())
+    device = _datasheet(bandwidth, flops)
+    known = find_by_device(device.device_kind, MEASURED)
+    return device.with_ceilings(bandwidth, flops, _kernel_overhead(), known.message_latency if known else 0.0)
 
 
 def known_machine(dtype: str) -> Hardware:

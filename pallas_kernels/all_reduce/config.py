@@ -10,7 +10,7 @@ from pallas_kernels.hopper import WARPGROUP
 MAX_HIDDEN = 8192  # one warpgroup holds a row in its registers: 64 numbers a thread, of each array
 VECTOR_BYTES = 16  # of one access to memory
 # The largest message, in bytes from each device to every other, for which one launch that sends all at once takes
-# less time than XLA's psum. 0 until that is measured: the kernel has not run on two GPUs yet, and is taken by name.
+# less time than XLA's psum. 0 until that is measured in a step of a model: so far the kernel is taken by name.
 LARGEST_MESSAGE = 0
 
 
@@ -19,7 +19,7 @@ def slower(arguments: Arguments) -> str | None:
     if arguments.message_bytes <= LARGEST_MESSAGE:
         return None
     if LARGEST_MESSAGE == 0:
-        return "the kernel is not measured yet; it is taken by name"
+        return "the kernel is not measured in a step of a model yet; it is taken by name"
     return f"XLA is faster with messages of more than {LARGEST_MESSAGE} bytes"
 
 

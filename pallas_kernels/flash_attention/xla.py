@@ -55,12 +55,12 @@ def flash_attention(
 
     # Results are written over what q is made into, and not over constants: those wait for nothing, and XLA makes the
     # ones of all layers at the start of a step, 2 GB of them for 8,192 tokens of an 8B model.
-    results = q_TNH, q_TNH[..., 0].astype(jnp.float32)
+    begun = q_TNH, q_TNH[..., 0].astype(jnp.float32)
     if tiles_at_once == most_tiles:  # a loop of one would still cost its own start
-        results = attend_group(jnp.int32(0), results)
+        out_TNH, lse_TN = attend_group(jnp.int32(0), begun)
     else:
-        results = jax.lax.fori_loop(0, ceil_div(end_tile_R[-1], tiles_at_once), attend_group, results)
-    return _without_padding(*results, cu_q_R1[-1])
+        out_TNH, lse_TN = jax.lax.fori_loop(0, ceil_div(end_tile_R[-1], tiles_at_once), attend_group, begun)
+    return _without_padding(out_TNH, lse_TN, cu_q_R1[-1])
 
 
 def _without_padding(out_TNH: jax.Array, lse_TN: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -30,7 +30,8 @@ class Case:
         size: the batch of a decode step, or the tokens of a prompt.
         chunk: tokens of a prompt that a step took; None is all of them.
         precision: of weights and cache.
-        planned: what the run says was predicted; None where that was before the overhead was timed.
+        planned: what the run says was predicted; None where that was before the overhead was timed, or left out what
+            messages take.
     """
 
     machine: Hardware
@@ -67,7 +68,9 @@ def machine(run: str) -> tuple[Hardware, bool]:
     assert recorded or run.startswith("h200 decode_xla ")
     overhead = ceilings.get("kernel overhead", H200_OVERHEAD) * 1e-6
     flops = {"bf16": ceilings["bf16 matmul"] * 1e12}
-    return device.with_ceilings(ceilings["bandwidth"] * 1e12, flops, overhead), recorded
+    known = find_by_device(RUNS[run]["environment"]["device"], MEASURED)
+    assert known is not None
+    return device.with_ceilings(ceilings["bandwidth"] * 1e12, flops, overhead, known.message_latency), recorded
 
 
 def mesh_named(name: str | None) -> Mesh:
@@ -88,7 +91,7 @@ def cases(metric: str) -> list:
             model, size, chunk, cache, mesh = NAME.fullmatch(name).groups()
             case = Case(
                 hardware, model, metric, int(size), chunk and int(chunk), Precision(cache=cache or "bf16"), attention,
-                measured, planned if recorded else None, mesh_named(mesh),
+                measured, planned if recorded and not mesh else None, mesh_named(mesh),
             )  # fmt: skip
             found.append(pytest.param(case, id=f"{run} {name}"))
     return found
