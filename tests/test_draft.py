@@ -48,8 +48,8 @@ def test_all_that_drafts_is_small():
 
 
 def test_what_was_distilled_is_right_more_often_than_what_learnt_the_text():
-    """By 0.1 at the least of the tokens that follow right ones, as it was measured, than the same draft that learnt the
-    text until it began to get worse at what it had not read."""
+    """By 0.1 at the least of the tokens that follow right ones, as it was measured, than the same draft that learnt
+    the text until it began to get worse at what it had not read."""
     (found,) = RESULTS.glob("h100*/speculative.json")
     right: dict[str, float] = {}
     for part in parts(json.loads(found.read_text())):

@@ -31,8 +31,8 @@ from jaxinfer.parallel.mesh import TENSOR
 from pallas_kernels.all_reduce import Workspace, all_reduce, fresh_workspace, most_rows, runs
 
 MANY_TOKENS = 256  # from which on each device holds its part of them; not measured yet
-# From which on their parts go round a ring, under the products. None do: on two H100 that takes as long as the products
-# and the whole collectives before and after them.
+# From which on their parts go round a ring, under the products. None do: on two H100 that takes as long as products
+# and whole collectives before and after them.
 RING_TOKENS = math.inf
 SPREAD = P(TENSOR, None)  # x_TD of which each device holds a part of the tokens
 # Where the all-reduces of the program that is being traced meet, see `meeting`.

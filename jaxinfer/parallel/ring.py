@@ -4,8 +4,8 @@
 Each function is for use inside a `shard_map` over the axis `tensor` of n devices. It has n steps, of a product with a
 part of the tokens each, and n - 1 messages to the next device, each of which is on its way while a product runs: XLA
 for GPUs makes of a `ppermute` a start, as early as what it sends is there, and a done, as late as what it brings is
-needed, also where its latency-hiding scheduler is off: on two H100 every message was under a product. Barriers keep the
-steps as they are written, since XLA
+needed, also where its latency-hiding scheduler is off: on two H100 every message was under a product. Barriers keep
+the steps as they are written, since XLA
 
 - makes one product of two that have an operand in common, the weight, where a step's operands and result are less than
   64 MB together (`xla_gpu_dot_merger_threshold_mb`): it would begin after the last message;
