@@ -24,6 +24,7 @@ from tests.engine.tiny import (
     CHARACTERS,
     CONFIG,
     EOS,
+    ONE_LAYER,
     OPTIONS,
     assert_clean,
     assert_warm,
@@ -338,6 +339,11 @@ def test_a_draft_beside_windows_alone_sees_what_is_in_them(tmp_path, tmp_path_fa
     own, method = read_config(draft), one.engine.layout.speculation
     assert isinstance(method, DraftModel)
     assert (own.windows, method.model.config.windows) == ((8, None), (8,))
+    narrow = write_checkpoint(
+        tmp_path / "narrow", ONE_LAYER | {"layer_types": ["sliding_attention"], "sliding_window": 1}
+    )
+    with pytest.raises(ValueError, match="writes the keys of two tokens in a step; the model keeps only one"):
+        LLM(narrow, options=replace(OPTIONS, speculation=DraftModel(draft)))
     assert [own.within(windows).windows for windows in ((5,), (9, 3), (None, 3))] == [(5,), (8, 9), (8, None)]
 
 
