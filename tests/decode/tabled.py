@@ -49,6 +49,8 @@ class Table(Forward):
 class OneHot:
     """A head of Eagle that expects of each token the hidden state that `Table` has there, and goes by logits too."""
 
+    config = SimpleNamespace(windows=(None,))
+
     def taps(self, model):
         return ()
 
