@@ -143,8 +143,8 @@ class LLM:
         self.engine.follow()
 
     def _beside(self, name: str | Path | None) -> Model:
-        """The model of another checkpoint that reads the same tokens, for the same devices and context; None is
-        `DRAFT`.
+        """The model of another checkpoint that reads the same tokens, for the same devices and context, and over no
+        more keys; None is `DRAFT`.
 
         Raises:
             FileNotFoundError, ValueError: as `LLM`, or the tokenizers differ.
@@ -157,6 +157,7 @@ class LLM:
                 f"the tokenizer of {folder} differs from that of {self.folder} in {len(differ)} tokens, such as "
                 f"{min(differ)!r}; it must be the same"
             )
+        config = config.within(self.model.config.windows)
         return Model(config, self.model.mesh, self.model.context, self.model.config.dtype, pipelined=False)
 
     def _params_beside(self, name: str | Path | None, model: Model) -> Params:

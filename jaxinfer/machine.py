@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,12 @@ def measure_machine() -> Hardware:
     return device.with_ceilings(bandwidth, flops, _kernel_overhead(), known.message_latency if known else 0.0)
 
 
+def measured_entry(dtype: str) -> Hardware | None:
+    """The measured entry of the first device in the hardware table; None without one, or without a matmul of `dtype`
+    in it."""
+    return _entry(MEASURED, dtype)
+
+
 def known_machine(dtype: str) -> Hardware:
     """What times are predicted for here: the measured entry of the first device in the hardware table, or that of its
     datasheet. A device without either, such as a CPU, or with a matmul of `dtype` in neither, is measured, once in a
@@ -53,12 +59,10 @@ def known_machine(dtype: str) -> Hardware:
     Args:
         dtype: of a model without quantization: bf16, fp16 or fp32.
     """
-    kind = jax.local_devices()[0].device_kind
-    entries = (find_by_device(kind, table) for table in (MEASURED, DATASHEETS))
-    known = next((entry for entry in entries if entry and dtype in entry.flops), None)
+    known = measured_entry(dtype) or _entry(DATASHEETS, dtype)
     machine = known or _measured_once()
     source = "what was measured now" if known is None else f"{machine.name} of the hardware table"
-    rates = machine.bandwidth, machine.rate(dtype)
+    kind, rates = jax.local_devices()[0].device_kind, (machine.bandwidth, machine.rate(dtype))
     _log_once("times on %s are predicted by %s: %.3g B/s, %.3g FLOP/s", kind, source, *rates)
     return machine
 
@@ -122,6 +126,11 @@ def device_memory(stats: dict[str, int] | None) -> int:
 def host_memory() -> int:
     """Bytes of the host's memory, in use or not."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _entry(table: Mapping[str, Hardware], dtype: str) -> Hardware | None:
+    entry = find_by_device(jax.local_devices()[0].device_kind, table)
+    return entry if entry and dtype in entry.flops else None
 
 
 @functools.cache

@@ -75,17 +75,21 @@ def generate(
         console = Console(stderr=True)
         speculation.warn(console.print)
         typer.echo(prompt, nl=False)
+        before = replace(llm.engine.counters)
         clock = timed(llm, prompt, params, partial(typer.echo, nl=False))
         typer.echo()
-        console.print(summary(llm, len(llm.tokenizer.encode(prompt)), clock))
+        brought = llm.engine.counters.since(before)
+        context = len(llm.tokenizer.encode(prompt)) + clock.before + clock.tokens // 2
+        console.print(summary(llm, context, clock, brought))
         for line in pipe_lines(llm):
             console.print(line)
     if llm.engine.options.speculation is not None and clock.per_token and group is None:
-        counters = llm.engine.counters
+        by_prediction = predicted(llm, context, brought)
         del llm  # the plain one takes its place in memory
         plain = load()
         compile_for(plain, prompt, params)
-        console.print(gain(counters, timed(plain, prompt, params, lambda text: None).per_token / clock.per_token))
+        times = timed(plain, prompt, params, lambda text: None).per_token / clock.per_token
+        console.print(gain(brought, times, by_prediction))
 
 
 def compile_for(llm: LLM, prompt: str, params: SamplingParams) -> None:
@@ -103,10 +107,31 @@ def timed(llm: LLM, prompt: str, params: SamplingParams, tell: Callable[[str], N
     return clock
 
 
-def gain(counters: Counters, times: float) -> str:
+def predicted(llm: LLM, context: int, brought: Counters) -> str:
+    """How many times as fast as plain decoding the steps were by the cost model, of what was right and what steps take
+    on this machine; in words where the hardware table has no measured ceilings of it."""
+    from jaxinfer.engine.costs import predicted_costs
+    from jaxinfer.machine import measured_entry
+
+    dtype = Precision.all_in(llm.model.config.dtype).residual
+    if (machine := measured_entry(dtype)) is None:
+        return "not predicted, as the hardware table has no measured entry of this machine"
+    costs = predicted_costs(llm.model, llm.engine.layout, machine)
+    return (
+        f"{costs.speedup(context, brought):.2f} by prediction for {machine.name}, where a step takes as long as "
+        f"{costs.cost(context, brought):.2f} plain ones"
+    )
+
+
+def gain(brought: Counters, times: float, by_prediction: str) -> str:
     """One line: what proposals brought."""
-    right = " ".join(f"{fraction:.0%}" for fraction in counters.accepted_by_position)
-    return f"{counters.tokens_per_draft:.2f} tokens a step, {times:.2f} times plain decoding; right by place: {right}"
+    if not brought.drafts:
+        return f"nothing was proposed, {times:.2f} times plain decoding"
+    right = " ".join(f"{fraction:.0%}" for fraction in brought.accepted_by_position)
+    return (
+        f"{brought.tokens_per_draft:.2f} tokens a step, {times:.2f} times plain decoding ({by_prediction}); "
+        f"right by place: {right}"
+    )
 
 
 @dataclass
@@ -131,19 +156,22 @@ class Clock:
         return (self.last - self.first) / self.tokens if self.tokens else 0.0
 
 
-def summary(llm: LLM, prompt_tokens: int, clock: Clock) -> str:
-    """One line: speed, the memory traffic that it takes, and what part of the machine's limit that is."""
+def summary(llm: LLM, context: int, clock: Clock, brought: Counters) -> str:
+    """One line: speed, the memory traffic that it takes, and what part of the machine's limit that is.
+
+    Args:
+        context: tokens of the sequence, halfway through its output.
+    """
     from jaxinfer.machine import measure_machine
 
     if not clock.per_token:
         return f"{clock.before} tokens, no decode step to time"
     # One sequence is in one stage of a pipe at a time.
     config, devices = llm.model.config, llm.model.tensor
-    context = prompt_tokens + clock.before + clock.tokens // 2
     precision = Precision.all_in(config.dtype, llm.engine.options.cache_dtype)
     ranks = llm.model.ranks
     step = decode_step(config, 1, context, precision, tensor_parallel=devices, share=Share(ranks=ranks))
-    seconds = clock.per_token * llm.engine.counters.tokens_per_step  # of a step
+    seconds = clock.per_token * brought.tokens_per_step  # of a step
     bandwidth = step.bytes * devices * ranks / seconds
     machine = measure_machine()
     return (

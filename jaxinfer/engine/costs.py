@@ -21,6 +21,7 @@ from jaxinfer.decode.layout import Layout, pools_of
 from jaxinfer.decode.speculative import tree_of
 from jaxinfer.engine.buckets import rectangle, rectangles
 from jaxinfer.engine.budget import Times, attended, step_times, whole_row
+from jaxinfer.engine.metrics import Counters
 from jaxinfer.model import Model
 from jaxinfer.roofline import Hardware
 
@@ -93,6 +94,25 @@ class Costs:
             seconds += own.rest(slots * each, slots) + own.decoding(read, each)
         seconds += self._outputs[drafts] * times.head(slots)
         return seconds + times.kernels(SEARCH + DRAW * (1 + drafts) + MOVE * self._layers)
+
+    def speedup(self, context: int, brought: Counters) -> float:
+        """How many times as fast as plain decoding the cost model alone says that the steps of one output were, whose
+        first token its prompt brought: where all propose k tokens, each right with the probability a,
+        (1 - a^(k+1)) / (1 - a) over what such a step takes in plain ones (Leviathan et al. 2022, theorem 3.8).
+
+        Args:
+            context: tokens of the sequence, halfway through its output.
+        """
+        right, plain = sum(brought.accepted), self.predicted([context], 0)
+        plainly = max(brought.output_tokens - 1 - brought.drafts - right, 0)
+        seconds = plainly * plain + brought.drafts * plain * self.cost(context, brought)
+        return (brought.drafts + right + plainly) * plain / seconds
+
+    def cost(self, context: int, brought: Counters) -> float:
+        """Plain steps that take as long as one of the steps with proposals, by the cost model alone; 0 without any."""
+        sized = [(drafts, count) for drafts, count in enumerate(brought.proposed, 1) if count]
+        seconds = sum(count * self.predicted([context], drafts) for drafts, count in sized)
+        return seconds / max(brought.drafts, 1) / self.predicted([context], 0)
 
 
 def predicted_costs(model: Model, layout: Layout, machine: Hardware | None = None) -> Costs:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +24,7 @@ class Counters:
         drafts: how often tokens were proposed to a sequence.
         accepted: how often the first of them was right, the first two, and so on; not, where so many were not
             proposed.
+        proposed: how often at most one of them might have been right, at most two, and so on.
         draft_updates: how often what proposes them was given other weights.
         pipe_ticks, pipe_filled: of all programs, see `jaxinfer.engine.pipe`; 0 without a pipe.
     """
@@ -34,6 +37,7 @@ class Counters:
     output_tokens: int = 0
     drafts: int = 0
     accepted: tuple[int, ...] = ()
+    proposed: tuple[int, ...] = ()
     draft_updates: int = 0
     pipe_ticks: int = 0
     pipe_filled: int = 0
@@ -46,7 +50,17 @@ class Counters:
         """
         drafts, *accepted = brought_Q.tolist()
         self.drafts += drafts
-        self.accepted = tuple(old + new for old, new in zip_longest(self.accepted, accepted, fillvalue=0))
+        self.accepted = _plus(self.accepted, accepted)
+        self.proposed = _plus(self.proposed, [*[0] * (len(accepted) - 1), drafts])
+
+    def since(self, before: Counters) -> Counters:
+        """What was done after `before`, a copy of these counters as they were."""
+
+        def less(now: Any, then: Any) -> Any:
+            return _plus(now, [-count for count in then]) if isinstance(now, tuple) else now - then
+
+        counted: Any = map(less, astuple(self), astuple(before))
+        return Counters(*counted)
 
     @property
     def bubble(self) -> float:
@@ -68,6 +82,10 @@ class Counters:
         """Tokens that a draw of the model brought: 1, and those that were right before it."""
         drawn = self.output_tokens - sum(self.accepted)
         return self.output_tokens / drawn if drawn > 0 else 1.0
+
+
+def _plus(counts: Sequence[int], more: Sequence[int]) -> tuple[int, ...]:
+    return tuple(one + other for one, other in zip_longest(counts, more, fillvalue=0))
 
 
 @dataclass(frozen=True)

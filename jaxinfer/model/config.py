@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from jaxinfer.model.rope import Rope
@@ -109,3 +109,13 @@ class ModelConfig:
     def group(self, layer: int) -> int:
         """Index into `windows`, and so the cache group, of a layer."""
         return self.windows.index(self.layers[layer].window)
+
+    def within(self, windows: tuple[int | None, ...]) -> ModelConfig:
+        """The same layers over no more keys than a model with these attention windows keeps: one that would see more
+        sees as many as the widest. What drafts beside that model is held to it, and changes what is proposed at most.
+        """
+        if None in windows:
+            return self
+        most = max(window for window in windows if window is not None)
+        narrow = (replace(layer, window=min(layer.window or most, most)) for layer in self.layers)
+        return replace(self, layers=tuple(narrow))

@@ -112,7 +112,7 @@ class EagleHead(Network):
     ):  # fmt: skip
         """
         Args:
-            config: from `read_eagle_config`.
+            config: from `read_eagle_config`; its layer sees no more keys than the widest of the model's.
             embeds, maps: see the attributes.
             bias: whether its first product, `fc`, has one.
             tokens: of its own output matrix, which makes it one of EAGLE-3.
@@ -128,6 +128,7 @@ class EagleHead(Network):
                 )
             build = partial(_Third, embeds=embeds, bias=bias, tokens=tokens)
             config = replace(config, architecture=THIRD)
+        config = config.within(target.config.windows)
         super().__init__(config, target.mesh, target.context, target.config.dtype, build)
         self.embeds, self.maps, self._third = embeds, maps, tokens is not None
 

@@ -3,11 +3,15 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from jaxinfer import SamplingParams
+from jaxinfer.cli.generate import gain, predicted
 from jaxinfer.cli.speculation import CHANGES, OPTIONS
+from jaxinfer.decode.layout import Layout
 from jaxinfer.decode.speculative import (
     METHODS,
     DraftModel,
@@ -20,12 +24,16 @@ from jaxinfer.decode.speculative import (
     by_name,
 )
 from jaxinfer.engine import Counters, Options
+from jaxinfer.engine.costs import predicted_costs
 from jaxinfer.llm import LLM
+from jaxinfer.model import Model, read_config
+from jaxinfer.parallel import make_mesh
+from jaxinfer.roofline import MEASURED
 from tests.cli.test_cli import ROOT, flat, run
 from tests.engine.eagle_heads import nearly_right, write_head
 from tests.engine.test_medusa import D, V, write
+from tests.engine.tiny import CONFIG, tiny_folder
 from tests.engine.tiny import OPTIONS as SIZES
-from tests.engine.tiny import tiny_folder
 
 ASKED = [
     ("lookup --num-speculative-tokens 5 --prompt-lookup-max 2", PromptLookup(5, 2)),
@@ -169,6 +177,25 @@ def test_typical_acceptance_takes_all_that_is_likely_enough(folder, monkeypatch)
     likely = proposed(folder, monkeypatch, f"{asked} --typical --typical-epsilon 1e-9", params)
     assert (likely.drafts, *likely.accepted) == (10, 10, 10, 10)
     assert exact.drafts > likely.drafts
+
+
+def test_generate_predicts_the_gain_where_ceilings_were_measured(monkeypatch):
+    """As the cost model does, of what was right; in words elsewhere, and where nothing was proposed."""
+    model = Model(read_config(CONFIG), make_mesh(1))
+    layout = Layout(1, 8, (9, 9), 64, "float32", speculation=PromptLookup(2))
+    llm: Any = SimpleNamespace(model=model, engine=SimpleNamespace(layout=layout))
+    brought = Counters(output_tokens=1 + 40 + 12, drafts=20, accepted=(15, 5), proposed=(0, 20))
+    monkeypatch.setattr("jaxinfer.machine.measured_entry", lambda dtype: MEASURED["h200-measured"])
+    costs = predicted_costs(model, layout, MEASURED["h200-measured"])
+    plain, proposing = costs.predicted([32], 0), costs.predicted([32], 2)
+    times = 52 * plain / (12 * plain + 20 * proposing)
+    by_prediction = predicted(llm, 32, brought)
+    cost = f"where a step takes as long as {proposing / plain:.2f} plain ones"
+    assert by_prediction == f"{times:.2f} by prediction for h200-measured, {cost}"
+    assert f"2.00 tokens a step, 1.50 times plain decoding ({by_prediction}); " in gain(brought, 1.5, by_prediction)
+    monkeypatch.undo()
+    assert predicted(llm, 32, brought).startswith("not predicted, as the hardware table has no measured entry")
+    assert gain(Counters(output_tokens=9), 0.98, "") == "nothing was proposed, 0.98 times plain decoding"
 
 
 def test_generate_says_that_typical_acceptance_changes_the_distribution(folder):

@@ -4,17 +4,29 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxinfer.decode import sampling
 from jaxinfer.decode.layout import Layout
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.decode.speculative import DraftModel, Eagle, EarlyExit, Lookahead, PromptLookup, Speculation, depth_of
+from jaxinfer.decode.speculative import (
+    DraftModel,
+    Eagle,
+    EarlyExit,
+    Lookahead,
+    Medusa,
+    PromptLookup,
+    Speculation,
+    depth_of,
+)
+from jaxinfer.decode.speculative.medusa import Head
 from jaxinfer.decode.step import Part, Programs
 from jaxinfer.engine.step_input import lay_out
 from jaxinfer.engine.warm_up import WARM
@@ -132,6 +144,19 @@ def a_head() -> Eagle:
     return Eagle("head", 8, 2, 3, head=head, params=list(head.parameters.values()))
 
 
+def heads() -> Medusa:
+    """Three, of which one has an output matrix of its own; with so many nodes that nothing is as large as a weight."""
+    model = Model(read_config(FULL), make_mesh(1))
+    D, own = FULL["hidden_size"], model.parameters["head_VD"]
+    whole = NamedSharding(model.mesh, P())
+    block = (
+        jax.ShapeDtypeStruct((D, D), own.dtype, sharding=whole),
+        jax.ShapeDtypeStruct((D,), own.dtype, sharding=whole),
+    )
+    made: Any = tuple(Head((block,), own if place == 2 else None) for place in range(3))
+    return Medusa("heads", 7, heads=made)
+
+
 @pytest.mark.parametrize(
     ("method", "config", "dtype", "needs"),
     [
@@ -142,6 +167,7 @@ def a_head() -> Eagle:
         (Lookahead(3, 3, 1, 5), FULL, "float32", sampling.GREEDY),
         (a_head(), FULL, "float32", sampling.GREEDY),
         (a_head(), FULL, "float32", sampling.UNFILTERED),
+        (heads(), FULL, "float32", sampling.GREEDY),
     ],
     ids=lambda value: getattr(value, "level", value if isinstance(value, str) else type(value).__name__),
 )

@@ -14,7 +14,7 @@ from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.speculative import Medusa, Tree, Typical
 from jaxinfer.decode.speculative.verify import chain, likely_or_drawn
 from tests.decode.branching import PARENTS
-from tests.decode.test_acceptance import packed
+from tests.decode.enumerated import packed
 
 VOCAB, SLOTS, GREEDY = 7, 40, 4
 TREE, CHAIN = Tree(PARENTS), Tree(tuple(range(-1, 4)))

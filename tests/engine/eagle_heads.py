@@ -118,9 +118,13 @@ def _normed(x: np.ndarray, scale_D: np.ndarray) -> np.ndarray:
 
 
 def by_hand(
-    tensors: dict[str, np.ndarray], embedded_TD: np.ndarray, features_TD: np.ndarray
+    tensors: dict[str, np.ndarray], embedded_TD: np.ndarray, features_TD: np.ndarray, window: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the head expects of a text, of each token's embedding and the feature before it; its keys, [T, K, H]."""
+    """What the head expects of a text, of each token's embedding and the feature before it; its keys, [T, K, H].
+
+    Args:
+        window: tokens that one sees, itself included; None sees all.
+    """
     layer = {
         name.removeprefix("layers.0.").removeprefix("midlayer.").removesuffix(".weight"): tensor
         for name, tensor in tensors.items()
@@ -135,7 +139,8 @@ def by_hand(
     q_TNH, k_TKH = _rotated(q_TNH), _rotated(k_TKH)
     keys_TNH, values_TNH = (np.repeat(one, HEADS // KV_HEADS, axis=1) for one in (k_TKH, v_TKH))
     scores_NTT = np.einsum("TNH,tNH->NTt", q_TNH, keys_TNH) * SIZE**-0.5
-    weights_NTT = np.exp(np.where(np.tri(len(x_TD), dtype=bool), scores_NTT, -np.inf))
+    seen_TT = np.tri(len(x_TD), dtype=bool) & ~np.tri(len(x_TD), k=-(window or len(x_TD)), dtype=bool)
+    weights_NTT = np.exp(np.where(seen_TT, scores_NTT, -np.inf))
     weights_NTT /= weights_NTT.sum(axis=2, keepdims=True)
     x_TD = (
         x_TD + np.einsum("NTt,tNH->TNH", weights_NTT, values_TNH).reshape(len(x_TD), -1) @ layer["self_attn.o_proj"].T

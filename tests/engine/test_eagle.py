@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.speculative.comparing import Shut
 from jaxinfer import SamplingParams, checkpoint
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.speculative import Eagle, by_name
@@ -96,7 +97,7 @@ class Whole:
         self.tensors, self.features_BTD = tensors, [features(tensors, shown_TE) for shown_TE in shown_BTE]
         arrays = dict(zip(model.parameters, own, strict=True))
         self.embed_VD, self.head_VD = (np.asarray(arrays[name]) for name in ("embed.weight_VD", "head_VD"))
-        self.text_BT = text_BT
+        self.text_BT, (self.window,) = text_BT, llm.engine.layout.speculation.head.config.windows
 
     def keys(self, slot: int, length: int) -> np.ndarray:
         return self._expected(slot, length, [], [])[1]
@@ -132,7 +133,7 @@ class Whole:
         """Of the beginning of a text, and tokens that a head proposed with the features before them."""
         ids_T = [*self.text_BT[slot, :length], *tokens]
         before_TD = [np.zeros(D, np.float32), *self.features_BTD[slot][: length - 1], *before]
-        return by_hand(self.tensors, self.embed_VD[ids_T], np.stack(before_TD))
+        return by_hand(self.tensors, self.embed_VD[ids_T], np.stack(before_TD), self.window)
 
 
 def test_keys_and_proposals_are_those_of_the_whole_text(llm, one_rectangle):
@@ -144,6 +145,21 @@ def test_keys_and_proposals_of_three_layers_are_those_of_the_whole_text(tmp_path
     assert_those_of_the_whole_text(proposing(deep_model, tmp_path, third), third)
 
 
+def test_a_head_beside_windows_alone_sees_what_is_in_them(tmp_path, one_rectangle):
+    """Of a model that keeps no more: what it proposes is that of such a head, and changes no output."""
+    config = CONFIG | {"layer_types": ["sliding_attention"] * 2}
+    model = write(tmp_path / "model", write_checkpoint(tmp_path / "source", config), rest=0.1)
+    llm = proposing(model, tmp_path / "head", HEAD)
+    assert_those_of_the_whole_text(llm, HEAD)
+    found, drafts = answers(llm, PROMPTS, PARAMS), llm.engine.counters.drafts
+    llm.engine.gate = llm.engine.scheduler.gate = Shut(llm.engine.layout)
+    assert answers(llm, PROMPTS, PARAMS) == found
+    assert llm.engine.counters.drafts == drafts
+    deep = Eagle(tmp_path / "head", 12, depth=8, branches=2)
+    with pytest.raises(ValueError, match=r"depth = 8 must be less than 8, the tokens that the model keeps"):
+        LLM(model, options=replace(OPTIONS, speculation=deep))
+
+
 def assert_those_of_the_whole_text(llm: LLM, tensors: dict[str, np.ndarray]) -> None:
     """After prompts in chunks, beside which others decode, and steps in which some of the proposals were right: the
     head has seen the model's own features everywhere but behind the last step."""
@@ -153,17 +169,18 @@ def assert_those_of_the_whole_text(llm: LLM, tensors: dict[str, np.ndarray]) -> 
     params = [SamplingParams(temperature=0.3, seed=seed, max_tokens=24 - seed, ignore_eos=True) for seed in range(3)]
     llm.generate(prompts, params)
     assert engine.counters.drafts > engine.counters.accepted[0] > engine.counters.accepted[1] > 0, engine.counters
-    (_, group), runner = llm.model.config.windows, engine.runner
-    assert group is None
+    assert (method.head.config.windows, method.head.config.num_layers) == (llm.model.config.windows[-1:], 1)
+    runner, window = engine.runner, llm.model.config.windows[-1]
     state, pages, params = runner.state, runner.cache[-1], runner.params
-    text_BT, length_B, table_BJ = (np.asarray(one) for one in (state.text_BT, state.length_B, state.tables[1]))
+    text_BT, length_B, table_BJ = (np.asarray(one) for one in (state.text_BT, state.length_B, state.tables[-1]))
     whole = Whole(llm, tensors, params, text_BT)
     slots = np.flatnonzero(length_B)
     assert len(slots) == 3
     for slot in slots:
         caught_up = length_B[slot] - DEPTH
-        places = table_BJ[slot, np.arange(caught_up) // 8], np.arange(caught_up) % 8
-        np.testing.assert_allclose(np.asarray(pages.k_PSKH)[places], whole.keys(slot, caught_up), atol=2e-5)
+        held_T = np.arange(0 if window is None else length_B[slot] - window + 1, caught_up)  # others gave pages back
+        keys_TKH = np.asarray(pages.k_PSKH)[table_BJ[slot, held_T // 8], held_T % 8]
+        np.testing.assert_allclose(keys_TKH, whole.keys(slot, caught_up)[held_T], atol=2e-5)
 
     forward = engine.runner.programs.forward
     state = replace(state, active_B=length_B > 0)
@@ -274,6 +291,9 @@ def test_heads_of_three_layers_are_refused_where_they_do_not_fit(tmp_path, model
     refused(r"tensor 'd2t' is I64 of shape \(99,\); expected integers of shape \(100,\)", {"d2t": far[1:]})
     refused(r"tensor 'norm.weight' has shape \(31,\); expected \(32,\)", {"norm.weight": np.ones(31, np.float32)})
     refused("reads three layers of a model of 4 or more, not of 2", {}, model)
+    wide = Eagle(write_head(tmp_path / "wide", third, V, architectures=["LlamaForCausalLMEagle3"]), branches=101)
+    with pytest.raises(ValueError, match="branches = 101 must be at most 100, the tokens that may be proposed"):
+        LLM(deep_model, options=replace(OPTIONS, speculation=wide))
 
 
 def test_three_layers_are_low_middle_and_high(tmp_path, deep_model, third):

@@ -14,6 +14,7 @@ from jaxinfer.engine import Options, Request, budget
 from jaxinfer.engine.budget import step_times, whole_row
 from jaxinfer.engine.costs import DRAW, ENOUGH, MOVE, SEARCH, Costs, predicted_costs
 from jaxinfer.engine.gate import PROBES_APART, PROBES_COST, WRONG, Gate
+from jaxinfer.engine.metrics import Counters
 from jaxinfer.engine.options import IN_FLIGHT
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.sequence import Sequence
@@ -321,6 +322,32 @@ def test_what_was_not_proposed_is_taken_to_be_right_as_often_as_the_last():
     for _ in range(10 * LONG):
         gate.learn(np.array([1000, 0]))
     assert gate.accepted == pytest.approx([0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("plain", [0, 30])
+@pytest.mark.parametrize("acceptance", [0.0, 0.6, 1.0])
+def test_a_gain_is_predicted_of_what_was_right_and_what_steps_cost(acceptance, plain):
+    """By the cost model alone, whatever steps took: of steps with proposals, and plain ones among them."""
+    costs, right = Costs(LAYOUT, TIMES), [round(100 * part) for part in independent(acceptance, DRAFTS)]
+    costs.learn([100], DRAFTS, 9.0)
+    told, before = Counters(output_tokens=1 + plain), Counters(output_tokens=7, accepted=(2,))
+    told.count_drafts(np.array([100, *right]))
+    told = replace(told, output_tokens=told.output_tokens + 100 + sum(right))
+    tokens = 1 + sum(right) / 100
+    assert costs.cost(100, told) == pytest.approx(COST[1])
+    assert costs.speedup(100, told) == pytest.approx((100 * tokens + plain) / (100 * COST[1] + plain))
+    later = replace(told, output_tokens=told.output_tokens + 7, accepted=(right[0] + 2, *right[1:]))
+    assert later.since(before) == told
+
+
+def test_a_gain_of_proposals_of_several_sizes_is_predicted():
+    told, costs = Counters(output_tokens=1 + 2 + 1 + 4), Costs(ADAPTIVE, TIMES)
+    told.count_drafts(np.array([2, 1]))
+    told.count_drafts(np.array([1, 1, 1, 1, 0]))
+    assert told.proposed == (2, 0, 0, 1)
+    seconds = 2 * costs.predicted([9], 1) + costs.predicted([9], 4)
+    assert costs.speedup(9, told) == pytest.approx(7 * costs.predicted([9], 0) / seconds)
+    assert costs.speedup(9, Counters(output_tokens=5)) == 1
 
 
 def test_a_probe_finds_what_only_more_proposals_show():

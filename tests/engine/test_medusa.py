@@ -208,6 +208,11 @@ def test_heads_of_another_model_are_refused(tmp_path, tiny):
     refused(good | blocks(hidden=16), r"linear.weight of shape \(16, 16\); .* hidden size 32 .* must be \(32, 32\)")
     wide = {"1.1.weight": np.zeros((V + 1, D), np.float32)}
     refused(good | blocks() | wide, r"head 1 .* weight of shape \(105, 32\); .* 104 tokens, it must be \(104, 32\)")
+    one_head = save_heads(tmp_path / "one", {"0.0.weight": np.zeros((V, D), np.float32)})
+    with pytest.raises(
+        ValueError, match="num_speculative_tokens = 105 makes a tree of the 105 likeliest tokens of a "
+    ):
+        llm(options=replace(OPTIONS, speculation=Medusa(one_head, 105)))
     with pytest.raises(ValueError, match=f"{FILE} is missing"):
         llm(options=replace(OPTIONS, speculation=Medusa(tiny)))
     with pytest.raises(ValueError, match="num_speculative_tokens = 128 must be"):

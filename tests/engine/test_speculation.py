@@ -18,11 +18,13 @@ from jaxinfer.engine.options import IN_FLIGHT
 from jaxinfer.engine.request import TokenLogprobs
 from jaxinfer.engine.warm_up import WARM
 from jaxinfer.llm import LLM
+from jaxinfer.model import read_config
 from jaxinfer.parallel import collectives
 from tests.engine.tiny import (
     CHARACTERS,
     CONFIG,
     EOS,
+    ONE_LAYER,
     OPTIONS,
     assert_clean,
     assert_warm,
@@ -327,6 +329,22 @@ def test_a_draft_that_is_the_model_is_always_right(tmp_path_factory):
         # The first token is of the prompt; then four come at once, three times.
         assert [counters.drafts - before[0], *accepted] == [3, 3, 3, 3]
     assert llm.engine.metrics.prefix_hit_rate > 0
+
+
+def test_a_draft_beside_windows_alone_sees_what_is_in_them(tmp_path, tmp_path_factory):
+    """Also in a layer that sees all of a text by itself: the model keeps no more, and drafts change no output."""
+    target = write_checkpoint(tmp_path / "target", CONFIG | {"layer_types": ["sliding_attention"] * 2})
+    draft = tiny_folder(tmp_path_factory.getbasetemp())
+    one = LLM(target, options=replace(OPTIONS, speculation=DraftModel(draft)))
+    own, method = read_config(draft), one.engine.layout.speculation
+    assert isinstance(method, DraftModel)
+    assert (own.windows, method.model.config.windows) == ((8, None), (8,))
+    narrow = write_checkpoint(
+        tmp_path / "narrow", ONE_LAYER | {"layer_types": ["sliding_attention"], "sliding_window": 1}
+    )
+    with pytest.raises(ValueError, match="writes the keys of two tokens in a step; the model keeps only one"):
+        LLM(narrow, options=replace(OPTIONS, speculation=DraftModel(draft)))
+    assert [own.within(windows).windows for windows in ((5,), (9, 3), (None, 3))] == [(5,), (8, 9), (8, None)]
 
 
 def test_what_does_not_go_with_the_model_is_refused(tmp_path_factory, small_draft, monkeypatch):

@@ -82,6 +82,10 @@ class DraftModel(Speculation):
                 f"the draft model {self.checkpoint} has the attention windows {ours.windows}; the model keeps no more "
                 f"keys than {theirs.windows}"
             )
+        if any(theirs.windows[group] == 1 for group in self._groups(model)):
+            raise ValueError(
+                f"the draft model {self.checkpoint} writes the keys of two tokens in a step; the model keeps only one"
+            )
 
     @property
     def weights(self) -> Params:

@@ -7,8 +7,9 @@ proposed tokens it is given its own features. So its likeliest tokens make a tre
 whose shape depends on how likely the head says they are (Li et al. 2024, "EAGLE-2: Faster Inference of Language Models
 with Dynamic Draft Trees", arXiv 2406.16858).
 
-Its layer has pages of the same numbers as the model's. The features of the newest tokens are kept for each slot: the
-first pass of a proposal writes their keys and values, in the place of what they were proposed with.
+Its layer has pages of the same numbers as the model's, and sees no more tokens than the widest of the model's windows.
+The features of the newest tokens are kept for each slot: the first pass of a proposal writes their keys and values, in
+the place of what they were proposed with.
 """
 
 from __future__ import annotations
@@ -128,11 +129,13 @@ class Eagle(Speculation):
     def check(self, model: Model) -> None:
         if self.head is None:
             raise ValueError(f"the head {self.checkpoint or OWN} is not loaded; `LLM` loads it")
-        if group_of(None, model.config.windows) is None:
-            raise ValueError(
-                f"the head {self.checkpoint or OWN} attends to all tokens; the model keeps no more keys than "
-                f"those in its windows, {model.config.windows}"
-            )
+        (window,) = self.head.config.windows
+        if window is not None and self.tree.depth >= window:  # what it writes again when it catches up must be there
+            raise ValueError(f"depth = {self.depth} must be less than {window}, the tokens that the model keeps")
+        own = self.head.parameters.get("head_VD")
+        tokens = model.config.vocab_size if own is None else own.shape[0]
+        if self.branches > tokens:
+            raise ValueError(f"branches = {self.branches} must be at most {tokens}, the tokens that may be proposed")
 
     @cached_property
     def choices(self) -> tuple[tuple[int, ...], ...]:
@@ -312,8 +315,10 @@ class Eagle(Speculation):
         return self.head.features(target.others(params), target.model, target.own(params), shown_TE)
 
     def _group(self, model: Model) -> int:
-        """The cache group of the model that keeps all keys."""
-        group = group_of(None, model.config.windows)
+        """The cache group of the model that keeps all keys which the head sees."""
+        assert self.head is not None
+        (window,) = self.head.config.windows
+        group = group_of(window, model.config.windows)
         assert group is not None
         return group
 

@@ -118,6 +118,11 @@ class Medusa(Speculation):
                         f"head {index} of {self.checkpoint or OWN} has a {name} of shape {shape}; for this model, of "
                         f"hidden size {D} and {V} tokens, it must be {expected}"
                     )
+        if (likeliest := 1 + max(max(path) for path in self.choices)) > V:
+            raise ValueError(
+                f"num_speculative_tokens = {self.num_speculative_tokens} makes a tree of the {likeliest} likeliest "
+                f"tokens of a head; the model has {V}"
+            )
 
     @cached_property
     def choices(self) -> tuple[tuple[int, ...], ...]:
