@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -46,15 +46,6 @@ class RefusedError(Exception):
     """A set-up that is not built, as its error says."""
 
 
-@dataclass(frozen=True)
-class Reference:
-    """One model, and what it gives on one device."""
-
-    folder: Path
-    logits: np.ndarray
-    texts: list[list[int]]
-
-
 @contextmanager
 def small_steps() -> Iterator[None]:
     """Few rows go the ways of many: a pipe divides them into micro-batches, and devices of the axis `tensor` share
@@ -68,8 +59,8 @@ def small_steps() -> Iterator[None]:
 
 
 @cache
-def reference(root: Path, family: str, layers: int) -> Reference:
-    """What one device gives; the checkpoint lies below `root`, in float32, and no norm is at one."""
+def written(root: Path, family: str, layers: int) -> Path:
+    """A checkpoint below `root`, in float32, with no norm at one."""
     fields = FAMILIES[family].config(layers)
     model = Model(read_config(fields), make_mesh(1))
     arrays, rng = dict(zip(model.parameters, random_params(model, 4), strict=True)), np.random.default_rng(5)
@@ -78,10 +69,22 @@ def reference(root: Path, family: str, layers: int) -> Reference:
             arrays[name] = jnp.asarray(1 + 0.3 * rng.standard_normal(array.shape).astype(np.float32))
     folder = root / f"{family} {layers}"
     checkpoint.export(folder, model, arrays, {"config.json": json.dumps(fields)}, 1 << 20)
+    return folder
+
+
+@cache
+def logits_alone(folder: Path) -> np.ndarray:
+    """Of one device."""
     alone = logits_of(folder, Sizes())
     if not (np.isfinite(alone).all() and alone.std() > 0.3):
-        raise AssertionError(f"the logits of {family} on one device say nothing: deviation {alone.std()}")
-    return Reference(folder, alone, texts_of(folder, Sizes(), None))
+        raise AssertionError(f"the logits of one device say nothing: their deviation is {alone.std()}")
+    return alone
+
+
+@cache
+def texts_alone(folder: Path) -> list[list[int]]:
+    """Of one device, decoded plainly."""
+    return texts_of(folder, Sizes(), None)
 
 
 def logits_of(folder: Path, sizes: Sizes) -> np.ndarray:
@@ -126,8 +129,8 @@ def difference(root: Path, family: str, sizes: Sizes) -> float:
         RefusedError: the set-up is not built.
         AssertionError: it is more than `TOLERANCE`.
     """
-    alone = reference(root, family, FAMILIES[family].layers(sizes.pipe))
-    found = np.abs(logits_of(alone.folder, sizes) - alone.logits).max()
+    folder = written(root, family, FAMILIES[family].layers(sizes.pipe))
+    found = np.abs(logits_of(folder, sizes) - logits_alone(folder)).max()
     if not found <= TOLERANCE:
         raise AssertionError(f"logits differ by {found:.2g}")
     return float(found)
@@ -140,9 +143,9 @@ def same_texts(root: Path, family: str, sizes: Sizes, method: str) -> int:
         RefusedError: the set-up is not built.
         AssertionError: they are others.
     """
-    alone = reference(root, family, FAMILIES[family].layers(sizes.pipe))
-    found = texts_of(alone.folder, sizes, METHODS[method])
-    if found != alone.texts:
-        ours, theirs = next(pair for pair in zip(found, alone.texts, strict=True) if pair[0] != pair[1])
+    folder = written(root, family, FAMILIES[family].layers(sizes.pipe))
+    found, alone = texts_of(folder, sizes, METHODS[method]), texts_alone(folder)
+    if found != alone:
+        ours, theirs = next(pair for pair in zip(found, alone, strict=True) if pair[0] != pair[1])
         raise AssertionError(f"a text is {ours}, on one device {theirs}")
     return sum(map(len, found))
