@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from jaxinfer.roofline.attention import Attention
 from jaxinfer.roofline.hardware import Hardware
-from jaxinfer.roofline.memory import CHUNK, MemoryPlan, plan_memory
-from jaxinfer.roofline.mesh import Experts, Mesh, Share, check_mesh, meshes
+from jaxinfer.roofline.memory import MemoryPlan, plan_memory
+from jaxinfer.roofline.mesh import ONE, Experts, Mesh, Share, check_mesh, meshes
 from jaxinfer.roofline.pipeline import Pipeline, decode_on, prefill_on
 from jaxinfer.roofline.precision import BF16, BITS, Precision
 from jaxinfer.roofline.step import compute_bound_batch
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from jaxinfer.model.config import ModelConfig
 
 Goal = Literal["latency", "throughput"]
-ONE = Mesh()
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,12 @@ def make_plan(
     config: ModelConfig, hardware: Hardware, batch: int, context: int, precision: Precision = BF16,
     mesh: Mesh = ONE, attention: Attention = "flash", microbatches: int | None = None,
 ) -> Plan:  # fmt: skip
-    """Plans decoding and prefill. Experts on several devices are reached in the way that is predicted to be quicker.
-    A prompt goes through a pipe in chunks, and through a single stage at once.
+    """Plans decoding and prefill, which is one step of all of a prompt. Experts on several devices are reached in the
+    way that is predicted to be quicker; all-to-all is built where these are all devices of a replica.
 
     Args:
         batch: sequences of all replicas together.
-        microbatches: that those of one replica are split into; by default as many as there are stages.
+        microbatches: that those of one replica are split into; by default as the engine does it.
 
     Raises:
         ValueError: a count is out of its range, the model does not spread over the mesh, or the machine has no matmul
@@ -82,19 +81,18 @@ def make_plan(
             f"a replica has {devices} devices; {hardware.name} joins {hardware.peers} by its interconnect, and slower "
             "networks are not planned"
         )
-    exchanges = mesh.tensor > 1 and any(layer.moe for layer in config.layers)
+    exchanges = 1 < mesh.tensor == devices and any(layer.moe for layer in config.layers)
     choices: tuple[Experts, ...] = ("replicated", "all-to-all") if exchanges else ("replicated",)
 
     def quickest(make: Callable[[Experts], Pipeline]) -> Pipeline:
         return min((make(experts) for experts in choices), key=lambda step: step.predict(hardware))
 
-    chunk = CHUNK if mesh.pipe > 1 else None
     decode = quickest(lambda e: decode_on(config, mesh, batch, context, precision, attention, e, microbatches))
     memory = plan_memory(
         config, hardware, decode.tokens, context, precision, mesh.tensor,
         pipeline_parallel=mesh.pipe, context_parallel=mesh.context,
     )  # fmt: skip
-    prefill = quickest(lambda e: prefill_on(config, mesh, context, precision, attention, e, chunk))
+    prefill = quickest(lambda e: prefill_on(config, mesh, context, precision, attention, e))
     return Plan(config, hardware, precision, attention, mesh, batch, memory, decode, prefill)
 
 

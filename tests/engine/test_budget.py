@@ -82,8 +82,8 @@ def predicted(model: str, card: str, plan: Plan, contexts: list[int], rows: int)
 
     def rest(tokens: int, rows: int) -> float:
         body = prefilled(model, tokens)
-        named = [name for name in body.parts if name not in ("attention", "head")]
-        return expected(body, *named) + expected(decoded(model, rows, 1), "head")
+        named = [name for name in body.parts if name not in ("attention", "last norm", "head")]
+        return expected(body, *named) + expected(decoded(model, rows, 1), "last norm", "head")
 
     decoding = attention([decoded(model, 1, context) for context in contexts])
     alone = next(size for size in (1, 8, 32) if size >= len(plan.decoding))
@@ -144,10 +144,10 @@ def test_a_server_leaves_room_for_steps_that_take_longer_than_predicted():
 def test_how_far_into_a_prompt_the_smallest_chunk_is_in_time(card, kept, lost):
     """As the server's page says of a server's bound beside 16 sequences, which decode in a program of 32 slots."""
     times = StepTimes(read_config("configs/models/llama-3-8b"), MEASURED[f"{card}-measured"])
-    step, reading = StepSeconds(times, slots=256), times.decoding([1000] * 16)
-    steady = times.rest(32, 32) + reading
+    reading = times.decoding([1000] * 16)
+    step, steady = StepSeconds(times, 256, reading), times.decode(32, reading)
     before, after = (
-        step(SMALLEST_BUCKET, times.chunk(SMALLEST_BUCKET - 16, cached), False) + reading for cached in (kept, lost)
+        step(SMALLEST_BUCKET, times.chunk(SMALLEST_BUCKET - 16, cached), False) for cached in (kept, lost)
     )
     assert before <= 1.75 * steady < after
 
