@@ -82,13 +82,19 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
             raise ValueError(f"{_OPTIONS[axis.name]} is {size}; it must be at least 1")
     if config.num_layers % mesh.pipe:
         raise ValueError(f"pipeline_parallel is {mesh.pipe}; it must divide num_layers {config.num_layers}")
-    depth = config.num_layers // mesh.pipe
-    if other := next((n for n, layer in enumerate(config.layers) if layer != config.layers[n % depth]), None):
+    if other := _unlike(config, mesh.pipe):
+        fits = [pipe for pipe in _divisors(config.num_layers) if not _unlike(config, pipe)]
         raise ValueError(
             f"pipeline_parallel is {mesh.pipe}; its stages run one program, but layer {other} is not as layer "
-            f"{other % depth}"
+            f"{other % (config.num_layers // mesh.pipe)}; {fits} would fit"
         )
     check_tensor_parallel(config, mesh.tensor)
+
+
+def _unlike(config: ModelConfig, pipe: int) -> int | None:
+    """The first layer that differs from the one in its place in the first stage."""
+    depth = config.num_layers // pipe
+    return next((index for index, layer in enumerate(config.layers) if layer != config.layers[index % depth]), None)
 
 
 def stage_of(config: ModelConfig, pipe: int) -> ModelConfig:
