@@ -29,6 +29,7 @@ FILES = (  # our own, then those of other systems; rows come in this order
     (("step.json",), ()),
     (("kernels.json",), ("kernel_anchors.json",)),
     (("speculative.json",), ()),
+    (("cross.json",), ()),
 )
 NAMES = {
     "mosaic_gpu": "**jaxinfer**",
@@ -199,6 +200,7 @@ GAINS = {
     "plan": "*predicted*",
     **{f"plan, {OURS}, {method} always": "*predicted*, always" for method in METHODS},
 }
+CROSSED = {"logits": "logits"} | {f"text by {method}": method for method in ("plain", *METHODS)}
 SHUFFLED, PAGES_OF_16 = {"": "", " shuffled": "shuffled pages of 64"}, {"": "", " pages of 16": "pages of 16"}
 TOKENS = {f" M={M}": f"{M} token{'s' * (M > 1)}" for M in (1, 16, 64)}
 SOURCES = "sources"
@@ -237,6 +239,7 @@ TABLES = {
         "over plain decoding", "times plain decoding", REPLAYING_DRAFTS, variants=BY_METHOD, names=GAINS
     ),
     "random-text": Table("over plain decoding", "times plain decoding", RANDOM, variants=BY_METHOD, names=GAINS),
+    "cross": Table("meshes that agree", "meshes, of 19", CROSSED, names={}),
     "matmul-kernel": Table("traffic", "matmul, TB/s", MATMUL, variants=TOKENS, names=KERNEL_NAMES),
 }
 

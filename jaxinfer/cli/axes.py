@@ -26,7 +26,7 @@ def _given(name: str, args: list[str]) -> list[str]:
     """What follows an option, as `NAME VALUE` or `NAME=VALUE`, each time that it comes."""
     own = args[: args.index("--")] if "--" in args else args
     found = []
-    for word, after in zip(own, [*own[1:], "nothing"], strict=True):
+    for word, after in zip(own, [*own[1:], ""], strict=False):
         option, equals, value = word.partition("=")
         if option == name:
             found.append(value if equals else after)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxinfer.cli.axes import _given
 from jaxinfer.cli.run import Run
 from tests.cli.test_cli import flat
 from tests.cli.test_cli import run as invoke
@@ -25,6 +26,11 @@ def test_an_axis_that_is_named_twice_is_refused(command, axis):
 def test_each_axis_once_is_none_twice():
     sizes = [word for axis in AXES for word in (f"--{axis}-parallel-size", "2")]
     assert invoke("plan", "llama-3-8b", *sizes, "--hardware", "h200").exit_code == 0
+
+
+def test_nothing_is_named_twice_where_nothing_is():
+    assert _given("--tensor-parallel-size", []) == []
+    assert _given("--tensor-parallel-size", ["--tensor-parallel-size", "2", "x"]) == ["2"]
 
 
 def test_words_behind_the_options_are_no_axis():
