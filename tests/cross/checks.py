@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,6 +27,7 @@ from tests.engine.tiny import one_rectangle
 from tests.model.random_params import random_params
 
 TOLERANCE = 1e-5
+EMBEDDING = "embed.weight_VD"
 NEW = 14  # tokens of each text
 # Rows of a chunk of prompts: two blocks of them for each of eight devices that share a sequence.
 ROWS, PAGE = 32, 4
@@ -82,6 +84,18 @@ def logits_alone(folder: Path) -> np.ndarray:
 
 
 @cache
+def rounding(folder: Path) -> float:
+    """How far the logits of one device move where every number of the embedding is the next one to it in float32, up
+    or down: what no order of sums can be held to, and more with every layer."""
+    model = built(folder, Sizes())
+    arrays = checkpoint.load(folder, model)
+    table_VD = np.asarray(arrays[EMBEDDING])
+    ends_VD = np.random.default_rng(1).choice(np.array([-np.inf, np.inf], np.float32), table_VD.shape)
+    arrays[EMBEDDING] = jax.device_put(np.nextafter(table_VD, ends_VD), arrays[EMBEDDING].sharding)
+    return float(np.abs(logits_with(model, arrays) - logits_alone(folder)).max())
+
+
+@cache
 def texts_alone(folder: Path) -> list[list[int]]:
     """Of one device, decoded plainly."""
     return texts_of(folder, Sizes(), None)
@@ -90,8 +104,11 @@ def texts_alone(folder: Path) -> list[list[int]]:
 def logits_of(folder: Path, sizes: Sizes) -> np.ndarray:
     """Of every token of a text that comes in chunks, and at last in single tokens."""
     model = built(folder, sizes)
-    params = model.params(checkpoint.load(folder, model))
-    return paged_logits(model, params, TEXT_T, "float32", decoded=3, page_size=PAGE, chunk=ROWS)
+    return logits_with(model, checkpoint.load(folder, model))
+
+
+def logits_with(model: Model, arrays: dict[str, jax.Array]) -> np.ndarray:
+    return paged_logits(model, model.params(arrays), TEXT_T, "float32", decoded=3, page_size=PAGE, chunk=ROWS)
 
 
 def texts_of(folder: Path, sizes: Sizes, method: Speculation | None) -> list[list[int]]:
@@ -127,12 +144,12 @@ def difference(root: Path, family: str, sizes: Sizes) -> float:
 
     Raises:
         RefusedError: the set-up is not built.
-        AssertionError: it is more than `TOLERANCE`.
+        AssertionError: it is more than `TOLERANCE`, and than what rounding alone makes of the same model.
     """
     folder = written(root, family, FAMILIES[family].layers(sizes.pipe))
     found = np.abs(logits_of(folder, sizes) - logits_alone(folder)).max()
-    if not found <= TOLERANCE:
-        raise AssertionError(f"logits differ by {found:.2g}")
+    if not (found <= TOLERANCE or found <= (alone := rounding(folder))):
+        raise AssertionError(f"logits differ by {found:.2g}, and by {alone:.2g} where the embedding is rounded")
     return float(found)
 
 
