@@ -115,8 +115,8 @@ def propose(
     config: ModelConfig, hardware: Hardware, devices: int, goal: Goal, context: int,
     precision: Precision = BF16, batch: int | None = None, attention: Attention = "flash",
 ) -> Proposal:  # fmt: skip
-    """Plans every mesh of `devices` and sorts those that fit: for latency by the predicted time of a decode step, then
-    by that to the first token; for throughput by the predicted tokens/s of decoding.
+    """Plans every mesh of `devices` that an engine can run on and sorts those that fit: for latency by the predicted
+    time of a decode step, then by that to the first token; for throughput by the predicted tokens/s of decoding.
 
     Args:
         batch: sequences of all replicas together. None is one for latency; for throughput as many as fit, in each
@@ -127,8 +127,11 @@ def propose(
     """
     if devices < 1:
         raise ValueError(f"devices is {devices}; it must be at least 1")
-    plans, too_large, refused = [], [], {}
+    tried, not_built = [], []
     for mesh in meshes(devices):
+        (not_built if mesh.pipe > 1 and mesh.context > 1 else tried).append(mesh)
+    plans, too_large, refused = [], [], {}
+    for mesh in tried:
         try:
             count = batch or (1 if goal == "latency" else _most_sequences(config, hardware, context, precision, mesh))
             plan = make_plan(config, hardware, count, context, precision, mesh, attention)
@@ -138,6 +141,8 @@ def propose(
             (plans if plan.memory.fits else too_large).append(plan)
     if not plans and not too_large and len(refused) == 1:
         raise ValueError(next(iter(refused)))
+    if not_built:
+        refused["engines have no pipe whose stages share sequences"] = not_built
     keys = {
         "latency": lambda plan: (plan.decode.predict(hardware), plan.prefill.predict(hardware)),
         "throughput": lambda plan: (-plan.expected, plan.prefill.predict(hardware)),
