@@ -108,6 +108,12 @@ def vocabulary_parts(config: ModelConfig, mesh: Mesh) -> int:
     return mesh.tensor if config.vocab_size % everywhere else everywhere
 
 
+def ways_to_experts(config: ModelConfig, mesh: Mesh) -> tuple[Experts, ...]:
+    """How tokens can come to them: by an all-to-all where all devices of a replica share every layer."""
+    exchanges = 1 < mesh.tensor == mesh.devices // mesh.replicas and any(layer.moe for layer in config.layers)
+    return ("replicated", "all-to-all") if exchanges else ("replicated",)
+
+
 def meshes(devices: int) -> Iterator[Mesh]:
     """Every mesh of so many devices."""
     for pipe in _divisors(devices):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from jaxinfer.roofline.attention import Attended, Attention, AttentionModel
 from jaxinfer.roofline.hardware import Hardware
-from jaxinfer.roofline.mesh import ONE, Mesh, check_mesh, stage_of
+from jaxinfer.roofline.mesh import ONE, Mesh, check_mesh, stage_of, ways_to_experts
 from jaxinfer.roofline.pipeline import STEPS, circulating, draining, share_of
 from jaxinfer.roofline.precision import BF16, Precision
 from jaxinfer.roofline.step import APART, LOGITS, decode_step, prefill
@@ -46,21 +46,26 @@ class StepTimes:
         """
         check_mesh(config, mesh)
         self._hardware, self._mesh, self._circulates, self._steps = hardware, mesh, circulates, steps
-        stage, share = stage_of(config, mesh.pipe), share_of(config, mesh)
+        stage = stage_of(config, mesh.pipe)
+        shares = [share_of(config, mesh, experts) for experts in ways_to_experts(config, mesh)]
         self._decode = AttentionModel(stage, precision, mesh.tensor, decode_attention)
         self._prefill = AttentionModel(stage, precision, mesh.tensor, prefill_attention)
 
         @cache
         def parts(tokens: int, decodes: bool) -> tuple[float, float, float]:
             """Seconds of the layers, of what is outside of them but for logits, and to merge what decodes."""
-            sizes = {"precision": precision, "tensor_parallel": mesh.tensor, "share": share}
-            cost = decode_step(stage, tokens, 1, **sizes) if decodes else prefill(stage, tokens, **sizes)
-            layers = cost.without("attention", "merge", *APART).predict(hardware)
-            return layers, cost.only(*_BEFORE).predict(hardware), cost.only("merge").predict(hardware)
+            costs = [
+                decode_step(stage, tokens, 1, precision, mesh.tensor, share=way)
+                if decodes
+                else prefill(stage, tokens, precision=precision, tensor_parallel=mesh.tensor, share=way)
+                for way in shares
+            ]
+            layers = min(cost.without("attention", "merge", *APART).predict(hardware) for cost in costs)
+            return layers, costs[0].only(*_BEFORE).predict(hardware), costs[0].only("merge").predict(hardware)
 
         @cache
         def head(rows: int) -> float:
-            return decode_step(stage, rows, 1, precision, mesh.tensor, share=share).only(*LOGITS).predict(hardware)
+            return decode_step(stage, rows, 1, precision, mesh.tensor, share=shares[0]).only(*LOGITS).predict(hardware)
 
         self._parts, self._head = parts, head
         self.decode(1, self.decoding([1]))  # tells now what is wrong

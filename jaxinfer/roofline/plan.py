@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from jaxinfer.roofline.attention import Attention
 from jaxinfer.roofline.hardware import Hardware
 from jaxinfer.roofline.memory import MemoryPlan, plan_memory
-from jaxinfer.roofline.mesh import ONE, Experts, Mesh, Share, check_mesh, meshes
+from jaxinfer.roofline.mesh import ONE, Experts, Mesh, Share, check_mesh, meshes, ways_to_experts
 from jaxinfer.roofline.pipeline import Pipeline, decode_on, prefill_on
 from jaxinfer.roofline.precision import BF16, BITS, Precision
 from jaxinfer.roofline.step import compute_bound_batch
@@ -81,11 +81,10 @@ def make_plan(
             f"a replica has {devices} devices; {hardware.name} joins {hardware.peers} by its interconnect, and slower "
             "networks are not planned"
         )
-    exchanges = 1 < mesh.tensor == devices and any(layer.moe for layer in config.layers)
-    choices: tuple[Experts, ...] = ("replicated", "all-to-all") if exchanges else ("replicated",)
 
     def quickest(make: Callable[[Experts], Pipeline]) -> Pipeline:
-        return min((make(experts) for experts in choices), key=lambda step: step.predict(hardware))
+        steps = (make(experts) for experts in ways_to_experts(config, mesh))
+        return min(steps, key=lambda step: step.predict(hardware))
 
     decode = quickest(lambda e: decode_on(config, mesh, batch, context, precision, attention, e, microbatches))
     memory = plan_memory(

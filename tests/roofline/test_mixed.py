@@ -86,6 +86,16 @@ def test_devices_that_share_a_step_shorten_it(published):
         assert shared.mixed(8192, 64, Attended(), shared.chunk(8192, 0)) < 0.7 * reading
 
 
+@pytest.mark.parametrize("tokens", [8, 8192])
+def test_experts_are_reached_in_the_quicker_way(published, tokens):
+    config, mesh = published("mixtral-8x7b"), Mesh(tensor=8)
+    quick = StepTimes(config, H200, mesh=mesh)
+    found = quick.mixed(tokens, 1, Attended(), quick.chunk(tokens, 0))
+    ways = {how: prefill_on(config, mesh, tokens, experts=how).predict(H200) for how in ("replicated", "all-to-all")}
+    assert found == pytest.approx(min(ways.values()), rel=1e-12)
+    assert min(ways, key=ways.__getitem__) == ("replicated" if tokens == 8 else "all-to-all")
+
+
 def test_steps_that_drain_a_pipe_take_longer(published):
     """All of a method that is shown what leaves several stages; and those with proposals, whatever the method."""
     both = [StepTimes(published("llama-3-8b"), H200, mesh=Mesh(pipe=4), circulates=one) for one in (True, False)]
