@@ -77,10 +77,13 @@ def predicted_decode(
 def predicted_prefill(
     config: ModelConfig, tokens: int, attention: str, precision: Precision = BF16, chunk: int | None = None,
     mesh: Mesh = ONE,
-) -> Pipeline:  # fmt: skip
+) -> list[Pipeline]:  # fmt: skip
     """The steps that prefill one prompt, with the attention of that implementation; one step without `chunk`."""
-    kind = "materialized" if gathers(attention)[1] else "flash"
-    return prefill_on(config, mesh, tokens, precision, kind, chunk=chunk)
+    kind, chunk = "materialized" if gathers(attention)[1] else "flash", chunk or tokens
+    return [
+        prefill_on(config, mesh, min(chunk, tokens - first), precision, kind, cached=first)
+        for first in range(0, tokens, chunk)
+    ]
 
 
 def memory_records(case: str, bench: Bench, tokens: int) -> list[Record]:
@@ -118,7 +121,8 @@ def run_first_token(subject: Subject, tokens: int) -> list[Record]:
     seconds, spread = statistics.median(samples), (min(samples) * 1e3, max(samples) * 1e3, len(samples))
     config, precision, mesh = subject.model.config, subject.precision, subject.mesh
     fraction = prefill_on(config, mesh, tokens, precision).limit(subject.ceilings) / seconds
-    predicted = predicted_prefill(config, tokens, subject.attention, precision, chunk, mesh).predict(subject.machine)
+    steps = predicted_prefill(config, tokens, subject.attention, precision, chunk, mesh)
+    predicted = sum(step.predict(subject.machine) for step in steps)
     case = subject.case(f"prompt {tokens}" if chunk == tokens else f"prompt {tokens} in chunks of {chunk}")
     return [
         Record(case, subject.attention, "first token", seconds * 1e3, "ms", fraction, *spread),

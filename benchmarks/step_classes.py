@@ -13,7 +13,7 @@ CLASSES = (PROJECTIONS, ATTENTION, GLUE, HEAD, SAMPLING, OTHER, GAPS, STEP)
 PARTS = {  # of the cost model
     PROJECTIONS: ("projections", "mlp", "experts", "router"),
     ATTENTION: ("attention",),
-    GLUE: ("embedding", "norms"),
+    GLUE: ("embedding", "norms", "last norm"),
     HEAD: ("head",),
 }
 SCOPES = {"attention": ATTENTION, "head": HEAD, "sampling": SAMPLING}  # the model's named scopes

@@ -31,6 +31,7 @@ FILES = (  # our own, then those of other systems; rows come in this order
     (("speculative.json",), ()),
     (("all_reduce.json",), ()),
     (("collective_matmul.json",), ()),
+    (("cross.json",), ()),
 )
 NAMES = {
     "mosaic_gpu": "**jaxinfer**",
@@ -218,6 +219,7 @@ GAINS = {
     "plan": "*predicted*",
     **{f"plan, {OURS}, {method} always": "*predicted*, always" for method in METHODS},
 }
+CROSSED = {"logits": "logits"} | {f"text by {method}": method for method in ("plain", *METHODS)}
 SHUFFLED, PAGES_OF_16 = {"": "", " shuffled": "shuffled pages of 64"}, {"": "", " pages of 16": "pages of 16"}
 TOKENS = {f" M={M}": f"{M} token{'s' * (M > 1)}" for M in (1, 16, 64)}
 SOURCES = "sources"
@@ -259,6 +261,7 @@ TABLES = {
     "two-devices": Table("decode", "tensor parallel on two, tokens/s", ON_TWO, FIRST_ON_TWO),
     "all-reduce": Table("time", "all-reduce on two, us", MESSAGES, names=ALL_REDUCES),
     "ring": Table("time", "products on two, us", PRODUCTS, names=RINGS),
+    "cross": Table("meshes that agree", "meshes, of 19", CROSSED, names={}),
     "matmul-kernel": Table("traffic", "matmul, TB/s", MATMUL, variants=TOKENS, names=KERNEL_NAMES),
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import typer
 
+from jaxinfer.cli.axes import OncePerAxis
 from jaxinfer.cli.batch import batch
 from jaxinfer.cli.convert import convert
 from jaxinfer.cli.doctor import doctor
@@ -26,10 +27,10 @@ def start(context: typer.Context) -> None:
     context.with_resource(shown())
 
 
-app.command()(generate)
-app.command()(plan)
-app.command()(serve)
-app.command()(batch)
+app.command(cls=OncePerAxis)(generate)
+app.command(cls=OncePerAxis)(plan)
+app.command(cls=OncePerAxis)(serve)
+app.command(cls=OncePerAxis)(batch)
 app.command()(run)
 app.command()(doctor)
 app.command()(convert)

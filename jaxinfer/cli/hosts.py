@@ -64,10 +64,15 @@ class Hosting:
         except (ValueError, OSError) as error:
             raise bad_argument(error) from error
 
-    def refuse(self, name: str, value: Any) -> None:
-        """Raises typer.BadParameter for an option that several processes have no use for."""
+    def refuse(self, name: str, value: Any, instead: str = "") -> None:
+        """Raises typer.BadParameter for an option that several processes have no use for.
+
+        Args:
+            instead: what would do.
+        """
         if self.settings is not None:
-            raise typer.BadParameter(f"{name} = {value!r} has no use where several processes share the model")
+            told = f"{name} = {value!r} has no use where several processes share the model"
+            raise bad_argument(f"{told}; {instead}" if instead else told)
 
 
 def settings(given: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any] | None:

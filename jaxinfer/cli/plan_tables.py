@@ -21,14 +21,15 @@ _COLLECTIVES = {
     "attention": "ring of keys and values",
     "merge": "merge of parts of the context",
     "hand-over": "to the next stage",
+    "look-up": "all-reduce of the embedding",
+    "broadcast": "from the last stage to all",
 }
 
 
 def plan_tables(plan: Plan) -> list[Table]:
     """The machine, the memory, the two steps and what devices send each other, as tables for rich."""
-    batch = plan.memory.batch if plan.decode.microbatches == 1 else plan.decode.grid[0][0].tokens
-    chunk = plan.prefill.grid[0][0].tokens
-    stage = "" if plan.mesh.pipe == 1 else ", the slowest stage"
+    batch, chunk = plan.decode.grid[0].tokens, plan.prefill.grid[0].tokens
+    stage = "" if plan.mesh.pipe == 1 else ", a stage"
     decode = f"Decode step: {batch:,} x 1 token, context {plan.memory.context:,}{stage}"
     tables = [
         _machine_table(plan),
@@ -36,6 +37,9 @@ def plan_tables(plan: Plan) -> list[Table]:
         _step_table(decode, plan.decode.slowest(plan.hardware), plan.hardware),
         _step_table(f"Prefill: 1 x {chunk:,} tokens{stage}", plan.prefill.slowest(plan.hardware), plan.hardware),
     ]
+    if plan.prefill.apart.parts:
+        name = f"Of all {plan.prefill.tokens:,} tokens, outside the pipe"
+        tables.append(_step_table(name, plan.prefill.apart, plan.hardware))
     return tables if plan.mesh.devices == plan.mesh.replicas else [*tables, _collectives_table(plan)]
 
 
@@ -146,7 +150,7 @@ def _bubbles(plan: Plan) -> str:
     decode, first = plan.decode, plan.prefill
     return (
         f"Pipe of {plan.mesh.pipe} stages: {decode.microbatches} micro-batches of a decode step leave a bubble of "
-        f"{decode.bubble:.0%} where it drains after {STEPS} steps, {first.microbatches} chunks of a prompt one of "
+        f"{decode.bubble:.0%} where it drains after {STEPS} steps, {first.microbatches} of a prompt one of "
         f"{first.bubble:.0%}."
     )
 
@@ -201,7 +205,7 @@ def _memory_table(plan: Plan) -> Table:
 
 
 def _collectives_table(plan: Plan) -> Table:
-    table = Table("collective", title="Sent by a device, of the stage that sends most")
+    table = Table("collective", title="Sent by a device")
     for column in ("step", "bytes", "messages", "at least", "with the messages' latency"):
         table.add_column(column, justify="right")
     hardware, steps = plan.hardware, {"decode": plan.decode, "prefill": plan.prefill}

@@ -64,7 +64,7 @@ def serve(
     engine |= {"always_speculate": speculation.always, "adaptive_speculation": speculation.adaptive}
     watch = learning_draft(speculation.settings["speculate"], **learning)
     if data_parallel_size > 1:
-        hosts.refuse("data_parallel_size", data_parallel_size)
+        hosts.refuse("data_parallel_size", data_parallel_size, "start a group with a coordinator for each replica")
     if watch is not None:
         hosts.refuse("online_draft", True)
     setup = Setup(model, loading, engine, warm_up, speculation.settings, watch, group=hosts.settings)

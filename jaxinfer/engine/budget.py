@@ -19,6 +19,7 @@ lengthen the steady step.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Protocol
 
 from jaxinfer.cache.gathers import gathers
@@ -29,17 +30,17 @@ from jaxinfer.engine.options import SMALLEST_BUCKET, Options
 from jaxinfer.engine.sequence import Sequence
 from jaxinfer.machine import known_machine
 from jaxinfer.model import Model, ModelConfig
-from jaxinfer.roofline import Attended, Hardware, Precision, StepTimes
+from jaxinfer.roofline import Attended, Hardware, Mesh, Precision, StepTimes
 
 
 class Times(Protocol):
     """What `jaxinfer.roofline.StepTimes` tells."""
 
-    def rest(self, tokens: int, rows: int) -> float: ...
+    def decode(self, slots: int, reading: Attended, queries: int = 1, rows: int | None = None) -> float: ...
+    def mixed(self, tokens: int, slots: int, reading: Attended, chunks: Attended) -> float: ...
     def head(self, rows: int) -> float: ...
-    def decoding(self, contexts: list[int], queries: int = 1) -> float: ...
+    def decoding(self, contexts: list[int], queries: int = 1) -> Attended: ...
     def chunk(self, tokens: int, cached: int) -> Attended: ...
-    def prefilling(self, chunks: Attended) -> float: ...
     def kernels(self, count: int) -> float: ...
 
 
@@ -65,35 +66,53 @@ class Budget:
         if not decoding or self._times is None:
             return Allowance(self.most, beside)
         alone, contexts = rectangle(beside, self._slots), [len(sequence.tokens) for sequence in decoding]
-        attention, beside_prompts = (
+        reading, beside_prompts = (
             self._times.decoding(attended(contexts, slots, self._whole_row)) for slots in (alone, self._slots)
         )
-        room = self._slowdown * (self._times.rest(alone, alone) + attention) - beside_prompts
-        return Allowance(self.most, beside, StepSeconds(self._times, self._slots), room)
+        room = self._slowdown * self._times.decode(alone, reading)
+        return Allowance(self.most, beside, StepSeconds(self._times, self._slots, beside_prompts), room)
 
 
 def predicted_budget(model: Model, layout: Layout, options: Options) -> Budget:
     """What programs may prefill, by what the cost model says of this model on this machine."""
     if layout.slots == 1 or options.max_slowdown == math.inf:  # no prompt comes beside a sequence that decodes
         return Budget(layout, options, times=None)
-    return Budget(layout, options, step_times(model, layout), whole_row(layout))
+    times = step_times(model, layout, steps=options.steps_per_dispatch)
+    return Budget(layout, options, times, whole_row(layout))
 
 
 def step_times(
-    model: Model, layout: Layout, config: ModelConfig | None = None, machine: Hardware | None = None
-) -> StepTimes:
-    """What the cost model says of this model on this machine, as it is known; or of another `config` in its place, and
-    of another machine.
+    model: Model, layout: Layout, config: ModelConfig | None = None, machine: Hardware | None = None,
+    steps: int = Options.steps_per_dispatch,
+) -> StepTimes:  # fmt: skip
+    """What the cost model says of this model on its mesh of this machine's devices, as they are known; or of what
+    proposes for it, another `config`, and of another machine.
 
-    A pipe counts as one stage that has all layers: a micro-batch that goes through it alone takes as long. Devices
-    that share every sequence count as one of them with the whole: they take less than predicted.
+    Args:
+        steps: of a program of decode steps.
     """
     precision = Precision.all_in(model.config.dtype, layout.cache_dtype)
     decode, prefill = gathers(layout.attention, layout.ranks)
+    mesh, circulates = Mesh(model.stages, model.tensor, layout.ranks), False
+    if config is None:
+        config, circulates = model.config, not (layout.speculation and layout.speculation.taps(model))
+    else:
+        config, mesh = _proposing(config, model, mesh)
     return StepTimes(
-        config or model.config, machine or known_machine(precision.residual), precision, model.tensor,
-        "materialized" if decode else "flash", "materialized" if prefill else "flash",
+        config, machine or known_machine(precision.residual), precision, mesh,
+        "materialized" if decode else "flash", "materialized" if prefill else "flash", circulates, steps,
     )  # fmt: skip
+
+
+def _proposing(config: ModelConfig, model: Model, mesh: Mesh) -> tuple[ModelConfig, Mesh]:
+    """What runs, and where: of the first layers of a model in a pipe all those of the stages that have them, but of
+    the first stage no more than are asked for; any other model is in no pipe."""
+    layers = config.num_layers
+    if replace(config, layers=model.config.layers) != model.config:
+        return config, replace(mesh, pipe=1)
+    stages = -(-layers // model.per_stage)
+    layers = layers if stages == 1 else stages * model.per_stage
+    return replace(config, layers=model.config.layers[:layers]), replace(mesh, pipe=stages)
 
 
 def whole_row(layout: Layout) -> int | None:
@@ -108,15 +127,15 @@ def attended(contexts: list[int], slots: int, whole_row: int | None) -> list[int
 
 
 class StepSeconds:
-    """The times of steps in an engine of `slots` slots, without the attention of those that decode."""
+    """The times of steps with prompts in an engine of `slots` slots, those that decode with this attention."""
 
-    def __init__(self, times: Times, slots: int):
-        self.times, self._slots = times, slots
+    def __init__(self, times: Times, slots: int, reading: Attended):
+        self.times, self._slots, self._reading = times, slots, reading
 
     def __call__(self, rows: int, chunks: Attended, scored: bool) -> float:
         """Of a step of `rows` rows with the attention of these chunks, and where asked for the rows' scores."""
         scores = rows // SCORED * self.times.head(SCORED) if scored else 0.0
-        return self.times.rest(rows, self._slots) + self.times.prefilling(chunks) + scores
+        return self.times.mixed(rows, self._slots, self._reading, chunks) + scores
 
 
 class Allowance:

@@ -22,6 +22,7 @@ from jaxinfer.decode.speculative import tree_of
 from jaxinfer.engine.buckets import rectangle, rectangles
 from jaxinfer.engine.budget import Times, attended, step_times, whole_row
 from jaxinfer.engine.metrics import Counters
+from jaxinfer.engine.options import Options
 from jaxinfer.model import Model
 from jaxinfer.roofline import Hardware
 
@@ -87,11 +88,11 @@ class Costs:
         """By the cost model alone."""
         slots, queries, times = rectangle(len(contexts), self._slots), self._queries[drafts], self._times
         read = attended([context + queries - 1 for context in contexts], slots, self._whole_row)
-        seconds = times.rest(slots * queries, slots * queries) + times.decoding(read, queries)
+        seconds = times.decode(slots, times.decoding(read, queries), queries)
         if not drafts:
             return seconds
         for own, each in self._passes[drafts]:
-            seconds += own.rest(slots * each, slots) + own.decoding(read, each)
+            seconds += own.decode(slots, own.decoding(read, each), each, rows=slots)
         seconds += self._outputs[drafts] * times.head(slots)
         return seconds + times.kernels(SEARCH + DRAW * (1 + drafts) + MOVE * self._layers)
 
@@ -115,12 +116,15 @@ class Costs:
         return seconds / max(brought.drafts, 1) / self.predicted([context], 0)
 
 
-def predicted_costs(model: Model, layout: Layout, machine: Hardware | None = None) -> Costs:
+def predicted_costs(
+    model: Model, layout: Layout, machine: Hardware | None = None, steps: int = Options.steps_per_dispatch
+) -> Costs:
     """By what the cost model says of this model and its method of speculation on a machine, by default this one as it
-    is known."""
+    is known, in programs of so many decode steps."""
     passes = {drafts: layout.method(drafts).passes(model) for drafts in layout.choices}
     configs = {one.config for all_of_it in passes.values() for one in all_of_it}
     own = {config: step_times(model, layout, config, machine) for config in configs}
     proposing = {drafts: tuple((own[one.config], one.queries) for one in each) for drafts, each in passes.items()}
     layers = 0 if tree_of(layout.speculation) is None else len(pools_of(model, layout.speculation))
-    return Costs(layout, step_times(model, layout, machine=machine), whole_row(layout), proposing, layers)
+    times = step_times(model, layout, machine=machine, steps=steps)
+    return Costs(layout, times, whole_row(layout), proposing, layers)

@@ -145,4 +145,4 @@ def predicted_gate(model: Model, layout: Layout, options: Options) -> Gate:
     always = options.always_speculate
     if layout.speculation is None or (always and not layout.adaptive):
         return Gate(layout)
-    return Gate(layout, predicted_costs(model, layout), always)
+    return Gate(layout, predicted_costs(model, layout, steps=options.steps_per_dispatch), always)

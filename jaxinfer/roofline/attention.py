@@ -33,19 +33,23 @@ _KERNELS = {"flash": 3, "materialized": 10}
 
 
 class Attended(NamedTuple):
-    """What all layers compute and move for some queries: FLOPs, bytes of keys and values, and bytes of scores; and the
-    FLOPs that they could have computed meanwhile."""
+    """What all layers compute and move for some queries: FLOPs, bytes of keys and values, and bytes of scores; the
+    FLOPs that they could have computed meanwhile; and bytes that go around a ring, in messages that all queries of a
+    step share."""
 
     flops: float = 0
     cache: float = 0
     scores: float = 0
     wasted: float = 0
+    sent: float = 0
+    messages: int = 0
 
     def plus(self, other: Attended) -> Attended:
-        return Attended(*(own + others for own, others in zip(self, other, strict=True)))
+        amounts = (own + others for own, others in zip(self[:-1], other[:-1], strict=True))
+        return Attended(*amounts, messages=max(self.messages, other.messages))
 
     def times(self, count: float) -> Attended:
-        return Attended(*(count * own for own in self))
+        return Attended(*(count * own for own in self[:-1]), messages=self.messages)
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,9 @@ class AttentionModel:
         self.kernels = _KERNELS[attention] * config.num_layers
         self._dtype = precision.residual
         vector = 2 * kv_heads(config, devices) * precision.cache_vector_bytes(config.head_size)
+        # A query, what it found in float32, and the logarithm of its sum.
+        visiting = config.head_size * (precision.residual_bytes + 4) + 4
+        self._visitor = config.num_layers * config.num_heads / devices * visiting
         self._layers = [
             _Layers(
                 window,
@@ -125,12 +132,17 @@ class AttentionModel:
             cache += (sum(own) + min(shared, read - min(own)) + queries * len(contexts)) * layers.bytes_per_key
         return Attended(flops, cache)
 
-    def ring(self, tokens: int, cached: int, ranks: int) -> tuple[float, int]:
-        """Bytes that a rank sends to the next one of `ranks` for a sequence of which each has an equal part, and
-        messages that these are: the keys and values that the next `tokens` queries see, but for the rank's last."""
-        seen = cached + tokens
-        read = sum(min(seen, (own.window or seen) + tokens - 1) * own.bytes_per_key for own in self._layers)
-        return read * (ranks - 1) / ranks, (ranks - 1) * sum(own.count for own in self._layers)
+    def on_a_rank(self, tokens: int, cached: int, ranks: int, counting: Counting = "causal") -> Attended:
+        """What one of `ranks` has to do with the next `tokens` of a prompt, of which each has an equal part, as of its
+        keys. Around the ring go keys and values of these tokens, but for the rank's last; and, where keys are
+        `cached`, the rank's queries with what they found, which go where those lie and come home."""
+        own = self.sequence(tokens, cached, counting).times(1 / ranks)
+        if ranks == 1:
+            return own
+        layers = sum(own.count for own in self._layers)
+        keys = tokens * sum(own.bytes_per_key for own in self._layers) * (ranks - 1) / ranks
+        visits = tokens * self._visitor if cached else 0.0
+        return own._replace(sent=keys + visits, messages=(ranks - 1 + bool(cached) * ranks) * layers)
 
     def work(self, attended: Attended, sequences: int = 1) -> Work:
         """Of `sequences` that attend alike."""
@@ -140,8 +152,10 @@ class AttentionModel:
             wasted=attended.wasted,
             cache=attended.cache,
             activations=attended.scores,
+            sent=attended.sent,
             dtype=self._dtype,
             kernels=self.kernels,
+            messages=attended.messages,
         )
 
 

@@ -9,17 +9,21 @@ bytes on each of n devices,
     all-to-all                   (n - 1) / n S
     ring of n blocks of S / n    (n - 1) / n S (Liu et al. 2023, "Ring Attention", section 3)
     to the next stage            S
+    from one stage to all p      log2(p) S, by doubling, as the engine does it: a tree that sends parts would need S
 
 Every collective counts as one message, with the same constant time.
 """
 
 from __future__ import annotations
 
+from math import ceil, log2
+
 from jaxinfer.roofline.cost import Work
 
 
 def all_reduces(count: int, array: float, devices: int, dtype: str) -> Work:
-    """Sums over the axis `tensor` (Shoeybi et al. 2019, "Megatron-LM", section 3): two a layer."""
+    """Sums over devices, such as those of the axis `tensor` (Shoeybi et al. 2019, "Megatron-LM", section 3): two a
+    layer, and one of the embedding."""
     return Work(sent=count * 2 * _others(devices) * array, dtype=dtype, messages=count)
 
 
@@ -50,3 +54,9 @@ def hand_over(tokens: int, hidden: float, dtype: str) -> Work:
 
 def _others(devices: int) -> float:
     return (devices - 1) / devices
+
+
+def broadcast(tokens: int, hidden: float, stages: int, dtype: str) -> Work:
+    """What leaves the last stage, for all of them to make logits of: each round doubles those that have it."""
+    rounds = ceil(log2(stages))
+    return Work(sent=rounds * tokens * hidden, dtype=dtype, messages=rounds)

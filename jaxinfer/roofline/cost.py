@@ -126,6 +126,14 @@ class Cost:
         """Seconds that the step is expected to take. A datasheet states no constants of kernels and messages."""
         return sum(part.expected(hardware) for part in self.parts.values())
 
+    def only(self, *names: str) -> Cost:
+        """Those of the parts that it has."""
+        return Cost({name: part for name, part in self.parts.items() if name in names}, self.tokens)
+
+    def without(self, *names: str) -> Cost:
+        """All other parts."""
+        return Cost({name: part for name, part in self.parts.items() if name not in names}, self.tokens)
+
     def fraction(self, hardware: Hardware, seconds: float) -> float:
         """How much of the machine a step that took `seconds` used: 1 is the limit.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jaxinfer.roofline.hardware import Hardware
-from jaxinfer.roofline.mesh import Mesh, check_mesh, stages
+from jaxinfer.roofline.mesh import Mesh, check_mesh, stage_of, vocabulary_parts
 from jaxinfer.roofline.precision import BF16, Precision
 from jaxinfer.roofline.shapes import embedding_size, kv_heads, layer_shapes, norm_size
 
@@ -58,8 +58,8 @@ def plan_memory(
     pipeline_parallel: int = 1,
     context_parallel: int = 1,
 ) -> MemoryPlan:
-    """Lays out the memory of one device: of a stage whose weights and cache are the largest. Every stage holds
-    embedding and head beside its layers. Page j of a sequence lies on rank j mod `context_parallel`.
+    """Lays out the memory of one device, of any stage: all hold equally many layers, which are alike, and their part
+    of embedding and head. Page j of a sequence lies on rank j mod `context_parallel`.
 
     Args:
         page_size: tokens in a page of the cache; by default the engine's.
@@ -76,39 +76,40 @@ def plan_memory(
             raise ValueError(f"{name} is {value}; it must be at least 1")
     if not 0 < memory_fraction <= 1:
         raise ValueError(f"memory_fraction is {memory_fraction}; it must be above 0 and at most 1")
-    check_mesh(config, Mesh(pipeline_parallel, tensor_parallel, context_parallel))
-
-    def lay_out(stage: ModelConfig) -> MemoryPlan:
-        pages = sequence_pages(stage, context, page_size, chunk, context_parallel)
-        one_token = sum(page_bytes(stage, window, 1, precision, tensor_parallel) for window in stage.windows)
-        own_tokens = -(-chunk // context_parallel)
-        return MemoryPlan(
-            memory=hardware.memory,
-            reserved=hardware.memory * (1 - memory_fraction),
-            weights=weight_memory(stage, precision, tensor_parallel),
-            activations=activation_memory(stage, batch, own_tokens, precision, tensor_parallel),
-            per_token=one_token / context_parallel,
-            per_sequence=_pages_bytes(stage, pages, page_size, precision, tensor_parallel),
-            batch=batch,
-            context=context,
-        )
-
-    plans = (lay_out(stage) for stage in stages(config, pipeline_parallel))
-    return max(plans, key=lambda plan: plan.weights + batch * plan.per_sequence)
+    mesh = Mesh(pipeline_parallel, tensor_parallel, context_parallel)
+    check_mesh(config, mesh)
+    stage, vocabulary = stage_of(config, pipeline_parallel), vocabulary_parts(config, mesh)
+    pages = sequence_pages(stage, context, page_size, chunk, context_parallel)
+    one_token = sum(page_bytes(stage, window, 1, precision, tensor_parallel) for window in stage.windows)
+    own_tokens = -(-chunk // context_parallel)
+    return MemoryPlan(
+        memory=hardware.memory,
+        reserved=hardware.memory * (1 - memory_fraction),
+        weights=weight_memory(stage, precision, tensor_parallel, vocabulary),
+        activations=activation_memory(stage, batch, own_tokens, precision, tensor_parallel, vocabulary),
+        per_token=one_token / context_parallel,
+        per_sequence=_pages_bytes(stage, pages, page_size, precision, tensor_parallel),
+        batch=batch,
+        context=context,
+    )
 
 
-def weight_memory(config: ModelConfig, precision: Precision, tensor_parallel: int = 1) -> float:
-    """Bytes of the weights on one device."""
+def weight_memory(
+    config: ModelConfig, precision: Precision, tensor_parallel: int = 1, vocabulary: int | None = None
+) -> float:
+    """Bytes of the weights on one device; `vocabulary` devices have a part of that, by default those that have a part
+    of every layer."""
     shapes = [layer_shapes(config, layer, tensor_parallel) for layer in config.layers]
-    tables = embedding_size(config, tensor_parallel) * (1 if config.tied_embeddings else 2)
+    tables = embedding_size(config, vocabulary or tensor_parallel) * (1 if config.tied_embeddings else 2)
     unquantized = sum(shape.router + shape.norms for shape in shapes) + tables + norm_size(config)
     matmuls = sum(shape.matmuls for shape in shapes)
     return matmuls * precision.weight_bytes + unquantized * precision.unquantized_bytes
 
 
 def activation_memory(
-    config: ModelConfig, rows: int, tokens: int, precision: Precision, tensor_parallel: int = 1
-) -> float:
+    config: ModelConfig, rows: int, tokens: int, precision: Precision, tensor_parallel: int = 1,
+    vocabulary: int | None = None,
+) -> float:  # fmt: skip
     """Bytes alive at once, at the most, in a step of `tokens` tokens that asks for logits of `rows`.
 
     The residual stream and its normed copy stay while the wider of two blocks runs: q, k, v and attention's output,
@@ -125,7 +126,7 @@ def activation_memory(
     ]
     widest = max(attention, dense, *sparse)
     stream = tokens * (2 * config.hidden_size + widest) * precision.residual_bytes
-    logits = _LOGITS_COPIES * rows * config.vocab_size / tensor_parallel * 4
+    logits = _LOGITS_COPIES * rows * config.vocab_size / (vocabulary or tensor_parallel) * 4
     return stream + logits
 
 

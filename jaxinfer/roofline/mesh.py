@@ -45,6 +45,9 @@ class Mesh:
         return " x ".join(size for size in sizes if not size.endswith(" 1")) or "one device"
 
 
+ONE = Mesh()
+
+
 @dataclass(frozen=True)
 class Share:
     """What one device has of a step, beside its part of every layer.
@@ -52,14 +55,14 @@ class Share:
     Attributes:
         ranks: devices that each have a part of every sequence.
         experts: how tokens come to them.
-        first: its stage embeds the tokens.
-        last: its stage makes the logits.
+        stages: of the pipe in which its layers are one.
+        vocabulary: devices that each have a part of it; None are those that have a part of every layer.
     """
 
     ranks: int = 1
     experts: Experts = "replicated"
-    first: bool = True
-    last: bool = True
+    stages: int = 1
+    vocabulary: int | None = None
 
 
 ALL = Share()
@@ -79,13 +82,36 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
             raise ValueError(f"{_OPTIONS[axis.name]} is {size}; it must be at least 1")
     if config.num_layers % mesh.pipe:
         raise ValueError(f"pipeline_parallel is {mesh.pipe}; it must divide num_layers {config.num_layers}")
+    if other := _unlike(config, mesh.pipe):
+        fits = [pipe for pipe in _divisors(config.num_layers) if not _unlike(config, pipe)]
+        raise ValueError(
+            f"pipeline_parallel is {mesh.pipe}; its stages run one program, but layer {other} is not as layer "
+            f"{other % (config.num_layers // mesh.pipe)}; {fits} would fit"
+        )
     check_tensor_parallel(config, mesh.tensor)
 
 
-def stages(config: ModelConfig, pipe: int) -> list[ModelConfig]:
-    """The model of every stage of a pipe: equally many layers each."""
+def _unlike(config: ModelConfig, pipe: int) -> int | None:
+    """The first layer that differs from the one in its place in the first stage."""
     depth = config.num_layers // pipe
-    return [replace(config, layers=config.layers[first : first + depth]) for first in range(0, depth * pipe, depth)]
+    return next((index for index, layer in enumerate(config.layers) if layer != config.layers[index % depth]), None)
+
+
+def stage_of(config: ModelConfig, pipe: int) -> ModelConfig:
+    """What each stage of a pipe has of the model's layers: all are alike."""
+    return replace(config, layers=config.layers[: config.num_layers // pipe])
+
+
+def vocabulary_parts(config: ModelConfig, mesh: Mesh) -> int:
+    """Devices that each have a part of the vocabulary: those of all stages, or of each where all do not divide it."""
+    everywhere = mesh.pipe * mesh.tensor
+    return mesh.tensor if config.vocab_size % everywhere else everywhere
+
+
+def ways_to_experts(config: ModelConfig, mesh: Mesh) -> tuple[Experts, ...]:
+    """How tokens can come to them: by an all-to-all where all devices of a replica share every layer."""
+    exchanges = 1 < mesh.tensor == mesh.devices // mesh.replicas and any(layer.moe for layer in config.layers)
+    return ("replicated", "all-to-all") if exchanges else ("replicated",)
 
 
 def meshes(devices: int) -> Iterator[Mesh]:

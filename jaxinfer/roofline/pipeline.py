@@ -1,10 +1,14 @@
 """Steps of a model on a mesh: micro-batches that go from stage to stage.
 
-In every tick each stage computes one micro-batch and hands it over; a tick lasts as long as its slowest stage. m
-micro-batches take m + p - 1 ticks through p stages, of which a stage idles p - 1: the bubble is (p - 1) / (m + p - 1)
-(Huang et al. 2019, "GPipe", section 2). Decode steps need not drain the pipe in between: with at least as many
-micro-batches as stages, the first one's next token is known when the last one has left the first stage. That is the
-limit; predicted is a step of a program of several, after which the pipe drains.
+In every tick each stage computes one micro-batch and hands it over. m micro-batches take m + p - 1 ticks through p
+stages, of which a stage idles p - 1: the bubble is (p - 1) / (m + p - 1) (Huang et al. 2019, "GPipe", section 2).
+Decode steps need not drain the pipe in between: with at least as many micro-batches as stages, the first one's next
+token is known when the last one has left the first stage. That is the limit; predicted is a step of a program of
+several, after which the pipe drains.
+
+All stages run one program, so their layers are alike, and no stage embeds tokens or makes logits: that is done outside
+the pipe, by all devices, each with its part of the vocabulary. A prompt's tokens come in and leave all at once; where
+decode steps circulate, each tick embeds what enters and makes logits of what leaves.
 """
 
 from __future__ import annotations
@@ -16,28 +20,34 @@ from typing import TYPE_CHECKING
 from jaxinfer.roofline.attention import Attention
 from jaxinfer.roofline.cost import Cost
 from jaxinfer.roofline.hardware import Hardware
-from jaxinfer.roofline.mesh import Experts, Mesh, Share, check_mesh, stages
+from jaxinfer.roofline.mesh import Experts, Mesh, Share, check_mesh, stage_of, vocabulary_parts
 from jaxinfer.roofline.precision import BF16, Precision
-from jaxinfer.roofline.step import decode_step, prefill
+from jaxinfer.roofline.step import APART, decode_step, prefill
 
 if TYPE_CHECKING:
     from jaxinfer.model.config import ModelConfig
 
 
 STEPS = 8  # decode steps of a program, an engine's `steps_per_dispatch` by default
+FEW_ROWS, MOST_PER_STAGE = 256, 4  # of `jaxinfer.parallel.pipeline`: rows of a micro-batch at least, and how many
+NOTHING = Cost({}, 0)
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A step of one replica: what each micro-batch costs in each stage, on one device of it.
+    """A step of one replica, on one device: of any stage, since all are alike.
 
     Attributes:
-        grid: costs by micro-batch, then by stage.
+        stages: of the pipe.
+        grid: what each micro-batch costs in a stage.
+        apart: what is done once a step, outside the pipe.
         circulates: the next step follows without draining the pipe.
         tokens: that the step yields or reads, of all micro-batches.
     """
 
-    grid: tuple[tuple[Cost, ...], ...]
+    stages: int
+    grid: tuple[Cost, ...]
+    apart: Cost
     circulates: bool
     tokens: int
 
@@ -49,49 +59,66 @@ class Pipeline:
     def bubble(self) -> float:
         """Part of its time that a stage idles, where the pipe drains after a step, or a program of decode steps."""
         steps = STEPS if self.circulates else 1
-        ticks = (steps - 1) * self.period + self.microbatches + len(self.grid[0]) - 1
+        ticks = (steps - 1) * self.period + self.microbatches + self.stages - 1
         return 1 - steps * self.microbatches / ticks
 
     @property
     def period(self) -> int:
         """Ticks of a step that another one follows."""
-        stages = len(self.grid[0])
-        return max(self.microbatches, stages) if self.circulates else self.microbatches + stages - 1
+        return max(self.microbatches, self.stages) if self.circulates else self.microbatches + self.stages - 1
 
     def limit(self, hardware: Hardware) -> float:
         """Seconds of the step at the least."""
-        return self._ticks(self.period, lambda cost: cost.limit(hardware))
+        return self._ticks(self.period, lambda cost: cost.limit(hardware)) + self.apart.limit(hardware)
 
     def predict(self, hardware: Hardware) -> float:
         """Seconds that the step is expected to take: the mean of a program's where the pipe does not drain within."""
         steps = STEPS if self.circulates else 1
-        last = self._ticks(self.microbatches + len(self.grid[0]) - 1, lambda cost: cost.predict(hardware))
+        last = self._ticks(self.microbatches + self.stages - 1, lambda cost: cost.predict(hardware))
         others = self._ticks(self.period, lambda cost: cost.predict(hardware))
-        return ((steps - 1) * others + last) / steps
+        return ((steps - 1) * others + last) / steps + self.apart.predict(hardware)
 
     def slowest(self, hardware: Hardware) -> Cost:
-        """What the stage of the longest tick costs."""
-        return max((stage for stages in self.grid for stage in stages), key=lambda cost: cost.limit(hardware))
+        """What the longest tick costs."""
+        return max(self.grid, key=lambda cost: cost.limit(hardware))
 
     def collectives(self) -> dict[str, tuple[float, int]]:
-        """Bytes and messages that one device sends in the whole step, by part: of the stage that sends most."""
-        stages = []
-        for costs in zip(*self.grid, strict=True):
-            total: dict[str, tuple[float, int]] = {}
-            for name, part in (item for cost in costs for item in cost.parts.items() if item[1].messages):
+        """Bytes and messages that one device sends in the whole step, by part."""
+        total: dict[str, tuple[float, int]] = {}
+        for name, part in (item for cost in (*self.grid, self.apart) for item in cost.parts.items()):
+            if part.messages:
                 sent, messages = total.get(name, (0.0, 0))
                 total[name] = (sent + part.sent, messages + part.messages)
-            stages.append(total)
-        return max(stages, key=lambda total: sum(sent for sent, _ in total.values()))
+        return total
 
     def _ticks(self, period: int, time: Callable[[Cost], float]) -> float:
-        """Seconds of `period` ticks, after which the first micro-batch comes again."""
-        times = [[time(stage) for stage in stages] for stages in self.grid]
+        """Seconds of `period` ticks, after which the first micro-batch comes again. A stage that idles runs the same
+        program; it waits for those that do not."""
+        times = [time(cost) for cost in self.grid]
         total = 0.0
         for tick in range(period):
-            places = ((stage, (tick - stage) % period) for stage in range(len(self.grid[0])))
-            total += max(times[batch][stage] for stage, batch in places if batch < self.microbatches)
+            batches = ((tick - stage) % period for stage in range(self.stages))
+            total += max(times[batch] for batch in batches if batch < self.microbatches)
         return total
+
+
+def circulating(rows: int, stages: int) -> int:
+    """Micro-batches that decode steps of so many rows go round in: as few as keep all stages at work, and equally
+    large, as `jaxinfer.parallel.pipeline.Round` has them."""
+    return next((count for count in range(stages, rows) if rows % count == 0), rows)
+
+
+def draining(rows: int, parts: int, stages: int) -> int:
+    """Micro-batches of a step after which the pipe drains, as `jaxinfer.parallel.pipeline.microbatches` has them:
+    large enough that reading the weights does not set their time, but no more than make the bubble small.
+
+    Args:
+        parts: into which the rows can be divided.
+    """
+    wanted, count = min(rows // FEW_ROWS, MOST_PER_STAGE * stages) if stages > 1 else 1, 1
+    while 2 * count <= wanted and parts % (2 * count) == 0:
+        count *= 2
+    return count
 
 
 def decode_on(
@@ -102,7 +129,7 @@ def decode_on(
 
     Args:
         batch: sequences of all replicas, of which one has an equal part.
-        microbatches: that a replica's sequences are split into; by default as many as there are stages.
+        microbatches: that a replica's sequences are split into; by default as the engine does it.
 
     Raises:
         ValueError: a count is out of its range, or the model does not spread over the mesh.
@@ -111,45 +138,41 @@ def decode_on(
     if batch < mesh.replicas:
         raise ValueError(f"batch is {batch}; it must be at least {mesh.replicas}, a sequence for each replica")
     own = -(-batch // mesh.replicas)
-    count = min(mesh.pipe, own) if microbatches is None else microbatches
+    count = circulating(own, mesh.pipe) if microbatches is None else microbatches
     if not 1 <= count <= own:
         raise ValueError(f"microbatches is {count}; it must be in 1..{own}, the sequences of a replica")
 
-    row = tuple(
-        decode_step(stage, -(-own // count), context, precision, mesh.tensor, 1, attention, share)
-        for stage, share in _shares(config, mesh, experts)
-    )
-    return Pipeline((row,) * count, circulates=True, tokens=own)
+    stage, share = stage_of(config, mesh.pipe), share_of(config, mesh, experts)
+    cost = decode_step(stage, -(-own // count), context, precision, mesh.tensor, 1, attention, share)
+    return Pipeline(mesh.pipe, (cost,) * count, NOTHING, circulates=True, tokens=own)
 
 
 def prefill_on(
     config: ModelConfig, mesh: Mesh, tokens: int, precision: Precision = BF16, attention: Attention = "flash",
-    experts: Experts = "replicated", chunk: int | None = None,
+    experts: Experts = "replicated", cached: int = 0,
 ) -> Pipeline:  # fmt: skip
-    """A prefill of one prompt by one replica.
+    """A prefill of one prompt by one replica in one step, which a pipe takes in micro-batches as the engine does.
 
     Args:
-        chunk: tokens of a micro-batch; None takes the prompt at once.
+        cached: tokens of the prompt before these, which earlier steps have prefilled.
 
     Raises:
         ValueError: a count is out of its range, or the model does not spread over the mesh.
     """
     check_mesh(config, mesh)
-    step = tokens if chunk is None else min(chunk, tokens)
-    grid = tuple(
-        tuple(
-            prefill(stage, min(step, tokens - first), 1, first, precision, mesh.tensor, "causal", attention, share)
-            for stage, share in _shares(config, mesh, experts)
-        )
-        for first in range(0, tokens, step)
-    )
-    return Pipeline(grid, circulates=False, tokens=tokens)
+    stage, share = stage_of(config, mesh.pipe), share_of(config, mesh, experts)
+
+    def cost(count: int, first: int) -> Cost:
+        return prefill(stage, count, 1, cached + first, precision, mesh.tensor, "causal", attention, share)
+
+    if mesh.pipe == 1:
+        return Pipeline(1, (cost(tokens, 0),), NOTHING, circulates=False, tokens=tokens)
+    rows = 1 << (tokens - 1).bit_length()  # as many as programs have
+    each = -(-tokens // draining(rows, rows, mesh.pipe))
+    grid = tuple(cost(min(each, tokens - first), first).without(*APART) for first in range(0, tokens, each))
+    return Pipeline(mesh.pipe, grid, cost(tokens, 0).only(*APART), circulates=False, tokens=tokens)
 
 
-def _shares(config: ModelConfig, mesh: Mesh, experts: Experts) -> list[tuple[ModelConfig, Share]]:
-    """Of a device of each stage: the first embeds, the last makes logits."""
-    last = mesh.pipe - 1
-    return [
-        (stage, Share(mesh.context, experts, first=number == 0, last=number == last))
-        for number, stage in enumerate(stages(config, mesh.pipe))
-    ]
+def share_of(config: ModelConfig, mesh: Mesh, experts: Experts = "replicated") -> Share:
+    """Of a device of any stage."""
+    return Share(mesh.context, experts, mesh.pipe, vocabulary_parts(config, mesh))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from jaxinfer.roofline.attention import Attention
 from jaxinfer.roofline.hardware import Hardware
-from jaxinfer.roofline.memory import CHUNK, MemoryPlan, plan_memory
-from jaxinfer.roofline.mesh import Experts, Mesh, Share, check_mesh, meshes
+from jaxinfer.roofline.memory import MemoryPlan, plan_memory
+from jaxinfer.roofline.mesh import ONE, Experts, Mesh, Share, check_mesh, meshes, ways_to_experts
 from jaxinfer.roofline.pipeline import Pipeline, decode_on, prefill_on
 from jaxinfer.roofline.precision import BF16, BITS, Precision
 from jaxinfer.roofline.step import compute_bound_batch
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from jaxinfer.model.config import ModelConfig
 
 Goal = Literal["latency", "throughput"]
-ONE = Mesh()
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,12 @@ def make_plan(
     config: ModelConfig, hardware: Hardware, batch: int, context: int, precision: Precision = BF16,
     mesh: Mesh = ONE, attention: Attention = "flash", microbatches: int | None = None,
 ) -> Plan:  # fmt: skip
-    """Plans decoding and prefill. Experts on several devices are reached in the way that is predicted to be quicker.
-    A prompt goes through a pipe in chunks, and through a single stage at once.
+    """Plans decoding and prefill, which is one step of all of a prompt. Experts on several devices are reached in the
+    way that is predicted to be quicker; all-to-all is built where these are all devices of a replica.
 
     Args:
         batch: sequences of all replicas together.
-        microbatches: that those of one replica are split into; by default as many as there are stages.
+        microbatches: that those of one replica are split into; by default as the engine does it.
 
     Raises:
         ValueError: a count is out of its range, the model does not spread over the mesh, or the machine has no matmul
@@ -82,19 +81,17 @@ def make_plan(
             f"a replica has {devices} devices; {hardware.name} joins {hardware.peers} by its interconnect, and slower "
             "networks are not planned"
         )
-    exchanges = mesh.tensor > 1 and any(layer.moe for layer in config.layers)
-    choices: tuple[Experts, ...] = ("replicated", "all-to-all") if exchanges else ("replicated",)
 
     def quickest(make: Callable[[Experts], Pipeline]) -> Pipeline:
-        return min((make(experts) for experts in choices), key=lambda step: step.predict(hardware))
+        steps = (make(experts) for experts in ways_to_experts(config, mesh))
+        return min(steps, key=lambda step: step.predict(hardware))
 
-    chunk = CHUNK if mesh.pipe > 1 else None
     decode = quickest(lambda e: decode_on(config, mesh, batch, context, precision, attention, e, microbatches))
     memory = plan_memory(
         config, hardware, decode.tokens, context, precision, mesh.tensor,
         pipeline_parallel=mesh.pipe, context_parallel=mesh.context,
     )  # fmt: skip
-    prefill = quickest(lambda e: prefill_on(config, mesh, context, precision, attention, e, chunk))
+    prefill = quickest(lambda e: prefill_on(config, mesh, context, precision, attention, e))
     return Plan(config, hardware, precision, attention, mesh, batch, memory, decode, prefill)
 
 
@@ -117,8 +114,8 @@ def propose(
     config: ModelConfig, hardware: Hardware, devices: int, goal: Goal, context: int,
     precision: Precision = BF16, batch: int | None = None, attention: Attention = "flash",
 ) -> Proposal:  # fmt: skip
-    """Plans every mesh of `devices` and sorts those that fit: for latency by the predicted time of a decode step, then
-    by that to the first token; for throughput by the predicted tokens/s of decoding.
+    """Plans every mesh of `devices` that an engine can run on and sorts those that fit: for latency by the predicted
+    time of a decode step, then by that to the first token; for throughput by the predicted tokens/s of decoding.
 
     Args:
         batch: sequences of all replicas together. None is one for latency; for throughput as many as fit, in each
@@ -129,8 +126,11 @@ def propose(
     """
     if devices < 1:
         raise ValueError(f"devices is {devices}; it must be at least 1")
-    plans, too_large, refused = [], [], {}
+    tried, not_built = [], []
     for mesh in meshes(devices):
+        (not_built if mesh.pipe > 1 and mesh.context > 1 else tried).append(mesh)
+    plans, too_large, refused = [], [], {}
+    for mesh in tried:
         try:
             count = batch or (1 if goal == "latency" else _most_sequences(config, hardware, context, precision, mesh))
             plan = make_plan(config, hardware, count, context, precision, mesh, attention)
@@ -140,6 +140,8 @@ def propose(
             (plans if plan.memory.fits else too_large).append(plan)
     if not plans and not too_large and len(refused) == 1:
         raise ValueError(next(iter(refused)))
+    if not_built:
+        refused["engines have no pipe whose stages share sequences"] = not_built
     keys = {
         "latency": lambda plan: (plan.decode.predict(hardware), plan.prefill.predict(hardware)),
         "throughput": lambda plan: (-plan.expected, plan.prefill.predict(hardware)),

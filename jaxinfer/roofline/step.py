@@ -5,6 +5,9 @@ the experts those that some token chose), keys and values of the true context on
 residual stream around each norm. Other activations stay on the chip or pass behind a matmul's arithmetic. Counted as
 FLOPs are matmuls, the two products of attention, and the norms.
 
+The stages of a pipe have a part of the layers each, which run one micro-batch after the other. Embedding, last norm
+and head are outside the pipe: what leaves the last stage is told to all devices, each with a part of the vocabulary.
+
 Context parallelism gives each rank an equal part of every sequence. Of a prompt it computes that part's tokens, chosen
 so that all ranks have equally many scores (Brandon et al. 2023, "Striped Attention"), while the blocks of keys and
 values go around the ring: the exchange is a part of attention, which may hide it. In a decode step each rank reads its
@@ -17,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from jaxinfer.roofline.attention import Attention, AttentionModel, Counting
-from jaxinfer.roofline.collectives import all_reduces, all_to_alls, hand_over, merges
+from jaxinfer.roofline.collectives import all_reduces, all_to_alls, broadcast, hand_over, merges
 from jaxinfer.roofline.cost import Cost, Work
 from jaxinfer.roofline.hardware import Hardware
 from jaxinfer.roofline.mesh import ALL, Share
@@ -33,6 +36,8 @@ from jaxinfer.roofline.shapes import (
 if TYPE_CHECKING:
     from jaxinfer.model.config import ModelConfig, MoEConfig
 
+LOGITS = ("last norm", "head")  # parts of a step by the rows of logits, not by tokens
+APART = ("embedding", "look-up", "broadcast", *LOGITS)  # parts that no layer has
 _NORM_FLOPS = 4  # per number: square, sum, normalize, weigh
 _LARGEST_BATCH = 2**20
 
@@ -194,17 +199,18 @@ def experts_touched(moe: MoEConfig, tokens: int) -> float:
 
 
 def _cost(step: _Step) -> Cost:
+    layers = step.config.num_layers * norms_per_layer(step.config)
     parts = {
         "embedding": _embedding(step),
-        "norms": _norms(step),
+        "norms": _norms(step, layers, step.own_tokens),
         "projections": _projections(step),
         "attention": _attention(step),
         **_mlp_parts(step),
+        "last norm": _norms(step, 1, step.rows),
         "head": _head(step),
         **_collectives(step),
     }
-    absent = {"embedding": not step.share.first, "head": not step.share.last}
-    return Cost({name: part for name, part in parts.items() if not absent.get(name)}, step.all_tokens)
+    return Cost(parts, step.all_tokens)
 
 
 def _embedding(step: _Step) -> Work:
@@ -212,13 +218,11 @@ def _embedding(step: _Step) -> Work:
     return Work(weights=rows * step.precision.unquantized_bytes, dtype=step.precision.residual, kernels=1)
 
 
-def _norms(step: _Step) -> Work:
-    config = step.config
-    count = config.num_layers * norms_per_layer(config) + step.share.last
-    numbers = count * step.own_tokens * config.hidden_size
+def _norms(step: _Step, count: int, tokens: int) -> Work:
+    numbers = count * tokens * step.config.hidden_size
     return Work(
         flops=_NORM_FLOPS * numbers,
-        weights=count * norm_size(config) * step.precision.unquantized_bytes,
+        weights=count * norm_size(step.config) * step.precision.unquantized_bytes,
         activations=2 * numbers * step.precision.residual_bytes,
         dtype=step.precision.residual,
         kernels=count,
@@ -232,13 +236,12 @@ def _projections(step: _Step) -> Work:
 
 def _attention(step: _Step) -> Work:
     """A rank's part of it; in a prefill, with what the rank sends around the ring meanwhile."""
-    model = AttentionModel(step.config, step.precision, step.devices, step.attention)
-    whole = model.sequence(step.tokens, step.cached, step.counting, step.decodes)
-    own = model.work(whole.times(1 / step.share.ranks), step.sequences)
-    if step.share.ranks == 1 or step.decodes:
-        return own
-    sent, messages = model.ring(step.tokens, step.cached, step.share.ranks)
-    return replace(own, sent=step.sequences * sent, messages=messages)
+    model, ranks = AttentionModel(step.config, step.precision, step.devices, step.attention), step.share.ranks
+    if step.decodes:
+        own = model.sequence(step.tokens, step.cached, decodes=True).times(1 / ranks)
+    else:
+        own = model.on_a_rank(step.tokens, step.cached, ranks, step.counting)
+    return model.work(own, step.sequences)
 
 
 def _mlp_parts(step: _Step) -> dict[str, Work]:
@@ -264,17 +267,18 @@ def _mlp_parts(step: _Step) -> dict[str, Work]:
 
 
 def _head(step: _Step) -> Work:
-    return _unquantized_matmul(step, embedding_size(step.config, step.devices), step.rows, kernels=2)
+    parts = step.share.vocabulary or step.devices
+    return _unquantized_matmul(step, embedding_size(step.config, parts), step.rows, kernels=2)
 
 
 def _collectives(step: _Step) -> dict[str, Work]:
-    """Two all-reduces a layer and one of the embedding; the exchange of experts; the merge of parts of a context; what
-    goes to the next stage."""
+    """Two all-reduces a layer; the exchange of experts; the merge of parts of a context; one all-reduce of the
+    embedding; what goes to the next stage, and from the last to all."""
     config, dtype, works = step.config, step.precision.residual, {}
     if step.devices > 1:
         choices = [layer.moe.experts_per_token for layer in config.layers if layer.moe]
         exchanging = len(choices) if step.share.experts == "all-to-all" else 0
-        count = 2 * config.num_layers + step.share.first - exchanging
+        count = 2 * config.num_layers - exchanging
         sums = all_reduces(count, step.own_tokens * step.hidden, step.devices, dtype)
         works["all-reduce"] = replace(sums, messages=count + exchanging)  # an exchange stands between its two halves
         if exchanging:
@@ -284,8 +288,11 @@ def _collectives(step: _Step) -> dict[str, Work]:
     if step.share.ranks > 1 and step.decodes:
         heads = config.num_heads / step.devices
         works["merge"] = merges(config.num_layers, step.own_tokens, heads, config.head_size, step.share.ranks, dtype)
-    if not step.share.last:
+    if (parts := step.share.vocabulary or step.devices) > 1:
+        works["look-up"] = all_reduces(1, step.own_tokens * step.hidden, parts, dtype)
+    if step.share.stages > 1:
         works["hand-over"] = hand_over(step.own_tokens, step.hidden, dtype)
+        works["broadcast"] = broadcast(step.own_tokens, step.hidden, step.share.stages, dtype)
     return works
 
 

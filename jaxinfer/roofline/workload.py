@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from jaxinfer.roofline.attention import Attended, AttentionModel
 from jaxinfer.roofline.hardware import Hardware
 from jaxinfer.roofline.precision import BF16, Precision
-from jaxinfer.roofline.step import decode_step, prefill
+from jaxinfer.roofline.step import LOGITS, decode_step, prefill
 
 if TYPE_CHECKING:
     from jaxinfer.model.config import ModelConfig
@@ -42,13 +42,12 @@ def workload_limit(
 
     @cache
     def head(rows: int) -> float:
-        return decode_step(config, rows, 1, precision, tensor_parallel).parts["head"].limit(hardware)
+        return decode_step(config, rows, 1, precision, tensor_parallel).only(*LOGITS).own_limit(hardware)
 
     @cache
     def rest(tokens: int) -> tuple[float, float]:
         cost = prefill(config, tokens, precision=precision, tensor_parallel=tensor_parallel)
-        own = (part.own_limit(hardware) for name, part in cost.parts.items() if name not in ("attention", "head"))
-        return sum(own), cost.times(hardware)["interconnect"]
+        return cost.without("attention", *LOGITS).own_limit(hardware), cost.times(hardware)["interconnect"]
 
     def step(tokens: int, rows: int, attended: Attended) -> float:
         own, links = rest(tokens)

@@ -229,7 +229,17 @@ def test_tables_show_every_part_and_the_interconnect_of_several_devices():
     for table in plan_tables(made):
         console.print(table)
     text = console.export_text()
-    for part in ("embedding", "norms", "projections", "attention", "experts", "router", "head", "all-reduce"):
+    for part in (
+        "embedding",
+        "norms",
+        "projections",
+        "attention",
+        "experts",
+        "router",
+        "head",
+        "all-reduce",
+        "look-up",
+    ):
         assert part in text
     assert "interconnect" in text
     assert "all, what is sent meanwhile" in text
@@ -242,12 +252,19 @@ def test_every_axis_has_its_figures():
     for line in (
         "16: pipe 2 x tensor 2 x context 2 x replicas 2",
         "Cache of 16 x 4,096 tokens in each of 2 replicas:",
-        "Decode step: 8 x 1 token, context 4,096, the slowest stage",
+        "Decode step: 8 x 1 token, context 4,096, a stage",
+        "Of all 4,096 tokens, outside the pipe",
         "2 micro-batches of a decode step leave a bubble of 6% where it drains after 8 steps",
-        "4 chunks of a prompt one of 20%",
+        "8 of a prompt one of 11%",
     ):
         assert line in result.output
-    for collective in ("all-reduces of tensor parallelism", "ring of keys", "merge of parts", "to the next stage"):
+    for collective in (
+        "all-reduces of tensor parallelism",
+        "ring of keys",
+        "merge of parts",
+        "to the next stage",
+        "stage to all",
+    ):
         assert collective in result.output
 
 

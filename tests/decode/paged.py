@@ -12,21 +12,23 @@ from jaxinfer.decode.layout import Layout
 from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.step import Programs
 from jaxinfer.model import Model, Params
+from jaxinfer.parallel import take_rows
 
 CHUNK = 24
 
 
 def paged_logits(
     model: Model, params: Params, tokens_T: np.ndarray, cache_dtype: str, *, decoded: int = 5, page_size: int = 16,
-    attention: str = "auto",
+    attention: str = "auto", chunk: int = CHUNK,
 ) -> np.ndarray:  # fmt: skip
     """logits_TV in float32: the text is prefilled in chunks, but for the last `decoded` tokens, which come one by
     one. Its pages are in no order."""
-    columns, groups = -(-len(tokens_T) // page_size), len(model.config.windows)
-    layout = Layout(1, page_size, (1 + columns,) * groups, len(tokens_T), cache_dtype, attention)
+    columns, groups, ranks = -(-len(tokens_T) // page_size), len(model.config.windows), model.ranks
+    here = 1 + -(-columns // ranks)  # pages of a rank, its null page included
+    layout = Layout(1, page_size, (ranks * here,) * groups, len(tokens_T), cache_dtype, attention, ranks=ranks)
     programs = Programs(model, layout)
     state, cache = programs.new_state()
-    pages = [np.random.default_rng(group).permutation(np.arange(1, 1 + columns)).tolist() for group in range(groups)]
+    pages = [_dealt(np.random.default_rng(group), columns, ranks, here) for group in range(groups)]
     state = programs.admit(state, 0, programs.admission(SamplingParams(), pages))
 
     @partial(jax.jit, static_argnames="tokens", donate_argnames="cache")
@@ -36,16 +38,16 @@ def paged_logits(
         else:
             batch, rows = make_rectangle(state, page_size)
         cache, _, hidden_TD, _ = programs.forward(params, cache, batch, rows.tokens_W)
-        return model.logits(params, hidden_TD), cache
+        return model.logits(params, take_rows(hidden_TD, jnp.arange(len(hidden_TD), dtype=jnp.int32))), cache
 
     found, prompt = [], len(tokens_T) - decoded
     integers = lambda *values: np.array(values, np.int32)  # noqa: E731
     with jax.set_mesh(model.mesh):
-        for start in range(0, prompt, CHUNK):
-            own = tokens_T[start : min(start + CHUNK, prompt)]
-            padded, end = np.pad(own, (0, CHUNK - len(own))), start + len(own)
-            chunk = StepInput(padded, integers(), integers(0, len(own)), integers(0), integers(end), integers(0))
-            logits_TV, cache = step(params, state, cache, chunk.packed(), CHUNK)
+        for start in range(0, prompt, chunk):
+            own = tokens_T[start : min(start + chunk, prompt)]
+            padded, end = np.pad(own, (0, chunk - len(own))), start + len(own)
+            given = StepInput(padded, integers(), integers(0, len(own)), integers(0), integers(end), integers(0))
+            logits_TV, cache = step(params, state, cache, given.packed(), chunk)
             found.append(np.asarray(logits_TV, np.float32)[: len(own)])
         for position in range(prompt, len(tokens_T)):
             now = {"token_B": tokens_T[position], "length_B": position, "active_B": True}
@@ -53,3 +55,11 @@ def paged_logits(
             logits_TV, cache = step(params, state, cache, integers(), 0)
             found.append(np.asarray(logits_TV, np.float32))
     return np.concatenate(found)
+
+
+def _dealt(rng: np.random.Generator, columns: int, ranks: int, here: int) -> list[int]:
+    """Page j of a sequence on rank j mod c, in any order there; each rank has a null page of its own."""
+    own = rng.permuted(np.tile(np.arange(1, here), (ranks, 1)), axis=1)
+    return [
+        int(rank * here + own[rank, place]) for place, rank in (divmod(column, ranks) for column in range(columns))
+    ]

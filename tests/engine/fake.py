@@ -222,23 +222,23 @@ class FakeTimes:
     token: float
     key: float
 
-    def rest(self, tokens, rows):
-        return self.weights + self.token * (tokens + rows)
+    def decode(self, slots, reading, queries=1, rows=None):
+        return self.mixed(slots * queries, slots * queries if rows is None else rows, reading, Attended())
+
+    def mixed(self, tokens, slots, reading, chunks):
+        return self.weights + self.token * (tokens + slots) + self.key * (reading.flops + chunks.flops)
 
     def head(self, rows):
         return self.token * rows
 
     def decoding(self, contexts, queries=1):
-        return self.key * queries * sum(contexts)
+        return Attended(queries * sum(contexts))
 
     def kernels(self, count):
         return 0.0
 
     def chunk(self, tokens, cached):
         return Attended(tokens * cached + tokens * (tokens + 1) // 2)
-
-    def prefilling(self, chunks):
-        return self.key * chunks.flops
 
 
 def fake_engine(

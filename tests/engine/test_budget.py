@@ -10,12 +10,13 @@ import pytest
 from jaxinfer.cli.serve import serve
 from jaxinfer.decode.layout import Layout
 from jaxinfer.decode.sampling_params import SamplingParams
-from jaxinfer.engine import Options, Request
+from jaxinfer.engine import Options, Request, budget
 from jaxinfer.engine.buckets import bucket
-from jaxinfer.engine.budget import Budget, StepSeconds
+from jaxinfer.engine.budget import Budget, StepSeconds, step_times
 from jaxinfer.engine.options import SMALLEST_BUCKET
 from jaxinfer.engine.scheduler import Plan, Scheduler
-from jaxinfer.model import read_config
+from jaxinfer.model import Model, read_config
+from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import MEASURED, Cost, StepTimes, decode_step, prefill
 from tests.engine.fake import FakeTimes, fake_engine
 
@@ -82,8 +83,8 @@ def predicted(model: str, card: str, plan: Plan, contexts: list[int], rows: int)
 
     def rest(tokens: int, rows: int) -> float:
         body = prefilled(model, tokens)
-        named = [name for name in body.parts if name not in ("attention", "head")]
-        return expected(body, *named) + expected(decoded(model, rows, 1), "head")
+        named = [name for name in body.parts if name not in ("attention", "last norm", "head")]
+        return expected(body, *named) + expected(decoded(model, rows, 1), "last norm", "head")
 
     decoding = attention([decoded(model, 1, context) for context in contexts])
     alone = next(size for size in (1, 8, 32) if size >= len(plan.decoding))
@@ -144,10 +145,10 @@ def test_a_server_leaves_room_for_steps_that_take_longer_than_predicted():
 def test_how_far_into_a_prompt_the_smallest_chunk_is_in_time(card, kept, lost):
     """As the server's page says of a server's bound beside 16 sequences, which decode in a program of 32 slots."""
     times = StepTimes(read_config("configs/models/llama-3-8b"), MEASURED[f"{card}-measured"])
-    step, reading = StepSeconds(times, slots=256), times.decoding([1000] * 16)
-    steady = times.rest(32, 32) + reading
+    reading = times.decoding([1000] * 16)
+    step, steady = StepSeconds(times, 256, reading), times.decode(32, reading)
     before, after = (
-        step(SMALLEST_BUCKET, times.chunk(SMALLEST_BUCKET - 16, cached), False) + reading for cached in (kept, lost)
+        step(SMALLEST_BUCKET, times.chunk(SMALLEST_BUCKET - 16, cached), False) for cached in (kept, lost)
     )
     assert before <= 1.75 * steady < after
 
@@ -194,6 +195,39 @@ def test_scores_of_a_prompt_take_their_time():
         plans.add(request(99, LONG, 8, prompt_logprobs=scores))
         given.append(plans.schedule().chunks[0].tokens)
     assert given[1] < given[0]
+
+
+MESHES = [{"tensor": 2}, {"pipe": 2}, {"context": 2}, {"tensor": 2, "pipe": 2}, {"tensor": 2, "context": 2}]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_an_engine_knows_the_devices_that_share_its_steps(monkeypatch, sizes):
+    """Its steps are predicted to be shorter than one device's, by more than a third for each axis, and no shorter than
+    the devices together could be."""
+    monkeypatch.setattr(budget, "known_machine", lambda dtype: MEASURED["h200-measured"])
+    config, contexts = read_config("configs/models/llama-3-8b"), [4000] * 256
+    layout = Layout(256, 64, (9,), CONTEXT, "bfloat16", attention="mosaic_gpu")
+    alone, shared = (
+        step_times(Model(config, make_mesh(**own)), replace(layout, ranks=own.get("context", 1)))
+        for own in ({}, sizes)
+    )
+    ratio = shared.decode(256, shared.decoding(contexts)) / alone.decode(256, alone.decoding(contexts))
+    assert 1 / math.prod(sizes.values()) < ratio < 0.67 ** len(sizes)
+
+
+def test_a_model_that_proposes_is_where_its_layers_are(monkeypatch):
+    """The first layers of a model in the stages that have them, all of these; a draft beside it in no pipe."""
+    monkeypatch.setattr(budget, "known_machine", lambda dtype: MEASURED["h200-measured"])
+    config, other = (read_config(f"configs/models/{name}") for name in ("llama-3-8b", "llama-3.2-1b"))
+    model, layout = Model(config, make_mesh(pipe=4)), Layout(8, 64, (9,), CONTEXT, "bfloat16", attention="mosaic_gpu")
+
+    def seconds(layers: int) -> float:
+        times = step_times(model, layout, replace(config, layers=config.layers[:layers]))
+        return times.decode(8, times.decoding([100] * 8), rows=8)
+
+    assert seconds(4) < seconds(8) < seconds(9) == seconds(16)
+    draft, alone = step_times(model, layout, other), StepTimes(other, MEASURED["h200-measured"])
+    assert draft.decode(8, draft.decoding([100] * 8)) == alone.decode(8, alone.decoding([100] * 8))
 
 
 def test_a_prompt_found_to_its_end_counts_the_context_that_it_attends():

@@ -390,7 +390,7 @@ def test_fewer_tokens_take_fewer_passes(monkeypatch):
     plain = Costs(ADAPTIVE, step_times(model, layout), whole_row(layout))
     for drafts in layout.choices:
         read = whole_row(layout) or 100 + drafts
-        proposing = drafts * (own.rest(8, 8) + own.decoding([read] * 8))
+        proposing = drafts * own.decode(8, own.decoding([read] * 8))
         assert costs.seconds(some, drafts) == pytest.approx(plain.seconds(some, drafts) + proposing, rel=1e-9)
 
 

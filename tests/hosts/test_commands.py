@@ -28,7 +28,8 @@ FOLLOWING = Following("process 1 of 2", Loading(1.0, 2.0, 3.0))
         (["generate", "x", "--coordinator=auto"], "JAX detects no cluster here"),
         (
             ["serve", "--coordinator=host:1", "--data-parallel-size=2"],
-            "data_parallel_size = 2 has no use where several processes share the model",
+            "--data-parallel-size = 2 has no use where several processes share the model; start a group with a "
+            "coordinator for each replica",
         ),
         (
             ["serve", "--coordinator=host:1", "--speculate=draft", "--online-draft"],

@@ -47,10 +47,10 @@ class Case:
 
     def predict(self, config: ModelConfig) -> float:
         if self.metric == "first token":
-            step = predicted_prefill(config, self.size, self.attention, self.precision, self.chunk, self.mesh)
+            steps = predicted_prefill(config, self.size, self.attention, self.precision, self.chunk, self.mesh)
         else:
-            step = predicted_decode(config, self.size, self.attention, self.precision, self.mesh)
-        return step.predict(self.machine) * 1e3
+            steps = [predicted_decode(config, self.size, self.attention, self.precision, self.mesh)]
+        return sum(step.predict(self.machine) for step in steps) * 1e3
 
 
 def values(run: str, case: str, metric: str) -> dict[str, float]:

@@ -8,63 +8,78 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxinfer.engine.memory import weight_bytes
+from jaxinfer.model import Model
 from jaxinfer.model.config import MoEConfig
+from jaxinfer.parallel import make_mesh
+from jaxinfer.parallel import pipeline as parallel
 from jaxinfer.roofline.cost import Cost, Work
 from jaxinfer.roofline.hardware import DATASHEETS, MEASURED
 from jaxinfer.roofline.memory import plan_memory
-from jaxinfer.roofline.mesh import Mesh, Share, check_mesh, meshes, stages
-from jaxinfer.roofline.pipeline import STEPS, Pipeline, decode_on, prefill_on
-from jaxinfer.roofline.step import decode_step, prefill
+from jaxinfer.roofline.mesh import Mesh, Share, check_mesh, meshes
+from jaxinfer.roofline.pipeline import STEPS, Pipeline, circulating, decode_on, draining, prefill_on
+from jaxinfer.roofline.step import APART, decode_step, prefill
 from tests.roofline.small import small, sparse, windowed
 
 H200 = MEASURED["h200-measured"]
 DEEP = small(layers=windowed(None, 100, None, 100, None, 100), num_kv_heads=4, hidden_size=512)
 EXPERTS = dataclasses.replace(DEEP, layers=sparse(MoEConfig(16, 2, 256)))
+FOUR_STAGES = dataclasses.replace(DEEP, layers=windowed(*[None, 100] * 4))
+LONG = dataclasses.replace(DEEP, context=4096)
 HIDDEN = 512 * 2  # bytes of a token
 
 
-def pipeline(seconds: list[list[float]], circulates: bool = False) -> Pipeline:
-    """Stages that read memory for so many seconds, by micro-batch."""
-    grid = [[Cost({"read": Work(weights=time * H200.bandwidth)}, 1) for time in row] for row in seconds]
-    return Pipeline(tuple(map(tuple, grid)), circulates, len(seconds))
+def read(seconds: float) -> Cost:
+    """Of so many seconds of memory."""
+    return Cost({"read": Work(weights=seconds * H200.bandwidth)}, 1)
 
 
-def simulate(seconds: list[list[float]]) -> float:
+def pipeline(stages: int, seconds: list[float], circulates: bool = False, apart: float = 0.0) -> Pipeline:
+    """Micro-batches that take a stage so many seconds each."""
+    return Pipeline(stages, tuple(map(read, seconds)), read(apart), circulates, len(seconds))
+
+
+def simulate(stages: int, seconds: list[float]) -> float:
     """A clock that all stages share, with one micro-batch at most in each."""
-    places, clock, waiting = [None] * len(seconds[0]), 0.0, list(range(len(seconds)))
+    places, clock, waiting = [None] * stages, 0.0, list(range(len(seconds)))
     while waiting or any(place is not None for place in places[:-1]):
         places = [waiting.pop(0) if waiting else None, *places[:-1]]
-        clock += max(seconds[batch][stage] for stage, batch in enumerate(places) if batch is not None)
+        clock += max(seconds[batch] for batch in places if batch is not None)
     return clock
 
 
 times = st.integers(1, 9).map(float)
 
 
-@given(st.integers(1, 4).flatmap(lambda depth: st.lists(st.lists(times, min_size=depth, max_size=depth), min_size=1)))
-def test_a_pipe_that_drains_takes_the_ticks_of_a_simulation(seconds):
-    assert pipeline(seconds).limit(H200) == pytest.approx(simulate(seconds))
+@given(st.integers(1, 4), st.lists(times, min_size=1), st.integers(0, 3).map(float))
+def test_a_pipe_that_drains_takes_the_ticks_of_a_simulation(stages, seconds, apart):
+    assert pipeline(stages, seconds, apart=apart).limit(H200) == pytest.approx(simulate(stages, seconds) + apart)
 
 
-@given(st.lists(times, min_size=1, max_size=4), st.integers(1, 6))
-def test_a_pipe_that_circulates_takes_what_another_step_adds(row, microbatches):
+@given(st.integers(1, 4), times, st.integers(1, 6))
+def test_a_pipe_that_circulates_takes_what_another_step_adds(stages, each, microbatches):
     """Steps follow each other once the first micro-batch has left the last stage."""
-    period = max(microbatches, len(row))
-    idle = [0.0] * len(row)
-    steps = [([row] * microbatches + [idle] * (period - microbatches)) * count for count in (3, 4)]
-    found = pipeline([row] * microbatches, circulates=True)
-    assert found.limit(H200) == pytest.approx(simulate(steps[1]) - simulate(steps[0]))
+    own, idle = [each] * microbatches, [0.0] * (max(microbatches, stages) - microbatches)
+    steps = [(own + idle) * count for count in (3, 4)]
+    found = pipeline(stages, own, circulates=True)
+    assert found.limit(H200) == pytest.approx(simulate(stages, steps[1]) - simulate(stages, steps[0]))
     assert found.limit(H200) <= found.predict(H200) * (1 + 1e-9)
-    program = ([row] * microbatches + [idle] * (period - microbatches)) * (STEPS - 1) + [row] * microbatches
-    assert found.predict(H200) == pytest.approx(simulate(program) / STEPS)
+    program = (own + idle) * (STEPS - 1) + own
+    assert found.predict(H200) == pytest.approx(simulate(stages, program) / STEPS)
 
 
 @pytest.mark.parametrize(("stages", "microbatches"), [(1, 1), (1, 4), (2, 2), (4, 1), (4, 8)])
 def test_the_bubble_is_the_time_that_stages_idle(stages, microbatches):
-    found = pipeline([[1.0] * stages] * microbatches)
+    found = pipeline(stages, [1.0] * microbatches)
     assert found.bubble == pytest.approx(1 - microbatches / found.limit(H200))
-    circulating = pipeline([[1.0] * stages] * microbatches, circulates=True)
+    circulating = pipeline(stages, [1.0] * microbatches, circulates=True)
     assert circulating.bubble == pytest.approx(1 - microbatches / circulating.predict(H200))
+
+
+@given(st.integers(0, 12).map(lambda shift: 1 << shift), st.integers(2, 9), st.integers(1, 64))
+def test_micro_batches_are_those_of_the_engine(rows, stages, parts):
+    assert draining(rows, parts, stages) == parallel.microbatches(rows, parts, stages)
+    assert circulating(rows, stages) == parallel.Round.of(rows, stages, 1).microbatches
 
 
 def totals(costs) -> dict[tuple[str, str], float]:
@@ -76,36 +91,48 @@ def totals(costs) -> dict[tuple[str, str], float]:
 
 
 @pytest.mark.parametrize("config", [DEEP, EXPERTS], ids=["dense", "experts"])
-@pytest.mark.parametrize("experts", ["replicated", "all-to-all"])
-def test_stages_add_up_to_the_model(config, experts):
-    mesh, share = Mesh(pipe=2, tensor=2), Share(experts=experts)
-    decoding = decode_on(config, mesh, 8, 300, experts=experts, microbatches=1)
-    reading = prefill_on(config, mesh, 300, experts=experts)
-    pairs = [
-        (decoding, decode_step(config, 8, 300, tensor_parallel=2, share=share)),
-        (reading, prefill(config, 300, tensor_parallel=2, share=share)),
-    ]
-    for split, whole in pairs:
-        found = totals(split.grid[0])
-        assert (found.pop(("hand-over", "sent")), found.pop(("hand-over", "messages"))) == (whole.tokens * HIDDEN, 1)
-        assert {key: value for key, value in found.items() if key[0] != "hand-over"} == pytest.approx(totals([whole]))
+def test_stages_add_up_to_the_model(config):
+    """But for the vocabulary, of which each device has a part, and what a pipe sends."""
+    mesh, config = Mesh(pipe=3 if config is DEEP else 1, tensor=2), dataclasses.replace(config, vocab_size=516)
+    whole = decode_step(config, 8, 300, tensor_parallel=2)
+    (tick,) = decode_on(config, mesh, 8, 300, microbatches=1).grid
+    layers = totals([whole.without(*APART)])
+    found = totals([tick.without(*APART, "hand-over")])
+    assert {key: mesh.pipe * value for key, value in found.items()} == pytest.approx(layers)
+    head, alone = tick.parts["head"], whole.parts["head"]
+    assert (head.flops, head.weights) == (alone.flops / mesh.pipe, alone.weights / mesh.pipe)
 
 
-def test_chunks_of_a_prompt_go_through_the_pipe_one_after_the_other():
-    found = prefill_on(DEEP, Mesh(pipe=3), 250, chunk=100)
-    assert [[stage.tokens for stage in row] for row in found.grid] == [[100] * 3, [100] * 3, [50] * 3]
-    whole = prefill(DEEP, 250)
-    assert totals(cost for row in found.grid for cost in row)["mlp", "flops"] == whole.parts["mlp"].flops
-    assert totals(cost for row in found.grid for cost in row)["attention", "flops"] == whole.parts["attention"].flops
-
-
-def test_what_is_sent_is_that_of_the_busiest_stage_in_all_micro_batches():
-    found = decode_on(DEEP, Mesh(pipe=3, tensor=2), 8, 300, microbatches=4)
-    first = 2 * 2 + 1  # all-reduces of two layers and of the embedding, each of two sequences
+def test_what_a_pipe_sends():
+    """Of each micro-batch, of two sequences: two all-reduces a layer, one of the embedding over all devices, and what
+    leaves a stage, which from the last one reaches all four in two rounds."""
+    found, array = decode_on(FOUR_STAGES, Mesh(pipe=4, tensor=2), 8, 300), 2 * HIDDEN
     assert found.collectives() == {
-        "all-reduce": (4 * first * 2 * HIDDEN, 4 * first),
-        "hand-over": (4 * 2 * HIDDEN, 4),
+        "all-reduce": (4 * 4 * array, 4 * 4),
+        "look-up": (4 * 2 * array * 7 / 8, 4),
+        "hand-over": (4 * array, 4),
+        "broadcast": (4 * 2 * array, 4 * 2),
     }
+
+
+def test_a_vocabulary_that_all_do_not_divide_is_shared_by_a_stage():
+    odd = dataclasses.replace(FOUR_STAGES, vocab_size=514)
+    head, alone = (decode_on(odd, Mesh(*sizes), 8, 300).grid[0].parts["head"] for sizes in ((4, 2), (1, 2)))
+    assert head.weights == alone.weights
+    one, four = (plan_memory(odd, DATASHEETS["t4"], 4, 400, pipeline_parallel=pipe) for pipe in (1, 4))
+    tables = 2 * 514 * 512 * 2 + 512 * 2
+    assert four.weights - tables == (one.weights - tables) / 4
+
+
+def test_a_prompt_goes_through_a_pipe_in_micro_batches_of_one_step():
+    found = prefill_on(LONG, Mesh(pipe=3), 1000)
+    assert [cost.tokens for cost in found.grid] == [250] * 4
+    whole = prefill(LONG, 1000)
+    for part in ("mlp", "attention", "projections"):
+        assert totals(found.grid)[part, "flops"] == pytest.approx(whole.parts[part].flops / 3)
+    assert found.apart.parts["embedding"] == whole.parts["embedding"]
+    assert not {"embedding", "head"} & found.grid[0].parts.keys()
+    assert prefill_on(LONG, Mesh(), 1000).grid == (whole,)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -121,10 +148,11 @@ def test_context_parallelism_divides_a_prompt(ranks):
     assert many.tokens == one.tokens
 
 
-def test_a_chunk_sends_around_what_its_windows_see():
-    chunk = prefill(DEEP, 50, cached=350, share=Share(2))
-    keys = 3 * (400 + 100 + 50 - 1)  # three layers see all, three a window of 100 before each of 50 queries
-    assert chunk.parts["attention"].sent == keys * 2 * 4 * 64 * 2 / 2
+def test_a_chunk_sends_its_keys_around_and_its_queries_to_those_before():
+    chunk = prefill(DEEP, 50, cached=350, share=Share(2)).parts["attention"]
+    keys, queries = 6 * 50 * 2 * 4 * 64 * 2, 6 * 50 * 8 * (64 * (2 + 4) + 4)  # with what they found, in float32
+    assert chunk.sent == keys / 2 + queries
+    assert chunk.messages == 6 * (1 + 2)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -159,12 +187,13 @@ def test_replicas_have_a_part_of_the_batch():
     assert decode_on(DEEP, Mesh(tensor=2, replicas=4), 32, 300) == decode_on(DEEP, Mesh(tensor=2), 8, 300)
 
 
-def test_a_device_of_a_pipe_holds_its_layers_with_embedding_and_head():
-    one = plan_memory(DEEP, DATASHEETS["t4"], 4, 400)
-    three = plan_memory(DEEP, DATASHEETS["t4"], 4, 400, pipeline_parallel=3)
-    tables = 2 * 512 * 512 * 2 + 512 * 2  # embedding, head and last norm
-    assert three.weights - tables == (one.weights - tables) / 3
-    assert three.per_token == one.per_token / 3
+@pytest.mark.parametrize(("pipe", "tensor"), [(2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize("vocabulary", [512, 508])
+def test_a_device_of_a_pipe_holds_what_the_model_gives_it(pipe, tensor, vocabulary):
+    config = dataclasses.replace(FOUR_STAGES, vocab_size=vocabulary)
+    found = plan_memory(config, DATASHEETS["t4"], 4, 400, tensor_parallel=tensor, pipeline_parallel=pipe)
+    assert found.weights == weight_bytes(Model(config, make_mesh(tensor, pipe)))
+    assert found.per_token == plan_memory(config, DATASHEETS["t4"], 4, 400, tensor_parallel=tensor).per_token / pipe
 
 
 def test_ranks_hold_pages_in_turn():
@@ -176,14 +205,6 @@ def test_ranks_hold_pages_in_turn():
     assert four.per_token == one.per_token / 4
     assert four.weights == one.weights
     assert four.activations == plan_memory(*arguments, chunk=7).activations  # each has a part of a chunk
-
-
-def test_the_tightest_stage_counts():
-    uneven = dataclasses.replace(DEEP, layers=windowed(100, 100, 100, None, None, None))
-    last = dataclasses.replace(DEEP, layers=windowed(None, None, None))
-    found = plan_memory(uneven, DATASHEETS["t4"], 4, 1000, chunk=28, pipeline_parallel=2)
-    assert found == plan_memory(last, DATASHEETS["t4"], 4, 1000, chunk=28)
-    assert [stage.num_layers for stage in stages(uneven, 2)] == [3, 3]
 
 
 def test_meshes_are_all_ways_to_factor_the_devices():
@@ -199,6 +220,7 @@ def test_meshes_are_all_ways_to_factor_the_devices():
     ("mesh", "message"),
     [
         (Mesh(pipe=4), "pipeline_parallel is 4; it must divide num_layers 6"),
+        (Mesh(pipe=2), r"pipeline_parallel is 2; .* but layer 3 is not as layer 0; \[1, 3\] would fit"),
         (Mesh(tensor=3), "tensor_parallel is 3; it must divide vocab_size 512"),
         (Mesh(context=0), "context_parallel is 0; it must be at least 1"),
         (Mesh(replicas=-1), "data_parallel is -1; it must be at least 1"),
@@ -213,4 +235,4 @@ def test_counts_that_no_step_has_are_refused():
     with pytest.raises(ValueError, match=r"batch is 2; it must be at least 4, a sequence for each replica"):
         decode_on(DEEP, Mesh(replicas=4), 2, 300)
     with pytest.raises(ValueError, match=r"microbatches is 5; it must be in 1\.\.4, the sequences of a replica"):
-        decode_on(DEEP, Mesh(pipe=2, replicas=2), 8, 300, microbatches=5)
+        decode_on(DEEP, Mesh(pipe=3, replicas=2), 8, 300, microbatches=5)

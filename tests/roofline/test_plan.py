@@ -19,6 +19,8 @@ def plans(config, machine, devices, batch, context):
     """Of all meshes that can be planned, by mesh."""
     found = {}
     for mesh in meshes(devices):
+        if mesh.pipe > 1 and mesh.context > 1:
+            continue  # no engine runs on it
         try:
             found[mesh] = make_plan(config, machine, batch or mesh.replicas, context, mesh=mesh)
         except ValueError:
@@ -77,6 +79,8 @@ def test_every_mesh_is_among_the_plans_or_has_its_reason(published):
     assert {plan.mesh for plan in proposal.too_large} == {
         Mesh(context=8), Mesh(context=4, replicas=2), Mesh(context=2, replicas=4), Mesh(replicas=8),
     }  # fmt: skip
+    both = proposal.refused["engines have no pipe whose stages share sequences"]
+    assert both == [mesh for mesh in meshes(8) if mesh.pipe > 1 and mesh.context > 1]
     three = propose(config, H200, 3, "latency", 4096)
     assert three.refused["pipeline_parallel is 3; it must divide num_layers 80"] == [Mesh(pipe=3)]
 
