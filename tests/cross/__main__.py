@@ -4,8 +4,8 @@
     python -m tests.cross --minutes 30                    # as much as begins in that time, what tells most first
     python -m tests.cross --families mixtral --checks logits plain
 
-A check is `logits`, in float32 to 1e-5, or greedy text through the engine, token for token, by a method. What has run is
-kept in benchmarks/results/cpu/cross.json beside what ran before, family by family and check by check: on how many
+A check is `logits`, in float32 to 1e-5, or greedy text through the engine, token for token, by a method. What has run
+is kept in benchmarks/results/cpu/cross.json beside what ran before, family by family and check by check: on how many
 meshes they agree, which are refused and why, which fail.
 """
 
