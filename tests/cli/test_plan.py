@@ -65,6 +65,7 @@ def test_weights_that_are_too_large_are_named():
     assert "none left, for weights and activations alone are" in result.output
     assert run("llama-3-70b", "--hardware", "h100", "--context", "128", "--weights", "int4").exit_code == 0
     assert run("llama-3-70b", "--hardware", "h100", "--context", "128", "--tensor-parallel-size", "4").exit_code == 0
+    assert run("llama-3-70b", "--hardware", "h100", "--context", "128", "--tensor-parallel", "4").exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_every_model_of_the_repository_can_be_planned():
         (["llama-3-8b", "--context", "0"], "Invalid value for '--context': 0 must be an integer, at least 1"),
         (
             ["llama-3-8b", "--tensor-parallel-size", "0"],
-            "Invalid value for '--tensor-parallel-size': 0 must be an integer, at least 1",
+            "Invalid value for '--tensor-parallel-size' / '--tensor-parallel': 0 must be an integer, at least 1",
         ),
         (
             ["llama-3-8b", "--plot", "/nonexistent/x.png"],
