@@ -20,9 +20,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -149,19 +150,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     devices, deadline = jax.devices(), time.monotonic() + options.limit
     if len(devices) < 2:
         raise SystemExit(f"there is one device, {devices[0].device_kind}; an all-reduce needs two")
-    mesh, made_in, records, failures = make_mesh(len(devices)), environment(), [], []
-    for case in cases(options.tokens, options.hidden):
-        for implementation in options.implementations:
-            if time.monotonic() > deadline:
-                print("the time is up")
-                return
-            try:
-                records.append(measure(mesh, case, implementation, options.calls))
-                print(records[-1], flush=True)
-            except (ValueError, RuntimeError) as error:
-                failures.append(Failure(case.name, implementation, str(error)))
-                print(f"{case.name:24} {implementation:16} failed: {error}", flush=True)
-            update("all_reduce", made_in, records, failures, options.output)
+    mesh, every = make_mesh(len(devices)), cases(options.tokens, options.hidden)
+    tried = ((case, name) for case in every for name in options.implementations)
+    keep("all_reduce", tried, lambda case, by: [measure(mesh, case, by, options.calls)], deadline, options.output)
+
+
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+def keep[Case: Named](
+    file: str, tried: Iterable[tuple[Case, str]], measure: Callable[[Case, str], Iterable[Record]], deadline: float,
+    folder: Path | None,
+) -> None:  # fmt: skip
+    """Measures case after case, each by an implementation, and writes after each what there is so far.
+
+    Args:
+        deadline: of `time.monotonic`, after which none begins.
+    """
+    made_in, records, failures = environment(), list[Record](), list[Failure]()
+    for case, implementation in tried:
+        if time.monotonic() > deadline:
+            print("the time is up")
+            return
+        try:
+            for record in measure(case, implementation):
+                records.append(record)
+                print(record, flush=True)
+        except (ValueError, RuntimeError) as error:
+            failures.append(Failure(case.name, implementation, str(error)))
+            print(f"{case.name:24} {implementation:16} failed: {error}", flush=True)
+        update(file, made_in, records, failures, folder)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

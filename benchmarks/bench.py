@@ -24,11 +24,11 @@ from jaxinfer.machine import measure_machine
 from jaxinfer.model import Model, Params, read_config
 from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import MEASURED, Hardware, Mesh, find_by_device
+from jaxinfer.roofline.mesh import ONE
 from jaxinfer.roofline.precision import BF16, Precision
 from pallas_kernels import dispatch
 
 MODELS = Path(__file__).parents[1] / "configs" / "models"
-ONE = Mesh()
 # Options of commands, and what the cost model calls them.
 AXES = {"tensor_parallel_size": "tensor", "pipeline_parallel_size": "pipe", "context_parallel_size": "context"}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=2**20, ignore_eos=True)

@@ -35,8 +35,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.all_reduce import timed
-from benchmarks.record import Failure, Record, arguments_of, environment, update
+from benchmarks.all_reduce import keep, timed
+from benchmarks.record import Record, arguments_of
 from jaxinfer.parallel import TENSOR, make_mesh, ring
 
 TOKENS, SIZES = (8192, 2048, 512), (4096, 6144, 14336)
@@ -201,21 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     devices, deadline = jax.devices(), time.monotonic() + options.limit
     if len(devices) < 2:
         raise SystemExit(f"there is one device, {devices[0].device_kind}; a ring needs two")
-    mesh, made_in, records, failures = make_mesh(len(devices)), environment(), [], []
     cases = [Case(kind, tokens, tuple(options.sizes)) for tokens in options.tokens for kind in options.products]
-    for case in cases:
-        for implementation in options.implementations:
-            if time.monotonic() > deadline:
-                print("the time is up")
-                return
-            try:
-                for record in measure(mesh, case, implementation, options.calls):
-                    records.append(record)
-                    print(record, flush=True)
-            except (ValueError, RuntimeError) as error:
-                failures.append(Failure(case.name, implementation, str(error)))
-                print(f"{case.name:24} {implementation:16} failed: {error}", flush=True)
-            update("collective_matmul", made_in, records, failures, options.output)
+    tried, mesh = ((case, name) for case in cases for name in options.implementations), make_mesh(len(devices))
+    keep("collective_matmul", tried, lambda case, by: measure(mesh, case, by, options.calls), deadline, options.output)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -21,12 +21,13 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from benchmarks.bench import ONE, Bench, Subject, add_mesh, load, memory_statistics, mesh_in
+from benchmarks.bench import Bench, Subject, add_mesh, load, memory_statistics, mesh_in
 from benchmarks.record import Record, arguments_of, environment, update
 from jaxinfer.cache import CACHE_DTYPES
 from jaxinfer.cache.gathers import gathers
 from jaxinfer.model import ModelConfig
 from jaxinfer.roofline import Mesh, Pipeline, activation_memory, page_bytes, weight_memory
+from jaxinfer.roofline.mesh import ONE
 from jaxinfer.roofline.pipeline import decode_on, prefill_on
 from jaxinfer.roofline.precision import BF16, Precision
 from pallas_kernels.flash_decoding import IMPLEMENTATIONS

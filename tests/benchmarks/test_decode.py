@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from benchmarks import decode
-from benchmarks.bench import ONE, Bench, Subject
+from benchmarks.bench import Bench, Subject
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import Mesh, find_hardware
+from jaxinfer.roofline.mesh import ONE
 from jaxinfer.roofline.pipeline import decode_on
 from tests.engine.tiny import CONFIG, ONE_LAYER
 from tests.model.random_params import random_params
