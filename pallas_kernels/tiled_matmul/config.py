@@ -1,0 +1,144 @@
+"""How the kernel cuts a problem: its config, the shared memory that takes, and which config a problem gets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from pallas_kernels.checks import require
+from pallas_kernels.dispatch import MULTIPROCESSORS, Refusal
+from pallas_kernels.hopper import SHARED_BYTES, buffer_bytes
+from pallas_kernels.streaming_matmul.arguments import Arguments
+
+CONSUMERS = 2  # warpgroups that multiply
+ROWS = 64  # tokens of each
+TILE_ROWS = CONSUMERS * ROWS
+TILE_D = 64
+PIECE = 64  # columns of the result that leave at once
+SLOTS = 2  # such pieces on their way
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that a config depends on, known when the program is traced."""
+
+    tokens: int
+    hidden: int
+    outputs: int
+    gated: bool
+    residual: bool
+    dtype: jnp.dtype
+
+    @classmethod
+    def of(cls, arguments: Arguments) -> Shape:
+        residual, dtype = arguments.residual_MN is not None, jnp.dtype(arguments.x.dtype)
+        return cls(arguments.tokens, arguments.hidden, arguments.outputs, arguments.gated, residual, dtype)
+
+    @property
+    def halves(self) -> int:
+        """Columns of the weight for one of the result: a gated result has two."""
+        return 2 if self.gated else 1
+
+    @property
+    def row_tiles(self) -> int:
+        return math.ceil(self.tokens / TILE_ROWS)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A block multiplies 128 tokens by `columns` columns of the weight, gate and up together, 64 rows of it at a time.
+
+    Attributes:
+        stages: such steps on their way at once.
+        cluster: blocks of as many tiles of tokens which have the same columns: each reads its part of the weight's
+            tile for all of them.
+        band: rows of clusters whose tiles follow each other, column by column, so that what neighbours in time read
+            is in the L2 cache.
+    """
+
+    columns: int
+    stages: int = 4
+    cluster: int = 1
+    band: int = 8
+
+    def __post_init__(self):
+        require(self.columns in (128, 256), "columns", self.columns, "128, 256")
+        require(self.stages >= 2, "stages", self.stages, "at least 2")
+        require(self.cluster in (1, 2), "cluster", self.cluster, "1, 2")
+        require(self.band >= 1, "band", self.band, "at least 1")
+
+    def width(self, shape: Shape) -> int:
+        """Columns of the result that a tile has."""
+        return self.columns // shape.halves
+
+    def rows(self, shape: Shape) -> int:
+        """Of clusters."""
+        return math.ceil(shape.row_tiles / self.cluster)
+
+    def tiles(self, shape: Shape) -> int:
+        """Of clusters."""
+        return self.rows(shape) * (shape.outputs // self.width(shape))
+
+    def rounds(self, shape: Shape, blocks: int) -> int:
+        """Tiles that the busiest of so many blocks multiplies."""
+        return math.ceil(self.tiles(shape) / (blocks // self.cluster))
+
+    @property
+    def smem_bytes(self) -> int:
+        """Of a block: the ring of stages, and pieces of the result on their way."""
+        ring = buffer_bytes((self.stages, TILE_ROWS + self.columns, TILE_D), jnp.bfloat16)
+        return ring + buffer_bytes((CONSUMERS, SLOTS, ROWS, PIECE), jnp.bfloat16) + BARRIERS
+
+    def check(self, shape: Shape) -> None:
+        """Raises ValueError where the kernel cannot run so."""
+        width = self.width(shape)
+        require(shape.outputs % width == 0, "columns", self.columns, f"such that {width} divides N = {shape.outputs}")
+        require(self.smem_bytes <= SHARED_BYTES, "shared memory", self.smem_bytes, f"at most {SHARED_BYTES} bytes")
+
+
+BARRIERS = 1024  # bytes, at most
+NARROW = 1.1  # what a number costs more in a tile of 128 columns, as measured
+
+
+def config_for(shape: Shape, blocks: int = MULTIPROCESSORS) -> Config:
+    """That whose busiest block has least to do."""
+
+    def work(config: Config) -> float:
+        return config.rounds(shape, blocks) * config.columns * (NARROW if config.columns == 128 else 1.0)
+
+    return min(_fitting(shape), key=work)
+
+
+def _fitting(shape: Shape) -> Iterator[Config]:
+    cluster = 2 if shape.row_tiles % 2 == 0 else 1
+    for columns in (256, 128):
+        if shape.outputs % (columns // shape.halves) == 0:
+            yield Config(columns, cluster=cluster)
+
+
+def unsupported(arguments: Arguments) -> Refusal | None:
+    """Why the kernel cannot take these arguments; None if it can."""
+    shape, residual = Shape.of(arguments), arguments.residual_MN
+    if shape.dtype not in (jnp.bfloat16, jnp.float16):
+        return Refusal("x.dtype", shape.dtype, "bfloat16, float16, which the tensor cores take")
+    if shape.hidden % TILE_D:
+        return Refusal("w.shape", arguments.w.shape, f"D a multiple of {TILE_D}")
+    width = 128 // shape.halves
+    if shape.outputs % width:
+        return Refusal("w.shape", arguments.w.shape, f"N a multiple of {width}")
+    if residual is not None and residual.dtype != shape.dtype:
+        return Refusal("residual.dtype", residual.dtype, f"{shape.dtype}, as x")
+    return None
+
+
+FASTER_FROM = 512  # tokens
+
+
+def slower(shape: Shape) -> str | None:
+    """Why XLA is the better choice, although the kernel could run; None if it is not."""
+    if shape.gated and shape.tokens >= FASTER_FROM:
+        return None
+    return "XLA is faster at such sizes, as measured"
