@@ -221,6 +221,8 @@ GAINS = {
 }
 CROSSED = {"logits": "logits"} | {f"text by {method}": method for method in ("plain", *METHODS)}
 SHUFFLED, PAGES_OF_16 = {"": "", " shuffled": "shuffled pages of 64"}, {"": "", " pages of 16": "pages of 16"}
+MANY = {f"tiled_matmul llama-3-8b {x}": x for x in ("qkv", "o", "up", "down")}
+MANY_TOKENS = {f" M={M}": f"{M:,} tokens" for M in (512, 2048, 8192)}
 TOKENS = {f" M={M}": f"{M} token{'s' * (M > 1)}" for M in (1, 16, 64)}
 SOURCES = "sources"
 TABLES = {
@@ -263,6 +265,7 @@ TABLES = {
     "ring": Table("time", "products on two, us", PRODUCTS, names=RINGS),
     "cross": Table("meshes that agree", "meshes, of 19", CROSSED, names={}),
     "matmul-kernel": Table("traffic", "matmul, TB/s", MATMUL, variants=TOKENS, names=KERNEL_NAMES),
+    "tiled-kernel": Table("arithmetic", "matmul, TFLOP/s", MANY, variants=MANY_TOKENS, names=KERNEL_NAMES),
 }
 
 

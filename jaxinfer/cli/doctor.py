@@ -46,13 +46,14 @@ def devices() -> Table:
 
 def kernels() -> Table:
     """What `auto` runs for each op here, what else runs when asked for by name, and why the rest cannot."""
-    from pallas_kernels import dispatch, flash_attention, flash_decoding, streaming_matmul
+    from pallas_kernels import dispatch, flash_attention, flash_decoding, streaming_matmul, tiled_matmul
 
     ops = {
         "flash_attention": flash_attention.IMPLEMENTATIONS,
         "flash_decoding": flash_decoding.IMPLEMENTATIONS,
         "streaming_matmul": streaming_matmul.IMPLEMENTATIONS,
         "streaming_mlp": streaming_matmul.MLP_IMPLEMENTATIONS,
+        "tiled_matmul": tiled_matmul.IMPLEMENTATIONS,
     }
     table = Table("op", "auto runs", "by name also", "cannot run here", title="Kernels")
     for op, implementations in ops.items():

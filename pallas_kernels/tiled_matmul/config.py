@@ -62,10 +62,10 @@ class Config:
     columns: int
     stages: int = 4
     cluster: int = 1
-    band: int = 8
+    band: int = 4
 
     def __post_init__(self):
-        require(self.columns in (128, 256), "columns", self.columns, "128, 256")
+        require(self.columns in (NARROW, WIDE), "columns", self.columns, f"{NARROW}, {WIDE}")
         require(self.stages >= 2, "stages", self.stages, "at least 2")
         require(self.cluster in (1, 2), "cluster", self.cluster, "1, 2")
         require(self.band >= 1, "band", self.band, "at least 1")
@@ -86,6 +86,11 @@ class Config:
         """Tiles that the busiest of so many blocks multiplies."""
         return math.ceil(self.tiles(shape) / (blocks // self.cluster))
 
+    def busy(self, shape: Shape, blocks: int) -> float:
+        """The part of all blocks' time in which they multiply tokens that there are."""
+        done = shape.tokens * shape.outputs * shape.halves
+        return done / (self.rounds(shape, blocks) * blocks * TILE_ROWS * self.columns)
+
     @property
     def smem_bytes(self) -> int:
         """Of a block: the ring of stages, and pieces of the result on their way."""
@@ -100,23 +105,24 @@ class Config:
 
 
 BARRIERS = 1024  # bytes, at most
-NARROW = 1.1  # what a number costs more in a tile of 128 columns, as measured
+WIDE, NARROW = 256, 128
+COST_OF_NARROW = 1.1  # of a number in a tile of 128 columns, beside one of 256, as measured
 
 
 def config_for(shape: Shape, blocks: int = MULTIPROCESSORS) -> Config:
     """That whose busiest block has least to do."""
 
     def work(config: Config) -> float:
-        return config.rounds(shape, blocks) * config.columns * (NARROW if config.columns == 128 else 1.0)
+        return config.rounds(shape, blocks) * config.columns * (COST_OF_NARROW if config.columns == NARROW else 1.0)
 
     return min(_fitting(shape), key=work)
 
 
 def _fitting(shape: Shape) -> Iterator[Config]:
-    cluster = 2 if shape.row_tiles % 2 == 0 else 1
-    for columns in (256, 128):
-        if shape.outputs % (columns // shape.halves) == 0:
-            yield Config(columns, cluster=cluster)
+    if shape.outputs % (WIDE // shape.halves) == 0:
+        yield Config(WIDE, cluster=2 if shape.row_tiles % 2 == 0 else 1)
+    # As many bytes on their way. A cluster is slower here: what it saves is less than its blocks wait for each other.
+    yield Config(NARROW, stages=6)
 
 
 def unsupported(arguments: Arguments) -> Refusal | None:
@@ -126,7 +132,7 @@ def unsupported(arguments: Arguments) -> Refusal | None:
         return Refusal("x.dtype", shape.dtype, "bfloat16, float16, which the tensor cores take")
     if shape.hidden % TILE_D:
         return Refusal("w.shape", arguments.w.shape, f"D a multiple of {TILE_D}")
-    width = 128 // shape.halves
+    width = NARROW // shape.halves
     if shape.outputs % width:
         return Refusal("w.shape", arguments.w.shape, f"N a multiple of {width}")
     if residual is not None and residual.dtype != shape.dtype:
@@ -134,11 +140,11 @@ def unsupported(arguments: Arguments) -> Refusal | None:
     return None
 
 
-FASTER_FROM = 512  # tokens
+LEAST_BUSY = 0.8
 
 
 def slower(shape: Shape) -> str | None:
     """Why XLA is the better choice, although the kernel could run; None if it is not."""
-    if shape.gated and shape.tokens >= FASTER_FROM:
+    if config_for(shape).busy(shape, MULTIPROCESSORS) >= LEAST_BUSY:
         return None
-    return "XLA is faster at such sizes, as measured"
+    return "XLA is faster where tiles of 128 tokens leave blocks idle, as measured"

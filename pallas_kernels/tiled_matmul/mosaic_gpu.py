@@ -45,8 +45,10 @@ WGMMA = plgpu.Layout.WGMMA
 def tiled_matmul(arguments: Arguments, *, config: Config | None = None, blocks: int | None = None) -> jax.Array:
     """See the public op; `config.unsupported` says what this one does not take. Both are chosen unless given."""
     M, blocks = arguments.tokens, blocks or dispatch.multiprocessors()
-    # Copies take whole groups of 8 tokens.
-    return _product(config, blocks, arguments.padded(-M % 8) if M % 8 else arguments)[:M]
+    if M % 8 == 0:
+        return _product(config, blocks, arguments)
+    y_MN: jax.Array = _product(config, blocks, arguments.padded(-M % 8))  # copies take whole groups of 8 tokens
+    return y_MN[:M]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -125,14 +127,15 @@ def _launch(problem: Problem, x_MD: jax.Array, w: jax.Array, residual_MN: jax.Ar
 def _memory(problem: Problem) -> dict[str, Any]:
     """Buffers and barriers, by name."""
     shape, config = problem.shape, problem.config
-    free = {"num_barriers": config.stages, "num_arrivals": CONSUMERS}
-    found = {
+    w_tile = (shape.halves, TILE_D, config.width(shape))
+    # What one block sends to another lands where the consumers of both are done.
+    free = plgpu.Barrier if config.cluster == 1 else partial(plgpu.ClusterBarrier, collective_axes=("part",))
+    found: dict[str, Any] = {
         "x_ring": plgpu.SMEM((config.stages, TILE_ROWS, TILE_D), shape.dtype, transforms=OPERAND),
-        "w_ring": plgpu.SMEM((config.stages, shape.halves, TILE_D, config.width(shape)), shape.dtype, transforms=OPERAND),
+        "w_ring": plgpu.SMEM((config.stages, *w_tile), shape.dtype, transforms=OPERAND),
         "pieces": plgpu.SMEM((CONSUMERS, SLOTS, ROWS, PIECE), shape.dtype, transforms=OPERAND),
         "loaded": plgpu.Barrier(num_arrivals=1 + shape.halves, num_barriers=config.stages),
-        # What one block sends to another lands where all consumers of both are done.
-        "free": plgpu.ClusterBarrier(collective_axes=("part",), **free) if config.cluster > 1 else plgpu.Barrier(**free),
+        "free": free(num_barriers=config.stages, num_arrivals=CONSUMERS),
     }
     if shape.residual:
         found["residual_loaded"] = plgpu.Barrier(num_barriers=(CONSUMERS, SLOTS))
@@ -173,7 +176,7 @@ def _load(problem: Problem, refs: SimpleNamespace, row: jax.Array, column: jax.A
     """Brings x and the weight for one tile of the result."""
     shape, config = problem.shape, problem.config
     width = config.width(shape)
-    to_all = {"collective_axes": "part"} if config.cluster > 1 else {}
+    to_all = "part" if config.cluster > 1 else None
 
     @pl.loop(0, problem.steps)
     def _(step):
@@ -182,7 +185,7 @@ def _load(problem: Problem, refs: SimpleNamespace, row: jax.Array, column: jax.A
         plgpu.barrier_wait(refs.free.at[slot])
         for half in range(shape.halves):
             index = (d, half, pl.ds(column, width)) if shape.gated else (d, pl.ds(column, width))
-            plgpu.copy_gmem_to_smem(refs.w.at[index], refs.w_ring.at[slot, half], loaded, **to_all)
+            plgpu.copy_gmem_to_smem(refs.w.at[index], refs.w_ring.at[slot, half], loaded, collective_axes=to_all)
         plgpu.copy_gmem_to_smem(refs.x.at[pl.ds(row, TILE_ROWS), d], refs.x_ring.at[slot], loaded)
 
 
@@ -240,15 +243,15 @@ def _finish(
             plgpu.wait_smem_to_gmem(problem.slots - 1, wait_read_only=True)
         slot[...] = y.astype(problem.shape.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(slot, refs.out.at[_of_piece(row, column, piece)])  # rows past the last token are dropped
+        plgpu.copy_smem_to_gmem(
+            slot, refs.out.at[_of_piece(row, column, piece)]
+        )  # rows past the last token are dropped
         if problem.shape.residual and piece + SLOTS < problem.pieces:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             _load_residual(refs, warpgroup, row, column, piece + SLOTS)
 
 
-def _load_residual(
-    refs: SimpleNamespace, warpgroup: jax.Array, row: jax.Array, column: jax.Array, piece: int
-) -> None:
+def _load_residual(refs: SimpleNamespace, warpgroup: jax.Array, row: jax.Array, column: jax.Array, piece: int) -> None:
     place = warpgroup, piece % SLOTS
     source = refs.residual.at[_of_piece(row, column, piece)]
     plgpu.copy_gmem_to_smem(source, refs.pieces.at[place], refs.residual_loaded.at[place])

@@ -32,6 +32,7 @@ PROMISED = {
         f"llama-3-8b {w} M={M}" for w in ("qkv", "o", "up", "down", "head") for M in (1, 2, 4, 8, 16, 32, 64)
     ],
     "streaming_mlp": [f"llama-3-8b M={M}" for M in (1, 16, 32)],
+    "tiled_matmul": [f"llama-3-8b {w} M={M}" for w in ("qkv", "o", "up", "down") for M in (512, 2048, 8192)],
 }  # fmt: skip
 CASES = [(op, name) for op in OPS for name in OPS[op].problems]
 

@@ -53,6 +53,7 @@ def test_every_implementation_runs_or_is_given_a_reason(found, monkeypatch):
         ["flash_decoding", *attention],
         ["streaming_matmul", *products],
         ["streaming_mlp", *products],
+        ["tiled_matmul", *products],
     ]
 
 

@@ -25,6 +25,8 @@ from pallas_kernels.models import Heads, random_cache, random_scales
 from pallas_kernels.streaming_matmul import streaming_matmul, streaming_mlp
 from pallas_kernels.streaming_matmul.problems import Problem as Product
 from pallas_kernels.streaming_matmul.problems import Row
+from pallas_kernels.tiled_matmul import tiled_matmul
+from pallas_kernels.tiled_matmul.problems import Problem as ManyTokens
 
 Run = Callable[[str], jax.Array]  # of the name of an implementation
 KEY, BF16 = jax.random.key(0), jnp.dtype(jnp.bfloat16)
@@ -77,6 +79,12 @@ def row(implementation: str) -> jax.Array:
     return streaming_mlp(**arguments, implementation=implementation)
 
 
+def many(implementation: str) -> jax.Array:
+    """Gated, in clusters of two, with a residual, and with rows that no token has."""
+    problem = ManyTokens(248, 320, 384, "DcN", residual=True)
+    return tiled_matmul(**problem.arguments(KEY, BF16), w_axes="DcN", implementation=implementation)
+
+
 ATTENTION = {
     "flash_attention": prefill(),
     "flash_attention_int8": prefill(cache="int8"),
@@ -91,6 +99,7 @@ KERNELS = ATTENTION | {
     "streaming_matmul": product(5, 512),
     "streaming_matmul_deep": product(16, 4096),
     "streaming_mlp": row,
+    "tiled_matmul": many,
 }
 
 

@@ -10,6 +10,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_decoding import flash_decoding
 from pallas_kernels.streaming_matmul import streaming_matmul, streaming_mlp, takes
+from pallas_kernels.tiled_matmul import tiled_matmul
 
 SCALES = jnp.ones((5, 2, 4), jnp.float32)
 BYTES = jnp.ones((5, 4, 2, 8), jnp.int8)
@@ -135,7 +136,7 @@ def test_decoding_names_what_is_wrong(change, message):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what a CPU does")
-@pytest.mark.parametrize("op", [flash_attention, flash_decoding, streaming_matmul, streaming_mlp])
+@pytest.mark.parametrize("op", [flash_attention, flash_decoding, streaming_matmul, streaming_mlp, tiled_matmul])
 def test_a_kernel_asked_for_by_name_says_that_there_is_no_gpu(op):
     def ones(*shape):
         return jnp.ones(shape, jnp.bfloat16)
@@ -145,6 +146,7 @@ def test_a_kernel_asked_for_by_name_says_that_there_is_no_gpu(op):
         flash_attention: {"q_TNH": ones(4, 2, 64), "cu_q_R1": ints(0, 4), "lengths_R": ten, "page_table_RJ": table},
         flash_decoding: {"q_BQNH": ones(1, 4, 2, 64), "lengths_B": ten, "page_table_BJ": table},
         streaming_matmul: {"x": ones(3, 128), "w": ones(128, 64)},
+        tiled_matmul: {"x_MD": ones(128, 128), "w": ones(128, 128)},
         streaming_mlp: {"x_MD": ones(1, 1024), "up_DcF": ones(1024, 2, 1024), "down_FD": ones(1024, 1024)},
     }[op]
     if op in (flash_attention, flash_decoding):
