@@ -137,11 +137,7 @@ def test_the_measured_entry_has_the_overhead_that_a_run_timed(device):
 
 
 @pytest.mark.parametrize(("planned", "measured"), memory("memory in use") + memory("memory at peak"))
-def test_planned_memory(request, planned, measured):
-    case = request.node.callspec.id
-    if case.startswith("h100-80gb-hbm3 decode_xla") and case.endswith("B256 memory at peak"):
-        reason = "measured before prefill by XLA let go of zeros that it kept for every layer, 8.6 GB"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_planned_memory(planned, measured):
     assert planned == pytest.approx(measured, rel=0.05)
 
 
