@@ -13,7 +13,7 @@ from jaxinfer.decode.speculative import EarlyExit, PromptLookup
 from jaxinfer.engine import Options, Request, budget
 from jaxinfer.engine.budget import step_times, whole_row
 from jaxinfer.engine.costs import DRAW, ENOUGH, MOVE, SEARCH, Costs, predicted_costs
-from jaxinfer.engine.gate import PROBES_APART, PROBES_COST, WRONG, Gate
+from jaxinfer.engine.gate import PROBES_APART, PROBES_COST, STANDS, WRONG, Gate
 from jaxinfer.engine.metrics import Counters
 from jaxinfer.engine.options import IN_FLIGHT
 from jaxinfer.engine.scheduler import Scheduler
@@ -128,7 +128,9 @@ def test_what_a_method_runs_for_its_proposals_is_part_of_their_cost():
 
 def test_a_tree_costs_its_nodes_and_brings_its_depth():
     class Heads(Branching):
-        outputs = 2
+        @property
+        def outputs(self):
+            return 2
 
     class Kernels(FakeTimes):
         def kernels(self, count):
@@ -219,6 +221,37 @@ def test_what_it_costs_to_time_plain_steps_is_bounded(batch, acceptance):
     elif speedup > 1.02:
         assert 0 < plain <= programs / PROBES_APART
         assert plain * (speedup - 1) <= PROBES_COST * programs
+
+
+class Counting(Costs):
+    """Counts how often it is asked."""
+
+    asked = 0
+
+    def predicted(self, contexts, drafts):
+        self.asked += 1
+        return super().predicted(contexts, drafts)
+
+
+def test_while_proposals_lose_few_programs_cost_the_host_anything():
+    costs = Counting(LAYOUT, TIMES)
+    gate, some = Gate(LAYOUT, costs), decoding(64)
+    learn(gate, 0.0, LONG)
+    for _ in range(4 * STANDS):
+        assert gate.drafts(some) == 0
+        gate.time(contexts(64), 0, 200.0)
+    assert 8 <= costs.asked <= 12  # each time two kinds of programs, and what one took
+
+
+def test_a_decision_stands_for_its_batch_alone_and_until_something_is_learnt():
+    gate, checked = Gate(LAYOUT, Costs(LAYOUT, TIMES)), decoding(64)
+    checked[0].constraint = Chain()
+    learn(gate, 0.7, LONG)
+    for other in (decoding(8), checked, decoding(64)):
+        assert gate.drafts(decoding(64)) == 0
+        assert gate.drafts(other) == (DRAFTS if len(other) == 8 else 0)
+    learn(gate, 1.0, LONG)
+    assert gate.drafts(decoding(64)) == DRAFTS
 
 
 # --- what the host checks
