@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, cast
@@ -118,7 +119,10 @@ class LLM:
         self.model = Model(config, mesh, max_model_len, dtype)
         self.intake = Intake(self.tokenizer, Limits(config.vocab_size, self.model.context, eos_ids))
         if options is not None and options.speculation is not None:
-            loader = Loader(self.model, self._beside, self._params_beside, self._tensors, self._load_head)
+            loader = Loader(
+                self.model, self._beside, self._params_beside, self._tensors, self._head, self._head_params,
+                partial(check_weights, self.model),
+            )  # fmt: skip
             # What does not go with the model is refused before its weights are there.
             check_ranks(options.speculation, self.model)
             options = replace(options, speculation=options.speculation.loaded(loader))
@@ -161,18 +165,16 @@ class LLM:
         return Model(config, self.model.mesh, self.model.context, self.model.config.dtype, pipelined=False)
 
     def _params_beside(self, name: str | Path | None, model: Model) -> Params:
-        """
-        Raises:
-            NoRoomError: the devices cannot hold them and this model's.
-        """
-        check_weights(self.model, model)
         return model.params(checkpoint.load(checkpoint.resolve(DRAFT if name is None else name), model))
 
     def _tensors(self, name: str | Path | None, file: str) -> dict[str, np.ndarray]:
         return checkpoint.tensors(MEDUSA if name is None else name, file)
 
-    def _load_head(self, name: str | Path | None) -> tuple[EagleHead, Params]:
-        return checkpoint.load_head(checkpoint.resolve(EAGLE if name is None else name), self.model)
+    def _head(self, name: str | Path | None) -> EagleHead:
+        return checkpoint.read_head(checkpoint.resolve(EAGLE if name is None else name), self.model)
+
+    def _head_params(self, name: str | Path | None, head: EagleHead) -> Params:
+        return checkpoint.head_params(checkpoint.resolve(EAGLE if name is None else name), head)
 
     def generate(
         self,

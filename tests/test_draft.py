@@ -3,15 +3,19 @@
 import json
 import math
 
+import jax
 import pytest
 from safetensors import safe_open
 
 from benchmarks.record import RESULTS, parts
 from benchmarks.speculative.acceptance import RIGHT
 from jaxinfer import SamplingParams, checkpoint
+from jaxinfer.checkpoint import huggingface
 from jaxinfer.decode.speculative import DraftModel, Eagle, EarlyExit, Medusa
-from jaxinfer.engine import Options
+from jaxinfer.engine import Options, memory
 from jaxinfer.llm import DEMO, DRAFT, EAGLE, LLM, MEDUSA
+from jaxinfer.model import Model, read_config
+from jaxinfer.parallel import make_mesh
 from tests.engine.tiny import one_rectangle, tiny_folder
 from tests.golden.load import load_demo
 
@@ -64,8 +68,7 @@ def test_what_was_distilled_is_right_more_often_than_what_learnt_the_text():
 @pytest.mark.parametrize(("method", "right"), [(DraftModel(), 0.3), (Medusa(), 0.3), (Eagle(), 0.3)], ids=NAMES)
 def test_what_it_proposes_is_often_right_and_changes_nothing(method, right):
     """The text is what transformers writes with the model alone."""
-    sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 128}
-    options = Options(**sizes, speculation=method, always_speculate=True)
+    options = Options(max_num_seqs=4, max_num_batched_tokens=128, speculation=method, always_speculate=True)
     llm, golden = LLM(dtype="float32", max_model_len=256, options=options), load_demo()
     with one_rectangle():
         outputs = llm.generate(golden.prompts[:4], GREEDY)
@@ -94,3 +97,15 @@ def test_a_method_for_another_model_is_refused_before_any_weights_are_read(
     monkeypatch.setattr(checkpoint, "load", lambda *_: pytest.fail("weights are read"))
     with pytest.raises(ValueError, match=message):
         LLM(folder, options=Options(max_num_seqs=1, speculation=method))
+
+
+@pytest.mark.parametrize("method", [DraftModel(), Medusa(), Eagle()], ids=NAMES)
+def test_weights_without_room_beside_the_model_are_refused_before_any_are_read(method, monkeypatch):
+    """By the same check, whatever drafts."""
+    model = Model(read_config(DEMO), make_mesh(1))
+    room = memory.weight_bytes(model.parameters.values()) + 1000
+    monkeypatch.setattr(memory, "memory_of", lambda device: room)
+    monkeypatch.setattr(huggingface, "load", lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr(jax, "device_put", lambda *_: pytest.fail("weights are placed"))
+    with pytest.raises(memory.NoRoomError, match=r"those of the draft beside it \d.* there are 0\.02 GB for both"):
+        LLM(options=Options(max_num_seqs=1, speculation=method))

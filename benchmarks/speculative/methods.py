@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -52,11 +52,17 @@ def random_weights(target: Model) -> Loader:
         return blocks
 
     @cache
-    def head(name: str | Path | None) -> tuple[EagleHead, Params]:
-        made = EagleHead(read_eagle_config(head_config(target.config)), target, embeds=False, bias=True)
-        return made, made.random_params(1)
+    def head(name: str | Path | None) -> EagleHead:
+        return EagleHead(read_eagle_config(head_config(target.config)), target, embeds=False, bias=True)
 
-    return Loader(target, model, params, tensors, head)
+    @cache
+    def head_params(name: str | Path | None, made: EagleHead) -> Params:
+        return made.random_params(1)
+
+    def check_room(shapes: Iterable[Any]) -> None:
+        """The target's weights are there already: its own error says that these do not fit."""
+
+    return Loader(target, model, params, tensors, head, head_params, check_room)
 
 
 def shaped(name: str, sizes: Sequence[int | None], draft_model: str, model: Model) -> list[Speculation]:

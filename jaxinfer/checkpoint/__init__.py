@@ -1,5 +1,6 @@
 """Checkpoints: published ones and our own, from disk straight into sharded device arrays, and back."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -13,7 +14,9 @@ from jaxinfer.checkpoint.huggingface import export, published
 from jaxinfer.checkpoint.native import convert, save
 from jaxinfer.model import EagleHead, Model, Params, read_eagle_config
 
-__all__ = ["convert", "export", "load", "load_head", "published", "resolve", "save", "tensors"]
+__all__ = [
+    "convert", "export", "head_params", "load", "load_head", "published", "read_head", "resolve", "save", "tensors",
+]  # fmt: skip
 
 
 def tensors(model: str | Path, file: str) -> dict[str, np.ndarray]:
@@ -44,7 +47,14 @@ def load(folder: str | Path, model: Model) -> dict[str, jax.Array]:
 
 
 def load_head(folder: str | Path, target: Model) -> tuple[EagleHead, Params]:
-    """The draft head in `folder`, in the published layout of EAGLE, for the model that it was made for.
+    """The draft head in `folder` with its parameters; see `read_head` and `head_params`."""
+    head = read_head(folder, target)
+    return head, head_params(folder, head)
+
+
+def read_head(folder: str | Path, target: Model) -> EagleHead:
+    """The draft head in `folder`, in the published layout of EAGLE, for the model that it was made for; none of its
+    weights.
 
     Raises:
         FileNotFoundError, ValueError: its `config.json` or its tensors are missing or malformed, see `load`; or it is
@@ -55,19 +65,35 @@ def load_head(folder: str | Path, target: Model) -> tuple[EagleHead, Params]:
     for name in ("hidden_size", "vocab_size"):
         if (found := getattr(config, name)) != (expected := getattr(target.config, name)):
             raise ValueError(f"the head {folder} has {name} {found}; it must have the model's, {expected}")
-    third, output, d2t = "midlayer.hidden_norm.weight" in tensors, tensors.get("lm_head.weight"), tensors.get("d2t")
-    tokens = None
-    if third:
-        tokens = config.vocab_size if output is None else output.shape[0]
-    mapping_V = None if d2t is None or tokens is None else _token_map(d2t, tokens, config.vocab_size)
-    head = EagleHead(
-        config, target, embeds="embed_tokens.weight" in tensors, bias="fc.bias" in tensors, tokens=tokens,
-        maps=mapping_V is not None,
+    return EagleHead(
+        config, target, embeds="embed_tokens.weight" in tensors, bias="fc.bias" in tensors,
+        tokens=_own_tokens(tensors, config.vocab_size), maps=_mapping(tensors, config.vocab_size) is not None,
     )  # fmt: skip
+
+
+def head_params(folder: str | Path, head: EagleHead) -> Params:
+    """The parameters of a head, on its devices, from the folder that it was read from.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    folder = Path(folder)
     params = head.params(huggingface.load(folder, head))
-    if mapping_V is None:
-        return head, params
-    return head, [*params, jax.device_put(mapping_V, NamedSharding(target.mesh, P()))]
+    mapping_V = _mapping(files.read_folder(folder), head.config.vocab_size)
+    return params if mapping_V is None else [*params, jax.device_put(mapping_V, NamedSharding(head.mesh, P()))]
+
+
+def _own_tokens(tensors: Mapping[str, files.Tensor], vocab: int) -> int | None:
+    """Those of the output matrix of a head of EAGLE-3, by default the model's; None of any other head."""
+    if "midlayer.hidden_norm.weight" not in tensors:
+        return None
+    return vocab if (output := tensors.get("lm_head.weight")) is None else output.shape[0]
+
+
+def _mapping(tensors: Mapping[str, files.Tensor], vocab: int) -> np.ndarray | None:
+    """See `_token_map`; None for a head that has none."""
+    tokens, d2t = _own_tokens(tensors, vocab), tensors.get("d2t")
+    return None if d2t is None or tokens is None else _token_map(d2t, tokens, vocab)
 
 
 def _token_map(d2t: files.Tensor, tokens: int, vocab: int) -> np.ndarray:

@@ -26,7 +26,7 @@ class Row:
 def read_row(output: StepOutput, row: int, sequence: Sequence) -> Row:
     """Appends what a row brought to the sequence's tokens."""
     request, tokens, logprobs, reason = sequence.request, [], [], None
-    stop_ids = request.stop_ids
+    stop_ids, left = request.stop_ids, request.params.max_tokens - sequence.outputs
     emitted = zip(output.emits_nW[:, row].tolist(), output.sampled.tokens_W[:, row].tolist(), strict=True)
     for step, (emits, token) in enumerate(emitted):
         if not emits:
@@ -38,7 +38,7 @@ def read_row(output: StepOutput, row: int, sequence: Sequence) -> Row:
             logprobs.append(_chosen(output.sampled, (step, row), request.params.logprobs))
         if token in stop_ids:
             reason = "stop"
-        elif sequence.outputs + len(tokens) == request.params.max_tokens:
+        elif len(tokens) == left:
             reason = "length"
         if reason:
             break

@@ -11,9 +11,10 @@ Where fewer tokens are faster little would be learnt of the text, and the gate l
 so seldom that it costs little. An engine that knows nothing of its texts yet expects much, and learns from one program
 whether it is right: until that was read the next ones decode plainly. What was not proposed is taken to be right as
 often as the last that was. And where proposals are faster nothing would be learnt of the time that plain steps take:
-now and then a program decodes plainly, unless that is so much slower that no correction would make it faster. An
-engine that warms up times both at once. What the host checks has times of its own, with the host's part in them; there
-a few plain steps come soon.
+now and then a program decodes plainly, unless that is so much slower that no correction would make it faster. A
+decision for plain steps stands for a few programs, and with it their times: the programs of a small model are so short
+that their device waits for the host, and to weigh each took a tenth of it. An engine that warms up times both at once.
+What the host checks has times of its own, with the host's part in them; there a few plain steps come soon.
 
 Since times are measured, the same requests may make other programs in another run. It changes outputs as little as the
 method does: what is proposed for certain not at all, but for rounding. A draft model does not see what is decoded
@@ -34,6 +35,7 @@ from jaxinfer.model import Model
 
 MEMORY = 256  # proposals over which what earlier ones brought fades
 OPTIMISM = 8  # proposals, all of them right, that an engine begins with
+STANDS = 16  # programs that a decision for plain steps is for, where nothing that changes it is known earlier
 PROBES_APART = 64  # programs at the least, of those that could have proposed all and did not, or none and did
 PROBES_COST = 0.01  # of the time of the programs between two probes, at the most
 WRONG = 2.0  # times that a predicted speed-up may be too large
@@ -52,6 +54,7 @@ class Gate:
         self._brought_Q = np.full(self._depth + 1, float(OPTIMISM))
         self._without, self._proposing = 0, 0  # programs since the last that proposed all, and none
         self._told, self._unread = False, 0  # whether any were read, and programs until those on their way are
+        self._stands, self._of = 0, 0  # programs for which nothing is weighed: so many sequences decode plainly
 
     @property
     def weighed(self) -> tuple[int, ...]:
@@ -72,25 +75,44 @@ class Gate:
         none, where nothing is to be proposed. Where the host checks what is proposed, it is all or none."""
         if not self._depth or self._costs is None:
             return self._depth
-        contexts, checked = [len(sequence.tokens) for sequence in decoding], constrained(decoding)
-        choices = [drafts for drafts in self._choices if drafts in (0, self._depth) or not checked]
-        seconds = {drafts: self._costs.seconds(contexts, drafts, checked) for drafts in choices}
-        rates = {drafts: self.tokens(drafts) / seconds[drafts] for drafts in choices}
-        best = max(rates, key=rates.__getitem__)
-        if best < self._depth and self._probes(best, seconds[self._depth] / seconds[best]):
-            best = self._depth
-        elif 0 in rates and (self._probes_plainly(rates[best] / rates[0]) or (checked and self._is_news(contexts))):
-            best = 0
-        elif 0 in rates and best and not self._told:
-            best = self._first(best)
+        checked = constrained(decoding)
+        if self._stands and self._of == len(decoding) and not checked:
+            self._stands -= 1
+            self._without, self._proposing = self._without + 1, 0
+            return 0
+        best = self._weigh([len(sequence.tokens) for sequence in decoding], checked)
         self._without = 0 if best == self._depth else self._without + 1
         self._proposing = self._proposing + 1 if best else 0
         return best
 
+    def _weigh(self, contexts: list[int], checked: bool) -> int:
+        """What brings the most tokens a second, or shows what more or fewer proposals would bring."""
+        assert self._costs is not None
+        choices = [drafts for drafts in self._choices if drafts in (0, self._depth) or not checked]
+        seconds = {drafts: self._costs.seconds(contexts, drafts, checked) for drafts in choices}
+        rates = {drafts: self.tokens(drafts) / seconds[drafts] for drafts in choices}
+        best = max(rates, key=rates.__getitem__)
+        cost = seconds[self._depth] / seconds[best]
+        if best < self._depth and self._probes(best, cost):
+            return self._depth
+        if 0 in rates and (self._probes_plainly(rates[best] / rates[0]) or (checked and self._is_news(contexts))):
+            return 0
+        if 0 in rates and best and not self._told:
+            return self._first(best)
+        if not best and not checked:
+            self._let_stand(len(contexts), cost)
+        return best
+
+    def _let_stand(self, count: int, cost: float) -> None:
+        """Nothing is weighed for a few programs of so many sequences, or until it is time for a probe."""
+        left = _apart(cost) - self._without  # none where no probe is worth it
+        self._stands, self._of = (min(STANDS, left) if left > 0 else STANDS) - 1, count
+
     def time(self, contexts: list[int], drafts: int, seconds: float, checked: bool = False) -> None:
         """Takes in what a step took of sequences of so many tokens each, in which so many proposed tokens might be
-        right, and which the host checked or not."""
-        if self._costs is not None:
+        right, and which the host checked or not. While a decision stands for so many, plain steps are not asked."""
+        stands = self._stands and self._of == len(contexts) and not (drafts or checked)
+        if self._costs is not None and not stands:
             self._costs.learn(contexts, drafts, seconds, checked)
 
     def learn(self, brought_Q: np.ndarray) -> None:
@@ -100,7 +122,7 @@ class Gate:
             brought_Q: how many there were, and of them those in which the first proposed token was right, the first
                 two, and so on, as far as so many were proposed.
         """
-        self._told = True
+        self._told, self._stands = True, 0
         faded_Q = self._brought_Q * (MEMORY / (MEMORY + brought_Q[0]))
         before, last = (faded_Q[: len(brought_Q)] + brought_Q)[-2:]
         again = last / before if before else 0.0  # how often the last is right where those before it are

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 from jaxinfer.cache import page_bytes
 from jaxinfer.decode.layout import Layout, pools_of
@@ -81,15 +83,16 @@ def fitting_pages(
     return pages
 
 
-def check_weights(model: Model, beside: Model) -> None:
-    """Holds the weights of a model, and of another beside it, to what the devices have, before any are there.
+def check_weights(model: Model, beside: Iterable[Any]) -> None:
+    """Holds the weights of a model, and those of what drafts beside it, to what the devices have, before any are
+    there.
 
     Raises:
         NoRoomError: they do not fit.
     """
-    sizes = [weight_bytes(one) for one in (model, beside)]
+    sizes = [weight_bytes(leaves) for leaves in (model.parameters.values(), beside)]
     room = min(_weights_room(device) for device in model.mesh.local_devices)
-    if sum(sizes) > room:
+    if sizes[1] and sum(sizes) > room:
         ours, theirs = (f"{size / 1e9:.2f} GB" for size in sizes)
         raise NoRoomError(
             f"the weights of the model take {ours} of each device and those of the draft beside it {theirs}; there "
@@ -97,9 +100,8 @@ def check_weights(model: Model, beside: Model) -> None:
         )
 
 
-def weight_bytes(model: Model) -> int:
-    """Bytes of the weights on each device."""
-    leaves = model.parameters.values()
+def weight_bytes(leaves: Iterable[Any]) -> int:
+    """Bytes on each device of weights, by their shapes, dtypes and shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 

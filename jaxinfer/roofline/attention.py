@@ -49,6 +49,8 @@ class Attended(NamedTuple):
         return Attended(*amounts, messages=max(self.messages, other.messages))
 
     def times(self, count: float) -> Attended:
+        if count == 1:
+            return self
         return Attended(*(count * own for own in self[:-1]), messages=self.messages)
 
 
@@ -124,12 +126,18 @@ class AttentionModel:
                 total = total.plus(self.sequence(queries, context - queries).times(count))
             return total
         flops = cache = 0.0
+        total, sequences = sum(contexts), len(contexts)
         for layers in self._layers:
-            read = layers.window + queries - 1 if layers.window else max(contexts)
-            own = [min(context - shared, read) for context in contexts]
-            pairs = [query_key_pairs(queries, context - queries, layers.window) for context in contexts]
-            flops += sum(pairs) * layers.flops_per_pair
-            cache += (sum(own) + min(shared, read - min(own)) + queries * len(contexts)) * layers.bytes_per_key
+            if layers.window is None:  # what each sequence adds is linear in its context
+                pairs = query_key_pairs(queries, -queries, None) * sequences + queries * total
+                keys = total - shared * (sequences - 1)
+            else:
+                read = layers.window + queries - 1
+                own = [min(context - shared, read) for context in contexts]
+                pairs = sum(query_key_pairs(queries, context - queries, layers.window) for context in contexts)
+                keys = sum(own) + min(shared, read - min(own))
+            flops += pairs * layers.flops_per_pair
+            cache += (keys + queries * sequences) * layers.bytes_per_key
         return Attended(flops, cache)
 
     def on_a_rank(self, tokens: int, cached: int, ranks: int, counting: Counting = "causal") -> Attended:

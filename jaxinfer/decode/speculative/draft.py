@@ -8,9 +8,10 @@ tables serve both; it computes the prompts in the steps in which the model does.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import jax.numpy as jnp
 
@@ -63,6 +64,10 @@ class DraftModel(Speculation):
 
     def read(self, loader: Loader) -> Self:
         return replace(self, model=loader.model(self.checkpoint))
+
+    def shapes(self, model: Model) -> Iterable[Any]:
+        assert self.model is not None
+        return self.model.parameters.values()
 
     def placed(self, loader: Loader) -> Self:
         assert self.model is not None

@@ -14,10 +14,11 @@ the place of what they were proposed with.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -123,8 +124,15 @@ class Eagle(Speculation):
         self.tree  # noqa: B018, a tree of so many nodes must be possible
 
     def read(self, loader: Loader) -> Self:
-        head, params = loader.head(self.checkpoint)
-        return replace(self, head=head, params=params)
+        return replace(self, head=loader.head(self.checkpoint))
+
+    def shapes(self, model: Model) -> Iterable[Any]:
+        assert self.head is not None
+        return self.head.parameters.values()
+
+    def placed(self, loader: Loader) -> Self:
+        assert self.head is not None
+        return replace(self, params=loader.head_params(self.checkpoint, self.head))
 
     def check(self, model: Model) -> None:
         if self.head is None:

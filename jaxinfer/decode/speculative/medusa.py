@@ -9,7 +9,7 @@ no pass of the model, and no cache.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from heapq import heappop, heappush
@@ -100,8 +100,14 @@ class Medusa(Speculation):
     def read(self, loader: Loader) -> Self:
         return replace(self, heads=read_heads(loader.tensors(self.checkpoint, FILE)))
 
+    def shapes(self, model: Model) -> Iterable[Any]:
+        return jax.tree.leaves(_shapes(self.heads, model))
+
     def placed(self, loader: Loader) -> Self:
-        return replace(self, heads=_placed(self.heads, loader.target))
+        def put(array: Any, shape: Any) -> jax.Array:
+            return jax.device_put(np.asarray(array).astype(shape.dtype), shape.sharding)
+
+        return replace(self, heads=jax.tree.map(put, self.heads, _shapes(self.heads, loader.target)))
 
     def check(self, model: Model) -> None:
         if self.heads is None:
@@ -249,19 +255,19 @@ def _head(index: int, parts: dict[int, dict[str, np.ndarray]]) -> Head:
     return Head(made, cast(Any, output.get("weight")))
 
 
-def _placed(heads: tuple[Head, ...] | None, model: Model) -> tuple[Head, ...]:
-    """On the model's devices in its dtype, output matrices sharded over the vocabulary as the model's own is."""
+def _shapes(heads: tuple[Head, ...] | None, model: Model) -> tuple[Head, ...]:
+    """Of the model's dtype on its devices, output matrices sharded over the vocabulary as the model's own is."""
     own = model.parameters.get("head_VD", model.parameters["embed.weight_VD"]).sharding
-    whole = NamedSharding(model.mesh, P())
+    whole, dtype = NamedSharding(model.mesh, P()), jnp.dtype(model.config.dtype)
 
-    def put(array: Any, sharding: Any) -> jax.Array:
-        return jax.device_put(np.asarray(array).astype(jnp.dtype(model.config.dtype)), sharding)
+    def shape(array: Any, sharding: Any) -> Any:
+        return jax.ShapeDtypeStruct(array.shape, dtype, sharding=sharding)
 
     assert heads is not None
     return tuple(
         Head(
-            jax.tree.map(lambda array: put(array, whole), head.blocks),
-            None if head.output_VD is None else put(head.output_VD, own),
+            tuple((shape(weight_DD, whole), shape(bias_D, whole)) for weight_DD, bias_D in head.blocks),
+            None if head.output_VD is None else shape(head.output_VD, own),
         )
         for head in heads
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
@@ -94,13 +94,18 @@ class Loader(NamedTuple):
         tensors: gives the tensors of a file of a checkpoint, by name, on the host and not read yet; for None those of
             the demo model's own heads.
         head: gives the head of EAGLE of a checkpoint, for the target; for None the demo model's own.
+        head_params: reads its weights from the same checkpoint.
+        check_room: holds weights that are yet to be placed, as shapes with their shardings, to the memory that the
+            devices have beside those of the target.
     """
 
     target: Model
     model: Callable[[str | Path | None], Model]
     params: Callable[[str | Path | None, Model], Params]
     tensors: Callable[[str | Path | None, str], dict[str, np.ndarray]]
-    head: Callable[[str | Path | None], tuple[EagleHead, Params]]
+    head: Callable[[str | Path | None], EagleHead]
+    head_params: Callable[[str | Path | None, EagleHead], Params]
+    check_room: Callable[[Iterable[Any]], None]
 
 
 class Observed(NamedTuple):
@@ -168,15 +173,21 @@ class Speculation:
         """With the weights that it names.
 
         Raises:
-            FileNotFoundError, ValueError: they are not there, or not as they must be; or as `check`.
+            FileNotFoundError, ValueError: they are not there, or not as they must be, or there is no room for them; or
+                as `check`.
         """
         method = self.read(loader)
         method.check(loader.target)
+        loader.check_room(method.shapes(loader.target))
         return method.placed(loader)
 
     def read(self, loader: Loader) -> Self:
         """With what `check` must know of the weights that it names."""
         return self
+
+    def shapes(self, model: Model) -> Iterable[Any]:
+        """Shapes, dtypes and shardings of the weights that it names, before they are placed."""
+        return ()
 
     def placed(self, loader: Loader) -> Self:
         """With the weights themselves, on the devices of the target."""
