@@ -23,6 +23,8 @@ if find_spec("jax_cuda13_plugin") is None:
     )
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two test processes share a GPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What a program was traced from line by line is kept beside each operation, of which no test reads more than its name.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a test depends on no earlier one, and leaves nothing behind
 
 shape_checks.install()
