@@ -34,7 +34,8 @@ WARM_ENGINE = (
     "tests/engine/test_warm_up.py", "tests/engine/test_batch_invariance.py", "tests/engine/test_failure.py",
     "tests/engine/test_sharing.py", "tests/test_llm.py", "tests/test_bad_input.py", "tests/test_structured.py",
     "tests/benchmarks/test_serving.py", "tests/serve/test_batch.py", "tests/engine/test_speculation.py",
-    "tests/engine/test_adaptive.py", "tests/benchmarks/test_replay.py",
+    "tests/engine/test_adaptive.py", "tests/engine/test_medusa.py", "tests/engine/test_eagle.py",
+    "tests/benchmarks/test_replay.py",
 )  # fmt: skip
 # These ask one server, which the last of them ends; the one before compares it with two replicas.
 SERVER = (
