@@ -41,7 +41,7 @@ WARM_ENGINE = (
 SERVER = (
     "tests/serve/test_answers.py", "tests/serve/test_structured.py", "tests/serve/test_refusals.py",
     "tests/serve/test_hang_ups.py", "tests/serve/test_metrics.py", "tests/serve/test_page.py",
-    "tests/serve/test_replicas.py", "tests/serve/test_sigterm.py",
+    "tests/serve/test_online.py", "tests/serve/test_replicas.py", "tests/serve/test_sigterm.py",
 )  # fmt: skip
 # What runs longest comes first, so that no process is left alone with it at the end.
 FIRST = (
