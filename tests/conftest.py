@@ -23,6 +23,8 @@ if find_spec("jax_cuda13_plugin") is None:
     )
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two test processes share a GPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What a program was traced from line by line is kept beside each operation, of which no test reads more than its name.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a test depends on no earlier one, and leaves nothing behind
 
 shape_checks.install()
@@ -32,13 +34,14 @@ WARM_ENGINE = (
     "tests/engine/test_warm_up.py", "tests/engine/test_batch_invariance.py", "tests/engine/test_failure.py",
     "tests/engine/test_sharing.py", "tests/test_llm.py", "tests/test_bad_input.py", "tests/test_structured.py",
     "tests/benchmarks/test_serving.py", "tests/serve/test_batch.py", "tests/engine/test_speculation.py",
-    "tests/engine/test_adaptive.py", "tests/benchmarks/test_replay.py",
+    "tests/engine/test_adaptive.py", "tests/engine/test_medusa.py", "tests/engine/test_eagle.py",
+    "tests/benchmarks/test_replay.py",
 )  # fmt: skip
 # These ask one server, which the last of them ends; the one before compares it with two replicas.
 SERVER = (
     "tests/serve/test_answers.py", "tests/serve/test_structured.py", "tests/serve/test_refusals.py",
     "tests/serve/test_hang_ups.py", "tests/serve/test_metrics.py", "tests/serve/test_page.py",
-    "tests/serve/test_replicas.py", "tests/serve/test_sigterm.py",
+    "tests/serve/test_online.py", "tests/serve/test_replicas.py", "tests/serve/test_sigterm.py",
 )  # fmt: skip
 # What runs longest comes first, so that no process is left alone with it at the end.
 FIRST = (

@@ -13,7 +13,7 @@ from jaxinfer import SamplingParams
 from jaxinfer.cache import NULL_PAGE
 from jaxinfer.decode.sampling import GREEDY
 from jaxinfer.decode.slots import SlotState
-from jaxinfer.decode.speculative import DraftModel, EarlyExit, PromptLookup
+from jaxinfer.decode.speculative import PromptLookup
 from jaxinfer.engine import engine, warm_up
 from jaxinfer.engine.constraints import Constraints
 from jaxinfer.engine.costs import ENOUGH, Costs
@@ -23,9 +23,17 @@ from jaxinfer.engine.sequence import constrained
 from jaxinfer.engine.warm_up import WARM
 from jaxinfer.llm import LLM
 from tests.engine.fake import FakeTimes
-from tests.engine.test_speculation import CONSTRAINED, CONSTRAINED_PROMPTS, PARAMS, PROMPTS, answers
+from tests.engine.test_speculation import (
+    CONSTRAINED,
+    CONSTRAINED_PROMPTS,
+    PARAMS,
+    PROMPTS,
+    always_right,
+    answers,
+    coupled,
+)
 from tests.engine.test_warm_up import counted
-from tests.engine.tiny import OPTIONS, assert_clean, assert_warm, drawing_alike, one_rectangle, tiny_folder, warm_llm
+from tests.engine.tiny import OPTIONS, assert_clean, assert_warm, one_rectangle, tiny_folder, warm_llm
 from tests.test_structured import ask
 
 # Of one kind of sampling, and one rectangle. Loops: plain, and with 1 and 2 tokens proposed.
@@ -263,28 +271,25 @@ def without_page(state: SlotState, page_size: int, tokens: int) -> int:
     return sum(table_BJ[slot, place // page_size] == NULL_PAGE for slot, place in places for table_BJ in tables)
 
 
-@pytest.mark.parametrize("method", ["draft", "early-exit"])
-def test_coupled_drafts_of_any_number_never_change_an_output(tmp_path_factory, one_rectangle, method):
-    """A draft's keys and values are there whatever was proposed before: one that is the model is always right."""
+@pytest.mark.parametrize(("method", "numbers"), [("draft", [2, 0, 1, 2, 1, 0]), ("early-exit", [2, 1, 1])])
+def test_coupled_drafts_of_any_number_never_change_an_output(tmp_path_factory, one_rectangle, method, numbers):
     root = tmp_path_factory.getbasetemp()
-    methods = {
-        "draft": (DraftModel(tiny_folder(root), 2, coupled=True), [2, 0, 1, 2, 1, 0]),
-        "early-exit": (EarlyExit(2, 1, coupled=True), [2, 1, 1]),
-    }
-    speculation, numbers = methods[method]
-    options = replace(OPTIONS, speculation=speculation, num_pages=29, adaptive_speculation=True)
-    llm = drawing_alike(LLM(tiny_folder(root), options=options))
-    found, expected = [], answers(warm_llm(root), PROMPTS, PARAMS)
-    chosen = watched(llm, Changing(llm.engine.layout, numbers), lambda: found.append(answers(llm, PROMPTS, PARAMS)))
+    llm = coupled(root, method)
+    gate, found, expected = Changing(llm.engine.layout, numbers), [], answers(warm_llm(root), PROMPTS, PARAMS)
+    chosen = watched(llm, gate, lambda: found.append(answers(llm, PROMPTS, PARAMS)))
     assert found == [expected]
     assert {*chosen} == {*numbers}
-    assert llm.engine.counters.accepted[1] > 0
+    assert sum(brought[2] for brought in gate.brought if len(brought) > 2) > 0
     assert_clean(llm)
-    if method == "draft":
-        gate = Changing(llm.engine.layout, [1, 2, 2, 1])
-        params = SamplingParams(temperature=0.7, max_tokens=1 + 4 * (2 + 3 + 3 + 2), seed=1, ignore_eos=True)
-        watched(llm, gate, lambda: llm.generate(["ab" * 9], params))
-        assert gate.brought == [[4] * 2, [4] * 3, [4] * 3, [4] * 2]
+
+
+def test_a_draft_that_is_the_model_is_right_whatever_was_proposed_before(tmp_path_factory):
+    """Its keys and values are there."""
+    llm = always_right(tmp_path_factory.getbasetemp())
+    gate = Changing(llm.engine.layout, [1, 3, 3, 1])
+    params = SamplingParams(temperature=0.7, max_tokens=1 + 4 * (2 + 4 + 4 + 2), seed=1, ignore_eos=True)
+    watched(llm, gate, lambda: llm.generate(["ab" * 9], params))
+    assert gate.brought == [[4] * 2, [4] * 4, [4] * 4, [4] * 2]
 
 
 def test_the_loops_of_a_request_can_be_compiled_alone(adaptive, one_rectangle):

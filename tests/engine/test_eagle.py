@@ -23,7 +23,17 @@ from jaxinfer.training.train import DenseRows
 from tests.engine.eagle_heads import by_hand, features, nearly_right, nearly_right_third, ranked, write_head
 from tests.engine.test_medusa import FOLLOWS, PARAMS, PROMPTS, D, V, assert_all_is_right, write
 from tests.engine.test_speculation import answers, assert_constrained_alike
-from tests.engine.tiny import CONFIG, assert_clean, drawing_alike, tiny_folder, write_checkpoint
+from tests.engine.tiny import (
+    CONFIG,
+    assert_clean,
+    assert_warm,
+    drawing_alike,
+    one_rectangle,
+    tiny_folder,
+    warm_llm,
+    with_weights,
+    write_checkpoint,
+)
 
 OPTIONS = Options(
     max_num_seqs=4, max_num_batched_tokens=64, page_size=8, num_pages=28, steps_per_dispatch=2, always_speculate=True
@@ -203,15 +213,16 @@ def assert_those_of_the_whole_text(llm: LLM, tensors: dict[str, np.ndarray]) -> 
     assert any(node >= 0 <= parents[node] for parents in shapes for node in parents)  # as deep as may be
 
 
-def test_a_head_never_changes_an_output(llm, model, one_rectangle):
+def test_a_head_never_changes_an_output(llm, model, tmp_path_factory):
     """Greedy and sampled, preempted and shared, with constraints and without."""
-    plain = drawing_alike(LLM(model, options=replace(OPTIONS, num_pages=None)))
     before = llm.engine.counters.preemptions
-    assert answers(llm, PROMPTS, PARAMS) == answers(plain, PROMPTS, PARAMS)
-    assert llm.engine.counters.preemptions > before
-    assert llm.engine.metrics.prefix_hit_rate > 0
-    assert llm.engine.counters.tokens_per_draft > 1.5
-    assert_constrained_alike(llm, plain)
+    with with_weights(warm_llm(tmp_path_factory.getbasetemp()), model) as plain, one_rectangle():
+        assert answers(llm, PROMPTS, PARAMS) == answers(plain, PROMPTS, PARAMS)
+        assert llm.engine.counters.preemptions > before
+        assert llm.engine.metrics.prefix_hit_rate > 0
+        assert llm.engine.counters.tokens_per_draft > 1.5
+        assert_constrained_alike(llm, plain)
+    assert_warm(plain)
     assert_clean(llm)
 
 
@@ -221,13 +232,11 @@ def test_a_head_that_is_right_brings_all_that_it_can(tmp_path, tmp_path_factory)
     target = write(tmp_path / "table", tiny_folder(tmp_path_factory.getbasetemp()), rest=0.0)
     options = replace(OPTIONS, num_pages=None)
     tensors = nearly_right(D, rest=0.0)
-    plain = LLM(target, options=options)
-    arrays = dict(zip(plain.model.parameters, plain.engine.runner.params, strict=True))
-    tensors["embed_tokens.weight"] = np.asarray(arrays["embed.weight_VD"])
+    tensors["embed_tokens.weight"] = checkpoint.tensors(target, "model.safetensors")["model.embed_tokens.weight"]
     del tensors["fc.bias"]
     head = write_head(tmp_path / "head", tensors, V)
     speculation = Eagle(head, DEPTH, DEPTH, branches=1)
-    llm = drawing_alike(LLM(target, tensor_parallel_size=2, options=replace(options, speculation=speculation)))
+    llm = LLM(target, tensor_parallel_size=2, options=replace(options, speculation=speculation))
     assert_all_is_right(llm, DEPTH)
 
 

@@ -27,7 +27,7 @@ def test_an_engine_foresees_what_is_foreseen_by_hand(tmp_path, tiny):
     """After prompts, in chunks and shared, and between steps that propose nothing: then the window is older. On two
     devices."""
     folder, options = write(tmp_path / "table", tiny, rest=0.0), replace(OPTIONS, max_num_seqs=1, speculation=METHOD)
-    llm = drawing_alike(LLM(folder, tensor_parallel_size=2, options=options))
+    llm = LLM(folder, tensor_parallel_size=2, options=options)
     llm.engine.gate = llm.engine.scheduler.gate = Alternating(llm.engine.layout)
     params, depth = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=36), llm.engine.layout.depth
     for prompt in ("ab" * 9, "abcabd" * 9, "abcabd" * 8 + "xyz"):

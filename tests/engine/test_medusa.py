@@ -22,7 +22,16 @@ from jaxinfer.llm import LLM
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from tests.engine.test_speculation import Alternating, answers, assert_constrained_alike
-from tests.engine.tiny import CONFIG, assert_clean, drawing_alike, tiny_folder
+from tests.engine.tiny import (
+    CONFIG,
+    assert_clean,
+    assert_warm,
+    drawing_alike,
+    one_rectangle,
+    tiny_folder,
+    warm_llm,
+    with_weights,
+)
 
 V, D, HEADS = CONFIG["vocab_size"], CONFIG["hidden_size"], 3
 SHARPNESS = 0.3  # logits far enough apart that what is likeliest is mostly drawn, at a temperature of 1
@@ -113,21 +122,22 @@ def test_heads_that_are_right_bring_all_that_they_can(tmp_path, tiny):
     """After prompts, in chunks and shared, after steps with proposals, and after steps without: the hidden state is
     that of the newest token. On two devices, each with its part of the output matrices."""
     folder = write(tmp_path / "table", tiny, rest=0.0)
-    llm = drawing_alike(LLM(folder, tensor_parallel_size=2, options=replace(OPTIONS, speculation=Medusa(folder, 8))))
+    llm = LLM(folder, tensor_parallel_size=2, options=replace(OPTIONS, speculation=Medusa(folder, 8)))
     assert_all_is_right(llm, HEADS)
 
 
-def test_heads_never_change_an_output(one_rectangle, tmp_path, tiny):
+def test_heads_never_change_an_output(tmp_path, tmp_path_factory, tiny):
     """Greedy and sampled, preempted and shared: where the rest of the model has a say, too."""
     folder = write(tmp_path / "model", tiny, rest=0.1)
     llm = drawing_alike(LLM(folder, options=replace(OPTIONS, speculation=Medusa(folder))))
-    plain = drawing_alike(LLM(folder, options=replace(OPTIONS, num_pages=None)))
-    assert answers(llm, PROMPTS, PARAMS) == answers(plain, PROMPTS, PARAMS)
-    counters = llm.engine.counters
-    assert counters.preemptions > 0
-    assert counters.accepted_by_position[0] > 0.5
-    assert counters.accepted[-1] > 0
-    assert_constrained_alike(llm, plain)
+    with with_weights(warm_llm(tmp_path_factory.getbasetemp()), folder) as plain, one_rectangle():
+        assert answers(llm, PROMPTS, PARAMS) == answers(plain, PROMPTS, PARAMS)
+        counters = llm.engine.counters
+        assert counters.preemptions > 0
+        assert counters.accepted_by_position[0] > 0.5
+        assert counters.accepted[-1] > 0
+        assert_constrained_alike(llm, plain)
+    assert_warm(plain)
     assert_clean(llm)
 
 
@@ -136,15 +146,17 @@ def test_typical_acceptance_takes_what_is_likely_enough(tmp_path, tiny):
     folder = write(tmp_path / "model", tiny, rest=0.1)
     lax = Medusa(folder, 8, typical=Typical(1e-9, 1e-9))
     llm = drawing_alike(LLM(folder, options=replace(OPTIONS, speculation=lax)))
+    prompts = ["ab" * 9, "x"]
     params = SamplingParams(temperature=1.0, max_tokens=1 + 3 * (1 + HEADS), seed=1, ignore_eos=True)
-    llm.generate(["ab" * 9, "x"], params)
-    counters = llm.engine.counters
-    assert (counters.drafts, *counters.accepted) == (2 * 3,) * (1 + HEADS)
-    llm.engine.gate = llm.engine.scheduler.gate = Shut(llm.engine.layout)
-    greedy = replace(params, temperature=0.0)
-    plain = answers(llm, ["ab" * 9, "x"], [greedy, params])
-    llm.engine.gate = llm.engine.scheduler.gate = Gate(llm.engine.layout)
-    found = answers(llm, ["ab" * 9, "x"], [greedy, params])
+    with one_rectangle():
+        llm.generate(prompts, params)
+        counters = llm.engine.counters
+        assert (counters.drafts, *counters.accepted) == (2 * 3,) * (1 + HEADS)
+        llm.engine.gate = llm.engine.scheduler.gate = Shut(llm.engine.layout)
+        greedy = replace(params, temperature=0.0)
+        plain = answers(llm, prompts, [greedy, params])
+        llm.engine.gate = llm.engine.scheduler.gate = Gate(llm.engine.layout)
+        found = answers(llm, prompts, [greedy, params])
     assert found[0] == plain[0]
     assert found[1] != plain[1]
 

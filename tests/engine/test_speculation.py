@@ -1,5 +1,6 @@
 """An engine that speculates gives what a plain one gives, for every request and in any company."""
 
+import functools
 from collections import Counter
 from dataclasses import replace
 from itertools import product
@@ -261,26 +262,40 @@ def assert_constrained_alike(llm: LLM, plain: LLM) -> None:
 # --- drafts
 
 
+@functools.cache
 def drafted(root: Path, method: Speculation, **sizes) -> LLM:
-    options = replace(OPTIONS, speculation=method, always_speculate=True, **sizes)
-    return drawing_alike(LLM(tiny_folder(root), options=options))
+    """One engine for all tests that ask for it."""
+    return LLM(tiny_folder(root), options=replace(OPTIONS, speculation=method, **sizes))
 
 
-@pytest.fixture(scope="module")
-def small_draft(tmp_path_factory) -> Path:
+@functools.cache
+def small_draft(root: Path) -> Path:
     """A model of one layer and other heads, all of whose attention is in the window."""
     config = {**CONFIG, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "num_key_value_heads": 1}
-    return write_checkpoint(
-        tmp_path_factory.mktemp("draft") / "small", {**config, "layer_types": ["sliding_attention"]}
-    )
+    return write_checkpoint(root / "small", {**config, "layer_types": ["sliding_attention"]})
+
+
+def coupled(root: Path, method: str) -> LLM:
+    """Any number of whose proposals may be right."""
+    methods = {"draft": DraftModel(small_draft(root), 2, coupled=True), "early-exit": EarlyExit(2, 1, coupled=True)}
+    return drawing_alike(drafted(root, methods[method], num_pages=29, adaptive_speculation=True))
+
+
+def always_right(root: Path) -> LLM:
+    """Its draft is the model."""
+    return drafted(root, DraftModel(tiny_folder(root), 3), adaptive_speculation=True)
+
+
+def propose_all(llm: LLM) -> None:
+    llm.engine.gate = llm.engine.scheduler.gate = Gate(llm.engine.layout)
 
 
 @pytest.mark.parametrize("method", ["draft", "early-exit"])
-def test_coupled_drafts_never_change_an_output(tmp_path_factory, small_draft, method):
+def test_coupled_drafts_never_change_an_output(tmp_path_factory, method):
     """Greedy and sampled, preempted and shared, beside prompts that come in chunks."""
     root = tmp_path_factory.getbasetemp()
-    methods = {"draft": DraftModel(small_draft, 2, coupled=True), "early-exit": EarlyExit(2, 1, coupled=True)}
-    llm = drafted(root, methods[method], num_pages=29)
+    llm = coupled(root, method)
+    propose_all(llm)
     (layers,) = {len(one.config.layers) for one in llm.engine.layout.speculation.passes(llm.engine.model)}
     assert layers == 1
     asked = PROMPTS * 2, PARAMS * 2
@@ -293,7 +308,7 @@ def test_coupled_drafts_never_change_an_output(tmp_path_factory, small_draft, me
     assert_clean(llm)
 
 
-def test_constrained_outputs_have_the_distribution_of_the_model(tmp_path_factory, small_draft):
+def test_constrained_outputs_have_the_distribution_of_the_model(tmp_path_factory):
     """What a draft drew without a constraint is accepted as the model would draw it with one. A bias lets it propose
     little else than two letters that may come, and one that may not."""
     root, count, temperature = tmp_path_factory.getbasetemp(), 600, 0.25
@@ -304,7 +319,8 @@ def test_constrained_outputs_have_the_distribution_of_the_model(tmp_path_factory
     p_222T = np.exp(logp_222T / temperature)
     bound_222T = [p_222T[..., place] / p_222T[..., place].sum(place, keepdims=True) for place in range(3)]
     expected = count * np.prod(bound_222T, axis=0).ravel()
-    llm, bias = drafted(root, DraftModel(small_draft, 2)), {CHARACTERS.index(letter): 20.0 for letter in "abc"}
+    llm = drawing_alike(drafted(root, DraftModel(small_draft(root), 2), always_speculate=True))
+    bias = {CHARACTERS.index(letter): 20.0 for letter in "abc"}
     params = [ask(seed, regex="[ab]{3}", temperature=temperature, logit_bias=bias) for seed in range(count)]
     with one_rectangle():
         outputs = llm.generate(["b"] * count, params)
@@ -317,7 +333,8 @@ def test_constrained_outputs_have_the_distribution_of_the_model(tmp_path_factory
 def test_a_draft_that_is_the_model_is_always_right(tmp_path_factory):
     """Its keys and values are there whenever it drafts: of prompts in chunks, of shared pages, of accepted tokens."""
     root = tmp_path_factory.getbasetemp()
-    llm = drafted(root, DraftModel(tiny_folder(root), 3))
+    llm = always_right(root)
+    propose_all(llm)
     passes = llm.engine.layout.speculation.passes(llm.engine.model)
     assert [(one.config, one.queries) for one in passes] == [(llm.engine.model.config, count) for count in (2, 1, 1)]
     params = SamplingParams(temperature=0.7, max_tokens=13, seed=1, ignore_eos=True)
@@ -347,9 +364,10 @@ def test_a_draft_beside_windows_alone_sees_what_is_in_them(tmp_path, tmp_path_fa
     assert [own.within(windows).windows for windows in ((5,), (9, 3), (None, 3))] == [(5,), (8, 9), (8, None)]
 
 
-def test_what_does_not_go_with_the_model_is_refused(tmp_path_factory, small_draft, monkeypatch):
+def test_what_does_not_go_with_the_model_is_refused(tmp_path_factory, monkeypatch):
     """Before any weights are read, the draft's or the model's."""
     root = tmp_path_factory.getbasetemp()
+    draft = small_draft(root)
     monkeypatch.setattr(llm.checkpoint, "load", lambda *given: pytest.fail("weights were read"))
     other = write_checkpoint(tmp_path_factory.mktemp("wide") / "wide", {**CONFIG, "vocab_size": 105})
     with pytest.raises(ValueError, match="has a vocabulary of 105 tokens; it must have the model's, 104"):
@@ -359,15 +377,15 @@ def test_what_does_not_go_with_the_model_is_refused(tmp_path_factory, small_draf
     with pytest.raises(ValueError, match="nowhere' is no folder"):
         drafted(root, DraftModel("./nowhere"))
     with pytest.raises(ValueError, match="num_speculative_tokens = 0 must be"):
-        DraftModel(small_draft, 0)
+        DraftModel(draft, 0)
     with pytest.raises(ValueError, match=r"exit_layers = 0 must be an integer, at least 1"):
         EarlyExit(exit_layers=0)
     monkeypatch.setattr(memory, "memory_of", lambda device: 100_000)  # the model fits, by itself
     with pytest.raises(memory.NoRoomError, match=r"the draft beside it .* a smaller draft may fit, or more devices"):
-        drafted(root, DraftModel(small_draft))
-    tokenizer = small_draft / "tokenizer.json"
+        drafted(root, DraftModel(draft))
+    tokenizer = draft / "tokenizer.json"
     whole = tokenizer.read_text()
     tokenizer.write_text(whole.replace('"~"', '"ÿ"'))
     with pytest.raises(ValueError, match=r"differs from that of .* in 2 tokens, such as '~'; it must be the same"):
-        drafted(root, DraftModel(small_draft))
+        drafted(root, DraftModel(draft))
     tokenizer.write_text(whole)

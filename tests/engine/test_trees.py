@@ -3,6 +3,7 @@ chunks, shared beginnings and preemption."""
 
 from dataclasses import replace
 
+from benchmarks.speculative.comparing import Shut
 from jaxinfer import SamplingParams
 from jaxinfer.decode.layout import Layout
 from jaxinfer.engine import Options, Request
@@ -10,7 +11,7 @@ from jaxinfer.engine.options import IN_FLIGHT
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.llm import LLM
 from tests.decode.branching import Branching
-from tests.engine.test_speculation import answers, assert_constrained_alike
+from tests.engine.test_speculation import CONSTRAINED, CONSTRAINED_PROMPTS, answers
 from tests.engine.tiny import assert_clean, drawing_alike, tiny_folder
 
 OPTIONS = Options(
@@ -30,17 +31,25 @@ PARAMS = [
 
 
 def test_trees_never_change_an_output(one_rectangle, tmp_path_factory):
-    folder, options = tiny_folder(tmp_path_factory.getbasetemp()), replace(OPTIONS, always_speculate=True)
-    plain = drawing_alike(LLM(folder, options=replace(OPTIONS, num_pages=None)))
-    llm = drawing_alike(LLM(folder, options=replace(options, speculation=Branching())))
-    assert answers(llm, PROMPTS, PARAMS) == answers(plain, PROMPTS, PARAMS)
-    counters = llm.engine.counters
+    """Where the engine proposes nothing, it decodes plainly."""
+    folder = tiny_folder(tmp_path_factory.getbasetemp())
+    llm = drawing_alike(LLM(folder, options=replace(OPTIONS, speculation=Branching(), always_speculate=True)))
+    asked, counters = [(PROMPTS, PARAMS), (CONSTRAINED_PROMPTS, CONSTRAINED)], llm.engine.counters
+    found = [answers(llm, *asked[0])]
     assert counters.preemptions > 0
     assert counters.prefix_hits > 0
     assert counters.drafts > counters.accepted[0] > counters.accepted[1] > counters.accepted[3] > 0
     assert len(counters.accepted) == 4
-    assert_constrained_alike(llm, plain)
+    drafts = counters.drafts
+    found.append(answers(llm, *asked[1]))
+    assert counters.drafts > drafts
+    assert llm.engine.runner.programs.traces["verify"] > 0
     assert_clean(llm)
+    drafts = counters.drafts
+    llm.engine._start_afresh()  # nothing that was written beside proposals is shared
+    llm.engine.gate = llm.engine.scheduler.gate = Shut(llm.engine.layout)
+    assert [answers(llm, *one) for one in asked] == found
+    assert counters.drafts == drafts
 
 
 def test_pages_are_held_for_all_nodes():

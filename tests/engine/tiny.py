@@ -85,6 +85,16 @@ def warm_llm(root: Path) -> LLM:
     return LLM(tiny_folder(root), options=OPTIONS, warm_up=True)
 
 
+@contextmanager
+def with_weights(llm: LLM, folder: Path) -> Iterator[LLM]:
+    """An engine with the weights of another model of its sizes, for which nothing is compiled anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm.engine.runner, "params", llm.model.params(checkpoint.load(folder, llm.model)))
+        llm.engine._start_afresh()  # without the keys of its own weights
+        yield llm
+    llm.engine._start_afresh()
+
+
 def drawing_alike(llm: LLM) -> LLM:
     """An engine that is not warm yet, with the whole sampler for all requests: fewer programs are compiled."""
     llm.engine._warm = WARM[-1:]

@@ -1,5 +1,6 @@
 """The same logits on 1, 2, 4 and 8 devices, also where there are fewer KV heads than devices."""
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -61,16 +62,21 @@ class Published:
     config: ModelConfig
 
 
-@pytest.fixture(scope="module", params=[dense, mixture])
+@pytest.fixture(params=[dense, mixture])
 def published(request, tmp_path_factory) -> Published:
-    fields, config = request.param()
+    return publish(request.param, tmp_path_factory.getbasetemp() / "mesh")
+
+
+@functools.cache
+def publish(make: Callable[[], tuple[dict, ModelConfig]], root: Path) -> Published:
+    fields, config = make()
     model = Model(config, make_mesh(1))
     arrays = dict(zip(model.parameters, random_params(model, 4), strict=True))
     rng = np.random.default_rng(5)
     for name, array in arrays.items():  # norms at one would hide which head a scale belongs to
         if name.endswith("scale_KgH"):
             arrays[name] = jnp.asarray(1 + 0.3 * rng.standard_normal(array.shape).astype(np.float32))
-    folder = tmp_path_factory.mktemp(request.param.__name__) / "checkpoint"
+    folder = root / make.__name__
     checkpoint.export(folder, model, arrays, {"config.json": json.dumps(fields)}, 1 << 20)
     return Published(folder, config)
 
@@ -113,8 +119,13 @@ def _step(model: Model, rows: int, params, cache, slots, packed):
     return jax.sharding.reshard(model.logits(params, hidden_TD), P(None, None)), cache
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def alone(published) -> np.ndarray:
+    return on_one_device(published)
+
+
+@functools.cache
+def on_one_device(published: Published) -> np.ndarray:
     return logits_of_two_steps(published, 1)
 
 
@@ -133,7 +144,7 @@ def test_devices_that_share_the_tokens_give_the_same_logits(monkeypatch, publish
 
 @pytest.mark.parametrize(
     ("published", "tensor", "rows"),
-    [(dense, 2, ROWS), (dense, 4, ROWS), (dense, 8, ROWS), (dense, 2, ROWS - 1), (mixture, 4, ROWS)],
+    [(dense, 2, ROWS), (dense, 8, ROWS), (dense, 2, ROWS - 1), (mixture, 4, ROWS)],
     indirect=["published"],
 )
 def test_tokens_that_go_round_a_ring_give_the_same_logits(published, alone, tensor, rows):

@@ -3,8 +3,15 @@
 import openai
 import pytest
 
-from tests.serve.running import serving
+from tests.serve.running import COMPILED, serving
 from tests.serve.shallow import write_shallow
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory):
+    """Servers keep what they compile for those that start after them, as they do for their users."""
+    folder = tmp_path_factory.mktemp("compiled")
+    COMPILED.update(JAX_ENABLE_COMPILATION_CACHE="true", JAX_COMPILATION_CACHE_DIR=str(folder))
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from typing import Any
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "steps_per_dispatch": 4}
 DTYPE = "float32"  # in which an output does not depend on the batch
 COMMAND = "from jaxinfer.cli import app; app()"
+COMPILED: dict[str, str] = {}  # variables that say where servers find what earlier ones compiled
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Add two numbers"}]
 LONG = {"max_tokens": 900, "temperature": 0, "extra_body": {"ignore_eos": True}}  # for OpenAI's client
@@ -101,6 +102,7 @@ def serving(
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in (OPTIONS | options).items()]
     command = [sys.executable, "-c", code, "serve", *arguments, *flags]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest", "COLUMNS": "400"}
+    environment |= COMPILED
     process = subprocess.Popen(
         [*command, "--port=0", f"--dtype={DTYPE}", "--no-warm-up"],
         stderr=subprocess.PIPE,
