@@ -243,9 +243,8 @@ def _finish(
             plgpu.wait_smem_to_gmem(problem.slots - 1, wait_read_only=True)
         slot[...] = y.astype(problem.shape.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-            slot, refs.out.at[_of_piece(row, column, piece)]
-        )  # rows past the last token are dropped
+        # Rows past the last token are dropped.
+        plgpu.copy_smem_to_gmem(slot, refs.out.at[_of_piece(row, column, piece)])
         if problem.shape.residual and piece + SLOTS < problem.pieces:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             _load_residual(refs, warpgroup, row, column, piece + SLOTS)

@@ -22,7 +22,6 @@ from pallas_kernels import lowered as once
 from pallas_kernels.all_reduce import config as all_reduce_config
 from tests.decode.paged import paged_logits
 from tests.model.dense import run
-from tests.pallas_kernels.gpu_program import numbered_once
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 LAYERS = 2
@@ -65,8 +64,7 @@ def lowered(
         else:
             step = lay_out([], prefill, slots, [])
             traced = programs._step.trace(*given, step.packed(), **step.sizes)
-    with numbered_once():
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def streamed(text: str) -> dict[str, list[int]]:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
-from unittest.mock import patch
 
 import jax
 
 # Imported ahead of its first use: it adds a setting to JAX, and all that was compiled without would be compiled anew.
 from jax._src.pallas.fuser import jaxpr_fusion  # noqa: F401
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.mosaic.gpu import layout_inference
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
 
 LEAST_POOL = 8  # the threads of an interpreted cluster, and one that waits for them
 
@@ -55,28 +50,7 @@ def lower(function: Callable, *arguments: jax.Array | jax.ShapeDtypeStruct, **st
     What Mosaic GPU's Python part refuses, it refuses here; only the assembler is not asked.
     """
     traced = jax.jit(function, static_argnames=tuple(static)).trace(*arguments, **static)
-    with numbered_once():
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
-
-
-@contextmanager
-def numbered_once() -> Iterator[None]:
-    """Kernels lowered inside are so sooner. Layout inference sorts a kernel's values by names for which it prints an
-    operation, and each time all values of the module are numbered anew, in a fifth of the time that lowering takes."""
-    name, numbered = layout_inference.ValueSite.__str__, {}
-
-    def named(site: layout_inference.ValueSite) -> str:
-        module = site.operation.operation
-        while (parent := module.parent) is not None:
-            module = parent
-        if module not in numbered:
-            numbered.clear()
-            numbered[module] = ir.AsmState(module)
-        site.operation.print(numbered[module], file=(text := io.StringIO()))
-        return name(SimpleNamespace(**vars(site) | {"operation": text.getvalue()}))
-
-    with patch.object(layout_inference.ValueSite, "__str__", named):
-        yield
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def array_shapes(function: Callable, *arguments: jax.Array | jax.ShapeDtypeStruct) -> list[tuple[int, ...]]:

@@ -81,7 +81,7 @@ def row(implementation: str) -> jax.Array:
 
 def many(implementation: str) -> jax.Array:
     """Gated, in clusters of two, with a residual, and with rows that no token has."""
-    problem = ManyTokens(248, 320, 384, "DcN", residual=True)
+    problem = ManyTokens(248, 128, 4480, "DcN", residual=True)
     return tiled_matmul(**problem.arguments(KEY, BF16), w_axes="DcN", implementation=implementation)
 
 
