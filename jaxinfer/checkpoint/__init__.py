@@ -15,7 +15,7 @@ from jaxinfer.checkpoint.native import convert, save
 from jaxinfer.model import EagleHead, Model, Params, read_eagle_config
 
 __all__ = [
-    "convert", "export", "head_params", "load", "load_head", "published", "read_head", "resolve", "save", "tensors",
+    "convert", "export", "head_params", "load", "published", "read_head", "resolve", "save", "tensors",
 ]  # fmt: skip
 
 
@@ -44,12 +44,6 @@ def load(folder: str | Path, model: Model) -> dict[str, jax.Array]:
     folder = Path(folder)
     read = native.load if native.is_native(folder) else huggingface.load
     return model.joined(read(folder, model))
-
-
-def load_head(folder: str | Path, target: Model) -> tuple[EagleHead, Params]:
-    """The draft head in `folder` with its parameters; see `read_head` and `head_params`."""
-    head = read_head(folder, target)
-    return head, head_params(folder, head)
 
 
 def read_head(folder: str | Path, target: Model) -> EagleHead:

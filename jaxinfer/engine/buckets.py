@@ -36,4 +36,7 @@ def rectangles(slots: int) -> list[int]:
 
 def rectangle(decoding: int, slots: int) -> int:
     """Slots of the program of decode steps alone that has room for so many."""
-    return next(size for size in rectangles(slots) if size >= decoding)
+    size = bucket(max(decoding, 1), 1)
+    while size in SPARED and size != slots:
+        size *= 2
+    return size

@@ -12,7 +12,6 @@ one to the next.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Mapping
 from itertools import product
@@ -20,7 +19,7 @@ from statistics import median
 
 from jaxinfer.decode.layout import Layout, pools_of
 from jaxinfer.decode.speculative import tree_of
-from jaxinfer.engine.buckets import rectangles
+from jaxinfer.engine.buckets import rectangle, rectangles
 from jaxinfer.engine.budget import Times, attended, step_times, whole_row
 from jaxinfer.engine.metrics import Counters
 from jaxinfer.engine.options import Options
@@ -46,8 +45,8 @@ class Costs:
         passes: what runs for a proposal, by the layout's `choices`: each pass with its queries of each slot.
         layers: of the cache, in which accepted tokens are moved.
         """
-        self._times, self._layers, self._whole_row = times, layers, whole_row
-        self._rectangles = rectangles(layout.slots)
+        self._slots, self._times, self._layers = layout.slots, times, layers
+        self._whole_row = whole_row
         methods = {drafts: layout.method(drafts) for drafts in layout.choices}
         self._queries = {0: 1} | {drafts: 1 + one.num_speculative_tokens for drafts, one in methods.items()}
         self._outputs = {drafts: one.outputs for drafts, one in methods.items()}
@@ -55,7 +54,7 @@ class Costs:
         # What programs took, over what was predicted: by rectangle and whether the host checked, then by proposals.
         self._slower = {
             (size, checked): {drafts: deque[float](maxlen=TIMED) for drafts in self._queries}
-            for size, checked in product(self._rectangles, (False, True))
+            for size, checked in product(rectangles(self._slots), (False, True))
         }
 
     def seconds(self, contexts: list[int], drafts: int, checked: bool = False) -> float:
@@ -83,15 +82,11 @@ class Costs:
         self._told(contexts, checked)[drafts].append(seconds / self.predicted(contexts, drafts))
 
     def _told(self, contexts: list[int], checked: bool) -> dict[int, deque[float]]:
-        return self._slower[self._rectangle(contexts), checked]
-
-    def _rectangle(self, contexts: list[int]) -> int:
-        """As `buckets.rectangle`."""
-        return self._rectangles[bisect_left(self._rectangles, len(contexts))]
+        return self._slower[rectangle(len(contexts), self._slots), checked]
 
     def predicted(self, contexts: list[int], drafts: int) -> float:
         """By the cost model alone."""
-        slots, queries, times = self._rectangle(contexts), self._queries[drafts], self._times
+        slots, queries, times = rectangle(len(contexts), self._slots), self._queries[drafts], self._times
         longer = contexts if queries == 1 else [context + queries - 1 for context in contexts]
         read = attended(longer, slots, self._whole_row)
         seconds = times.decode(slots, times.decoding(read, queries), queries)

@@ -84,19 +84,18 @@ def fitting_pages(
 
 
 def check_weights(model: Model, beside: Iterable[Any]) -> None:
-    """Holds the weights of a model, and those of what drafts beside it, to what the devices have, before any are
-    there.
+    """Holds the weights of a model, and those of what drafts beside it if it has any, to what the devices have, before
+    any are there.
 
     Raises:
         NoRoomError: they do not fit.
     """
-    sizes = [weight_bytes(leaves) for leaves in (model.parameters.values(), beside)]
+    ours, theirs = weight_bytes(model.parameters.values()), weight_bytes(beside)
     room = min(_weights_room(device) for device in model.mesh.local_devices)
-    if sizes[1] and sum(sizes) > room:
-        ours, theirs = (f"{size / 1e9:.2f} GB" for size in sizes)
+    if theirs and ours + theirs > room:
         raise NoRoomError(
-            f"the weights of the model take {ours} of each device and those of the draft beside it {theirs}; there "
-            f"are {room / 1e9:.2f} GB for both: a smaller draft may fit, or more devices"
+            f"the weights of the model take {ours / 1e9:.2f} GB of each device and those of the draft beside it "
+            f"{theirs / 1e9:.2f} GB; there are {room / 1e9:.2f} GB for both: a smaller draft may fit, or more devices"
         )
 
 

@@ -91,17 +91,24 @@ class Config:
         done = shape.tokens * shape.outputs * shape.halves
         return done / (self.rounds(shape, blocks) * blocks * TILE_ROWS * self.columns)
 
-    @property
-    def smem_bytes(self) -> int:
-        """Of a block: the ring of stages, and pieces of the result on their way."""
-        ring = buffer_bytes((self.stages, TILE_ROWS + self.columns, TILE_D), jnp.bfloat16)
-        return ring + buffer_bytes((CONSUMERS, SLOTS, ROWS, PIECE), jnp.bfloat16) + BARRIERS
+    def buffers(self, shape: Shape) -> dict[str, tuple[int, ...]]:
+        """The shared memory of a block by name: the ring of stages, and pieces of the result on their way."""
+        return {
+            "x_ring": (self.stages, TILE_ROWS, TILE_D),
+            "w_ring": (self.stages, shape.halves, TILE_D, self.width(shape)),
+            "pieces": (CONSUMERS, SLOTS, ROWS, PIECE),
+        }
+
+    def smem_bytes(self, shape: Shape) -> int:
+        """Of a block; what is launched is what is counted."""
+        return BARRIERS + sum(buffer_bytes(buffer, shape.dtype) for buffer in self.buffers(shape).values())
 
     def check(self, shape: Shape) -> None:
         """Raises ValueError where the kernel cannot run so."""
         width = self.width(shape)
         require(shape.outputs % width == 0, "columns", self.columns, f"such that {width} divides N = {shape.outputs}")
-        require(self.smem_bytes <= SHARED_BYTES, "shared memory", self.smem_bytes, f"at most {SHARED_BYTES} bytes")
+        used = self.smem_bytes(shape)
+        require(used <= SHARED_BYTES, "shared memory of the config", used, f"at most {SHARED_BYTES} bytes")
 
 
 BARRIERS = 1024  # bytes, at most

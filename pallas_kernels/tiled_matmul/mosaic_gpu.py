@@ -127,13 +127,11 @@ def _launch(problem: Problem, x_MD: jax.Array, w: jax.Array, residual_MN: jax.Ar
 def _memory(problem: Problem) -> dict[str, Any]:
     """Buffers and barriers, by name."""
     shape, config = problem.shape, problem.config
-    w_tile = (shape.halves, TILE_D, config.width(shape))
     # What one block sends to another lands where the consumers of both are done.
     free = plgpu.Barrier if config.cluster == 1 else partial(plgpu.ClusterBarrier, collective_axes=("part",))
-    found: dict[str, Any] = {
-        "x_ring": plgpu.SMEM((config.stages, TILE_ROWS, TILE_D), shape.dtype, transforms=OPERAND),
-        "w_ring": plgpu.SMEM((config.stages, *w_tile), shape.dtype, transforms=OPERAND),
-        "pieces": plgpu.SMEM((CONSUMERS, SLOTS, ROWS, PIECE), shape.dtype, transforms=OPERAND),
+    buffers = config.buffers(shape).items()
+    found: dict[str, Any] = {name: plgpu.SMEM(buffer, shape.dtype, transforms=OPERAND) for name, buffer in buffers}
+    found |= {
         "loaded": plgpu.Barrier(num_arrivals=1 + shape.halves, num_barriers=config.stages),
         "free": free(num_barriers=config.stages, num_arrivals=CONSUMERS),
     }

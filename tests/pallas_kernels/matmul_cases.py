@@ -1,6 +1,8 @@
 """Small problems of the weight-streaming matmul, and what their results must be."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +96,21 @@ def assert_close(found: jax.Array, given: Arguments) -> None:
     assert found.dtype == given.out_dtype
     excess = abs(np.asarray(found, np.float64) - exact) - bound
     assert excess.max() <= 0, f"{excess.max()} beyond the bound at {np.unravel_index(excess.argmax(), excess.shape)}"
+
+
+def root_mean_square(error: np.ndarray) -> float:
+    return float(np.sqrt((error**2).mean()))
+
+
+def floats(*shape: int, dtype: jnp.dtype = BF16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def evaluate(op: Callable[..., jax.Array], given: dict[str, Any]) -> jax.ShapeDtypeStruct:
+    """The shape of what an op returns for arguments of these shapes, and options; nothing runs."""
+    arrays = {name: value for name, value in given.items() if isinstance(value, jax.ShapeDtypeStruct)}
+    static = {name: value for name, value in given.items() if name not in arrays}
+    return jax.eval_shape(lambda arrays: op(**arrays, **static), arrays)
 
 
 SMALL = Config(tile_n=128, tile_d=64, stages=2)

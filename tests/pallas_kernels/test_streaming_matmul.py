@@ -28,7 +28,10 @@ from tests.pallas_kernels.matmul_cases import (
     arguments,
     assert_close,
     call,
+    evaluate,
+    floats,
     oracle,
+    root_mean_square,
 )
 
 INT32 = jnp.dtype(jnp.int32)
@@ -127,10 +130,6 @@ def test_shared_memory_is_what_the_launch_takes(case, monkeypatch):
     assert counted - configs.SMEM_OVERHEAD <= int(taken) <= counted
 
 
-def floats(*shape: int, dtype: jnp.dtype = BF16) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
 OF_EXPERTS = {"w": floats(EXPERTS, 128, 64), "w_axes": "EDN", "x": floats(2, 3, 128)}
 GATED = {"w": floats(128, 2, 64), "w_axes": "DcN"}
 WRONG = {
@@ -182,26 +181,22 @@ BEYOND_THE_KERNEL = {
 }
 
 
-def evaluate(change: dict) -> jax.ShapeDtypeStruct:
-    given = {"x": floats(3, 128), "w": floats(128, 128)} | change
-    arrays = {name: value for name, value in given.items() if isinstance(value, jax.ShapeDtypeStruct)}
-    static = {name: value for name, value in given.items() if name not in arrays}
-    return jax.eval_shape(lambda arrays: streaming_matmul(**arrays, **static), arrays)
+GIVEN = {"x": floats(3, 128), "w": floats(128, 128)}
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_argument_is_named(name):
     change, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
-        evaluate(change)
+        evaluate(streaming_matmul, GIVEN | change)
 
 
 @pytest.mark.parametrize("name", BEYOND_THE_KERNEL)
 def test_the_kernel_says_what_it_does_not_take(name):
     change, message = BEYOND_THE_KERNEL[name]
     with pytest.raises(ValueError, match=message):
-        evaluate(change | {"implementation": "mosaic_gpu"})
-    assert evaluate(change).dtype == change.get("x", floats(1)).dtype  # auto: XLA
+        evaluate(streaming_matmul, GIVEN | change | {"implementation": "mosaic_gpu"})
+    assert evaluate(streaming_matmul, GIVEN | change).dtype == change.get("x", floats(1)).dtype  # auto: XLA
 
 
 @pytest.mark.parametrize(
@@ -235,10 +230,6 @@ def test_a_config_fits_its_shape(w_axes, change, message):
     given = jax.eval_shape(lambda: arguments(Case(1, w_axes, SMALL, hidden=512 if "tile_d" in change else 256)))
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **change).check(Shape.of(given))
-
-
-def root_mean_square(error: np.ndarray) -> float:
-    return float(np.sqrt((error**2).mean()))
 
 
 @pytest.mark.parametrize("name", PAIRED)

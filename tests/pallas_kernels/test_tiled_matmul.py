@@ -20,7 +20,7 @@ from pallas_kernels.tiled_matmul.mosaic_gpu import Problem
 from pallas_kernels.tiled_matmul.problems import PROBLEMS
 from tests.pallas_kernels.draws import Normal, on_the_device, on_the_host
 from tests.pallas_kernels.gpu_program import interpreted, lower
-from tests.pallas_kernels.matmul_cases import BF16, F16, F32, assert_close, oracle
+from tests.pallas_kernels.matmul_cases import BF16, F16, F32, assert_close, evaluate, floats, oracle, root_mean_square
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def test_configs_fit(name):
     shape = Shape.of(shapes_of(name))
     config = config_for(shape)
     config.check(shape)
-    assert config.smem_bytes <= SHARED_BYTES
+    assert config.smem_bytes(shape) <= SHARED_BYTES
     assert 0 < config.busy(shape, MULTIPROCESSORS) <= 1
 
 
@@ -147,10 +147,6 @@ def test_the_kernel_is_chosen_where_it_was_faster(name, tokens, kernel, monkeypa
     assert takes_many(**given, w_axes=problem.w_axes) == kernel
 
 
-def floats(*shape: int, dtype: jnp.dtype = BF16) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
 WRONG = {
     "order of the axes": ({"w_axes": "ND"}, "w_axes is 'ND'; allowed: DN, DcN"),
     "D": ({"x_MD": floats(128, 256)}, "x.shape .*D = 128"),
@@ -170,26 +166,22 @@ BEYOND_THE_KERNEL = {
 }  # fmt: skip
 
 
-def evaluate(change: dict) -> jax.ShapeDtypeStruct:
-    given = {"x_MD": floats(128, 128), "w": floats(128, 128)} | change
-    arrays = {name: value for name, value in given.items() if isinstance(value, jax.ShapeDtypeStruct)}
-    static = {name: value for name, value in given.items() if name not in arrays}
-    return jax.eval_shape(lambda arrays: tiled_matmul(**arrays, **static), arrays)
+GIVEN = {"x_MD": floats(128, 128), "w": floats(128, 128)}
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_argument_is_named(name):
     change, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
-        evaluate(change)
+        evaluate(tiled_matmul, GIVEN | change)
 
 
 @pytest.mark.parametrize("name", BEYOND_THE_KERNEL)
 def test_the_kernel_says_what_it_does_not_take(name):
     change, message = BEYOND_THE_KERNEL[name]
     with pytest.raises(ValueError, match=message):
-        evaluate(change | {"implementation": "mosaic_gpu"})
-    evaluate(change)  # `auto` has XLA for it
+        evaluate(tiled_matmul, GIVEN | change | {"implementation": "mosaic_gpu"})
+    evaluate(tiled_matmul, GIVEN | change)  # `auto` has XLA for it
 
 
 @pytest.mark.parametrize("config", [{"columns": 192}, {"columns": 256, "stages": 1}, {"columns": 256, "cluster": 3}])
@@ -216,10 +208,6 @@ ON_A_GPU = {
     "an odd number of tiles of tokens, float16": Case(600, 2048, 6144, dtype=F16),
     "gated with a residual, float16": Case(256, 4096, 14336, "DcN", True, dtype=F16),
 }
-
-
-def root_mean_square(error: np.ndarray) -> float:
-    return float(np.sqrt((error**2).mean()))
 
 
 @pytest.mark.gpu

@@ -114,7 +114,9 @@ def test_the_loss_is_that_of_later_tokens(make_model, random_params):
 def draft_head(make_model, tmp_path_factory):
     """A model with random weights and a head for it, with its tensors."""
     model, tensors = make_model(), nearly_right(32, rest=0.5)
-    head, params = checkpoint.load_head(write_head(tmp_path_factory.mktemp("head"), tensors, 300), model)
+    folder = write_head(tmp_path_factory.mktemp("head"), tensors, 300)
+    head = checkpoint.read_head(folder, model)
+    params = checkpoint.head_params(folder, head)
     return model, head, params, tensors
 
 
