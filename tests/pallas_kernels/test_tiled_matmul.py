@@ -109,12 +109,11 @@ def test_blocks_write_every_tile_once(data):
     cluster, band = data.draw(st.sampled_from((1, 2))), data.draw(st.integers(1, 9))
     shape = Shape(rows * TILE_ROWS, 64, columns * 256, False, False, BF16)
     problem = Problem(shape, Config(256, cluster=cluster, band=band), data.draw(st.integers(cluster, 20)))
-    tiles = jnp.arange(problem.config.tiles(shape), dtype=jnp.int32)
-    found = [
-        tuple(place)
-        for part in range(cluster)
-        for place in np.stack(jax.vmap(lambda tile, part=part: problem.place(tile, part))(tiles), axis=1).tolist()
-    ]
+    tiles, count = jnp.arange(40 * 12, dtype=jnp.int32), problem.config.tiles(shape)
+    found = []
+    for part in range(cluster):  # of as many tiles in every example, for which nothing compiles anew
+        row, column = problem.place(tiles, jnp.int32(part))
+        found += zip(row[:count].tolist(), column[:count].tolist(), strict=True)
     last = -(-rows // cluster) * cluster  # where the tiles of tokens do not divide among clusters, one has none
     assert sorted(found) == [(row * TILE_ROWS, column * 256) for row in range(last) for column in range(columns)]
 
