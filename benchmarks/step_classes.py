@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 PROJECTIONS, ATTENTION, GLUE, HEAD, SAMPLING = "projection matmuls", "attention", "norms and glue", "head", "sampling"
 OTHER, GAPS, STEP = "other", "gaps", "whole step"
 CLASSES = (PROJECTIONS, ATTENTION, GLUE, HEAD, SAMPLING, OTHER, GAPS, STEP)
+_MATMULS = ("projections", "mlp", "experts", "router")
 PARTS = {  # of the cost model
-    PROJECTIONS: ("projections", "mlp", "experts", "router"),
+    PROJECTIONS: (*_MATMULS, *(f"last {name}" for name in ("output", *_MATMULS[1:]))),
     ATTENTION: ("attention",),
-    GLUE: ("embedding", "norms", "last norm"),
+    GLUE: ("embedding", "norms", "last layer's norms", "last norm"),
     HEAD: ("head",),
 }
 SCOPES = {"attention": ATTENTION, "head": HEAD, "sampling": SAMPLING}  # the model's named scopes

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import jax
@@ -18,7 +18,7 @@ from benchmarks.serving.offline import request
 from benchmarks.serving.workload import Job
 from benchmarks.speculative.methods import changed
 from jaxinfer.decode.batch import Batch
-from jaxinfer.decode.forward import Cache, Forward
+from jaxinfer.decode.forward import Cache, Forward, Ran
 from jaxinfer.decode.slots import SlotState
 from jaxinfer.decode.speculative import PromptLookup, Proposal, Speculation, Tree, depth_of
 from jaxinfer.decode.speculative.lookup import propose
@@ -153,15 +153,13 @@ class Replaying(Forward):
     book_RT: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int32))
     base: int = 1
 
-    def __call__(
-        self, params: Params, cache: Cache, batch: Batch, rows_W: jax.Array
-    ) -> tuple[Cache, jax.Array, jax.Array, jax.Array]:
-        cache, logits_WV, hidden_TD, shown_TE = super().__call__(params, cache, batch, rows_W)
+    def __call__(self, params: Params, cache: Cache, batch: Batch, rows_W: jax.Array) -> Ran:
+        ran = super().__call__(params, cache, batch, rows_W)
         text_W, place_W = batch.tokens_T[rows_W] // self.base, batch.positions_T[rows_W] + 1
         next_W = jnp.asarray(self.book_RT).at[text_W, place_W].get(mode="clip")
         row_W = jnp.arange(len(next_W), dtype=jnp.int32)
-        logits_WV = jax.sharding.reshard(logits_WV, P(None, None)).at[row_W, next_W].set(jnp.inf)
-        return cache, logits_WV, hidden_TD, shown_TE
+        logits_WV = jax.sharding.reshard(ran.logits_WV, P(None, None)).at[row_W, next_W].set(jnp.inf)
+        return replace(ran, logits_WV=logits_WV)
 
 
 def numbered(texts: Sequence[Text], vocabulary: int) -> tuple[int, list[list[int]]]:
@@ -185,10 +183,8 @@ def replay(engine: Engine, texts: Sequence[Text]) -> list[Job]:
         ValueError: the vocabulary is too small for so many.
     """
     base, book = numbered(texts, engine.model.config.vocab_size)
-    old = engine.runner.programs.forward
-    engine.runner.programs.forward = Replaying(
-        old.model, old.page_size, old.cache_dtype, old.attention, book_RT=_padded(book), base=base
-    )
+    programs, own = engine.runner.programs, {"book_RT": _padded(book), "base": base}
+    programs.forward = Replaying(**vars(programs.forward) | own)
     return [Job(tuple(ids[: len(text.prompt)]), len(text.output)) for ids, text in zip(book, texts, strict=True)]
 
 

@@ -17,6 +17,7 @@ _SHOWN = 5  # meshes of a proposal
 _FIGURES = ("sequences", "weights", "cache left", "ms a step", "tokens/s", "first token", "bubble", "sent a step")
 _COLLECTIVES = {
     "all-reduce": "all-reduces of tensor parallelism",
+    "last all-reduce": "the same of rows that have logits",
     "all-to-all": "all-to-alls of experts",
     "attention": "ring of keys and values",
     "merge": "merge of parts of the context",

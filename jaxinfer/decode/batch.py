@@ -32,6 +32,11 @@ class Batch:
     positions_T: jax.Array
     views: tuple[View, ...]
 
+    @property
+    def has_prompts(self) -> bool:
+        """Whether there may be prompts among the tokens."""
+        return len(self.views[0].prefill_lengths_R) > 0
+
     def attend(
         self, q_TKgH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, state: Pages, group: int, scores: Scores,
         sinks_Kg: jax.Array | None,

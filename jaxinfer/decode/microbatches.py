@@ -24,7 +24,7 @@ def divide(batch: Batch, scheduled: Callable[[Batch], Batch], model: Model) -> B
         scheduled: gives a micro-batch what its layers have in common.
     """
     view, rows = batch.views[0], len(batch.tokens_T)
-    slots = rows // view.queries if len(view.prefill_lengths_R) == 0 else rows
+    slots = rows if batch.has_prompts else rows // view.queries
     count = model.microbatches(rows, slots)
     parts = [_part(batch, first, rows // count) for first in range(0, rows, rows // count)]
     idle = jax.tree.map(jnp.zeros_like, parts[0])

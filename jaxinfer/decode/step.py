@@ -1,7 +1,8 @@
 """The one step, and the loop of it on the device.
 
-A step is two or three programs, so that few are compiled: what the model does depends on the number of tokens, what
-the sampler does on what the requests need, and prompts are scored in tiles of one size. A loop of decode steps is one
+A step is two programs or more, so that few are compiled: what the model does depends on the number of tokens, and what
+the sampler does on what the requests need. Few rows of prompts have logits; where all are to be scored, one program
+finishes their last layer, and one scores them, in tiles of one size. A loop of decode steps is one
 program: in single steps an H100 decodes one sequence with 8 billion parameters 4 % slower, and with 600 million 20 %.
 A single step that verifies proposals, in which the host has a say, is three programs: it checks what the first one
 proposes while the second runs the model.
@@ -75,13 +76,15 @@ class Programs:
 
     def __init__(self, model: Model, layout: Layout):
         self.model, self.layout, self.traces = model, layout, Counter[str]()
-        taps = () if layout.speculation is None else layout.speculation.taps(model)
-        self.forward = Forward(model, layout.page_size, layout.cache_dtype, layout.attention, taps=taps)
+        method = layout.speculation
+        taps, whole = ((), False) if method is None else (method.taps(model), method.observes)
+        pages = layout.page_size, layout.cache_dtype, layout.attention
+        self.forward = Forward(model, *pages, taps=taps, whole=whole and not taps)
         self._pools, donated = pools_of(model, layout.speculation), ("state", "cache")
         self._step = jax.jit(self._traced_step, static_argnames=("tokens", "decode"), donate_argnames=("cache",))
         self._sample = jax.jit(self._traced_sample, static_argnames=("needs",), donate_argnames=("state",))
         self._mask = jax.jit(self._traced_mask)
-        self._gather = jax.jit(_tiles)
+        self._finish = jax.jit(self._traced_finish)
         self._score = jax.jit(self._traced_score)
         self._loop = jax.jit(self._traced_loop, static_argnames=("steps", "needs", "drafts"), donate_argnames=donated)
         self._propose = jax.jit(self._traced_propose, static_argnames=("needs",), donate_argnames=("cache",))
@@ -122,20 +125,26 @@ class Programs:
         """
         prompt = []
         with jax.set_mesh(self.model.mesh):
-            cache, logits_WV, rows, shown_WE, tiles = self._step(params, state, cache, given.packed(), **given.sizes)
+            cache, logits_WV, rows, shown_WE, rest = self._step(params, state, cache, given.packed(), **given.sizes)
             if masks is not None:
                 logits_WV = self._mask(logits_WV, masks())
             state, sampled, emits_nW = self._sample(state, logits_WV, rows, shown_WE, needs=needs)
             if targets_T is not None:
-                tiles = tiles if self.layout.ranks == 1 else self._gather(*tiles)
                 targets = np.split(targets_T, range(SCORED, len(targets_T), SCORED))
-                prompt = [self._score(params, *tile) for tile in zip(tiles, targets, strict=True)]
+                tiles = zip(self._finish(params, rest), targets, strict=True)
+                prompt = [self._score(params, *tile) for tile in tiles]
         return state, cache, StepOutput(sampled, emits_nW, tuple(prompt))
 
     def lower_step(self, params: Params, state: SlotState, cache: Cache, given: StepInput) -> Lowered:
         """The model's part of `step`, not compiled yet. Once it is, `step` finds it."""
         with jax.set_mesh(self.model.mesh):
             return self._step.lower(params, state, cache, given.packed(), **given.sizes)
+
+    def lower_finish(self, params: Params, state: SlotState, cache: Cache, given: StepInput) -> Lowered:
+        """What finishes all rows of `step`, to be scored, not compiled yet. Once it is, `step` finds it."""
+        with jax.set_mesh(self.model.mesh):
+            *_, rest = self._step.eval_shape(params, state, cache, given.packed(), **given.sizes)
+            return self._finish.lower(params, rest)
 
     def loop(
         self, params: Params, state: SlotState, cache: Cache, slots_B: np.ndarray, *, steps: int, needs: Needs,
@@ -254,13 +263,14 @@ class Programs:
         self.traces["step"] += 1
         given = StepInput.unpacked(packed, tokens, decode)
         batch, rows = make_batch(state, given, self.layout.page_size)
-        cache, logits_WV, hidden_TD, shown_TE = self.forward(params, cache, batch, rows.tokens_W)
+        ran = self.forward(params, cache, batch, rows.tokens_W)
+        cache, shown_WE = ran.cache, None
         if self.layout.speculation is not None:
-            step = Observed(batch, shown_TE, first_rows(given, len(state.token_B)))
+            step = Observed(batch, ran.shown_TE, first_rows(given, len(state.token_B)))
             cache = self.layout.speculation.observe(self.forward, params, state, step, cache)
-        tiles = _tiles(hidden_TD) if self.layout.ranks == 1 else (hidden_TD,)
-        shown_WE = None if state.memory is None else take_rows(shown_TE, rows.tokens_W)
-        return cache, logits_WV, rows, shown_WE, tiles
+        if state.memory is not None:
+            shown_WE = ran.hidden_WD if ran.shown_TE is None else take_rows(ran.shown_TE, rows.tokens_W)
+        return cache, ran.logits_WV, rows, shown_WE, ran.rest
 
     def _traced_mask(self, logits_WV, words_BU):
         self.traces["mask"] += 1
@@ -270,6 +280,10 @@ class Programs:
         self.traces["sample"] += 1
         state, sampled = self._draw(state, logits_WV, rows, shown_WE, needs)
         return state, jax.tree.map(lambda array: array[None], sampled), rows.emits_W[None]
+
+    def _traced_finish(self, params, rest):
+        self.traces["finish"] += 1
+        return _tiles(self.forward.hidden(params, rest))
 
     def _traced_score(self, params, hidden_TD, targets_T):
         self.traces["score"] += 1
@@ -321,9 +335,9 @@ class Programs:
         """A step of a loop: a token for each slot that is active."""
         state, cache = carry
         batch, rows = make_rectangle(state, self.layout.page_size)
-        cache, logits_WV, _, shown_WE = self.forward(params, cache, batch, rows.tokens_W)
-        state, sampled = self._draw(state, logits_WV, rows, shown_WE, needs)
-        return (state, cache), (sampled, rows.emits_W)
+        ran = self.forward(params, cache, batch, rows.tokens_W)
+        state, sampled = self._draw(state, ran.logits_WV, rows, ran.shown_TE, needs)
+        return (state, ran.cache), (sampled, rows.emits_W)
 
     def _proposing(self, speculative: SpeculativeStep, params, needs: Needs, carry, _):
         """A step of a loop that verifies what it proposes."""

@@ -96,6 +96,10 @@ class LeadingRunner(Runner):
         with self._told("lower_step", given):
             return super().lower_step(given)
 
+    def lower_finish(self, given: StepInput) -> Lowered:
+        with self._told("lower_finish", given):
+            return super().lower_finish(given)
+
     def lower_loop(self, slots_B: np.ndarray, needs: Needs, drafts: int = 0) -> Lowered:
         with self._told("lower_loop", slots_B, needs, drafts):
             return super().lower_loop(slots_B, needs, drafts)

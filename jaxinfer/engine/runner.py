@@ -91,6 +91,10 @@ class Runner:
         """The model's part of a step, to be compiled ahead."""
         return self.programs.lower_step(self.params, self.state, self.cache, given)
 
+    def lower_finish(self, given: StepInput) -> Lowered:
+        """The part of a step that finishes all its rows, to be scored, to be compiled ahead."""
+        return self.programs.lower_finish(self.params, self.state, self.cache, given)
+
     def lower_loop(self, slots_B: np.ndarray, needs: Needs, drafts: int = 0) -> Lowered:
         """A program of decode steps, to be compiled ahead."""
         return self.programs.lower_loop(

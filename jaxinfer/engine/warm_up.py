@@ -26,7 +26,7 @@ from jaxinfer.decode.batch import StepInput
 from jaxinfer.decode.masks import no_masks
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.speculative import Speculation
-from jaxinfer.decode.step import SCORED, Part, StepOutput
+from jaxinfer.decode.step import Part, StepOutput
 from jaxinfer.engine.buckets import few, powers, rectangles
 from jaxinfer.engine.clock import DeviceClock
 from jaxinfer.engine.costs import ENOUGH
@@ -71,10 +71,12 @@ def warm_programs(runner: Runner, largest_step: int, masked: bool) -> Iterator[P
     yield Program("slots and page tables", runner.update_all)
     for beside, tokens in product((False, True), powers(SMALLEST_BUCKET, largest_step)):
         yield prompt_program(runner, tokens, beside)
+    for tokens in powers(SMALLEST_BUCKET, largest_step):
+        yield _scored(runner, tokens)
     yield from loop_programs(runner, WARM)
-    given, targets_T = lay_out([], SCORED, slots), next_tokens([], SCORED)
+    given = lay_out([], SMALLEST_BUCKET, slots)
     for needs in WARM[1:]:
-        yield Program(f"{needs.level} sampling of prompts", partial(runner.step, given, needs, targets_T))
+        yield Program(f"{needs.level} sampling of prompts", partial(runner.step, given, needs))
     if masked:
         masks = partial(no_masks, slots, runner.programs.model.config.vocab_size)
         rows = few(runner.layout.ranks)
@@ -123,11 +125,14 @@ def prompt_program(runner: Runner, tokens: int, beside: bool) -> Program:
 
 
 def _step(runner: Runner, name: str, given: StepInput) -> Program:
-    rows, targets_T = len(given.tokens_T), None
-    # What brings its rows together, to be scored, depends on their number.
-    if runner.layout.ranks > 1 and rows >= SCORED:
-        targets_T = next_tokens([], rows)
-    return Program(name, partial(runner.step, given, WARM[0], targets_T), partial(runner.lower_step, given))
+    return Program(name, partial(runner.step, given, WARM[0]), partial(runner.lower_step, given))
+
+
+def _scored(runner: Runner, tokens: int) -> Program:
+    """That which finishes all of so many rows of prompts, to be scored."""
+    given, targets_T = lay_out([], tokens, runner.layout.slots), next_tokens([], tokens)
+    run = partial(runner.step, given, WARM[0], targets_T)
+    return Program(f"{tokens} rows to be scored", run, partial(runner.lower_finish, given))
 
 
 def make_ready(programs: Iterable[Program], progress: Progress | None, wait: Callable[[], None]) -> WarmUp:

@@ -17,7 +17,7 @@ from jaxinfer.model import pipelined
 from jaxinfer.model.attention import Attends
 from jaxinfer.model.config import ModelConfig
 from jaxinfer.model.parameter import Shapes
-from jaxinfer.model.transformer import Transformer
+from jaxinfer.model.transformer import Transformer, Unfinished
 from jaxinfer.parallel import CONTEXT, PIPE
 from jaxinfer.parallel.pipeline import BatchOf, Round, empty, join, microbatches, of_stage, part
 
@@ -139,6 +139,31 @@ class Model(Network):
         """
         assert self.stages == 1, "a pipe takes micro-batches: see `forward_in_stages`"
         return self._module(params).forward(batch, cache, self.config.num_layers if layers is None else layers, taps)
+
+    def forward_rows(
+        self, params: Sequence[jax.Array], batch: Attends, cache: tuple[Any, ...], rows_W: Int32[Array, "W"],
+        layers: int | None = None, taps: tuple[int, ...] = (),
+    ) -> tuple[Float[Array, "W D"], Unfinished, tuple[Float[Array, "T D"], ...], tuple[Any, ...]]:  # fmt: skip
+        """`forward` where the hidden states of few of many tokens are wanted, as of a prompt that of its last one:
+        what follows the last layer's attention is computed of these alone. Its keys and values are those of all.
+
+        Args:
+            rows_W: which tokens.
+            taps: layers before the last one.
+
+        Returns:
+            hidden_WD; all tokens as `finish` takes them; the tapped hidden states; the cache with the new states.
+        """
+        count = self.config.num_layers if layers is None else layers
+        assert self.stages == 1, "a pipe takes micro-batches: see `forward_in_stages`"
+        assert max(taps, default=-1) < count - 1, (taps, count)
+        return self._module(params).forward_rows(batch, cache, count, taps, rows_W)
+
+    def finish(
+        self, params: Sequence[jax.Array], unfinished: Unfinished, layers: int | None = None
+    ) -> Float[Array, "T D"]:
+        """The hidden states, as of `forward`, of what `forward_rows` with so many layers left unfinished."""
+        return self._module(params).finish(unfinished, self.config.num_layers if layers is None else layers)
 
     def forward_in_stages(
         self, params: Sequence[jax.Array], batches: Attends, cache: tuple[Any, ...], layers: int | None = None,

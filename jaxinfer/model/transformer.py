@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxinfer.model.moe import MoE
 from jaxinfer.model.norm import Norm
 from jaxinfer.model.parameter import Shapes
 from jaxinfer.model.rope import tables
-from jaxinfer.parallel import all_tokens, look_up, meeting, row_axis, shares_work
+from jaxinfer.parallel import all_tokens, look_up, meeting, row_axis, shares_work, take_rows
 from jaxinfer.quantize import einsum, output_and_gated_mlp
 from pallas_kernels.all_reduce import Workspace, in_order
 
@@ -43,8 +44,29 @@ class Embedding(nnx.Module):
         return x_TD if self.scale == 1.0 else x_TD * jnp.asarray(self.scale, x_TD.dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Unfinished:
+    """Tokens within a layer, behind its attention. The rest of it is of each token for itself.
+
+    Attributes:
+        heads_TM: the outputs of all heads in a row.
+        x_TD: what entered the layer.
+    """
+
+    heads_TM: jax.Array
+    x_TD: jax.Array
+
+    def take(self, rows_W: jax.Array) -> Unfinished:
+        """Some of them, on every device that has a part of their heads."""
+        return Unfinished(take_rows(self.heads_TM, rows_W), take_rows(self.x_TD, rows_W))
+
+
 class Layer(nnx.Module):
-    """Attention and MLP, each added to the residual stream x_TD; the norms stand where the config has them."""
+    """Attention and MLP, each added to the residual stream x_TD; the norms stand where the config has them.
+
+    In two parts, so that of the last layer's tokens those alone need the second one whose outputs are wanted.
+    """
 
     def __init__(self, config: ModelConfig, index: int, shapes: Shapes):
         self.config, moe = config, config.layers[index].moe
@@ -56,14 +78,24 @@ class Layer(nnx.Module):
         self.mlp_post_norm = Norm(config, shapes) if config.post_norm else None
 
     def __call__(self, x_TD: jax.Array, batch: Attends, state: Any, rope) -> tuple[jax.Array, Any]:
-        if self.config.parallel_block:
-            return self._parallel(x_TD, batch, state, rope)
+        unfinished, state = self.attend(x_TD, batch, state, rope)
+        return self.finish(unfinished), state
+
+    def attend(self, x_TD: jax.Array, batch: Attends, state: Any, rope) -> tuple[Unfinished, Any]:
+        """As far as tokens see each other, and the new state."""
         heads_TM, state = self.attention.heads(x_TD, batch, state, rope, self.attention_norm)
+        return Unfinished(heads_TM, x_TD), state
+
+    def finish(self, unfinished: Unfinished) -> jax.Array:
+        """What leaves the layer."""
+        heads_TM, x_TD = unfinished.heads_TM, unfinished.x_TD
+        if self.config.parallel_block:
+            return self._parallel(heads_TM, x_TD)
         if (finished_TD := self._at_once(heads_TM, x_TD)) is not None:
-            return finished_TD, state
+            return finished_TD
         attended_TD = self.attention.output(heads_TM, self._residual(x_TD), x_TD)
         x_TD = _added(x_TD, attended_TD, self.attention_post_norm)
-        return _added(x_TD, self.mlp(x_TD, self.mlp_norm, self._residual(x_TD)), self.mlp_post_norm), state
+        return _added(x_TD, self.mlp(x_TD, self.mlp_norm, self._residual(x_TD)), self.mlp_post_norm)
 
     def _at_once(self, heads_TM: jax.Array, x_TD: jax.Array) -> jax.Array | None:
         """The layer from its heads on, where one kernel does all of that."""
@@ -78,11 +110,9 @@ class Layer(nnx.Module):
         """What a half adds to its result itself: nothing where a norm stands between the two."""
         return None if self.config.post_norm else x_TD
 
-    def _parallel(self, x_TD: jax.Array, batch: Attends, state: Any, rope) -> tuple[jax.Array, Any]:
-        """Falcon: both halves read the same normed input."""
-        normed_TD = x_TD if self.attention_norm is None else self.attention_norm(x_TD)
-        heads_TM, state = self.attention.heads(normed_TD, batch, state, rope)
-        return x_TD + self.attention.output(heads_TM, None, x_TD) + self.mlp(normed_TD), state
+    def _parallel(self, heads_TM: jax.Array, x_TD: jax.Array) -> jax.Array:
+        """Falcon: the MLP reads what attention does, normed by the same norm."""
+        return x_TD + self.attention.output(heads_TM, None, x_TD) + self.mlp(x_TD, self.attention_norm)
 
 
 def _added(x_TD: jax.Array, y_TD: jax.Array, post_norm: Norm | None) -> jax.Array:
@@ -118,16 +148,42 @@ class Transformer(nnx.Module):
         x_TD, workspace = self.embed.start(batch.tokens_T)
         return self.run(graphs, weights, x_TD, batch, cache, taps, workspace)
 
+    def forward_rows(
+        self, batch: Attends, cache: tuple[Any, ...], layers: int, taps: tuple[int, ...], rows_W: jax.Array
+    ):
+        """See `Model.forward_rows`."""
+        graphs, weights = self.split(layers - 1)
+        x_TD, workspace = self.embed.start(batch.tokens_T)
+        x_TD, tapped, states = self._through(graphs, weights, x_TD, batch, cache, taps, workspace)
+        last, index = self.layers[layers - 1], layers - 1
+        rope = tables(self.config.layers[index].rope, batch.positions_T, self.context)
+        unfinished, state = last.attend(x_TD, batch, cache[index], rope)
+        with meeting(workspace):
+            hidden_WD = last.finish(unfinished.take(rows_W))
+        return hidden_WD, unfinished, tapped, (*states[:index], state, *states[layers:])
+
+    def finish(self, unfinished: Unfinished, layers: int) -> jax.Array:
+        """See `Model.finish`."""
+        return all_tokens(self.layers[layers - 1].finish(unfinished))
+
     def split(self, layers: int) -> tuple[tuple[nnx.GraphDef[Layer], ...], tuple[nnx.State, ...]]:
         """The first `layers` layers apart from their weights."""
-        graphs, weights = zip(*(nnx.split(layer) for layer in self.layers[:layers]), strict=True)
-        return graphs, weights
+        parts = [nnx.split(layer) for layer in self.layers[:layers]]
+        return tuple(graph for graph, _ in parts), tuple(weights for _, weights in parts)
 
     def run(
         self, graphs: tuple[nnx.GraphDef[Layer], ...], weights: tuple[nnx.State, ...], x_TD: jax.Array, batch: Attends,
         cache: tuple[Any, ...], taps: tuple[int, ...], workspace: Workspace | None = None,
     ):  # fmt: skip
-        """x_TD through layers from `split`, with what leaves those of `taps`, and the new states.
+        """x_TD through layers from `split`, with what leaves those of `taps`, and the new states."""
+        x_TD, tapped, states = self._through(graphs, weights, x_TD, batch, cache, taps, workspace)
+        return all_tokens(x_TD), tapped, states
+
+    def _through(
+        self, graphs: tuple[nnx.GraphDef[Layer], ...], weights: tuple[nnx.State, ...], x_TD: jax.Array, batch: Attends,
+        cache: tuple[Any, ...], taps: tuple[int, ...], workspace: Workspace | None,
+    ):  # fmt: skip
+        """`run`, but x_TD as it leaves the last of the layers: each device may have its part of the tokens.
 
         The loop is unrolled: a scan copies the weights.
         """
@@ -141,7 +197,7 @@ class Transformer(nnx.Module):
             x_TD, states[index] = _run(graph, params, workspace, x_TD, batch, states[index], rope)
             if index in taps:
                 tapped[index] = all_tokens(x_TD)
-        return all_tokens(x_TD), tuple(tapped[index] for index in taps), tuple(states)
+        return x_TD, tuple(tapped[index] for index in taps), tuple(states)
 
     def logits(self, hidden_WD: jax.Array) -> jax.Array:
         """float32 logits, sharded over the vocabulary."""

@@ -65,12 +65,11 @@ def deal_rows(x_T: jax.Array) -> jax.Array:
 
 
 def take_rows(x_TD: jax.Array, rows_W: jax.Array) -> jax.Array:
-    """Some rows of a step on every rank, whether they are spread over the ranks or not."""
-    if row_axis(x_TD) is None:
-        return x_TD[rows_W]
-    # Each rank gives the rows that it has, and a sum over the ranks brings them together.
-    at_W = jnp.asarray(places(x_TD.shape[0], ranks()))[rows_W]
-    return x_TD.at[at_W].get(out_sharding=P(None, None))
+    """Some rows of a step on every device that has a part of each, whether the rows are spread over devices or not."""
+    if row_axis(x_TD) is not None:
+        # Each device gives the rows that it has, and a sum over the devices brings them together.
+        rows_W = jnp.asarray(places(x_TD.shape[0], ranks()))[rows_W]
+    return x_TD.at[rows_W].get(out_sharding=P(None, *jax.typeof(x_TD).sharding.spec[1:]))
 
 
 def visit(step: Callable[[Any, Any, jax.Array], Any], found: Any, block: Any) -> Any:

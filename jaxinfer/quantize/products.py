@@ -1,8 +1,8 @@
 """Products of activations and weights, with the operations around them that a kernel can take in.
 
 A few tokens times a weight is one kernel, `streaming_matmul`, with its norm, bias, gate and residual, where the op
-says that it runs and is faster: this is known from shapes when the step is traced. Elsewhere each is its own
-operation, in plain jax.numpy.
+says that it runs and is faster: this is known from shapes when the step is traced. Many tokens are one too,
+`tiled_matmul`, with gate and residual. Elsewhere each is its own operation, in plain jax.numpy.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,11 @@ from jaxinfer.parallel import (
     whole,
 )
 from pallas_kernels.streaming_matmul import streaming_matmul, streaming_mlp, takes, takes_mlp
+from pallas_kernels.tiled_matmul import takes_many, tiled_matmul
 
 RMS = tuple[jax.Array, float]  # scale_D and epsilon
 Weight = tuple[jax.Array, jax.Array | None]  # with its bias
+Op = Callable[..., jax.Array]  # of few tokens or of many
 
 
 class Norm(Protocol):
@@ -70,9 +72,10 @@ def project(
         bias: of the shape of w without D.
     """
     x_TD, rms = _before(norm, x_TD, w, "DN")
-    if _takes(x_TD, w, "DN", rms):
-        return _on_own_columns(x_TD, w, bias, rms, "DN", P(None, *jax.typeof(w).sharding.spec[1:]))
-    return _of_all_tokens(partial(_plain, spec), (w, bias), x_TD, P(None, *jax.typeof(w).sharding.spec[1:]))
+    out_spec = P(None, *jax.typeof(w).sharding.spec[1:])
+    if (op := _op(x_TD, w, bias, rms, "DN")) is not None:
+        return _on_own_columns(op, x_TD, w, bias, rms, "DN", out_spec)
+    return _of_all_tokens(partial(_plain, spec), (w, bias), x_TD, out_spec)
 
 
 def gated_silu(
@@ -80,8 +83,8 @@ def gated_silu(
 ) -> jax.Array:
     """SiLU(y[:, 0]) * y[:, 1] of y_TcF = norm(x) @ w + bias: [T, F], sharded over F."""
     x_TD, rms = _before(norm, x_TD, w_DcF, "DcN")
-    if _takes(x_TD, w_DcF, "DcN", rms):
-        return _on_own_columns(x_TD, w_DcF, bias_cF, rms, "DcN", P(None, TENSOR))
+    if (op := _op(x_TD, w_DcF, bias_cF, rms, "DcN")) is not None:
+        return _on_own_columns(op, x_TD, w_DcF, bias_cF, rms, "DcN", P(None, TENSOR))
     return _of_all_tokens(_gated, (w_DcF, bias_cF), x_TD, P(None, TENSOR))
 
 
@@ -97,10 +100,12 @@ def contract(
         like_TD: has its tokens where those of the result are to be, and those of the residual are; without it all are
             on every device.
     """
-    few = row_axis(x_TF) is None
-    if few and _local(w_FD).shape == w_FD.shape and takes(x_TF, w_FD, bias=bias_D, residual_MN=residual_TD):
-        return whole(_finished, x_TF, w_FD, bias_D, residual_TD)
-    multiply = streaming_matmul if few and takes(_local(x_TF), _local(w_FD)) else partial(einsum, spec)
+    multiply = None
+    if row_axis(x_TF) is None:
+        if _local(w_FD).shape == w_FD.shape and (op := _op_of_all(x_TF, w_FD, bias_D, residual_TD)) is not None:
+            return whole(partial(_finished, op), x_TF, w_FD, bias_D, residual_TD)
+        multiply = _op_of_all(_local(x_TF), _local(w_FD))
+    multiply = multiply or partial(einsum, spec)
     return _added(lambda residual_TD: row_parallel(multiply, x_TF, w_FD, residual_TD, like_TD), bias_D, residual_TD)
 
 
@@ -162,17 +167,32 @@ def _takes(x_TD: jax.Array, w: jax.Array, w_axes: str, rms: RMS | None) -> bool:
     return few and takes(x_TD, _local(w, w_axes), w_axes=w_axes, norm_scale_D=None if rms is None else rms[0])
 
 
+def _op(x_TD: jax.Array, w: jax.Array, bias: jax.Array | None, rms: RMS | None, w_axes: str) -> Op | None:
+    """What is one kernel for a product with columns of w, x as `_before` gives it; None where nothing is."""
+    if _takes(x_TD, w, w_axes, rms):
+        return streaming_matmul
+    plain = rms is None and bias is None and row_axis(x_TD) is None
+    return tiled_matmul if plain and takes_many(x_TD, _local(w, w_axes), w_axes=w_axes) else None
+
+
+def _op_of_all(x_TF: Any, w_FD: Any, bias_D: Any = None, residual_TD: Any = None) -> Op | None:
+    """What is one kernel for a product of all that one device holds; None where nothing is."""
+    if takes(x_TF, w_FD, bias=bias_D, residual_MN=residual_TD):
+        return streaming_matmul
+    return tiled_matmul if bias_D is None and takes_many(x_TF, w_FD, residual_MN=residual_TD) else None
+
+
 def _on_own_columns(
-    x_TD: jax.Array, w: jax.Array, bias: jax.Array | None, rms: RMS | None, w_axes: str, out_spec: P
+    op: Op, x_TD: jax.Array, w: jax.Array, bias: jax.Array | None, rms: RMS | None, w_axes: str, out_spec: P
 ) -> jax.Array:
-    scale_D, eps = rms or (None, 0.0)
+    scale_D, eps = rms or (None, None)
 
     def local(columns: tuple[jax.Array, jax.Array | None], x_TD: jax.Array, scale_D: jax.Array | None) -> jax.Array:
         w, bias = columns
         shape = _shape(w.shape, w_axes)
         if bias is not None:
             bias = bias.reshape(shape[1:])
-        y = streaming_matmul(x_TD, w.reshape(shape), w_axes=w_axes, norm_scale_D=scale_D, norm_eps=eps, bias=bias)
+        y = op(x_TD, w.reshape(shape), w_axes=w_axes, **_given(norm_scale_D=scale_D, norm_eps=eps, bias=bias))
         return y if w_axes == "DcN" else y.reshape(-1, *w.shape[1:])
 
     return column_parallel(local, out_spec, (w, bias), x_TD, scale_D)
@@ -188,8 +208,15 @@ def _added(
     return y_TD if residual_TD is None else residual_TD + y_TD
 
 
-def _finished(x_TF: jax.Array, w_FD: jax.Array, bias_D: jax.Array | None, residual_TD: jax.Array | None) -> jax.Array:
-    return streaming_matmul(x_TF, w_FD, bias=bias_D, residual_MN=residual_TD)
+def _finished(
+    op: Op, x_TF: jax.Array, w_FD: jax.Array, bias_D: jax.Array | None, residual_TD: jax.Array | None
+) -> jax.Array:
+    return op(x_TF, w_FD, **_given(bias=bias_D, residual_MN=residual_TD))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that there are."""
+    return {name: option for name, option in options.items() if option is not None}
 
 
 def _of_all_tokens(

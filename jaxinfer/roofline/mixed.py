@@ -1,8 +1,8 @@
 """Predicted times of programs that decode some sequences and prefill chunks of others, soon enough to be asked for
 before every program.
 
-All but attention depends on two numbers, tokens and rows of logits, of which an engine has few values: each pair is
-computed once. Attention adds up over the sequences.
+All but attention depends on two numbers, tokens and rows of logits, of which an engine has few values: what either
+takes is computed once. Attention adds up over the sequences.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxinfer.roofline.hardware import Hardware
 from jaxinfer.roofline.mesh import ONE, Mesh, check_mesh, stage_of, ways_to_experts
 from jaxinfer.roofline.pipeline import STEPS, circulating, draining, share_of
 from jaxinfer.roofline.precision import BF16, Precision
-from jaxinfer.roofline.step import APART, LOGITS, decode_step, prefill
+from jaxinfer.roofline.step import APART, LOGITS, REST, decode_step, prefill
 
 if TYPE_CHECKING:
     from jaxinfer.model.config import ModelConfig
@@ -60,14 +60,19 @@ class StepTimes:
                 else prefill(stage, tokens, precision=precision, tensor_parallel=mesh.tensor, share=way)
                 for way in shares
             ]
-            layers = min(cost.without("attention", "merge", *APART).predict(hardware) for cost in costs)
+            layers = min(cost.without("attention", "merge", *REST, *APART).predict(hardware) for cost in costs)
             return layers, costs[0].only(*_BEFORE).predict(hardware), costs[0].only("merge").predict(hardware)
 
         @cache
         def head(rows: int) -> float:
             return decode_step(stage, rows, 1, precision, mesh.tensor, share=shares[0]).only(*LOGITS).predict(hardware)
 
-        self._parts, self._head = parts, head
+        @cache
+        def rest(rows: int) -> float:
+            cost = prefill(stage, 1, rows, precision=precision, tensor_parallel=mesh.tensor, share=shares[0])
+            return cost.only(*REST).predict(hardware)
+
+        self._parts, self._head, self._rest = parts, head, rest
         self.decode(1, self.decoding([1]))  # tells now what is wrong
 
     def decode(self, slots: int, reading: Attended, queries: int = 1, rows: int | None = None) -> float:
@@ -99,7 +104,13 @@ class StepTimes:
         tick += self._prefill.work(chunks.times(1 / count)).expected(self._hardware)
         if reading.cache:
             tick += self._decode.work(reading.times(1 / count)).expected(self._hardware)
-        return (count + stages - 1) * tick + self._parts(tokens, False)[1] + self.head(slots)
+        ends = self.rest(min(slots, tokens)) + self.head(slots)
+        return (count + stages - 1) * tick + self._parts(tokens, False)[1] + ends
+
+    def rest(self, rows: int) -> float:
+        """Of so many rows of prompts that leave the last layer's attention for the head. Nothing in a pipe, in which
+        all rows leave it alike."""
+        return self._rest(rows)
 
     def head(self, rows: int) -> float:
         """Of the logits of so many rows."""

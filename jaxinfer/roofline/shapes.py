@@ -83,11 +83,14 @@ def parameters(config: ModelConfig) -> int:
     return round(sum(s.matmuls + s.router + s.norms for s in layers) + tables + norm_size(config))
 
 
+def output_size(config: ModelConfig, devices: int = 1) -> float:
+    """Numbers of a layer's output projection, with its bias."""
+    return config.num_heads / devices * config.head_size * config.hidden_size + config.o_bias * config.hidden_size
+
+
 def _projections(config: ModelConfig, devices: int) -> float:
-    query_heads = config.num_heads / devices
-    qkv_width = (query_heads + 2 * kv_heads(config, devices)) * config.head_size
-    weights = config.hidden_size * (qkv_width + query_heads * config.head_size)
-    return weights + config.qkv_bias * qkv_width + config.o_bias * config.hidden_size
+    qkv_width = (config.num_heads / devices + 2 * kv_heads(config, devices)) * config.head_size
+    return config.hidden_size * qkv_width + config.qkv_bias * qkv_width + output_size(config, devices)
 
 
 def _mlp(config: ModelConfig, width: int, bias: bool) -> int:

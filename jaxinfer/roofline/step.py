@@ -5,6 +5,9 @@ the experts those that some token chose), keys and values of the true context on
 residual stream around each norm. Other activations stay on the chip or pass behind a matmul's arithmetic. Counted as
 FLOPs are matmuls, the two products of attention, and the norms.
 
+Of a prompt few tokens have logits. What follows the attention of the last layer is of each token for itself, and
+counted of these alone; but a pipe computes it of all.
+
 The stages of a pipe have a part of the layers each, which run one micro-batch after the other. Embedding, last norm
 and head are outside the pipe: what leaves the last stage is told to all devices, each with a part of the vocabulary.
 
@@ -31,12 +34,15 @@ from jaxinfer.roofline.shapes import (
     layer_shapes,
     norm_size,
     norms_per_layer,
+    output_size,
 )
 
 if TYPE_CHECKING:
-    from jaxinfer.model.config import ModelConfig, MoEConfig
+    from jaxinfer.model.config import LayerConfig, ModelConfig, MoEConfig
 
-LOGITS = ("last norm", "head")  # parts of a step by the rows of logits, not by tokens
+# Parts of a step by the rows of logits, not by tokens: of a prompt also what follows the last attention.
+REST = ("last output", "last layer's norms", "last mlp", "last experts", "last router", "last all-reduce")
+LOGITS = ("last norm", "head")
 APART = ("embedding", "look-up", "broadcast", *LOGITS)  # parts that no layer has
 _NORM_FLOPS = 4  # per number: square, sum, normalize, weigh
 _LARGEST_BATCH = 2**20
@@ -66,6 +72,17 @@ class _Step:
     def own_tokens(self) -> int:
         """Tokens that a device computes: of a prompt those of its rank, of a decode step all."""
         return self.sequences * (self.tokens if self.decodes else -(-self.tokens // self.share.ranks))
+
+    @property
+    def finished(self) -> tuple[LayerConfig, ...]:
+        """Layers that all tokens leave; the last one may be left by the rows of logits alone."""
+        layers = self.config.layers
+        return layers if self.decodes or self.share.stages > 1 else layers[:-1]
+
+    @property
+    def picked(self) -> tuple[LayerConfig, ...]:
+        """The other layer, or none."""
+        return self.config.layers[len(self.finished) :]
 
     @property
     def hidden(self) -> int:
@@ -199,18 +216,33 @@ def experts_touched(moe: MoEConfig, tokens: int) -> float:
 
 
 def _cost(step: _Step) -> Cost:
+    behind = norms_per_layer(step.config) - step.config.pre_norm  # of a layer's norms, those that attention precedes
     layers = step.config.num_layers * norms_per_layer(step.config)
     parts = {
         "embedding": _embedding(step),
-        "norms": _norms(step, layers, step.own_tokens),
+        "norms": _norms(step, layers - len(step.picked) * behind, step.own_tokens),
         "projections": _projections(step),
         "attention": _attention(step),
-        **_mlp_parts(step),
+        **_mlp_parts(step, step.finished, step.own_tokens),
+        **(_rest(step, behind) if step.picked else {}),
         "last norm": _norms(step, 1, step.rows),
         "head": _head(step),
         **_collectives(step),
     }
     return Cost(parts, step.all_tokens)
+
+
+def _rest(step: _Step, norms: int) -> dict[str, Work]:
+    """What follows the attention of the last layer, with so many norms."""
+    output = output_size(step.config, step.devices)
+    parts = {"last output": _matmul(step, step.rows, output, output, kernels=1)}
+    if norms:
+        parts["last layer's norms"] = _norms(step, norms, step.rows)
+    parts |= {f"last {name}": work for name, work in _mlp_parts(step, step.picked, step.rows).items()}
+    if step.devices > 1:
+        array = step.rows * step.hidden
+        parts["last all-reduce"] = all_reduces(2, array, step.devices, step.precision.residual)
+    return parts
 
 
 def _embedding(step: _Step) -> Work:
@@ -231,7 +263,9 @@ def _norms(step: _Step, count: int, tokens: int) -> Work:
 
 def _projections(step: _Step) -> Work:
     numbers = sum(layer_shapes(step.config, layer, step.devices).projections for layer in step.config.layers)
-    return _matmul(step, numbers, numbers, kernels=2 * step.config.num_layers)
+    numbers -= len(step.picked) * output_size(step.config, step.devices)
+    kernels = step.config.num_layers + len(step.finished)
+    return _matmul(step, step.own_tokens, numbers, numbers, kernels)
 
 
 def _attention(step: _Step) -> Work:
@@ -244,25 +278,24 @@ def _attention(step: _Step) -> Work:
     return model.work(own, step.sequences)
 
 
-def _mlp_parts(step: _Step) -> dict[str, Work]:
-    """Dense MLPs and experts; a model may have both kinds of layer."""
-    config = step.config
+def _mlp_parts(step: _Step, layers: tuple[LayerConfig, ...], tokens: int) -> dict[str, Work]:
+    """Dense MLPs and experts of these layers, of so many tokens on a device; a model may have both kinds of layer."""
     dense = experts_read = experts_used = router = 0.0
-    sparse = [layer for layer in config.layers if layer.moe]
-    for layer in config.layers:
-        shapes = layer_shapes(config, layer, step.devices)
+    sparse = [layer for layer in layers if layer.moe]
+    for layer in layers:
+        shapes = layer_shapes(step.config, layer, step.devices)
         dense += shapes.dense
         if layer.moe:
-            touched = experts_touched(layer.moe, step.own_tokens)
+            touched = experts_touched(layer.moe, tokens)
             experts_read += touched / step.devices * shapes.expert
             experts_used += layer.moe.experts_per_token / step.devices * shapes.expert
             router += shapes.router
     parts = {}
     if dense:
-        parts["mlp"] = _matmul(step, dense, dense, kernels=3 * (config.num_layers - len(sparse)))
+        parts["mlp"] = _matmul(step, tokens, dense, dense, kernels=3 * (len(layers) - len(sparse)))
     if sparse:
-        parts["experts"] = _matmul(step, experts_used, experts_read, kernels=3 * len(sparse))
-        parts["router"] = _unquantized_matmul(step, router, step.own_tokens, kernels=2 * len(sparse))
+        parts["experts"] = _matmul(step, tokens, experts_used, experts_read, kernels=3 * len(sparse))
+        parts["router"] = _unquantized_matmul(step, router, tokens, kernels=2 * len(sparse))
     return parts
 
 
@@ -272,13 +305,13 @@ def _head(step: _Step) -> Work:
 
 
 def _collectives(step: _Step) -> dict[str, Work]:
-    """Two all-reduces a layer; the exchange of experts; the merge of parts of a context; one all-reduce of the
-    embedding; what goes to the next stage, and from the last to all."""
+    """Two all-reduces a layer that all tokens leave; the exchange of experts; the merge of parts of a context; one
+    all-reduce of the embedding; what goes to the next stage, and from the last to all."""
     config, dtype, works = step.config, step.precision.residual, {}
     if step.devices > 1:
-        choices = [layer.moe.experts_per_token for layer in config.layers if layer.moe]
+        choices = [layer.moe.experts_per_token for layer in step.finished if layer.moe]
         exchanging = len(choices) if step.share.experts == "all-to-all" else 0
-        count = 2 * config.num_layers - exchanging
+        count = 2 * len(step.finished) - exchanging
         sums = all_reduces(count, step.own_tokens * step.hidden, step.devices, dtype)
         works["all-reduce"] = replace(sums, messages=count + exchanging)  # an exchange stands between its two halves
         if exchanging:
@@ -296,11 +329,11 @@ def _collectives(step: _Step) -> dict[str, Work]:
     return works
 
 
-def _matmul(step: _Step, used: float, read: float, kernels: int) -> Work:
-    """Every token multiplies with `used` weights; the device reads `read` of them."""
+def _matmul(step: _Step, tokens: int, used: float, read: float, kernels: int) -> Work:
+    """Each of so many tokens multiplies with `used` weights; the device reads `read` of them."""
     precision = step.precision
     return Work(
-        flops=2 * step.own_tokens * used,
+        flops=2 * tokens * used,
         weights=read * precision.weight_bytes,
         dtype=precision.activations,
         kernels=kernels,

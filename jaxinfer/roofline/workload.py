@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from jaxinfer.roofline.attention import Attended, AttentionModel
 from jaxinfer.roofline.hardware import Hardware
 from jaxinfer.roofline.precision import BF16, Precision
-from jaxinfer.roofline.step import LOGITS, decode_step, prefill
+from jaxinfer.roofline.step import LOGITS, REST, prefill
 
 if TYPE_CHECKING:
     from jaxinfer.model.config import ModelConfig
@@ -41,17 +41,20 @@ def workload_limit(
     attention = AttentionModel(config, precision, tensor_parallel, "flash")
 
     @cache
-    def head(rows: int) -> float:
-        return decode_step(config, rows, 1, precision, tensor_parallel).only(*LOGITS).own_limit(hardware)
+    def ends(rows: int) -> tuple[float, float]:
+        """Seconds of a device, and of its links."""
+        cost = prefill(config, 1, rows, precision=precision, tensor_parallel=tensor_parallel).only(*REST, *LOGITS)
+        return cost.own_limit(hardware), cost.times(hardware)["interconnect"]
 
     @cache
-    def rest(tokens: int) -> tuple[float, float]:
+    def before(tokens: int) -> tuple[float, float]:
         cost = prefill(config, tokens, precision=precision, tensor_parallel=tensor_parallel)
-        return cost.without("attention", *LOGITS).own_limit(hardware), cost.times(hardware)["interconnect"]
+        cost = cost.without("attention", *REST, *LOGITS)
+        return cost.own_limit(hardware), cost.times(hardware)["interconnect"]
 
     def step(tokens: int, rows: int, attended: Attended) -> float:
-        own, links = rest(tokens)
-        return max(own + head(rows) + attention.work(attended).limit(hardware), links)
+        own, links = map(sum, zip(before(tokens), ends(rows), strict=True))
+        return max(own + attention.work(attended).limit(hardware), links)
 
     own = [prompt - shared for prompt, _ in sizes]
     prompts = attention.sequence(shared, 0) if shared else Attended()

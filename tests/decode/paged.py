@@ -37,8 +37,9 @@ def paged_logits(
             batch, rows = make_batch(state, StepInput.unpacked(packed, tokens, 0), page_size)
         else:
             batch, rows = make_rectangle(state, page_size)
-        cache, _, hidden_TD, _ = programs.forward(params, cache, batch, rows.tokens_W)
-        return model.logits(params, take_rows(hidden_TD, jnp.arange(len(hidden_TD), dtype=jnp.int32))), cache
+        ran = programs.forward(params, cache, batch, rows.tokens_W)
+        hidden_TD = programs.forward.hidden(params, ran.rest)
+        return model.logits(params, take_rows(hidden_TD, jnp.arange(len(hidden_TD), dtype=jnp.int32))), ran.cache
 
     found, prompt = [], len(tokens_T) - decoded
     integers = lambda *values: np.array(values, np.int32)  # noqa: E731

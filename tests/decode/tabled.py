@@ -11,7 +11,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from jaxinfer.decode.forward import Forward
+from jaxinfer.decode.forward import Forward, Ran
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.slots import SlotState
 from jaxinfer.decode.speculative import (
@@ -40,7 +40,7 @@ class Table(Forward):
     def __call__(self, params, cache, batch, rows_W):
         table_VV = params[0 if self.layers is None else 1]
         hidden_TV = jax.nn.one_hot(batch.tokens_T, VOCAB)
-        return cache, table_VV[batch.tokens_T[rows_W]], hidden_TV, hidden_TV
+        return Ran(cache, table_VV[batch.tokens_T[rows_W]], hidden_TV[rows_W], hidden_TV, hidden_TV)
 
     def scheduled(self, batch, network):
         return batch

@@ -272,19 +272,21 @@ def test_devices_meet_twice_a_layer(which, meetings):
 
 
 def test_devices_share_many_tokens_between_the_products_of_a_layer(monkeypatch):
-    """The sums leave each device its part of the tokens; all are gathered for the next product, and at the end."""
+    """The sums leave each device its part of the tokens; all are gathered for the next product. The last layer is
+    finished, by two sums, for a row of each slot, which every device has."""
     monkeypatch.setattr(collectives, "MANY_TOKENS", TOKENS)
-    expected = {"reduce-scatter": 2 * LAYERS + 1, "all-gather": 2 * LAYERS + 1}
+    expected = {"reduce-scatter": 2 * LAYERS - 1, "all-gather": 2 * LAYERS - 1, "all-reduce": 2}
     assert meetings_of(compiled("step", EVEN, tensor=4)) == expected
 
 
 def test_many_tokens_go_round_a_ring():
-    """Into and out of attention and MLP; the embedding's sum leaves each device its part, and all are gathered at the
-    end, as without a ring."""
+    """Into and out of attention and MLP, but for what finishes the last layer; the embedding's sum leaves each device
+    its part, as without a ring."""
     devices = 4
     with ring_from(TOKENS):
         program = compiled("step", EVEN, tensor=devices)
-    expected = {"reduce-scatter": 1, "all-gather": 1, "collective-permute": 4 * (devices - 1) * LAYERS}
+    products = 4 * (LAYERS - 1) + 1
+    expected = {"reduce-scatter": 1, "collective-permute": (devices - 1) * products, "all-reduce": 2}
     assert meetings_of(program) == expected
 
 

@@ -228,6 +228,9 @@ class FakeTimes:
     def mixed(self, tokens, slots, reading, chunks):
         return self.weights + self.token * (tokens + slots) + self.key * (reading.flops + chunks.flops)
 
+    def rest(self, rows):
+        return 0.0
+
     def head(self, rows):
         return self.token * rows
 

@@ -38,7 +38,7 @@ from tests.test_structured import ask
 
 # Of one kind of sampling, and one rectangle. Loops: plain, and with 1 and 2 tokens proposed.
 TRACES = {
-    "admit": 2, "release": 1, "extend": 1, "step": 2 + 1, "mask": 1, "sample": 1, "loop": 3,
+    "admit": 2, "release": 1, "extend": 1, "step": 2 + 1, "mask": 1, "sample": 1, "finish": 1, "score": 1, "loop": 3,
     "propose": 1, "drafted": 1, "verify": 1,
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ from jaxinfer.engine.scheduler import Plan, Scheduler
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
 from jaxinfer.roofline import MEASURED, Cost, StepTimes, decode_step, prefill
+from jaxinfer.roofline.step import LOGITS, REST
 from tests.engine.fake import FakeTimes, fake_engine
 
 SLOTS, CONTEXT, LONG = 32, 2**16, 2**15
@@ -59,8 +60,8 @@ def decode_together(plans: Scheduler, count: int, prompt: int) -> None:
 
 
 @functools.cache
-def prefilled(model: str, tokens: int, cached: int = 0) -> Cost:
-    return prefill(read_config(f"configs/models/{model}"), tokens, cached=cached)
+def prefilled(model: str, tokens: int, cached: int = 0, sequences: int = 1) -> Cost:
+    return prefill(read_config(f"configs/models/{model}"), tokens, sequences, cached)
 
 
 @functools.cache
@@ -83,8 +84,8 @@ def predicted(model: str, card: str, plan: Plan, contexts: list[int], rows: int)
 
     def rest(tokens: int, rows: int) -> float:
         body = prefilled(model, tokens)
-        named = [name for name in body.parts if name not in ("attention", "last norm", "head")]
-        return expected(body, *named) + expected(decoded(model, rows, 1), "last norm", "head")
+        named = [name for name in body.parts if name not in ("attention", *REST, *LOGITS)]
+        return expected(body, *named) + expected(prefilled(model, 1, sequences=rows), *REST, *LOGITS)
 
     decoding = attention([decoded(model, 1, context) for context in contexts])
     alone = next(size for size in (1, 8, 32) if size >= len(plan.decoding))

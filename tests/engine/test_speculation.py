@@ -68,8 +68,8 @@ CONSTRAINED = [
 # Of one kind of sampling. Loops: of 1 and 4 slots, each with proposals and without; and the parts of a step whose
 # proposals the host checks.
 TRACES = {
-    "admit": 2, "release": 1, "extend": 1, "step": 2 + 1, "mask": 1, "sample": 1, "loop": 2 * 2,
-    "propose": 2, "drafted": 2, "verify": 2,
+    "admit": 2, "release": 1, "extend": 1, "step": 2 + 1, "mask": 1, "sample": 1, "finish": 1, "score": 1,
+    "loop": 2 * 2, "propose": 2, "drafted": 2, "verify": 2,
 }  # fmt: skip
 
 

@@ -49,9 +49,11 @@ OPTIONS = Options(
 )
 # What `warm_up` compiles for them. Admissions: with and without a prompt for the sampler. Steps: of prompts alone and
 # beside others, and of few rows without prompts, where the host has a say in what is drawn. Sampling of three kinds.
-# Loops: of 1 and 4 slots, with each kind of sampling.
+# Of prompts that are scored: what finishes their rows, and what scores these. Loops: of 1 and 4 slots, with each kind
+# of sampling.
 TRACES = {
-    "admit": 2, "release": 1, "extend": 1, "step": 2 + 1, "mask": 1, "sample": 3, "score": 1, "loop": 2 * 3,
+    "admit": 2, "release": 1, "extend": 1, "step": 2 + 1, "mask": 1, "sample": 3, "finish": 1, "score": 1,
+    "loop": 2 * 3,
 }  # fmt: skip
 
 

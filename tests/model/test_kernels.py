@@ -82,6 +82,12 @@ def rows(text: str) -> list[list[str]]:
     return [re.findall(r"tensor<([\dx]+)x\w+>", types) for types in calls]
 
 
+def finished(tokens: int) -> list[str]:
+    """What a launch takes that a layer of Llama-3-8B ends with, sorted."""
+    x = f"{tokens}x4096"
+    return sorted([OUT[1], GATED[1], DOWN[1], x, x, "4096"])
+
+
 def norms(text: str) -> int:
     return text.count("stablehlo.rsqrt")
 
@@ -91,8 +97,7 @@ def test_a_layer_is_two_launches_around_attention(hopper, tokens):
     """The only norm and product besides are those of the head."""
     text = lowered(two_layers(), tokens)
     assert streamed(text) == {QKV[1]: [3] * LAYERS}
-    weights, x = [OUT[1], GATED[1], DOWN[1]], f"{tokens}x4096"
-    assert [sorted(shapes) for shapes in rows(text)] == [sorted([*weights, x, x, "4096"])] * LAYERS
+    assert [sorted(shapes) for shapes in rows(text)] == [finished(tokens)] * LAYERS
     assert norms(text) == 1
     assert text.count("stablehlo.dot_general") == 1
 
@@ -101,9 +106,7 @@ def test_a_stage_of_a_pipe_runs_the_same_kernels(hopper):
     """Of its own layer, for a micro-batch: half of the slots."""
     text = lowered(two_layers(), 2, pipe=2)
     assert streamed(text) == {QKV[1]: [3]}
-    assert [sorted(shapes) for shapes in rows(text)] == [
-        sorted([OUT[1], GATED[1], DOWN[1], "1x4096", "1x4096", "4096"])
-    ]
+    assert [sorted(shapes) for shapes in rows(text)] == [finished(1)]
 
 
 def test_the_name_of_a_kernel_is_the_same_in_every_process(hopper):
@@ -116,9 +119,10 @@ def test_the_name_of_a_kernel_is_the_same_in_every_process(hopper):
 
 
 def test_with_more_tokens_a_layer_is_four_products_and_nothing_around_them(hopper):
-    """x, w, and the norm's scale or the residual."""
+    """x, w, and the norm's scale or the residual. The last one is finished for a row of each slot, in one launch."""
     text = lowered(two_layers(), 4, *SOME)
-    assert streamed(text) == {shape[1]: [3] * LAYERS for shape in (QKV, OUT, GATED, DOWN)}
+    assert streamed(text) == {QKV[1]: [3] * LAYERS} | {shape[1]: [3] * (LAYERS - 1) for shape in (OUT, GATED, DOWN)}
+    assert [sorted(shapes) for shapes in rows(text)] == [finished(4)]
     assert norms(text) == 1
     assert text.count("stablehlo.dot_general") == 1
 
@@ -131,13 +135,38 @@ def test_where_xla_was_faster_it_runs(hopper):
     assert text.count("stablehlo.dot_general") == 1 + LAYERS
 
 
-@pytest.mark.parametrize("case", [({}, 4, *MANY), ({"dtype": "float32"}, 1)], ids=["many", "float32"])
-def test_many_tokens_and_other_dtypes_are_left_to_xla(hopper, case):
-    changes, *sizes = case
-    text = lowered(two_layers(**changes), *sizes)
+def test_many_tokens_are_left_to_xla(hopper):
+    """But for what is left of the last layer once a row of each slot is picked."""
+    text = lowered(two_layers(), 4, *MANY)
+    assert streamed(text) == {}
+    assert [sorted(shapes) for shapes in rows(text)] == [finished(4)]
+    assert norms(text) == 2 * LAYERS
+
+
+def test_other_dtypes_are_left_to_xla(hopper):
+    text = lowered(two_layers(dtype="float32"), 1)
     assert streamed(text) == {}
     assert rows(text) == []
     assert norms(text) == 1 + 2 * LAYERS
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_prompt_is_products_of_many_tokens(hopper, tensor):
+    """The gate is part of its product, and on one device so are the residuals, which on two are added to the sum.
+
+    The last layer is finished for 128 rows, one of each slot: enough tiles for the widest product alone.
+    """
+    text = lowered(two_layers(), 128, prefill=1920, tensor=tensor)
+    found = {}
+    for types in re.findall(r"call @tiled_matmul\w*\([^)]*\) : \(([^)]*)\)", text):
+        operands = re.findall(r"tensor<([\dx]+)x\w+>", types)
+        found.setdefault(operands[1], []).append(len(operands))
+    others, summed = LAYERS - 1, 3 if tensor == 1 else 2
+    assert found == {
+        QKV[tensor]: [2] * LAYERS, GATED[tensor]: [2] * LAYERS,
+        OUT[tensor]: [summed] * others, DOWN[tensor]: [summed] * others,
+    }  # fmt: skip
+    assert streamed(text) == {}
 
 
 @pytest.mark.parametrize(

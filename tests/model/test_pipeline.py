@@ -91,7 +91,8 @@ def outputs(model: Model, params: list, layers: int | None, taps: tuple[int, ...
     @jax.jit
     def step(params, state, cache):
         batch, rows = make_batch(state, given, 8)
-        return forward(params, cache, batch, rows.tokens_W)[2:]
+        ran = forward(params, cache, batch, rows.tokens_W)
+        return forward.hidden(params, ran.rest), ran.shown_TE
 
     with jax.set_mesh(model.mesh):
         return tuple(np.asarray(array)[:14] for array in step(params, state, cache))

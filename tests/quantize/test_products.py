@@ -14,10 +14,12 @@ from jaxinfer.parallel import TENSOR, make_mesh
 from jaxinfer.quantize import contract, gated_silu, project
 from pallas_kernels import dispatch
 from pallas_kernels.streaming_matmul import IMPLEMENTATIONS, mosaic_gpu
+from pallas_kernels.tiled_matmul import config as tiled
 from tests.pallas_kernels.gpu_program import interpreted
 from tests.pallas_kernels.matmul_cases import SMALL, Case, arguments, assert_close
 
 TOKENS, D, F = 3, 128, 192
+MANY = 100
 EPS = 1e-5
 
 
@@ -145,3 +147,29 @@ def test_contract_takes_in_bias_and_residual(kernels):
     y_TF = run(product, given.x, given.w, given.bias, given.residual_MN)
     assert_close(y_TF, given)
     assert set(kernels) == {None}
+
+
+@pytest.fixture
+def many(kernels, monkeypatch) -> list[str | None]:
+    """So that small products are worth the kernel of many tokens."""
+    monkeypatch.setattr(tiled, "LEAST_BUSY", 0.0)
+    return kernels
+
+
+def test_many_tokens_take_in_gate_and_residual(many):
+    """What they do not take in stands beside them: a norm before, and a bias leaves the product to XLA."""
+    gated, summed = (
+        arguments(Case(MANY, "DcN", SMALL, "norm", D, 128)),
+        arguments(Case(MANY, "DN", SMALL, "residual", D, 256)),
+    )
+    normed = RMSNorm(gated.norm_scale_D, plain=True)(gated.x)
+    y_TF = run(lambda x, w, scale_D: gated_silu(x, w, norm=RMSNorm(scale_D, plain=True)), gated.x, gated.w,
+               gated.norm_scale_D)  # fmt: skip
+    assert_close(y_TF, replace(gated, x=normed, norm_scale_D=None))
+
+    def product(x_TD, w_DF, residual_TF):
+        x_TD, w_DF = jax.sharding.reshard(x_TD, P(None, TENSOR)), jax.sharding.reshard(w_DF, P(TENSOR, None))
+        return contract("TD,DF->TF", x_TD, w_DF, None, residual_TF)
+
+    assert_close(run(product, summed.x, summed.w, summed.residual_MN), summed)
+    assert None in many

@@ -67,7 +67,7 @@ class Decode(Tokens):
 
 
 def xla_flops(config: ModelConfig, batch_type: type, tokens: int, rows: int, context: int = 1) -> float:
-    """What XLA counts in the model's forward and the logits of its last rows; nothing is run."""
+    """What XLA counts in the model's forward and the logits of its last rows, or of all; nothing is run."""
     model = Model(config, make_mesh())
     tokens_T = jax.ShapeDtypeStruct((tokens,), jnp.int32, sharding=NamedSharding(model.mesh, P()))
     keys_shape = (tokens, context, config.num_kv_heads, config.head_size)
@@ -76,8 +76,13 @@ def xla_flops(config: ModelConfig, batch_type: type, tokens: int, rows: int, con
     cache = ((keys_BSKH, keys_BSKH),) * config.num_layers
 
     def step(params, batch, cache):
-        hidden_TD, _, _ = model.forward(params, batch, cache)
-        return model.logits(params, hidden_TD[-rows:])
+        if rows == tokens:
+            hidden_WD, *_ = model.forward(params, batch, cache)
+        else:
+            hidden_WD, *_ = model.forward_rows(
+                params, batch, cache, jnp.arange(tokens - rows, tokens, dtype=jnp.int32)
+            )
+        return model.logits(params, hidden_WD)
 
     with jax.set_mesh(model.mesh):
         lowered = jax.jit(step).lower(list(model.parameters.values()), batch_type(tokens_T, tokens_T), cache)

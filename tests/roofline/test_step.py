@@ -51,9 +51,13 @@ def test_a_prefill_in_chunks_does_the_attention_of_one_at_once(first, second, ca
 @given(context=counts)
 def test_a_prefill_does_the_matmuls_of_decoding_token_by_token_but_reads_the_weights_once(context):
     at_once, steps = prefill(DENSE, context), [decode_step(DENSE, 1, length) for length in range(1, context + 1)]
-    for part in ("projections", "mlp", "attention", "norms"):
-        assert at_once.parts[part].flops == sum(step.parts[part].flops for step in steps)
-    assert at_once.parts["mlp"].weights == steps[0].parts["mlp"].weights
+    # What follows the last attention is of one token alone.
+    parts = {"projections": "last output", "mlp": "last mlp", "norms": "last layer's norms"}
+    for part, last in parts.items():
+        of_all = at_once.parts[part].flops + context * at_once.parts[last].flops
+        assert of_all == sum(step.parts[part].flops for step in steps)
+        assert at_once.parts[part].weights + at_once.parts[last].weights == steps[0].parts[part].weights
+    assert at_once.parts["attention"].flops == sum(step.parts["attention"].flops for step in steps)
 
 
 @pytest.mark.parametrize(

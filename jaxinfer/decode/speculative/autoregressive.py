@@ -36,15 +36,15 @@ def draft(
     greedy = needs.level == "greedy"
 
     def step(state: SlotState, cache: Cache, batch: Batch, rows_W: jax.Array):
-        cache, logits_WV, _, _ = forward(params, cache, batch, rows_W)
-        logits_WV = jax.sharding.reshard(logits_WV, P(None, None))
+        ran = forward(params, cache, batch, rows_W)
+        logits_WV = jax.sharding.reshard(ran.logits_WV, P(None, None))
         if greedy or coupled:
             kept_WV, sampled = None, sampling.sample(logits_WV, state.sampling, state.index_B, one)
         else:
             kept_WV = sampling.kept(logits_WV, state.sampling, state.index_B, one)
             tokens_W = sampling.draw(kept_WV, state.sampling, state.index_B, DRAWN)
             sampled = sampling.report(logits_WV, tokens_W, one)
-        return _advanced(state, sampled, greedy), cache, (sampled.tokens_W, kept_WV)
+        return _advanced(state, sampled, greedy), ran.cache, (sampled.tokens_W, kept_WV)
 
     def turn(carry, _):
         state, cache = carry

@@ -122,7 +122,7 @@ class DraftModel(Speculation):
     def observe(self, target: Forward, params: Params, state: SlotState, step: Observed, cache: Cache) -> Cache:
         forward, weights, theirs, ours = self._own(target, params, cache)
         no_rows_W = jnp.zeros(0, jnp.int32)
-        return (*theirs, *forward(weights, ours, step.batch, no_rows_W)[0])
+        return (*theirs, *forward(weights, ours, step.batch, no_rows_W).cache)
 
     def _own(self, target: Forward, params: Params, cache: Cache) -> tuple[Forward, Params, Cache, Cache]:
         """The model's forward pass and parameters; the cache's layers of the target, and its own."""

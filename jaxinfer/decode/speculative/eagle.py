@@ -110,6 +110,7 @@ class Eagle(Speculation):
     head: EagleHead | None = field(default=None, repr=False, compare=False)
     params: Params | None = field(default=None, repr=False, compare=False)
     reads_text = True
+    observes = True
 
     def __post_init__(self):
         check_drafts(self.num_speculative_tokens)
@@ -286,6 +287,7 @@ class Eagle(Speculation):
     def observe(self, target: Forward, params: Params, state: SlotState, step: Observed, cache: Cache) -> Cache:
         """The feature before a slot's first row is the one that is kept, and nothing where there is none: at the
         beginning of a text, and behind pages that another sequence has computed."""
+        assert step.shown_TE is not None
         recent: Recent = state.memory
         known_BD = self._features(target, params, recent.shown_BdE[:, -1])
         known_BD = jnp.where((recent.known_B > 0)[:, None], known_BD, 0)

@@ -113,12 +113,12 @@ class Observed(NamedTuple):
 
     Attributes:
         batch: its tokens.
-        shown_TE: what of them a method is shown; see `Speculation.taps`.
+        shown_TE: what of them a method is shown, see `Speculation.taps`; may be None for one that does not observe it.
         first_B: the first row of every slot; one past the last row for a slot that has none.
     """
 
     batch: Batch
-    shown_TE: jax.Array
+    shown_TE: jax.Array | None
     first_B: jax.Array
 
 
@@ -130,6 +130,7 @@ class Speculation:
         adapts: whether it proposes any number of tokens, one after the other: see `fewer`.
         reads_text: whether the slots keep their text.
         shares_sequences: whether it is built for devices that share sequences, whose pages are dealt out to them.
+        observes: whether `observe` reads `shown_TE`, and so has a use for hidden states of all tokens of a prompt.
         draws: whether what it proposes depends on what requests need of the sampler.
         typical: how proposed tokens count that are likely enough; None for those alone that are drawn.
     """
@@ -138,6 +139,7 @@ class Speculation:
     adapts = False
     reads_text = False
     shares_sequences = False
+    observes = False
     draws = False
     typical: Typical | None = None
 

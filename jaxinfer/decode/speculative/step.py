@@ -53,8 +53,9 @@ class SpeculativeStep:
         after each [B x (k + 1), V], and what of each the method is shown."""
         batch = make_drafted(state, proposal.drafts_Bk, self.forward.page_size, self._ancestry(proposal))
         row_W = jnp.arange(len(batch.tokens_T), dtype=jnp.int32)
-        cache, logits_WV, _, shown_TE = self.forward(params, cache, batch, row_W)
-        return cache, logits_WV, shown_TE
+        ran = self.forward(params, cache, batch, row_W)
+        assert ran.shown_TE is not None
+        return ran.cache, ran.logits_WV, ran.shown_TE
 
     def take(
         self, needs: Needs, state: SlotState, cache: Cache, proposal: Proposal, logits_WV: jax.Array,
