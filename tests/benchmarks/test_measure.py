@@ -22,6 +22,7 @@ from pallas_kernels.flash_decoding.problems import Problem as Decode
 from pallas_kernels.models import Heads
 from pallas_kernels.streaming_matmul.problems import Problem as Product
 from pallas_kernels.streaming_matmul.problems import Row
+from pallas_kernels.tiled_matmul.problems import Problem as LargeProduct
 from tests.benchmarks.tiny import BENCH, MACHINE, TINY, arguments
 
 DECODING = TINY["flash_decoding"]
@@ -196,6 +197,7 @@ ON_A_CARD = {
     "flash_decoding": Decode(Heads(8, 2, 128), 4, 512, 64),
     "streaming_matmul": Product(16, 1024, 1024),
     "streaming_mlp": Row(16, 1024, 2048, 1024),
+    "tiled_matmul": LargeProduct(256, 1024, 1024, residual=True),
 }
 
 
