@@ -124,8 +124,6 @@ def test_predicted_times(request, published, case):
 @pytest.mark.parametrize("case", cases("decode step") + cases("first token"))
 def test_predicted_times_with_the_measured_entry(request, published, case):
     """As `jaxinfer plan --hardware h200-measured` predicts them, before any run."""
-    if (case.machine.device_kind, case.attention, case.size) == ("NVIDIA H200", "mosaic_gpu", 256):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="8.70 ms are predicted of 10.91 ms, 20.3 % less"))
     machine = find_by_device(case.machine.device_kind, MEASURED)
     assert machine is not None
     assert replace(case, machine=machine).predict(published(case.model)) == pytest.approx(case.measured, rel=0.2)
