@@ -42,7 +42,7 @@ def measure_machine() -> Hardware:
     flops = {name: _matmul_rate(platform, name) for name in _DTYPES}
     device = _datasheet(bandwidth, flops)
     known = find_by_device(device.device_kind, MEASURED)
-    return device.with_ceilings(bandwidth, flops, _kernel_overhead(), known.message_latency if known else 0.0)
+    return device.with_ceilings(bandwidth, flops, _kernel_overhead(), known.messages if known else None)
 
 
 def measured_entry(dtype: str) -> Hardware | None:

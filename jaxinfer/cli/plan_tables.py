@@ -123,7 +123,7 @@ def _candidate(plan: Plan) -> list[str]:
         f"{plan.expected:,.0f}",
         si(plan.prefill.predict(hardware), "s"),
         f"{plan.decode.bubble:.0%}",
-        si(sum(sent for sent, _ in plan.decode.collectives().values()), "B"),
+        si(sum(work.sent for works in plan.decode.collectives().values() for work in works), "B"),
     ]
 
 
@@ -211,10 +211,11 @@ def _collectives_table(plan: Plan) -> Table:
         table.add_column(column, justify="right")
     hardware, steps = plan.hardware, {"decode": plan.decode, "prefill": plan.prefill}
     for step, pipeline in steps.items():
-        for name, (sent, messages) in pipeline.collectives().items():
-            seconds = sent / hardware.interconnect
-            waiting = si(seconds + messages * hardware.message_latency, "s") if hardware.message_latency else ""
-            table.add_row(_COLLECTIVES[name], step, si(sent, "B"), f"{messages:,}", si(seconds, "s"), waiting)
+        for name, works in pipeline.collectives().items():
+            sent, messages = sum(work.sent for work in works), sum(work.messages for work in works)
+            seconds, waiting = sent / hardware.interconnect, sum(work.waiting(hardware) for work in works)
+            total = si(seconds + waiting, "s") if waiting else ""
+            table.add_row(_COLLECTIVES[name], step, si(sent, "B"), f"{messages:,}", si(seconds, "s"), total)
     return table
 
 

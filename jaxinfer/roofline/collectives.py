@@ -11,7 +11,7 @@ bytes on each of n devices,
     to the next stage            S
     from one stage to all p      log2(p) S, by doubling, as the engine does it: a tree that sends parts would need S
 
-Every collective counts as one message, with the same constant time.
+Every collective counts as one message, with a constant time: the same for all but all-reduces of few bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jaxinfer.roofline.cost import Work
 def all_reduces(count: int, array: float, devices: int, dtype: str) -> Work:
     """Sums over devices, such as those of the axis `tensor` (Shoeybi et al. 2019, "Megatron-LM", section 3): two a
     layer, and one of the embedding."""
-    return Work(sent=count * 2 * _others(devices) * array, dtype=dtype, messages=count)
+    return Work(sent=count * 2 * _others(devices) * array, dtype=dtype, messages=count, summed=array)
 
 
 def all_to_alls(layers: int, tokens: int, choices: int, hidden: float, devices: int, dtype: str) -> Work:

@@ -37,6 +37,7 @@ class Work:
     dtype: str = "bf16"  # operands of its matmuls
     kernels: int = 0
     messages: int = 0  # collectives
+    summed: float | None = None  # bytes of the array that each of them adds up over devices, if they are all-reduces
 
     @property
     def bytes(self) -> float:
@@ -71,11 +72,15 @@ class Work:
 
     def expected(self, hardware: Hardware) -> float:
         """Seconds that it is expected to take, its kernels' and messages' constants included."""
-        constants = self.kernels * hardware.overhead + self.messages * hardware.message_latency
+        constants = self.kernels * hardware.overhead + self.waiting(hardware)
         busy = self.times(hardware)
         if self.wasted:
             busy["compute"] += self.wasted / hardware.rate(self.dtype)
         return math.hypot(*busy.values()) + constants
+
+    def waiting(self, hardware: Hardware) -> float:
+        """Seconds that its messages take beside those of their bytes."""
+        return self.messages * hardware.messages.each(self.summed)
 
     def bound(self, hardware: Hardware) -> str:
         """The busiest resource, one of `RESOURCES`."""

@@ -82,13 +82,12 @@ class Pipeline:
         """What the longest tick costs."""
         return max(self.grid, key=lambda cost: cost.limit(hardware))
 
-    def collectives(self) -> dict[str, tuple[float, int]]:
-        """Bytes and messages that one device sends in the whole step, by part."""
-        total: dict[str, tuple[float, int]] = {}
+    def collectives(self) -> dict[str, list[Work]]:
+        """What one device sends in the whole step, by part, with an item for each micro-batch."""
+        total: dict[str, list[Work]] = {}
         for name, part in (item for cost in (*self.grid, self.apart) for item in cost.parts.items()):
             if part.messages:
-                sent, messages = total.get(name, (0.0, 0))
-                total[name] = (sent + part.sent, messages + part.messages)
+                total.setdefault(name, []).append(part)
         return total
 
     def _ticks(self, period: int, time: Callable[[Cost], float]) -> float:

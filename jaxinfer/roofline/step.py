@@ -313,7 +313,9 @@ def _collectives(step: _Step) -> dict[str, Work]:
         exchanging = len(choices) if step.share.experts == "all-to-all" else 0
         count = 2 * len(step.finished) - exchanging
         sums = all_reduces(count, step.own_tokens * step.hidden, step.devices, dtype)
-        works["all-reduce"] = replace(sums, messages=count + exchanging)  # an exchange stands between its two halves
+        if exchanging:  # it stands between the two halves of a sum
+            sums = replace(sums, messages=count + exchanging, summed=None)
+        works["all-reduce"] = sums
         if exchanging:
             works["all-to-all"] = all_to_alls(
                 exchanging, step.own_tokens, sum(choices), step.hidden, step.devices, dtype

@@ -72,7 +72,7 @@ def machine(run: str) -> tuple[Hardware, bool]:
     flops = {"bf16": ceilings["bf16 matmul"] * 1e12}
     known = find_by_device(RUNS[run]["environment"]["device"], MEASURED)
     assert known is not None
-    return device.with_ceilings(ceilings["bandwidth"] * 1e12, flops, overhead, known.message_latency), recorded
+    return device.with_ceilings(ceilings["bandwidth"] * 1e12, flops, overhead, known.messages), recorded
 
 
 def mesh_named(name: str | None) -> Mesh:

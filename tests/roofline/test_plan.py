@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jaxinfer.roofline.hardware import DATASHEETS, MEASURED
+from jaxinfer.roofline.hardware import DATASHEETS, MEASURED, Messages
 from jaxinfer.roofline.mesh import Mesh, meshes
 from jaxinfer.roofline.pipeline import decode_on, prefill_on
 from jaxinfer.roofline.plan import make_plan, propose
@@ -12,7 +12,7 @@ from tests.roofline.small import small, windowed
 
 H200 = MEASURED["h200-measured"]
 FOUR = small(layers=windowed(None, None, None, None), num_kv_heads=4)
-SLOW_LINKS = dataclasses.replace(H200, interconnect=1.0, message_latency=1.0)
+SLOW_LINKS = dataclasses.replace(H200, interconnect=1.0, messages=Messages(latency=1.0))
 
 
 def plans(config, machine, devices, batch, context):
@@ -65,7 +65,7 @@ def test_logits_of_many_sequences_take_their_room(room):
 def test_links_decide_between_a_shared_model_and_replicas():
     """The best of four for one sequence is a shared model, unless talking takes longer than it saves."""
     config = small(hidden_size=2048, intermediate_size=8192, num_kv_heads=8)
-    fast = dataclasses.replace(H200, message_latency=0.0, overhead=0.0)
+    fast = dataclasses.replace(H200, messages=Messages(), overhead=0.0)
     assert propose(config, fast, 2, "latency", 512, batch=2).plans[0].mesh == Mesh(tensor=2)
     assert propose(config, SLOW_LINKS, 2, "latency", 512, batch=2).plans[0].mesh == Mesh(replicas=2)
 

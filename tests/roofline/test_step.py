@@ -171,6 +171,18 @@ def test_decoding_turns_compute_bound_at_the_balance_of_the_machine(published):
     assert compute_bound_batch(config, 4096, H200) is None
 
 
+def test_sums_of_few_bytes_are_quicker_than_other_messages(published):
+    """Two all-reduces a layer and one of the embedding: each adds up what one token, or all of them, have."""
+    config = published("llama-3-8b")
+    token, wait = 2 * config.hidden_size, H200.messages
+    assert wait.small % token == 0
+    most = int(wait.small) // token
+    for batch, each in ((1, wait.small_sum), (most, wait.small_sum), (most + 1, wait.latency)):
+        works = [work for work in decode_step(config, batch, 128, tensor_parallel=2).parts.values() if work.messages]
+        assert sum(work.waiting(H200) for work in works) == pytest.approx((2 * config.num_layers + 1) * each)
+    assert Work(messages=3, sent=1.0).waiting(H200) == pytest.approx(3 * wait.latency)  # no sum
+
+
 def test_a_cost_is_the_sum_of_its_parts_or_the_time_of_its_links():
     parts = {
         "arithmetic": Work(flops=746e12, weights=1.0),
@@ -181,7 +193,7 @@ def test_a_cost_is_the_sum_of_its_parts_or_the_time_of_its_links():
     assert [part.bound(H200) for part in parts.values()] == ["compute", "memory", "interconnect"]
     assert cost.limit(H200) == pytest.approx(1 + 2)  # under which what is sent is hidden
     assert cost.bound(H200) == "memory"
-    assert cost.predict(H200) == pytest.approx(5.5 + 10 * H200.message_latency + 5 * H200.overhead)
+    assert cost.predict(H200) == pytest.approx(5.5 + 10 * H200.messages.latency + 5 * H200.overhead)
     assert cost.fraction(H200, 12.0) == pytest.approx(0.25)
     talking = Cost(parts | {"more links": Work(sent=450e9)}, tokens=1)
     assert talking.limit(H200) == pytest.approx(3.5)  # which is longer than what it hides
