@@ -190,7 +190,7 @@ DATASHEETS = {
 
 # Measured once; all figures of a card are set against its entry, so that they compare with each other.
 # H200: reading 4.3 GB by a sum, a bf16 matmul of 8192^3, kernels that follow one another. Between two devices, an XLA
-# all-reduce of 8 KB, and what a step of Llama-3-8B took for each of its 65 all-reduces of 8 and of 128 KB by our kernel
+# all-reduce of 8 KB; and by our kernel, what a step of Llama-3-8B took for each of its 65 all-reduces of 8 or 128 KB
 # (11 and 14 us) beyond what is predicted of the rest.
 # H100: the same sum and matmul, the best of three cards (3.07, 3.08 and 3.12 TB/s); the messages are the H200's.
 _MESSAGES = Messages(latency=27e-6, small_sum=12.5e-6, small=128 * KIB)

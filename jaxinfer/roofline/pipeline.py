@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jaxinfer.roofline.attention import Attention
-from jaxinfer.roofline.cost import Cost
+from jaxinfer.roofline.cost import Cost, Work
 from jaxinfer.roofline.hardware import Hardware
 from jaxinfer.roofline.mesh import Experts, Mesh, Share, check_mesh, stage_of, vocabulary_parts
 from jaxinfer.roofline.precision import BF16, Precision

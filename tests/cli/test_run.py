@@ -13,7 +13,7 @@ from benchmarks.decode import NEW, PROMPT
 from benchmarks.record import RESULTS, parts
 from jaxinfer.cli.models import find_model
 from jaxinfer.cli.run import RUNS, Run, find_run
-from jaxinfer.roofline import parameters
+from jaxinfer.roofline import Mesh, parameters
 from tests.cli.test_cli import flat
 from tests.cli.test_cli import run as invoke
 
@@ -57,14 +57,18 @@ def records(results: str) -> list[tuple[str, dict]]:
 
 
 def figure_of(setup: Run, record: dict) -> str | None:
-    """Which figure of a set-up with one device a record is on such a device."""
+    """Which figure of a set-up, on one device or by tensor parallelism, a record is on such devices."""
     model, _, case = record["case"].partition(" ")
+    plan = setup.plan()
+    case, _, mesh = case.partition(" on ")
+    if plan.mesh != Mesh(tensor=setup.devices) or mesh != (f"tensor {setup.devices}" if setup.devices > 1 else ""):
+        return None
     sought = {
-        "tokens_per_second": ("decode", f"B{setup.plan().batch}", PROMPT + NEW // 2),
+        "tokens_per_second": ("decode", f"B{plan.batch}", PROMPT + NEW // 2),
         "first_token": ("first token", f"prompt {setup.context}", setup.context),
     }
     for name, what in sought.items():
-        if (record["metric"], case.partition(" in chunks")[0], setup.context) == what and setup.devices == 1:
+        if (record["metric"], case.partition(" in chunks")[0], setup.context) == what:
             return name if parameters(find_model(model)) == parameters(find_model(setup.model)) else None
     return None
 

@@ -32,8 +32,8 @@ class Case:
         size: the batch of a decode step, or the tokens of a prompt.
         chunk: tokens of a prompt that a step took; None is all of them.
         precision: of weights and cache.
-        planned: what the run says was predicted; None where that was before the overhead was timed, or left out what
-            messages take, or for a prompt counted more than is computed now.
+        planned: what the run says was predicted; None where that was before the overhead was timed, or for a prompt
+            counted more than is computed now.
     """
 
     machine: Hardware
@@ -92,7 +92,7 @@ def cases(metric: str) -> list:
             ((attention, measured),) = figures.items()
             model, size, chunk, cache, mesh = NAME.fullmatch(name).groups()
             counted_more = metric == "first token" and run.endswith(ALL_FINISHED)
-            as_today = recorded and not mesh and not counted_more
+            as_today = recorded and not counted_more
             case = Case(
                 hardware, model, metric, int(size), chunk and int(chunk), Precision(cache=cache or "bf16"), attention,
                 measured, planned if as_today else None, mesh_named(mesh),
