@@ -181,12 +181,14 @@ def as_stored(x_TKH: np.ndarray, dtype: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "window"), [("float32", None), ("float32", 5), ("int8", 5), ("float8_e4m3fn", None)]
+    ("dtype", "window", "slots"),
+    [("float32", None, 1), ("float32", 5, 1), ("int8", 5, 1), ("float8_e4m3fn", None, 1), ("float32", 5, 6)],
 )
-def test_pages_equal_a_contiguous_cache(dtype, window):
+def test_pages_equal_a_contiguous_cache(dtype, window, slots):
     """One token decoded beside four prefilled, on two devices; all that is not theirs is NaN.
 
-    Quantized, the step's own tokens too are read as they were stored.
+    Quantized, the step's own tokens too are read as they were stored. Of the slots, which may be as many as the step
+    has rows, the others are idle.
     """
     rng = np.random.default_rng(1)
     k, v = [[rng.standard_normal((n, KV_HEADS, SIZE)).astype(np.float32) for n in LENGTHS] for _ in range(2)]
@@ -211,8 +213,8 @@ def test_pages_equal_a_contiguous_cache(dtype, window):
     integers = lambda *values: jnp.asarray(values, jnp.int32)  # noqa: E731
     view = View(
         write_T=integers(positions_of(0, 13)[12], *positions_of(1, 6)[2:], NULL_PAGE),
-        decode_tables_BJ=jnp.asarray(TABLE_BJ[:1]),
-        decode_lengths_B=integers(LENGTHS[0]),
+        decode_tables_BJ=jnp.asarray(np.tile(TABLE_BJ[:1], (slots, 1))),
+        decode_lengths_B=integers(LENGTHS[0], *[0] * (slots - 1)),
         prefill_tables_RJ=jnp.asarray(TABLE_BJ),
         prefill_starts_R1=integers(0, 1, 5),
         prefill_lengths_R=integers(0, LENGTHS[1]),

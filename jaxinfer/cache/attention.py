@@ -67,9 +67,19 @@ def _local(q_TKgH, k_TKH, v_TKH, pages, view, sinks_Kg, **scores):
         )  # fmt: skip
         decoded_TNH = decoded_BQNH.reshape(rectangle, *shape[1:])
         # Of every row one of the two has seen nothing, and is zero.
-        out_TNH = decoded_TNH if out_TNH is None else out_TNH.at[:rectangle].add(decoded_TNH)
+        out_TNH = decoded_TNH if out_TNH is None else _added(out_TNH, decoded_TNH)
     assert out_TNH is not None
     return out_TNH.reshape(q_TKgH.shape), pages
+
+
+def _added(out_TNH: jax.Array, first_BNH: jax.Array) -> jax.Array:
+    """With something added to the first rows.
+
+    Not by `at[:rows]`: where these are all rows its array of indices has no elements, and XLA's compiler crashes over
+    a `shard_map` that has such an operand (JAX 0.11.2).
+    """
+    rows = first_BNH.shape[0]
+    return jax.lax.dynamic_update_slice_in_dim(out_TNH, out_TNH[:rows] + first_BNH, 0, axis=0)
 
 
 def scheduled(
