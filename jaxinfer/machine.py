@@ -144,13 +144,14 @@ def _log_once(*what: object) -> None:
 
 
 def _bandwidth(platform: str) -> float:
-    """Bytes per second of the better of a sum, which reads, and a negated copy, which reads and writes."""
+    """Bytes per second of the better of a sum, which reads, and a negated copy, which reads and writes. On a CPU the
+    copy takes the array's own place: in new memory it would take most of its time to be given the pages."""
     stats = jax.local_devices()[0].memory_stats()
     free = stats["bytes_limit"] - stats["bytes_in_use"] if stats and "bytes_limit" in stats else math.inf
     size = int(min(_ARRAY_BYTES[platform], free // 4))  # beside the copy, and whatever a program holds here
     x_D = jnp.ones(size // 4, jnp.float32)
     read = _seconds(jax.jit(lambda total, x_D: total + jnp.sum(x_D)), jnp.float32(0), x_D)
-    copy = _seconds(jax.jit(jnp.negative), x_D)
+    copy = _seconds(jax.jit(jnp.negative, donate_argnums=0 if platform == "cpu" else ()), x_D)
     return max(size / read, 2 * size / copy)
 
 
