@@ -102,6 +102,9 @@ def serving(
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in (OPTIONS | options).items()]
     command = [sys.executable, "-c", code, "serve", *arguments, *flags]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest", "COLUMNS": "400"}
+    # A server runs more steps than most tests: code that is optimized a little takes it half of the time, and hardly
+    # longer to compile.
+    environment["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("optimization_level=0", "optimization_level=1")
     environment |= COMPILED
     process = subprocess.Popen(
         [*command, "--port=0", f"--dtype={DTYPE}", "--no-warm-up"],
