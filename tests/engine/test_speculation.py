@@ -319,7 +319,8 @@ def test_constrained_outputs_have_the_distribution_of_the_model(tmp_path_factory
     p_222T = np.exp(logp_222T / temperature)
     bound_222T = [p_222T[..., place] / p_222T[..., place].sum(place, keepdims=True) for place in range(3)]
     expected = count * np.prod(bound_222T, axis=0).ravel()
-    llm = drawing_alike(drafted(root, DraftModel(small_draft(root), 2), always_speculate=True))
+    many = {"max_num_seqs": 32, "num_pages": 129}  # so that few steps serve all
+    llm = drawing_alike(drafted(root, DraftModel(small_draft(root), 2), always_speculate=True, **many))
     bias = {CHARACTERS.index(letter): 20.0 for letter in "abc"}
     params = [ask(seed, regex="[ab]{3}", temperature=temperature, logit_bias=bias) for seed in range(count)]
     with one_rectangle():

@@ -18,9 +18,9 @@ NEW = 256
 
 @pytest.fixture(scope="module")
 def llm():
-    """Optimized as outside of tests: its hundreds of steps take longer than their compilation."""
+    """Optimized a little: its hundreds of steps take longer than their compilation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3}))
+        patch.setattr(jax, "jit", partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1}))
         return LLM(dtype="float32", max_model_len=288, options=Options(max_num_seqs=32, steps_per_dispatch=32))
 
 
