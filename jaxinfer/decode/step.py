@@ -2,10 +2,10 @@
 
 A step is two programs or more, so that few are compiled: what the model does depends on the number of tokens, and what
 the sampler does on what the requests need. Few rows of prompts have logits; where all are to be scored, one program
-finishes their last layer, and one scores them, in tiles of one size. A loop of decode steps is one
-program: in single steps an H100 decodes one sequence with 8 billion parameters 4 % slower, and with 600 million 20 %.
-A single step that verifies proposals, in which the host has a say, is three programs: it checks what the first one
-proposes while the second runs the model.
+finishes their last layer, and one scores them, in tiles of one size. A loop of decode steps is one program: in single
+steps an H100 decodes one sequence with 8 billion parameters 4 % slower, and with 600 million 20 %. A single step that
+verifies proposals, in which the host has a say, is three programs: it checks what the first one proposes while the
+second runs the model.
 """
 
 from __future__ import annotations
@@ -36,11 +36,7 @@ from jaxinfer.decode.prompt_logprobs import PromptLogprobs, prompt_logprobs
 from jaxinfer.decode.sampling import Needs, Sampled
 from jaxinfer.decode.sampling_params import MAX_LOGPROBS, SamplingParams
 from jaxinfer.decode.slots import Admission, SlotState
-from jaxinfer.decode.speculative import (
-    Observed,
-    SpeculativeStep,
-    remembering,
-)
+from jaxinfer.decode.speculative import Observed, SpeculativeStep, remembering
 from jaxinfer.model import Model, Params
 from jaxinfer.parallel import row_axis, take_rows
 
