@@ -43,6 +43,9 @@ from jaxinfer.parallel import row_axis, take_rows
 VOCABULARY_CHUNK = 8192
 SCORED = 64  # rows that one program gives log-probabilities, where the step has as many
 ENTRIES = 256  # of page tables that one program writes
+# In a layer's decode step three small kernels do not depend on each other: queries are rotated, keys and values
+# written. To run them side by side saves 1 to 3 us of each layer (one H200).
+SIDE_BY_SIDE = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 Part = Literal["propose", "drafted", "verify"]  # of a step whose proposals the host checks
 
 
@@ -82,7 +85,10 @@ class Programs:
         self._mask = jax.jit(self._traced_mask)
         self._finish = jax.jit(self._traced_finish)
         self._score = jax.jit(self._traced_score)
-        self._loop = jax.jit(self._traced_loop, static_argnames=("steps", "needs", "drafts"), donate_argnames=donated)
+        self._loop = jax.jit(
+            self._traced_loop, static_argnames=("steps", "needs", "drafts"), donate_argnames=donated,
+            compiler_options=SIDE_BY_SIDE if self._one_after_the_other else None,
+        )  # fmt: skip
         self._propose = jax.jit(self._traced_propose, static_argnames=("needs",), donate_argnames=("cache",))
         self._drafted = jax.jit(self._traced_drafted, donate_argnames=("cache",))
         self._verify = jax.jit(self._traced_verify, static_argnames=("needs",), donate_argnames=donated)
@@ -356,6 +362,12 @@ class Programs:
         """What a program of proposals must be able to do: no more of these than the method has a use for."""
         assert self.layout.speculation is not None
         return needs if self.layout.speculation.draws else sampling.GREEDY
+
+    @property
+    def _one_after_the_other(self) -> bool:
+        """Whether every large kernel of a loop depends on the one before it. Two that wait for all of their own blocks
+        may not share the GPU, and what a draft runs, or another device's part, need not depend on the model's."""
+        return self.layout.speculation is None and self.model.mesh.size == 1
 
     @property
     def circulates(self) -> bool:

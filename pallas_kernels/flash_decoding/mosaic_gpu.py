@@ -7,7 +7,8 @@ product, so that the heads of a group share one read of the keys. More than 64 r
 reads all of the keys. schedule.py says who reads what, and merge.py what becomes of units that several of them read.
 
 There a pipeline waits for what those of other CTAs leave, so all CTAs must be on the GPU together: they are no more
-than multiprocessors, and no two launches may run beside each other, which XLA's one stream of computations keeps.
+than multiprocessors, and no two launches that wait may run beside each other. XLA's one stream of computations keeps
+that, and in programs that are compiled to run kernels side by side, that each such launch depends on the one before.
 """
 
 from collections.abc import Callable

@@ -6,6 +6,9 @@ applied to FlashDecoding, Dao et al. 2023). So a batch of very different lengths
 *unit* is the work of one slot, KV head and block of query rows; where several stretches meet in a unit, each leaves a
 partial result, and one of them merges these. Empty slots have no part in it.
 
+Where there are no more units than stretches, and all of them short, none is cut: to join parts takes longer than a few
+tiles. The units are then spread over the stretches, of which some stay empty.
+
 The arithmetic is a few operations on small arrays, done once per step for all layers of a cache group.
 """
 
@@ -17,6 +20,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.checks import require
 from pallas_kernels.flash_decoding.config import TILE_KEYS
+
+FEW_TILES = 6  # of a unit: so many, one after the other, took less time than their parts and the joining of these
 
 
 @jax.tree_util.register_dataclass
@@ -66,12 +71,11 @@ def make_schedule(lengths_B: jax.Array, *, queries: int, window: int | None, uni
     """
     _, tiles_B = tiles_in_sight(lengths_B, queries, window)
     end_B = jnp.cumsum(tiles_B * units)
-    total = end_B[-1]
-    used = jnp.clip(total, 1, stretches)
     nth_C1 = jnp.arange(stretches + 1, dtype=jnp.int32)
-    # Floor of nth * total / used, in steps that cannot overflow.
-    share, rest = total // used, total % used
-    start_C1 = jnp.where(nth_C1 < used, nth_C1 * share + nth_C1 * rest // used, total)
+    start_C1 = _even(end_B[-1], nth_C1, stretches)
+    if len(lengths_B) * units <= stretches:
+        few = jnp.max(tiles_B) <= FEW_TILES
+        start_C1 = jnp.where(few, _whole(tiles_B, end_B, units, nth_C1, stretches), start_C1)
     start_C, end_C = start_C1[:-1], start_C1[1:]
 
     slot_C, unit_C, tile_C = _locate(start_C, end_B, tiles_B, units)
@@ -93,6 +97,21 @@ def make_schedule(lengths_B: jax.Array, *, queries: int, window: int | None, uni
         axis=1,
     )
     return Schedule(work_C5, merge_C4, jnp.zeros((stretches, 1), jnp.int32), len(lengths_B), queries, window, units)
+
+
+def _even(total: jax.Array, nth_C1: jax.Array, stretches: int) -> jax.Array:
+    """Where stretches begin that are equal to a tile, and where the last ends."""
+    used = jnp.clip(total, 1, stretches)
+    # Floor of nth * total / used, in steps that cannot overflow.
+    share, rest = total // used, total % used
+    return jnp.where(nth_C1 < used, nth_C1 * share + nth_C1 * rest // used, total)
+
+
+def _whole(tiles_B: jax.Array, end_B: jax.Array, units: int, nth_C1: jax.Array, stretches: int) -> jax.Array:
+    """The same where each has one unit or none, and those with one lie as far apart as they can."""
+    unit_C1 = nth_C1 * (len(tiles_B) * units) // stretches
+    slot_C1 = jnp.minimum(unit_C1 // units, len(tiles_B) - 1)
+    return end_B[slot_C1] - tiles_B[slot_C1] * (units - (unit_C1 - slot_C1 * units))
 
 
 def tiles_in_sight(lengths_B: jax.Array, queries: int, window: int | None) -> tuple[jax.Array, jax.Array]:

@@ -32,10 +32,10 @@ class Problem(problems.Problem):
 PROBLEMS = {
     f"llama-3-8b {name} M={tokens}": Problem(tokens, *problems.LLAMA_3_8B[name], residual=name in ("o", "down"))
     for name, every in {
-        "up": (128, 256, 512, 1024, 2048, 4096, 8192),
-        "down": (512, 1024, 2048, 8192),
-        "o": (512, 2048, 8192),
-        "qkv": (512, 2048, 8192),
+        "up": (128, 192, 256, 512, 1024, 2048, 4096, 8192),
+        "down": (128, 192, 256, 512, 1024, 2048, 8192),
+        "o": (128, 192, 256, 512, 2048, 8192),
+        "qkv": (128, 192, 256, 512, 2048, 8192),
     }.items()
     for tokens in every
 }

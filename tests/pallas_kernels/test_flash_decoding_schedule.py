@@ -1,4 +1,4 @@
-"""The schedule of flash_decoding: every tile is read once, in even stretches, and what is cut is joined."""
+"""The schedule of flash_decoding: every tile is read once, in even stretches or whole units; what is cut is joined."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.blockwise import Options, PagedKV
 from pallas_kernels.flash_decoding import flash_decoding, mosaic_gpu, plan
 from pallas_kernels.flash_decoding.config import Config
-from pallas_kernels.flash_decoding.schedule import make_schedule, partial_index, tiles_in_sight
+from pallas_kernels.flash_decoding.schedule import FEW_TILES, make_schedule, partial_index, tiles_in_sight
 from tests.pallas_kernels.draws import on_the_host
 from tests.pallas_kernels.gpu_program import interpreted
 
@@ -44,15 +44,25 @@ def walked(made, tiles_B):
 
 @settings(max_examples=60, deadline=None)
 @given(LENGTHS, st.sampled_from(PROBLEMS))
-def test_every_tile_is_read_once_in_even_stretches(lengths, problem):
+def test_every_tile_is_read_once_in_even_stretches_or_whole_units(lengths, problem):
     lengths = jnp.array(lengths, jnp.int32)
     made = make_schedule(lengths, **problem)
     _, tiles_B = map(np.asarray, tiles_in_sight(lengths, problem["queries"], problem["window"]))
     walks = list(walked(made, tiles_B))
     every = [(b, u, t) for b, tiles in enumerate(tiles_B) for u in range(problem["units"]) for t in range(tiles)]
     assert [tile for walk in walks for tile in walk] == every
-    counts = [len(walk) for walk in walks if walk] or [0]
-    assert max(counts) - min(counts) <= 1
+    if len(tiles_B) * problem["units"] <= problem["stretches"] and max(tiles_B) <= FEW_TILES:
+        assert all(len(walk) == tiles_B[walk[0][0]] for walk in walks if walk)
+    else:
+        counts = [len(walk) for walk in walks if walk] or [0]
+        assert max(counts) - min(counts) <= 1
+
+
+def test_whole_units_lie_far_apart():
+    made = make_schedule(jnp.full(4, 384, jnp.int32), queries=1, window=None, units=3, stretches=40)
+    taken = np.flatnonzero(np.asarray(made.work_C5)[:, 3])
+    assert len(taken) == 12
+    assert set(np.diff(taken)) == {3, 4}
 
 
 @settings(max_examples=60, deadline=None)
