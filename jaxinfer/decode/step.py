@@ -87,7 +87,7 @@ class Programs:
         self._score = jax.jit(self._traced_score)
         self._loop = jax.jit(
             self._traced_loop, static_argnames=("steps", "needs", "drafts"), donate_argnames=donated,
-            compiler_options=SIDE_BY_SIDE if self._one_after_the_other else None,
+            compiler_options=SIDE_BY_SIDE if self.side_by_side else None,
         )  # fmt: skip
         self._propose = jax.jit(self._traced_propose, static_argnames=("needs",), donate_argnames=("cache",))
         self._drafted = jax.jit(self._traced_drafted, donate_argnames=("cache",))
@@ -364,9 +364,11 @@ class Programs:
         return needs if self.layout.speculation.draws else sampling.GREEDY
 
     @property
-    def _one_after_the_other(self) -> bool:
-        """Whether every large kernel of a loop depends on the one before it. Two that wait for all of their own blocks
-        may not share the GPU, and what a draft runs, or another device's part, need not depend on the model's."""
+    def side_by_side(self) -> bool:
+        """Whether kernels of a loop that do not depend on each other run at the same time.
+
+        Not where two of them may be kernels that wait for all of their own blocks, which may not share the GPU: what a
+        method of speculation runs need not depend on the model's, nor do sums over devices."""
         return self.layout.speculation is None and self.model.mesh.size == 1
 
     @property

@@ -48,6 +48,18 @@ MEETING = r" (all-reduce|all-gather|all-to-all|collective-permute|collective-bro
 PROGRAMS = [(which, dtype) for which in ("step", "loop") for dtype in ("float32", "int8", "float8_e4m3fn")]
 
 
+@pytest.mark.parametrize(
+    ("devices", "speculation", "expected"),
+    [({}, None, True), ({"tensor": 2}, None, False), ({"pipe": 2}, None, False), ({}, PromptLookup(2), False)],
+)
+def test_kernels_run_side_by_side_where_each_large_one_depends_on_the_one_before(devices, speculation, expected):
+    """Two that wait for all of their own blocks would wait for each other's place on the GPU."""
+    alike = EVEN | {"layer_types": ["full_attention"] * LAYERS}
+    model = Model(read_config(alike), make_mesh(**devices))
+    programs = Programs(model, Layout(SLOTS, PAGE, (29,), CONTEXT, "float32", speculation=speculation))
+    assert programs.side_by_side == expected
+
+
 @dataclass(frozen=True)
 class Compiled:
     which: str
