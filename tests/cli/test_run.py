@@ -13,7 +13,7 @@ from benchmarks.decode import NEW, PROMPT
 from benchmarks.record import RESULTS, parts
 from jaxinfer.cli.models import find_model
 from jaxinfer.cli.run import RUNS, Run, find_run
-from jaxinfer.roofline import Mesh, parameters
+from jaxinfer.roofline import Mesh, Plan, parameters
 from tests.cli.test_cli import flat
 from tests.cli.test_cli import run as invoke
 
@@ -56,10 +56,9 @@ def records(results: str) -> list[tuple[str, dict]]:
     return [(part["environment"]["device"], record) for part in content for record in part["records"]]
 
 
-def figure_of(setup: Run, record: dict) -> str | None:
+def figure_of(setup: Run, plan: Plan, record: dict) -> str | None:
     """Which figure of a set-up, on one device or by tensor parallelism, a record is on such devices."""
     model, _, case = record["case"].partition(" ")
-    plan = setup.plan()
     case, _, mesh = case.partition(" on ")
     if plan.mesh != Mesh(tensor=setup.devices) or mesh != (f"tensor {setup.devices}" if setup.devices > 1 else ""):
         return None
@@ -74,11 +73,11 @@ def figure_of(setup: Run, record: dict) -> str | None:
 
 
 def measured(setup: Run) -> dict[str, float]:
-    found = {}
+    found, plan = {}, setup.plan()
     for name, where in setup.measured.items():
         sought = {field: where[field] for field in ("case", "implementation", "metric")}
         ((device, record),) = [one for one in records(where["results"]) if sought.items() <= one[1].items()]
-        assert (device, figure_of(setup, record)) == (setup.machine().device_kind, name)
+        assert (device, figure_of(setup, plan, record)) == (setup.machine().device_kind, name)
         found[name] = round(record["value"], 1)
     return found
 
@@ -86,8 +85,9 @@ def measured(setup: Run) -> dict[str, float]:
 @files
 def test_what_was_measured_is_not_predicted(file):
     setup = Run.read(file)
+    plan = setup.plan()
     ours = [record for device, record in records("*/decode.json") if device == setup.machine().device_kind]
-    assert {figure_of(setup, record) for record in ours if record["implementation"] != "plan"} <= {
+    assert {figure_of(setup, plan, record) for record in ours if record["implementation"] != "plan"} <= {
         None, *setup.measured
     }  # fmt: skip
 
