@@ -129,10 +129,8 @@ async def _events(
         for opening in answer.opening(len(group.continuations)):
             yield event(opening | usage_so_far)
         yield event(answer.chunk(first) | usage_so_far)
-        async for piece in rest:
-            # Tokens whose text is still held back have nothing to say.
-            if piece.text or piece.logprobs or piece.finish_reason:
-                yield event(answer.chunk(piece) | usage_so_far)
+        async for piece in rest:  # also of tokens without text, or whose text is held back: they tell that tokens come
+            yield event(answer.chunk(piece) | usage_so_far)
         if include_usage:
             yield event(answer.last(usage(prompt_tokens, group.new_tokens)))
     except ApiError as error:

@@ -102,6 +102,15 @@ def test_streamed_is_not_streamed_is_generate(client, expected, llm, name):
         assert_same(joined(stream), expected[name], llm.tokenizer)
 
 
+def test_tokens_without_text_are_streamed_as_they_come(client, llm):
+    (end,) = llm.tokenizer.eos_ids
+    options = {"model": "demo", "prompt": "x", "max_tokens": 64, "logit_bias": {str(end): 100}}
+    with client.completions.create(**options, extra_body={"ignore_eos": True}, stream=True) as stream:
+        texts = [chunk.choices[0].text for chunk in stream]
+    assert len(texts) > 2
+    assert "".join(texts) == ""
+
+
 def test_requests_that_run_together_are_the_same(server, expected, llm):
     async def ask():
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
