@@ -9,8 +9,8 @@ matmul, so that norms and glue may take less than their limit, and have no fract
 
 A profile runs every kernel by its own launch, while XLA otherwise launches many at once. So the step is timed without
 a profile (the median of three), and the gaps are that time minus the kernels': what the device waits, and on a step
-with a prompt also the upload and the token's way to the host. They may come out below zero where kernels alone take
-less time than beside a profiler.
+with a prompt also the upload and the token's way to the host. They may come out below zero where kernels take less
+time alone than beside a profiler, or run side by side.
 """
 
 from __future__ import annotations

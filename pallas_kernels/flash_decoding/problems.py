@@ -93,11 +93,12 @@ class Problem:
 
 _LLAMA = MODELS["llama-3-8b"]
 _SHAPES = ((1, 8192), (1, 131072), (16, 8192), (64, 4096), (128, 2048))
+_SHORT = ((1, 256), (16, 256), (256, 256))  # units are whole in the first two
 _FULL = ("llama-3-70b", "mixtral-8x7b", "qwen3-30b-a3b", "falcon-7b")
 _WINDOW = ("mistral-7b", "gemma-2-9b", "gpt-oss-20b")  # their windows are shorter than 8192
 
 PROBLEMS = {
-    **{f"llama-3-8b {B}x{C}": Problem(_LLAMA, B, C) for B, C in ((1, 1024), (1, 32768), (256, 256), *_SHAPES)},
+    **{f"llama-3-8b {B}x{C}": Problem(_LLAMA, B, C) for B, C in (*_SHORT, (1, 1024), (1, 32768), *_SHAPES)},
     **{f"llama-3-8b {B}x{C} pages of 16": Problem(_LLAMA, B, C, 16) for B, C in _SHAPES},
     "llama-3-8b 64x4096 8 queries": Problem(_LLAMA, 64, 4096, queries=8),
     "llama-3-8b 64x4096 64 queries": Problem(_LLAMA, 64, 4096, queries=64),

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxinfer.decode import sampling
+from jaxinfer.decode import sampling, step
 from jaxinfer.decode.layout import Layout
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
@@ -58,6 +58,13 @@ def test_kernels_run_side_by_side_where_each_large_one_depends_on_the_one_before
     model = Model(read_config(alike), make_mesh(**devices))
     programs = Programs(model, Layout(SLOTS, PAGE, (29,), CONTEXT, "float32", speculation=speculation))
     assert programs.side_by_side == expected
+
+
+def test_the_loop_is_compiled_to_run_kernels_side_by_side(monkeypatch):
+    """The compiler is told: it refuses an option that it does not know."""
+    monkeypatch.setattr(step, "SIDE_BY_SIDE", {"xla_of_no_such_name": "1"})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_of_no_such_name"):
+        compiled("loop", EVEN)
 
 
 @dataclass(frozen=True)
