@@ -33,11 +33,12 @@ CAUSAL = {
     "empty slots, more stretches than tiles": (slots((0, 30, 0, 70, 0), room=300), 8),
     "one slot over many stretches": (slots((0, 0, 300, 0, 0), room=300), 8),
     "nothing but empty slots": (slots((0, 0, 0, 0, 0), room=300), 8),
-    "short units, none of them cut": (slots((200, 0, 64), kv_heads=1, room=300), 6),
     "drafted tokens, more queries than keys, a window over pages, soft cap, sinks": (
         slots((300, 3, 65, 0, 131), 5, page_size=16, window=70, soft_cap=2.0, sinks=True), 5,
     ),
-    "a window of one key": (slots((300, 64), g=5, kv_heads=1, page_size=32, window=1), 2),
+    "a window of one key, whole units with empty stretches between": (
+        slots((300, 64), g=5, kv_heads=1, page_size=32, window=1), 4,
+    ),
     "more rows than a block, 71 heads on one, pages of two tiles": (
         slots((150,), 2, g=71, kv_heads=1, page_size=128), 2,
     ),
