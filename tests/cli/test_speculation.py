@@ -198,9 +198,7 @@ def test_generate_predicts_the_gain_where_ceilings_were_measured(monkeypatch):
     assert gain(Counters(output_tokens=9), 0.98, "") == "nothing was proposed, 0.98 times plain decoding"
 
 
-def test_generate_says_that_typical_acceptance_changes_the_distribution(folder, monkeypatch):
-    """Of one token, which the prompt brings: no loop is needed, or compiled."""
-    monkeypatch.setattr("jaxinfer.cli.generate.compile_for", lambda *given: None)
+def test_generate_says_that_typical_acceptance_changes_the_distribution(folder):
     asked = f"--model {folder} --max-tokens 1 --temperature 0 --speculate medusa --draft-model {folder}"
     result = run("generate", "abab", *asked.split(), "--typical")
     assert result.exit_code == 0, result.output
