@@ -7,8 +7,8 @@ from jaxinfer.engine.options import SMALLEST_BUCKET
 FEW = 8  # rows of the smallest step without prompts
 # A layer of Llama-3-8B takes an H100 137, 140 and 141 us with 1, 16 and 32 rows: little is lost between them.
 SPARED = (2, 4, 16)
-# Its products take an H200 125, 152, 169 and 201 us with 64, 128, 192 and 256. From 72 to 128 they
-# differ by 4 us, so that 96 would bring little.
+# The products of such a layer take an H200 125, 152, 169 and 201 us with 64, 128, 192 and 256 rows: from 128 on there
+# are sizes halfway. With 72 they take 148 us, so that 96 would bring little.
 MANY = 128
 
 

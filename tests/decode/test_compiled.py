@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxinfer.decode import sampling, step
+from jaxinfer.decode import sampling
 from jaxinfer.decode.layout import Layout
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
@@ -52,8 +52,8 @@ PROGRAMS = [(which, dtype) for which in ("step", "loop") for dtype in ("float32"
     ("devices", "speculation", "expected"),
     [({}, None, True), ({"tensor": 2}, None, False), ({"pipe": 2}, None, False), ({}, PromptLookup(2), False)],
 )
-def test_kernels_run_side_by_side_where_each_large_one_depends_on_the_one_before(devices, speculation, expected):
-    """Two that wait for all of their own blocks would wait for each other's place on the GPU."""
+def test_kernels_run_side_by_side_on_one_device_without_speculation(devices, speculation, expected):
+    """Elsewhere two that wait for all of their own blocks might run at once, each in the other's place on the GPU."""
     alike = EVEN | {"layer_types": ["full_attention"] * LAYERS}
     model = Model(read_config(alike), make_mesh(**devices))
     programs = Programs(model, Layout(SLOTS, PAGE, (29,), CONTEXT, "float32", speculation=speculation))
@@ -62,7 +62,7 @@ def test_kernels_run_side_by_side_where_each_large_one_depends_on_the_one_before
 
 def test_the_loop_is_compiled_to_run_kernels_side_by_side(monkeypatch):
     """The compiler is told: it refuses an option that it does not know."""
-    monkeypatch.setattr(step, "SIDE_BY_SIDE", {"xla_of_no_such_name": "1"})
+    monkeypatch.setattr("jaxinfer.decode.step.SIDE_BY_SIDE", {"xla_of_no_such_name": "1"})
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_of_no_such_name"):
         compiled("loop", EVEN)
 
