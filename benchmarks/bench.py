@@ -159,13 +159,13 @@ class Bench:
 
     def admit(self, tokens: int, chunk: int) -> list[StepInput]:
         """Gives every slot a new prompt, and says which steps read it."""
-        row, sequences = self.layout.pages_per_row, []
+        row, sequences, rows = self.layout.pages_per_row, [], {}
         for slot in range(self.layout.slots):
             pages = range(1 + slot * row, 1 + (slot + 1) * row)
             prompt = tuple(self.random.integers(0, self.subject.model.config.vocab_size, tokens).tolist())
-            admission = self.programs.admission(GREEDY, [pages] * len(self.layout.num_pages), prompt)
-            self.state = self.programs.admit(self.state, slot, admission)
+            rows[slot] = self.programs.admission(GREEDY, [pages] * len(self.layout.num_pages), prompt)
             sequences.append(Sequence(Request(slot, prompt, GREEDY, (), 0), slot=slot))
+        self.state = self.programs.admit(self.state, rows)
         steps = []
         for first in range(0, tokens, chunk):
             chunks = [Chunk(sequence, first, min(chunk, tokens - first)) for sequence in sequences]

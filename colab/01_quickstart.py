@@ -69,7 +69,7 @@ runner = llm.engine.runner
 programs, layout = runner.programs, runner.layout
 state, cache = programs.new_state()
 pages = [5, 2, 7, 4, 12, 1, 9, 3]
-state = programs.admit(state, 0, programs.admission(greedy, [pages]))
+state = programs.admit(state, {0: programs.admission(greedy, [pages])})
 print("keys of one layer, [page, slot in page, KV head, head size]:", cache[0].k_PSKH.shape)
 
 # %% [markdown]

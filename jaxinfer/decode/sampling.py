@@ -122,28 +122,30 @@ def _padded(values: Sequence[float], size: int, pad: int, dtype: type[np.generic
 
 def install(
     state: SamplingState,
-    slot: jax.Array | int,
+    slots_A: Int32[Array, "A"],
     packed: Mapping[str, jax.Array | np.ndarray],
-    prompt_ids_T: Int32[Array, "T"],
-    output_ids_T: Int32[Array, "_"],
+    prompt_ids_AT: Int32[Array, "A T"],
+    output_ids_AT: Int32[Array, "A _"],
 ) -> SamplingState:
-    """The state with a request in one slot, whose output begins, or goes on after an interruption.
+    """The state with requests in some slots, whose output begins, or goes on after an interruption.
 
     Args:
-      slot: int32 scalar; may be traced.
-      packed: the request's row, from `pack`.
-      prompt_ids_T, output_ids_T: int32 tokens of the prompt, and of the output so far, padded with -1.
+      slots_A: one past the last slot pads.
+      packed: the requests' rows, each as of `pack`, with a leading axis A.
+      prompt_ids_AT, output_ids_AT: tokens of the prompts, and of the outputs so far, padded with -1.
     """
-    rows = {name: getattr(state, name).at[slot].set(row) for name, row in packed.items()}
-    vocab = state.prompt_BV.shape[1]
-    absent_V = jnp.zeros(vocab, jnp.bool_)
-    prompt_V = absent_V.at[prompt_ids_T].set(True, mode="drop", wrap_negative_indices=False)
-    counts_V = jnp.zeros(vocab, jnp.int32).at[output_ids_T].add(1, mode="drop", wrap_negative_indices=False)
+
+    def put(kept_B: jax.Array, new_A: jax.Array | np.ndarray | int) -> jax.Array:
+        return kept_B.at[slots_A].set(new_A, mode="drop")
+
+    slots_A1 = slots_A[:, None]
+    counts_BV = put(state.counts_BV, 0).at[slots_A1, output_ids_AT]
+    prompt_BV = put(state.prompt_BV, False).at[slots_A1, prompt_ids_AT]
     return dataclasses.replace(
         state,
-        **rows,
-        counts_BV=state.counts_BV.at[slot].set(counts_V),
-        prompt_BV=state.prompt_BV.at[slot].set(prompt_V),
+        **{name: put(getattr(state, name), rows_A) for name, rows_A in packed.items()},
+        counts_BV=counts_BV.add(1, mode="drop", wrap_negative_indices=False),
+        prompt_BV=prompt_BV.set(True, mode="drop", wrap_negative_indices=False),
     )
 
 

@@ -11,7 +11,7 @@ second runs the model.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -31,7 +31,7 @@ from jaxinfer.decode.forward import Cache, Forward
 from jaxinfer.decode.layout import Layout, pools_of
 from jaxinfer.decode.masking import masked
 from jaxinfer.decode.masks import no_masks
-from jaxinfer.decode.packing import packed, unpacked
+from jaxinfer.decode.packing import unpacked
 from jaxinfer.decode.prompt_logprobs import PromptLogprobs, prompt_logprobs
 from jaxinfer.decode.sampling import Needs, Sampled
 from jaxinfer.decode.sampling_params import MAX_LOGPROBS, SamplingParams
@@ -242,9 +242,12 @@ class Programs:
             text_T=text_T,
         )
 
-    def admit(self, state: SlotState, slot: int, row: Admission) -> SlotState:
+    def admit(self, state: SlotState, rows: Mapping[int, Admission]) -> SlotState:
+        """Gives slots to requests, whose rows are given by slot."""
         with jax.set_mesh(self.model.mesh):
-            return self._admit(state, np.int32(slot), *packed(row))
+            for some in slots.together(rows, self.layout.slots):
+                state = self._admit(state, *some)
+        return state
 
     def extend(self, state: SlotState, entries: Sequence[tuple[int, int, int, int]]) -> SlotState:
         """Writes entries of the page tables: cache group, slot, column and page of each."""
@@ -257,9 +260,12 @@ class Programs:
                 tables = self._extend(tables, entries_E4)
         return replace(state, tables=tables)
 
-    def release(self, state: SlotState, slot: int) -> SlotState:
+    def release(self, state: SlotState, stopped: Sequence[int]) -> SlotState:
+        """Stops slots."""
+        slots_B = np.full(self.layout.slots, self.layout.slots, np.int32)
+        slots_B[: len(stopped)] = stopped
         with jax.set_mesh(self.model.mesh):
-            return self._release(state, np.int32(slot))
+            return self._release(state, slots_B)
 
     def _traced_step(self, params, state, cache, packed, *, tokens, decode):
         self.traces["step"] += 1
@@ -321,17 +327,17 @@ class Programs:
         own, cache, sampled, emits_dB = self._checked.take(needs, own, cache, proposal, logits_WV, shown_TE)
         return self._with(state, slots_B, own, sampled, emits_dB), cache, StepOutput(sampled, emits_dB, ())
 
-    def _traced_admit(self, state, slot, packed_U, form):
+    def _traced_admit(self, state, slots_A, packed_AU, form):
         self.traces["admit"] += 1
-        return slots.admit(state, slot, unpacked(packed_U, form))
+        return slots.admit(state, slots_A, jax.vmap(partial(unpacked, form=form))(packed_AU))
 
     def _traced_extend(self, tables, entries_E4):
         self.traces["extend"] += 1
         return slots.extend(tables, entries_E4)
 
-    def _traced_release(self, state, slot):
+    def _traced_release(self, state, slots_B):
         self.traces["release"] += 1
-        return slots.release(state, slot)
+        return slots.release(state, slots_B)
 
     def _plain(self, params, needs: Needs, carry, _):
         """A step of a loop: a token for each slot that is active."""

@@ -286,13 +286,14 @@ class Engine:
         """Brings the device's slots up to date."""
         released, self._failed_slots = [*self._failed_slots, *plan.released], []
         self.runner.release(released)
+        rows = {}
         for sequence in plan.admitted:
             request = sequence.request
-            row = self.runner.programs.admission(
+            assert sequence.slot is not None
+            rows[sequence.slot] = self.runner.programs.admission(
                 request.params, sequence.pages, request.prompt_ids, request.eos_ids, request.seed, sequence.output_ids
             )
-            assert sequence.slot is not None
-            self.runner.admit(sequence.slot, row)
+        self.runner.admit(rows)
         self.runner.extend(plan.entries)
 
     def _needs(self, plan: Plan) -> Needs:

@@ -8,7 +8,7 @@ of each. The leader alone schedules, and reads what was drawn.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -64,17 +64,18 @@ class LeadingRunner(Runner):
     def draft_with(self, weights: Params) -> None:
         raise ValueError("a draft model that learns has no use where several processes share the model")
 
-    def admit(self, slot: int, row: Admission) -> None:
-        with self._told("admit", slot, row):
-            super().admit(slot, row)
+    def admit(self, rows: Mapping[int, Admission]) -> None:
+        if rows:
+            with self._told("admit", rows):
+                super().admit(rows)
 
     def extend(self, entries: list[tuple[int, int, int, int]]) -> None:
         if entries:
             with self._told("extend", entries):
                 super().extend(entries)
 
-    def release(self, slots: Iterable[int]) -> None:
-        if slots := list(slots):
+    def release(self, slots: Sequence[int]) -> None:
+        if slots:
             with self._told("release", slots):
                 super().release(slots)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,18 +51,18 @@ class Runner:
         held = [array for array in jax.tree.leaves(self.state) if not array.is_deleted()]
         jax.block_until_ready(held)
 
-    def admit(self, slot: int, row: Admission) -> None:
-        """Gives a slot to a request."""
-        self.state = self.programs.admit(self.state, slot, row)
+    def admit(self, rows: Mapping[int, Admission]) -> None:
+        """Gives slots to requests, whose rows are given by slot."""
+        self.state = self.programs.admit(self.state, rows)
 
     def extend(self, entries: list[tuple[int, int, int, int]]) -> None:
         """Writes entries of page tables; see `Programs.extend`."""
         self.state = self.programs.extend(self.state, entries)
 
-    def release(self, slots: Iterable[int]) -> None:
+    def release(self, slots: Sequence[int]) -> None:
         """Stops slots."""
-        for slot in slots:
-            self.state = self.programs.release(self.state, slot)
+        if slots:
+            self.state = self.programs.release(self.state, slots)
 
     def step(
         self, given: StepInput, needs: Needs, targets_T: np.ndarray | None = None, masks: Masks | None = None
@@ -110,7 +110,7 @@ class Runner:
         for penalty in (1.0, 2.0):  # whether the sampler reads the prompt makes two programs of an admission
             idle = SamplingParams(max_tokens=1, repetition_penalty=penalty)
             row = self.programs.admission(idle, [()] * len(self.layout.num_pages), prompt_ids=(0,))
-            self.admit(0, row)
+            self.admit({0: row})
         self.extend([(0, self.layout.slots, 0, 0)])  # of no slot
         self.release([0])
 

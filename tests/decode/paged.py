@@ -29,7 +29,7 @@ def paged_logits(
     programs = Programs(model, layout)
     state, cache = programs.new_state()
     pages = [_dealt(np.random.default_rng(group), columns, ranks, here) for group in range(groups)]
-    state = programs.admit(state, 0, programs.admission(SamplingParams(), pages))
+    state = programs.admit(state, {0: programs.admission(SamplingParams(), pages)})
 
     @partial(jax.jit, static_argnames="tokens", donate_argnames="cache")
     def step(params, state, cache, packed, tokens):

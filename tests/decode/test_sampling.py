@@ -24,6 +24,7 @@ from jaxinfer.decode.sampling import (
     truncate,
 )
 from jaxinfer.decode.sampling_params import SamplingParams
+from tests.decode.rows import stacked
 
 FULL, RANDOM, GREEDY = (Needs(level, 0) for level in ("full", "random", "greedy"))
 EOS = (2,)
@@ -37,9 +38,8 @@ truncate_jit = jax.jit(truncate)
 def states(batch: list[SamplingParams], vocab: int, seeds=None) -> SamplingState:
     """A state with one request in each slot, none of them with a prompt or an output."""
     seeds = range(len(batch)) if seeds is None else seeds
-    rows = [pack(params, EOS, int(seed)) for params, seed in zip(batch, seeds, strict=True)]
-    stacked = {name: jnp.asarray(np.stack([row[name] for row in rows])) for name in rows[0]}
-    return dataclasses.replace(empty(len(batch), vocab), **stacked)
+    rows = stacked([pack(params, EOS, int(seed)) for params, seed in zip(batch, seeds, strict=True)])
+    return dataclasses.replace(empty(len(batch), vocab), **jax.tree.map(jnp.asarray, rows))
 
 
 def random_logits(slots: int, vocab: int, seed: int, *, ties: bool = False) -> np.ndarray:
@@ -114,8 +114,8 @@ def test_penalties_biases_and_minimum_length_follow_their_definition():
     prompts_BT[:, 9:] = -1
     outputs_BT = rng.integers(0, 10, (len(batch), 20)).astype(np.int32)
     state = empty(len(batch), vocab)
-    for slot, params in enumerate(batch):
-        state = install_jit(state, slot, pack(params, EOS, slot), prompts_BT[slot], outputs_BT[slot, :8])
+    rows = stacked([pack(params, EOS, slot) for slot, params in enumerate(batch)])
+    state = install_jit(state, jnp.arange(len(batch)), rows, prompts_BT, outputs_BT[:, :8])
     for tokens_B in outputs_BT[:, 8:].T:  # the first ones came before the request was interrupted
         state = count(state, jnp.asarray(tokens_B), jnp.ones(len(batch), jnp.bool_))
 
@@ -266,18 +266,18 @@ def test_the_sampler_runs_the_same_on_a_mesh_of_explicit_axes():
     vocab = 1400  # of which the likeliest are searched for in groups
     batch = [SamplingParams(top_p=0.9, presence_penalty=1.0, logprobs=5, min_tokens=2), SamplingParams(temperature=0)]
     logits_BV = random_logits(2, vocab, seed=12)
-    prompt_T = jnp.array([1, 5, -1], jnp.int32)
+    prompts_BT = jnp.array([[1, 5, -1]] * 2, jnp.int32)
 
-    def step(state: SamplingState, logits_BV: jax.Array, prompt_T: jax.Array):
-        for slot, params in enumerate(batch):
-            state = install(state, slot, pack(params, EOS, slot), prompt_T, prompt_T[-1:])
+    def step(state: SamplingState, logits_BV: jax.Array, prompts_BT: jax.Array):
+        rows = stacked([pack(params, EOS, slot) for slot, params in enumerate(batch)])
+        state = install(state, jnp.arange(2), rows, prompts_BT, prompts_BT[:, -1:])
         sampled = sample(logits_BV, state, jnp.zeros(2, jnp.int32), needs(batch))
         return sampled, count(state, sampled.tokens_W, jnp.ones(2, jnp.bool_))
 
-    expected = jax.jit(step)(empty(2, vocab), logits_BV, prompt_T)
+    expected = jax.jit(step)(empty(2, vocab), logits_BV, prompts_BT)
     mesh = jax.make_mesh((1, 8), ("pipe", "tensor"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
-        arguments = jax.device_put((empty(2, vocab), logits_BV, prompt_T), NamedSharding(mesh, P()))
+        arguments = jax.device_put((empty(2, vocab), logits_BV, prompts_BT), NamedSharding(mesh, P()))
         actual = jax.jit(step)(*arguments)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(actual))
     jax.tree.map(np.testing.assert_array_equal, actual, expected)

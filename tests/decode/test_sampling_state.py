@@ -9,6 +9,7 @@ import pytest
 
 from jaxinfer.decode.sampling import MAX_EOS_IDS, Needs, SamplingState, count, empty, install, needs, pack
 from jaxinfer.decode.sampling_params import SamplingParams
+from tests.decode.rows import stacked
 
 EOS = (2,)
 install_jit = jax.jit(install)
@@ -47,13 +48,14 @@ def test_installing_replaces_one_slot_and_nothing_else():
     vocab = 20
     everything = jnp.ones(3, jnp.bool_)
     before = empty(3, vocab)
-    for slot in range(3):
-        row = pack(SamplingParams(top_k=7), EOS, slot)
-        before = install_jit(before, slot, row, jnp.array([slot], jnp.int32), jnp.array([-1], jnp.int32))
+    rows, slots_A = stacked([pack(SamplingParams(top_k=7), EOS, slot) for slot in range(3)]), jnp.arange(3)
+    before = install_jit(before, slots_A, rows, slots_A[:, None], jnp.full((3, 1), -1, jnp.int32))
     before = count(before, jnp.array([1, 2, 3], jnp.int32), everything)
     params = SamplingParams(temperature=0.5, logit_bias={4: 2.0}, stop_token_ids=[8], seed=11)
-    prompt_T, output_T = jnp.array([19, 0, 19, -1, -1], jnp.int32), jnp.array([4, 6, 4, -1], jnp.int32)
-    after = install_jit(before, jnp.int32(1), pack(params, EOS, 11), prompt_T, output_T)
+    prompts_AT = jnp.array([[19, 0, 19, -1, -1], [7] * 5], jnp.int32)
+    outputs_AT = jnp.array([[4, 6, 4, -1], [7] * 4], jnp.int32)
+    rows = stacked([pack(params, EOS, 11), pack(SamplingParams(), EOS, 12)])
+    after = install_jit(before, jnp.array([1, 3], jnp.int32), rows, prompts_AT, outputs_AT)  # 3 is no slot
     for name in (field.name for field in dataclasses.fields(SamplingState)):
         old, new = np.asarray(getattr(before, name)), np.asarray(getattr(after, name))
         assert old.dtype == new.dtype

@@ -17,6 +17,7 @@ from jaxinfer.decode.slots import Admission, SlotState, admit, advance, empty_sl
 from jaxinfer.decode.speculative import PromptLookup, Proposal, verify
 from jaxinfer.decode.speculative.lookup import propose
 from jaxinfer.roofline import independent, tokens_per_step
+from tests.decode.rows import stacked
 
 VOCAB, DRAFTS, TEXT, START = 11, 4, 64, 3
 EOS = 10
@@ -41,6 +42,7 @@ admitted = jax.jit(admit)
 def new_state(seed: int) -> SlotState:
     """Every slot has a prompt of three tokens in the cache, and a first token of its output."""
     state = empty_slots(len(SLOTS) + 1, 1, 2, VOCAB, TEXT)
+    rows = []
     for slot, params in enumerate(SLOTS):
         text_T = np.zeros(TEXT, np.int32)
         text_T[:START] = prompt = [slot % 4, 2, 3]
@@ -48,8 +50,8 @@ def new_state(seed: int) -> SlotState:
             (np.zeros(2, np.int32),), np.int32(0), np.int32(params.max_tokens),
             sampling.pack(params, [EOS], seed + slot), np.array(prompt, np.int32), np.full(1, -1, np.int32), text_T,
         )  # fmt: skip
-        state = admitted(state, np.int32(slot), row)
-    return begun(state)
+        rows.append(row)
+    return begun(admitted(state, np.arange(len(SLOTS), dtype=np.int32), stacked(rows)))
 
 
 @jax.jit
@@ -149,10 +151,11 @@ def test_acceptance_agrees_with_theory(acceptance):
 def drawing(slots: int) -> SlotState:
     """Slots that draw without an end, each with a seed of its own."""
     state, forever = empty_slots(slots, 1, 2, VOCAB), SamplingParams(temperature=1.0, max_tokens=2**20)
+    rows, none_T = [], np.full(1, -1, np.int32)
     for slot in range(slots):
-        sampler, none_T = sampling.pack(forever, [], slot), np.full(1, -1, np.int32)
-        row = Admission((np.zeros(2, np.int32),), np.int32(0), np.int32(2**20), sampler, none_T, none_T)
-        state = admitted(state, np.int32(slot), row)
+        sampler = sampling.pack(forever, [], slot)
+        rows.append(Admission((np.zeros(2, np.int32),), np.int32(0), np.int32(2**20), sampler, none_T, none_T))
+    state = admitted(state, np.arange(slots, dtype=np.int32), stacked(rows))
     return replace(state, active_B=jnp.ones(slots, bool))
 
 

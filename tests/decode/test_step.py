@@ -12,6 +12,7 @@ from jaxinfer.decode.batch import StepInput
 from jaxinfer.decode.layout import Layout
 from jaxinfer.decode.sampling import Needs
 from jaxinfer.decode.sampling_params import SamplingParams
+from jaxinfer.decode.speculative import PromptLookup
 from jaxinfer.decode.step import Programs, StepOutput
 from jaxinfer.model import Model, read_config
 from jaxinfer.parallel import make_mesh
@@ -42,7 +43,7 @@ class Run:
         for slot in range(len(PROMPTS)):
             own = [group[slot * PAGES : (slot + 1) * PAGES] for group in pages]
             row = self.programs.admission(SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS), own)
-            self.state = self.programs.admit(self.state, slot, row)
+            self.state = self.programs.admit(self.state, {slot: row})
 
     def step(
         self,
@@ -189,11 +190,47 @@ def test_a_released_slot_stops_and_leaves_its_neighbour_alone(start):
     run, other = start(), start()
     for each in (run, other):
         each.step([whole(0), whole(1)])
-    run.state = run.programs.release(run.state, 0)
+    run.state = run.programs.release(run.state, [0])
     released, kept = run.step([], [0, 1]), other.step([], [0, 1])
     assert released.emits_nW[0, :2].tolist() == [False, True]
     assert_same(released, 1, kept, 1)
     np.testing.assert_array_equal(run.state.length_B[:1], [len(PROMPTS[0])])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [(2**19, [16, 16, 16]), (1, [1] * 20)], ids=["light rows", "heavy rows"]
+)
+def test_requests_that_are_admitted_together_stand_as_one_after_the_other(monkeypatch, words, expected):
+    """Also more of them than one program takes, and of two kinds; nobody else's slot changes."""
+    monkeypatch.setattr("jaxinfer.decode.slots.ADMITTED_WORDS", words)
+    programs = Programs(
+        Model(read_config(CONFIG), make_mesh(1)), Layout(24, 1, (400,) * 2, 100, "float32", speculation=PromptLookup())
+    )
+    random = np.random.default_rng(0)
+
+    def row(slot: int, kind: int):
+        """Of kind 1 the sampler reads the prompt, and of kind 2 an output that goes on."""
+        params = SamplingParams(
+            temperature=0.5 + slot, max_tokens=slot + 1, repetition_penalty=1 + kind % 2, presence_penalty=kind
+        )
+        pages, prompt, output = (random.integers(1, 60, size).tolist() for size in (slot, 9, 5))
+        return programs.admission(params, [pages, pages[::-1]], prompt, (2,), slot, output if kind == 2 else ())
+
+    before = {slot: row(slot, slot % 3) for slot in range(24)}
+    rows = {slot: row(slot, int(slot < 3)) for slot in random.permutation(24)[:20].tolist()}
+    sizes, admit = [], programs._admit
+    monkeypatch.setattr(programs, "_admit", lambda state, *some: sizes.append(len(some[0])) or admit(state, *some))
+    states = []
+    for parts in ([rows], [{slot: one} for slot, one in rows.items()]):
+        state = programs.admit(programs.new_state()[0], before)
+        sizes.clear()
+        for part in parts:
+            state = programs.admit(state, part)
+        states.append((state, [*sizes]))
+    (together, few), (apart, _) = states
+    assert few == expected
+    jax.tree.map(np.testing.assert_array_equal, together, apart)
+    np.testing.assert_array_equal(together.max_tokens_B, np.arange(1, 25))
 
 
 @pytest.mark.parametrize("devices", [1, 2])

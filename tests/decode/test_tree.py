@@ -278,7 +278,7 @@ def test_a_tree_leaves_the_keys_and_values_of_plain_decoding():
         programs = Programs(model, Layout(2, 4, (40, 40), 80, "float32", speculation=method))
         state, cache = programs.new_state()
         pages = [(np.random.default_rng(group).permutation(24) + 1).tolist()[:20] for group in range(2)]
-        state = programs.admit(state, 1, programs.admission(params, pages, prompt, (), 7))
+        state = programs.admit(state, {1: programs.admission(params, pages, prompt, (), 7)})
         chunk = Chunk(Sequence(Request(0, prompt, params, (), 7), slot=1), 0, len(prompt))
         needs = sampling.needs([params])
         state, cache, first = programs.step(weights, state, cache, lay_out([chunk], 16, 2), None, needs)

@@ -124,12 +124,12 @@ class FakePrograms:
     def admission(self, params, pages, prompt_ids, eos_ids, seed, output_ids):
         return [list(group) for group in pages], (params, tuple(eos_ids), seed), len(output_ids)
 
-    def admit(self, state, slot, row):
-        pages, request, index = row
-        assert not state[slot].active
-        state[slot] = Slot(state[slot].tables, request, index=index)
-        for table, group in zip(state[slot].tables, pages, strict=True):
-            table[: len(group)] = group
+    def admit(self, state, rows):
+        for slot, (pages, request, index) in rows.items():
+            assert not state[slot].active
+            state[slot] = Slot(state[slot].tables, request, index=index)
+            for table, group in zip(state[slot].tables, pages, strict=True):
+                table[: len(group)] = group
         return state
 
     def extend(self, state, entries):
@@ -137,8 +137,9 @@ class FakePrograms:
             state[slot].tables[group][column] = page
         return state
 
-    def release(self, state, slot):
-        state[slot].active = False
+    def release(self, state, stopped):
+        for slot in stopped:
+            state[slot].active = False
         return state
 
     def step(self, params, state, cache, given, targets_T, needs, masks=None):

@@ -83,7 +83,7 @@ def outputs(model: Model, params: list, layers: int | None, taps: tuple[int, ...
     programs = Programs(model, Layout(2, 8, (9, 9), 64, "float32"))
     state, cache = programs.new_state()
     for slot, pages in enumerate(([3, 5], [7, 1])):
-        state = programs.admit(state, slot, programs.admission(SamplingParams(), [pages] * 2))
+        state = programs.admit(state, {slot: programs.admission(SamplingParams(), [pages] * 2)})
     integers = lambda *values: np.array(values, np.int32)  # noqa: E731
     given = StepInput(TOKENS_T[:16], integers(), integers(0, 9, 14), integers(0, 1), integers(9, 5), integers(1, 1))
     forward = Forward(model, 8, "float32", "auto", layers, taps=taps)
