@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-# Devices whose entries stand in for those of one that has none: the first of them that has some.
+# Devices whose entries stand in where one has none for a key: that of the first of them that has one.
 NEAREST = ("NVIDIA H200", "NVIDIA H100 80GB HBM3")
 Found = dict[str, Any] | str
 
@@ -24,10 +24,8 @@ Found = dict[str, Any] | str
 def find(path: Path, key: str) -> Found | None:
     """What the file says for this device: fields of a config, or the name of an implementation."""
     entries = read(path)
-    measured = {device for device, _ in entries}
-    device = next((device for device in (jax.devices()[0].device_kind, *NEAREST) if device in measured), "")
-    entry = entries.get((device, key))
-    return None if entry is None else entry["config"]
+    found = (entries.get((device, key)) for device in (jax.devices()[0].device_kind, *NEAREST))
+    return next((entry["config"] for entry in found if entry is not None), None)
 
 
 @functools.cache

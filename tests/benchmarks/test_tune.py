@@ -178,13 +178,15 @@ READERS = {
 }
 
 
-def test_a_device_without_entries_gets_those_of_the_nearest(path):
+def test_a_device_without_an_entry_gets_that_of_the_nearest(path):
     first, second = tuned.NEAREST
     assert tuned.find(path, "size 4") is None
     for device, seconds in ((second, 1.0), (first, 2.0), (jax.devices()[0].device_kind, 3.0)):
         tuned.save(path, device, "size 4", Config(seconds), seconds)
         assert tuned.find(path, "size 4") == {"seconds": seconds}
         assert tuned.find(path, "size 5") is None
+    tuned.save(path, second, "size 5", Config(4.0), 4.0)
+    assert [tuned.find(path, f"size {size}") for size in (4, 5)] == [{"seconds": 3.0}, {"seconds": 4.0}]
 
 
 @pytest.mark.parametrize("name", TUNED)
