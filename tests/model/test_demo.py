@@ -1,8 +1,5 @@
 """The embedded demo model: transformers and jaxinfer agree on it, as logits and as text."""
 
-from functools import partial
-
-import jax
 import numpy as np
 import pytest
 from scipy.special import logsumexp
@@ -18,9 +15,9 @@ NEW = 256
 
 @pytest.fixture(scope="module")
 def llm():
-    """Optimized a little: its hundreds of steps take longer than their compilation."""
+    """Its loops are optimized a little: their hundreds of steps take longer than their compilation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1}))
+        patch.setattr("jaxinfer.decode.step.SIDE_BY_SIDE", {"xla_backend_optimization_level": 1})
         return LLM(dtype="float32", max_model_len=288, options=Options(max_num_seqs=32, steps_per_dispatch=32))
 
 
