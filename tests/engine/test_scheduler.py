@@ -132,6 +132,24 @@ def test_what_the_device_is_told_of_a_request_is_made_once_and_after_a_preemptio
     assert made == [(0, False), (100, False), (100, True)]
 
 
+def test_those_that_begin_together_are_admitted_and_stopped_in_one_call(monkeypatch):
+    """Each call is a program on its way to a device, before which only a few may wait."""
+    engine, calls = fake_engine(OPTIONS, 160, (None,)), []
+    programs = engine.runner.programs
+    admit, release = programs.admit, programs.release
+    monkeypatch.setattr(programs, "admit", lambda state, rows: calls.append(sorted(rows)) or admit(state, rows))
+    monkeypatch.setattr(programs, "release", lambda state, some: calls.append([*some]) or release(state, some))
+    for number in range(4):
+        engine.add(request(number, 8, 20))
+    engine.step()
+    assert calls == [[0, 1, 2, 3]]
+    engine.scheduler.drop(0)
+    engine.scheduler.drop(2)
+    engine.runner.release([0, 2])
+    engine.step()
+    assert [rows for rows in calls if rows] == [[0, 1, 2, 3], [0, 2]]
+
+
 def test_what_a_preempted_sequence_had_is_found_again():
     """The third of them, when the second has ended."""
     engine = fake_engine(replace(OPTIONS, num_pages=30), 72, (None,))
