@@ -372,9 +372,8 @@ class LLM:
 
     def _drop(self, continuations: Sequence[Continuation]) -> None:
         """Forgets continuations; those that still run, after a stop string or an interrupt, stop running."""
-        for continuation in continuations:
-            if self._running.pop(continuation.request.id, None) is not None:
-                self.engine.abort(continuation.request.id)
+        ids = [continuation.request.id for continuation in continuations]
+        self.engine.abort(*(name for name in ids if self._running.pop(name, None) is not None))
 
 
 def _warm_up(engine: Engine) -> None:

@@ -139,14 +139,11 @@ def install(
         return kept_B.at[slots_A].set(new_A, mode="drop")
 
     slots_A1 = slots_A[:, None]
-    counts_BV = put(state.counts_BV, 0).at[slots_A1, output_ids_AT]
-    prompt_BV = put(state.prompt_BV, False).at[slots_A1, prompt_ids_AT]
-    return dataclasses.replace(
-        state,
-        **{name: put(getattr(state, name), rows_A) for name, rows_A in packed.items()},
-        counts_BV=counts_BV.add(1, mode="drop", wrap_negative_indices=False),
-        prompt_BV=prompt_BV.set(True, mode="drop", wrap_negative_indices=False),
-    )
+    counts_BV = put(state.counts_BV, 0).at[slots_A1, output_ids_AT].add(1, mode="drop", wrap_negative_indices=False)
+    prompt_BV = put(state.prompt_BV, False)
+    prompt_BV = prompt_BV.at[slots_A1, prompt_ids_AT].set(True, mode="drop", wrap_negative_indices=False)
+    rows = {name: put(getattr(state, name), rows_A) for name, rows_A in packed.items()}
+    return dataclasses.replace(state, **rows, counts_BV=counts_BV, prompt_BV=prompt_BV)
 
 
 @dataclass(frozen=True)

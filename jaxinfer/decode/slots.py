@@ -16,11 +16,12 @@ from jaxinfer.decode import sampling
 from jaxinfer.decode.packing import Form, packed
 from jaxinfer.decode.sampling import Sampled, SamplingState
 
-# Requests that one program gives slots to, and the most words of their rows that it is sent. With 15 programs on their
-# way to an H200 the host waits for the oldest before it starts another (JAX 0.11.2). With a program for each prompt it
-# came late to every step that began twelve prompts or more, and 18 steps of 8,192 tokens took 60 ms longer.
-ADMITTED = 16
-ADMITTED_WORDS = 2**19
+# The most requests that one program gives slots to, and about the most words of their rows: of long ones, as where a
+# method of speculation reads the text, fewer come at once. With 15 programs on their way to an H200 the host waits for
+# the oldest before it starts another (JAX 0.11.2). With one for each prompt it came late to every step that began a
+# dozen prompts, and 18 steps of 8,192 tokens took 60 ms longer; 256 prompts of one step now make 8 programs.
+ADMITTED = 32
+ADMITTED_WORDS = 2**16
 
 
 @jax.tree_util.register_dataclass
@@ -100,13 +101,13 @@ def empty_slots(
 
 
 def together(rows: Mapping[int, Admission], slots: int) -> Iterator[tuple[np.ndarray, np.ndarray, Form]]:
-    """What `admit` takes of requests, by slot: as many as go into one program, for one program after the other.
+    """Rows of requests, by slot, in parts that one program each takes.
 
     Args:
         slots: how many there are.
 
-    Returns:
-        slots_A; the bits of their rows, [A, U]; and what `unpacked` needs of one.
+    Yields:
+        slots_A, one past the last slot pads; the bits of their rows, [A, U]; and what `unpacked` needs of one.
     """
     by_form = defaultdict[Form, list[tuple[int, np.ndarray]]](list)
     for slot, row in rows.items():

@@ -119,13 +119,15 @@ class Engine:
         else:
             self.scheduler.add(request)
 
-    def abort(self, request_id: int) -> None:
-        """Drops a request wherever it is; one that ended already is left alone. Where that fails, all ends that a step
-        that fails ends."""
+    def abort(self, *request_ids: int) -> None:
+        """Drops requests wherever they are; those that ended already are left alone. Where that fails, all ends that a
+        step that fails ends."""
         try:
-            self._constraints.drop(request_id)
-            if (slot := self.scheduler.drop(request_id)) is not None:
-                self.runner.release([slot])
+            for request_id in request_ids:
+                self._constraints.drop(request_id)
+            dropped = [self.scheduler.drop(request_id) for request_id in request_ids]
+            if slots := [slot for slot in dropped if slot is not None]:
+                self.runner.release(slots)
         except BaseException:
             self._start_afresh()
             raise
@@ -285,7 +287,8 @@ class Engine:
     def _tell(self, plan: Plan) -> None:
         """Brings the device's slots up to date."""
         released, self._failed_slots = [*self._failed_slots, *plan.released], []
-        self.runner.release(released)
+        if released:
+            self.runner.release(released)
         rows = {}
         for sequence in plan.admitted:
             request = sequence.request
@@ -293,8 +296,10 @@ class Engine:
             rows[sequence.slot] = self.runner.programs.admission(
                 request.params, sequence.pages, request.prompt_ids, request.eos_ids, request.seed, sequence.output_ids
             )
-        self.runner.admit(rows)
-        self.runner.extend(plan.entries)
+        if rows:
+            self.runner.admit(rows)
+        if plan.entries:
+            self.runner.extend(plan.entries)
 
     def _needs(self, plan: Plan) -> Needs:
         """The least that serves all whose tokens are drawn; on a warm engine the least of what is compiled."""

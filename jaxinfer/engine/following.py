@@ -1,6 +1,6 @@
 """One engine over several processes: the leader's runner tells the others each call, and they make it too.
 
-A call is its name and small host arguments: a step's packed input, a request's row, the slots of a loop. What the
+A call is its name and small host arguments: a step's packed input, the rows of requests, the slots of a loop. What the
 device computes stays there: weights, cache and slots are arrays over all processes, and every program has the shards
 of each. The leader alone schedules, and reads what was drawn.
 """
@@ -65,19 +65,16 @@ class LeadingRunner(Runner):
         raise ValueError("a draft model that learns has no use where several processes share the model")
 
     def admit(self, rows: Mapping[int, Admission]) -> None:
-        if rows:
-            with self._told("admit", rows):
-                super().admit(rows)
+        with self._told("admit", rows):
+            super().admit(rows)
 
     def extend(self, entries: list[tuple[int, int, int, int]]) -> None:
-        if entries:
-            with self._told("extend", entries):
-                super().extend(entries)
+        with self._told("extend", entries):
+            super().extend(entries)
 
     def release(self, slots: Sequence[int]) -> None:
-        if slots:
-            with self._told("release", slots):
-                super().release(slots)
+        with self._told("release", slots):
+            super().release(slots)
 
     def step(
         self, given: StepInput, needs: Needs, targets_T: np.ndarray | None = None, masks: Masks | None = None

@@ -61,8 +61,7 @@ class Runner:
 
     def release(self, slots: Sequence[int]) -> None:
         """Stops slots."""
-        if slots:
-            self.state = self.programs.release(self.state, slots)
+        self.state = self.programs.release(self.state, slots)
 
     def step(
         self, given: StepInput, needs: Needs, targets_T: np.ndarray | None = None, masks: Masks | None = None

@@ -244,9 +244,8 @@ class Worker:
 
     def _obey(self, message: Add | Abort) -> None:
         if isinstance(message, Abort):
-            for name in message.ids:
-                with self._surviving("an abort failed; what ran is aborted"):
-                    self._engine.abort(name)
+            with self._surviving("an abort failed; what ran is aborted"):
+                self._engine.abort(*message.ids)
             return
         for request in message.requests:
             try:

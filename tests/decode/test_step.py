@@ -198,10 +198,11 @@ def test_a_released_slot_stops_and_leaves_its_neighbour_alone(start):
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"), [(2**19, [16, 16, 16]), (1, [1] * 20)], ids=["light rows", "heavy rows"]
+    ("words", "expected"), [(2**16, [8, 8, 8, 8]), (1, [1] * 20)], ids=["light rows", "heavy rows"]
 )
 def test_requests_that_are_admitted_together_stand_as_one_after_the_other(monkeypatch, words, expected):
     """Also more of them than one program takes, and of two kinds; nobody else's slot changes."""
+    monkeypatch.setattr("jaxinfer.decode.slots.ADMITTED", 8)
     monkeypatch.setattr("jaxinfer.decode.slots.ADMITTED_WORDS", words)
     programs = Programs(
         Model(read_config(CONFIG), make_mesh(1)), Layout(24, 1, (400,) * 2, 100, "float32", speculation=PromptLookup())
@@ -223,14 +224,19 @@ def test_requests_that_are_admitted_together_stand_as_one_after_the_other(monkey
     states = []
     for parts in ([rows], [{slot: one} for slot, one in rows.items()]):
         state = programs.admit(programs.new_state()[0], before)
+        stood = jax.device_get(state)
         sizes.clear()
         for part in parts:
             state = programs.admit(state, part)
-        states.append((state, [*sizes]))
+        states.append((jax.device_get(state), [*sizes]))
     (together, few), (apart, _) = states
     assert few == expected
     jax.tree.map(np.testing.assert_array_equal, together, apart)
-    np.testing.assert_array_equal(together.max_tokens_B, np.arange(1, 25))
+    others = [slot for slot in range(24) if slot not in rows]
+    jax.tree.map(lambda new, old: np.testing.assert_array_equal(new[others], old[others]), together, stood)
+    for slot, one in rows.items():
+        np.testing.assert_array_equal(together.text_BT[slot], one.text_T)
+        np.testing.assert_array_equal([table_BJ[slot] for table_BJ in together.tables], one.tables)
 
 
 @pytest.mark.parametrize("devices", [1, 2])

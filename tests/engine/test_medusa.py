@@ -167,7 +167,7 @@ def test_a_new_request_begins_without_a_memory():
     memory_BD = np.arange(12, dtype=np.float32).reshape(4, 3)
     state = empty_slots(4, 1, 2, V, memory=memory_BD)
     row = Admission((np.zeros(2, np.int32),), np.int32(0), np.int32(9), pack(SamplingParams(), [], 0), *[ONE_T] * 2)
-    state = admit(state, jnp.array([2], jnp.int32), stacked([row]))
+    state = admit(state, jnp.array([2, 4], jnp.int32), stacked([row, row]))  # 4 is no slot
     assert state.memory.tolist() == [[0, 1, 2], [3, 4, 5], [0, 0, 0], [9, 10, 11]]
     slots_B = jnp.array([3, 0, 4], jnp.int32)
     own = taken(state, slots_B)

@@ -142,12 +142,10 @@ def test_those_that_begin_together_are_admitted_and_stopped_in_one_call(monkeypa
     for number in range(4):
         engine.add(request(number, 8, 20))
     engine.step()
-    assert calls == [[0, 1, 2, 3]]
-    engine.scheduler.drop(0)
-    engine.scheduler.drop(2)
-    engine.runner.release([0, 2])
+    engine.abort(0, 2, 7)
     engine.step()
-    assert [rows for rows in calls if rows] == [[0, 1, 2, 3], [0, 2]]
+    assert calls == [[0, 1, 2, 3], [0, 2]]
+    assert [slot.active for slot in engine.runner.state] == [False, True, False, True]
 
 
 def test_what_a_preempted_sequence_had_is_found_again():

@@ -75,10 +75,11 @@ class Engine:
             raise ValueError("too many tokens")
         self.left[request.id] = [request, request.params.max_tokens]
 
-    def abort(self, name):
+    def abort(self, *names):
         if self.refusals:
             raise self.refusals.pop(0)
-        self.left.pop(name, None)
+        for name in names:
+            self.left.pop(name, None)
 
     def step(self):
         self.steps += 1
@@ -166,10 +167,11 @@ def test_an_abort_that_fails_is_a_step_that_fails(caplog):
     assert code == 1
     assert said[-1].message == "the device failed: INTERNAL: broken"
     bugs = [ZeroDivisionError("a bug")] * worker.FAILURES
-    code, said = run(Engine(refusals=bugs[:-1]), Add((request(1), request(2))), Abort((1, 2, 1)))
+    aborts = [Abort((1,))] * worker.FAILURES
+    code, said = run(Engine(refusals=bugs[:-1]), Add((request(1), request(2))), *aborts)
     assert code == 0
     assert {entry.id for step in said for entry in step.tokens} == {2}
-    code, said = run(Engine(refusals=bugs), Add((request(1),)), Abort((1, 2, 1)))
+    code, said = run(Engine(refusals=bugs), Add((request(1),)), *aborts)
     assert code == 1
     assert said[-1].message == "3 steps in a row failed: a bug"
 
