@@ -18,6 +18,7 @@ from jaxinfer.serve.messages import Failed, Following, Ready, Setup, Stop, Warmi
 
 GRACE = 5  # seconds for what was told to end
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+WAKES = 0.2  # seconds; a signal that comes just before Python begins to wait is minded when that ends
 
 
 class StoppedError(Exception):
@@ -108,7 +109,8 @@ def engine_processes(setups: Sequence[Setup]) -> Iterator[list[EngineProcess]]:
         yield engines
         deadline = time.monotonic() + GRACE
         for engine in engines:
-            engine.process.join(max(0, deadline - time.monotonic()))
+            while engine.process.is_alive() and (left := deadline - time.monotonic()) > 0:
+                engine.process.join(min(left, WAKES))
     finally:
         for engine in engines:
             engine.process.kill()
@@ -147,7 +149,7 @@ def wait_until_ready(
     ready: dict[EngineProcess, Ready | Following] = {}
     waiting: dict[Any, EngineProcess] = {engine.connection: engine for engine in engines}
     while len(ready) < len(engines):
-        speaking = wait([*waiting, *([] if stop is None else [stop])])
+        speaking = wait([*waiting, *([] if stop is None else [stop])], WAKES)
         if stop in speaking:
             raise StoppedError
         for speaks in speaking:
@@ -186,6 +188,8 @@ def wait_for_leader(engine: EngineProcess, say: Callable[[str], None], told: Con
     if told.poll():
         stop()
     try:
+        while not engine.connection.poll(WAKES):
+            pass
         failed = engine.connection.recv()
     except (EOFError, OSError):
         engine.process.join(GRACE)

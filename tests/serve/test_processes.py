@@ -5,11 +5,13 @@ import multiprocessing
 import os
 import signal
 import struct
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from jaxinfer.engine import Warmed
+from jaxinfer.serve import processes
 from jaxinfer.serve.messages import Failed, Loading, Ready, Warming
 from jaxinfer.serve.processes import EngineProcess, StartError, wait_until_ready
 from tests.serve.running import serving
@@ -44,6 +46,25 @@ class Replicas:
 @pytest.fixture
 def replicas():
     return Replicas()
+
+
+def test_a_signal_that_comes_just_before_python_waits_is_minded(monkeypatch):
+    """Nothing wakes that wait: it has to end by itself, long before the process that it is for."""
+    waits = []
+
+    def join(seconds=None):
+        waits.append(seconds)
+        time.sleep(min(seconds or 0, 0.05))
+
+    stuck = SimpleNamespace(is_alive=lambda: True, join=join, kill=lambda: waits.append("killed"))
+    monkeypatch.setattr(processes, "_start", lambda setup, named: EngineProcess(stuck, None))
+    monkeypatch.setattr(processes, "GRACE", 1.0)
+    with processes.engine_processes([None]):
+        pass
+    *patient, killed, last = waits
+    assert len(patient) > 3
+    assert max(patient) <= processes.WAKES
+    assert (killed, last) == ("killed", None)
 
 
 def nothing(warming):
