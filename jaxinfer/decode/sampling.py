@@ -7,7 +7,7 @@ slot, Z stop tokens of a slot, and L, here, the likeliest tokens that are report
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -134,16 +134,17 @@ def install(
       packed: the requests' rows, each as of `pack`, with a leading axis A.
       prompt_ids_AT, output_ids_AT: tokens of the prompts, and of the outputs so far, padded with -1.
     """
-
-    def put(kept_B: jax.Array, new_A: jax.Array | np.ndarray | int) -> jax.Array:
-        return kept_B.at[slots_A].set(new_A, mode="drop")
-
     slots_A1 = slots_A[:, None]
-    counts_BV = put(state.counts_BV, 0).at[slots_A1, output_ids_AT].add(1, mode="drop", wrap_negative_indices=False)
-    prompt_BV = put(state.prompt_BV, False)
+    counts_BV, prompt_BV = put(slots_A, state.counts_BV, 0), put(slots_A, state.prompt_BV, False)
+    counts_BV = counts_BV.at[slots_A1, output_ids_AT].add(1, mode="drop", wrap_negative_indices=False)
     prompt_BV = prompt_BV.at[slots_A1, prompt_ids_AT].set(True, mode="drop", wrap_negative_indices=False)
-    rows = {name: put(getattr(state, name), rows_A) for name, rows_A in packed.items()}
+    rows = {name: put(slots_A, getattr(state, name), rows_A) for name, rows_A in packed.items()}
     return dataclasses.replace(state, **rows, counts_BV=counts_BV, prompt_BV=prompt_BV)
+
+
+def put(slots_A: jax.Array, kept_B: jax.Array, new_A: Any) -> jax.Array:
+    """`kept_B` with other rows for some slots; one past the last slot pads."""
+    return kept_B.at[slots_A].set(new_A, mode="drop")
 
 
 @dataclass(frozen=True)

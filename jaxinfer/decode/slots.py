@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import batched
 from typing import Any
 
@@ -129,17 +130,14 @@ def admit(state: SlotState, slots_A: jax.Array, rows: Admission) -> SlotState:
         slots_A: one past the last slot pads.
         rows: all arrays with a leading axis A.
     """
-
-    def put(kept_B: jax.Array, new_A: Any) -> jax.Array:
-        return kept_B.at[slots_A].set(new_A, mode="drop")
-
+    put = partial(sampling.put, slots_A)
     return replace(
         state,
         length_B=put(state.length_B, 0),
         index_B=put(state.index_B, rows.index),
         max_tokens_B=put(state.max_tokens_B, rows.max_tokens),
         active_B=put(state.active_B, False),
-        tables=tuple(map(put, state.tables, rows.tables)),
+        tables=tuple(put(table, new) for table, new in zip(state.tables, rows.tables, strict=True)),
         sampling=sampling.install(
             state.sampling, slots_A, rows.sampling, jnp.asarray(rows.prompt_T), jnp.asarray(rows.output_T)
         ),
@@ -166,7 +164,7 @@ def extend(tables: tuple[jax.Array, ...], entries_E4: jax.Array) -> tuple[jax.Ar
 
 def release(state: SlotState, slots_B: jax.Array) -> SlotState:
     """Stops slots from the host: a stop string was found, or the request was dropped. One past the last slot pads."""
-    return replace(state, active_B=state.active_B.at[slots_B].set(False, mode="drop"))
+    return replace(state, active_B=sampling.put(slots_B, state.active_B, False))
 
 
 def taken(state: SlotState, slots_B: jax.Array) -> SlotState:
@@ -189,7 +187,7 @@ def put_back(
         tokens_nB, emits_nB: what each of them drew in each step, and whether it counts. To count the tokens again is
             little; to scatter rows of the vocabulary's length takes a GPU many milliseconds.
     """
-    put = lambda array_B, new_B: array_B.at[slots_B].set(new_B, mode="drop")  # noqa: E731
+    put = partial(sampling.put, slots_B)
     slots_nB = jnp.broadcast_to(slots_B, tokens_nB.shape)
     counts_BV = state.sampling.counts_BV.at[slots_nB, tokens_nB].add(emits_nB.astype(jnp.int32), mode="drop")
     return replace(

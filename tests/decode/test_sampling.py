@@ -39,7 +39,7 @@ def states(batch: list[SamplingParams], vocab: int, seeds=None) -> SamplingState
     """A state with one request in each slot, none of them with a prompt or an output."""
     seeds = range(len(batch)) if seeds is None else seeds
     rows = stacked([pack(params, EOS, int(seed)) for params, seed in zip(batch, seeds, strict=True)])
-    return dataclasses.replace(empty(len(batch), vocab), **jax.tree.map(jnp.asarray, rows))
+    return dataclasses.replace(empty(len(batch), vocab), **rows)
 
 
 def random_logits(slots: int, vocab: int, seed: int, *, ties: bool = False) -> np.ndarray:
@@ -141,7 +141,7 @@ SLOTS, VOCAB = 8000, 12
 
 def copies(params: SamplingParams, vary: str = "seed") -> tuple[SamplingState, jax.Array]:
     """One request in all of `SLOTS` slots, with seeds that differ or at token indices that differ."""
-    rows = {name: jnp.asarray(np.stack([row] * SLOTS)) for name, row in pack(params, EOS, 7).items()}
+    rows = stacked([pack(params, EOS, 7)] * SLOTS)
     numbers_B = np.arange(SLOTS)
     seeds = {"seed_B": jnp.asarray(numbers_B, jnp.uint32)} if vary == "seed" else {}
     index_B = jnp.asarray(numbers_B if vary == "token index" else 0 * numbers_B, jnp.int32)

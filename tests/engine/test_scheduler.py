@@ -14,8 +14,7 @@ from jaxinfer.decode.sampling_params import SamplingParams
 from jaxinfer.decode.structured_params import StructuredOutputsParams
 from jaxinfer.engine import Options, Request
 from jaxinfer.engine.scheduler import Scheduler
-from jaxinfer.engine.sequence import Chunk, Sequence
-from jaxinfer.engine.step_input import lay_out, next_tokens
+from jaxinfer.engine.sequence import Sequence
 from jaxinfer.model import read_config
 from jaxinfer.roofline import find_hardware, plan_memory
 from tests.engine.fake import Chain, Told, fake_engine, gather, run
@@ -53,37 +52,6 @@ def ends(engine, requests: list[Request]) -> list[int]:
     while engine.busy:
         order += [update.request.id for update in engine.step() if update.finish_reason]
     return order
-
-
-def test_chunks_are_laid_out_one_after_the_other():
-    prompts = [(1, 2, 3, 4, 5), (6, 7), (8, 9, 10, 11)]
-    first, second, third = (
-        Sequence(Request(slot, prompt, SamplingParams(), (), 0), slot=slot) for slot, prompt in enumerate(prompts)
-    )
-    chunks = [Chunk(first, 2, 3), Chunk(second, 0, 2), Chunk(third, 1, 2)]
-    step = lay_out(chunks, 8, 4)
-    assert step.tokens_T.tolist() == [3, 4, 5, 6, 7, 9, 10, 0]
-    assert step.slots_B.tolist() == []
-    assert step.starts_R1.tolist() == [0, 3, 5, 7, 7]
-    assert step.slots_R.tolist() == [0, 1, 2, 4]
-    assert step.lengths_R.tolist() == [5, 2, 3, 0]
-    assert step.last_R.tolist() == [1, 1, 0, 0]
-    assert next_tokens(chunks, 8).tolist() == [4, 5, -1, 7, -1, 10, 11, -1]
-
-
-def test_slots_that_decode_come_before_the_chunks():
-    sequence = Sequence(Request(0, (1, 2, 3, 4, 5), SamplingParams(), (), 0), slot=0)
-    chunks = [Chunk(sequence, 1, 3)]
-    step = lay_out(chunks, 6, 4, [3, 1])
-    assert step.tokens_T.tolist() == [0, 0, 2, 3, 4, 0]
-    assert step.slots_B.tolist() == [3, 1, 4, 4]
-    assert step.starts_R1.tolist() == [2, 5, 5, 5, 5]
-    assert next_tokens(chunks, 6, 2).tolist() == [-1, -1, 3, 4, 5, -1]
-    assert lay_out(chunks, 3, 4, []).slots_B.tolist() == [4, 4, 4]  # no more than there are rows
-    packed = step.packed()
-    assert packed.dtype == np.int32
-    for sent, got in zip(vars(step).values(), vars(step.unpacked(packed, **step.sizes)).values(), strict=True):
-        np.testing.assert_array_equal(sent, got)
 
 
 def test_pages_come_with_the_tokens():
@@ -386,23 +354,6 @@ def test_what_can_never_run_is_refused():
     engine.add(request(0, 5, 5))
 
 
-def test_an_abort_that_fails_ends_all_that_runs_and_the_engine_goes_on(monkeypatch):
-    def fails(slots):
-        raise ZeroDivisionError("planted")
-
-    engine = fake_engine(OPTIONS, 160, (None,))
-    for number in range(2):
-        engine.add(request(number, 8, 40))
-    engine.step()
-    with monkeypatch.context() as patched:
-        patched.setattr(engine.runner, "release", fails)
-        with pytest.raises(ZeroDivisionError):
-            engine.abort(0)
-    assert [(update.request.id, update.finish_reason) for update in engine.step()] == [(1, "abort")]
-    assert not engine.busy
-    assert ends(engine, [request(0, 8, 40)]) == [0]
-
-
 def test_metrics_say_what_there_is():
     engine = fake_engine(replace(OPTIONS, max_num_seqs=2), 160, (None, 9))
     for number in range(3):
@@ -419,25 +370,3 @@ def test_metrics_say_what_there_is():
     assert metrics.pages_cached > 0
     assert metrics.counters.output_tokens == 3 * 20
     assert metrics.counters.prefilled_tokens == 3 * 10
-
-
-@pytest.mark.parametrize("moment", range(12))
-def test_a_request_can_be_dropped_at_any_moment(moment):
-    """While it waits, is prefilled, decodes, was preempted, or has its last tokens on their way."""
-    engine = fake_engine(replace(OPTIONS, max_num_seqs=2, num_pages=19), 72, (None,))
-    engine.budget.most = 5
-    for number in range(3):
-        engine.add(request(number, 8, [10, 50, 8][number]))
-    told: Told = {}
-    for _ in range(moment):
-        gather(told, engine.step())
-    running = [number for number in range(3) if told.get(number, ([], None))[1] is None]
-    for number in running:
-        engine.abort(number)
-        engine.abort(number)
-    assert not engine.scheduler.sequences
-    assert [pool.used for pool in engine.scheduler.paging.pools] == [0]
-    assert not any(slot.active for slot in engine.runner.state)
-    before = {number: list(told.get(number, ([], None))[0]) for number in running}
-    run(engine, told)
-    assert {number: told.get(number, ([], None))[0] for number in running} == before

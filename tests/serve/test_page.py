@@ -108,7 +108,7 @@ def test_what_the_server_refuses_is_shown(page):
 
 
 def test_stop_ends_an_answer(page, server):
-    send(page, "Go on", max_tokens=900, temperature=0)  # one in some hundred answers ends at once
+    send(page, "Go on", max_tokens=900, temperature=0)  # of random answers, one in 600 is empty
     wait(page, lambda page: any(shown(page, "assistant")))
     page.find_element(By.ID, "stop").click()
     wait(page, ready)
